@@ -1,0 +1,39 @@
+# make demo   set everything up, compress the built-in teacher, print where the report and the checkpoint are
+# make test   set everything up, run the linter, the type checker and the tests (.ci/run calls exactly this)
+# make clean  remove what the two made: .venv, runs/demo and caches
+#
+# Another interpreter: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: setup demo test clean
+
+setup: $(INSTALLED)
+
+demo: setup
+	$(BIN)/slimqwen demo
+
+test: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+clean:
+	rm -rf .venv runs/demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find slimqwen tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last: an interrupted installation is taken up again, a finished one is not repeated.
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "slimqwen needs Python 3.11 or newer, and there is no '$(PYTHON)': install it (Debian: apt install python3 python3-venv) or name one with make setup PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "slimqwen needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1): name a newer one with make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments: install its venv module (Debian: apt install python3-venv) and run make again" >&2; exit 1; }
+	@echo "Installing slimqwen and its dependencies into .venv (1.6 GB; some minutes, once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

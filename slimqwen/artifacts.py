@@ -1,0 +1,104 @@
+"""How artefacts come into being: under a temporary name, then renamed; and how they are recognised again.
+
+An interrupted stage therefore leaves nothing that looks finished, and a finished artefact has a
+`fingerprint` by which a later stage (or a later run) knows that its input is unchanged.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slimqwen.errors import StageFailed
+
+FULLY_HASHED_BYTES = 64 << 20  # larger files are sampled: hashing 160 GB would take longer than pruning it
+SAMPLE_BYTES = 1 << 20
+SAMPLES = 16
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; on success it takes `path`'s place in one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with full_disk_explained(path):
+            yield partial
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `path`; on success it replaces `path`, contents and all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with full_disk_explained(path):
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Turn "no space left on device", from Python or from a library's own words, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not out_of_space and "No space left on device" not in str(error):
+            raise
+        message = f"the disk is full: {path} could not be written. Free some space and run the same command again."
+        raise StageFailed(message) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of a file, or of every file in a folder with its relative name.
+
+    Files up to 64 MiB are read whole. Of larger ones the size and 16 evenly spaced blocks of 1 MiB are read
+    (first and last included): enough to notice another checkpoint, cheap enough for one of 160 GB.
+    Hidden files (a stage's own bookkeeping) do not count.
+    """
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        name = file.name if path.is_file() else file.relative_to(path).as_posix()
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= FULLY_HASHED_BYTES:
+                while block := stream.read(SAMPLE_BYTES):
+                    digest.update(block)
+            else:
+                for i in range(SAMPLES):
+                    stream.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def fingerprint_value(value: Any) -> str:
+    """Hash of a JSON-serialisable value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

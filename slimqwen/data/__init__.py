@@ -1,0 +1,1 @@
+"""From text to packed tokens to rows of training data, with one integer as the cursor."""

@@ -1,0 +1,52 @@
+"""Load-balancing loss over the global batch (arXiv 2501.11873)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def expert_counts(indices: Tensor, mask: Tensor, num_experts: int) -> Tensor:
+    """How often each expert was selected by the tokens that count; counts of micro-batches and ranks add up.
+
+    Args:
+        indices: [tokens, k] int64, the experts that each token was routed to.
+        mask: [tokens] bool, True at real tokens.
+
+    Returns:
+        [num_experts] int64.
+    """
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=indices.device)
+    selected = mask[:, None].expand_as(indices).to(torch.int64)
+    return counts.scatter_add_(0, indices.flatten(), selected.flatten())
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], mask: Tensor, counts: Sequence[Tensor], global_tokens: int
+) -> Tensor:
+    """This micro-batch's share of the load-balancing loss of the global batch, a float32 scalar.
+
+        loss = mean over blocks of  E * sum_i f_i P_i
+        f_i  = counts_i / sum(counts)                        the share of all assignments that expert i received
+        P_i  = sum over this micro-batch's tokens of softmax_i / global_tokens
+
+    f carries no gradient and is the same everywhere; P is a sum. So what the micro-batches and ranks return adds up to
+    the loss of the global batch, and any cut of the batch gives the same gradient. Because f sums to 1, a balanced
+    router has a loss of exactly 1. Transformers' `load_balancing_loss_func` divides the assignments by tokens: its f
+    sums to k = num_experts_per_tok and its balanced router has k, so the same coefficient weighs k times less here.
+
+    Two experts, k = 1, tokens routed with softmax (0.75, 0.25), (0.75, 0.25), (0.25, 0.75):
+    counts = (2, 1), f = (2/3, 1/3), P = (1.75, 1.25) / 3, loss = 2 * (2/3 * 1.75/3 + 1/3 * 1.25/3) = 1.0556.
+
+    Args:
+        router_logits: one [tokens, experts] tensor per MoE block, before softmax, with gradient.
+        mask: [tokens] bool, True at real tokens.
+        counts: one [experts] tensor per MoE block: `expert_counts` summed over micro-batches and ranks.
+        global_tokens: real tokens of the global batch.
+    """
+    losses = []
+    for logits, block_counts in zip(router_logits, counts, strict=True):
+        probs = torch.softmax(logits[mask], dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        fraction = block_counts.to(probs.dtype) / block_counts.sum()
+        losses.append(logits.shape[-1] * (fraction * probs.sum(0)).sum() / global_tokens)
+    return torch.stack(losses).mean()

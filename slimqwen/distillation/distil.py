@@ -1,0 +1,135 @@
+"""The stage `distil`: a student checkpoint and tokens (and a teacher) in, a trained checkpoint out."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_json
+from slimqwen.checkpoint.reader import Checkpoint, read_json
+from slimqwen.checkpoint.writer import copy_companions
+from slimqwen.data.packed import PackedTokens
+from slimqwen.data.stream import TokenStream
+from slimqwen.data.tokenize import TokenManifest, load_manifest
+from slimqwen.distillation.metrics import MetricsLog
+from slimqwen.distillation.trainer import Span, Student, Trainer
+from slimqwen.errors import UserError
+from slimqwen.modeling.device import resolve_device, resolve_dtype
+from slimqwen.modeling.model import load, save
+from slimqwen.recipe import DistilRecipe
+
+
+def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
+    """Optimiser steps that the recipe's tokens pay for. Raises UserError if they do not fill one."""
+    steps = recipe.tokens // (recipe.batch_size * sequence_length)
+    if steps == 0:
+        raise UserError(
+            f"distil.tokens = {recipe.tokens:,} is less than one step of {recipe.batch_size} sequences of {sequence_length}: "
+            "raise tokens or lower batch_size or sequence_length."
+        )
+    return steps
+
+
+def distil(
+    student: Path,
+    out: Path,
+    *,
+    tokens: Path,
+    recipe: DistilRecipe,
+    sequence_length: int,
+    teacher: Path | None = None,
+    span: Span | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    metrics: Path | None = None,
+    run: str = "slimqwen",
+    stage: int = 1,
+    title: str = "distil",
+) -> Path:
+    """Train `student` and write the trained checkpoint to `out`; resumes its own interrupted work.
+
+    Args:
+        student: checkpoint folder; its layout and dtypes are kept. Trained in float32.
+        tokens: folder written by `tokenize`, made with the student's tokenizer.
+        sequence_length: tokens of a training sequence.
+        teacher: checkpoint folder; needed by the terms kd and mtp_kd, ignored without them.
+        span: the steps of the whole run that this call trains; all of them by default.
+        seed: of the data order.
+        metrics: the metrics.jsonl to append to; `out`'s sibling by default. `run` and `stage` label its lines.
+        title: shown with the progress.
+
+    Returns:
+        `out`.
+    """
+    checkpoint = Checkpoint(student)
+    manifest = load_manifest(tokens)
+    check_vocabulary(checkpoint, manifest, tokens)
+    teaches = bool({"kd", "mtp_kd"} & set(recipe.terms))
+    if teaches and teacher is None:
+        raise UserError("the loss has the terms kd or mtp_kd, which need a teacher: give one, or set distil.terms to [lm, mtp_lm].")
+    if span is None:
+        steps = total_steps(recipe, sequence_length)
+        span = Span(0, steps, steps)
+
+    state_folder = claim_state_folder(
+        out,
+        student=checkpoint.fingerprint(),
+        teacher=Checkpoint(teacher).fingerprint() if teaches and teacher is not None else None,
+        tokens=manifest.model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json", exclude={"save_every_steps"}),
+        sequence_length=sequence_length,
+        span=[span.first_step, span.end_step, span.total_steps],
+        seed=seed,
+    )
+    torch_device = resolve_device(device)
+    model = load(student, torch.float32, torch_device)
+    teacher_model = None
+    if teaches and teacher is not None:
+        teacher_model = load(teacher, resolve_dtype(dtype, torch_device), torch_device)
+        check_same_vocabulary(model.head, teacher_model.head, student, teacher)
+    stream = TokenStream(PackedTokens(tokens / "train"), sequence_length, seed)
+    trainer = Trainer(Student(model, checkpoint.family, checkpoint.config), teacher_model, stream, recipe, span)
+    log = MetricsLog(metrics or out.parent / "metrics.jsonl", run, stage)
+    trainer.train(state_folder, log, title)
+
+    with atomic_folder(out) as folder:
+        save(model, folder, checkpoint, checkpoint.config)
+        copy_companions(student, folder)
+    shutil.rmtree(state_folder)
+    return out
+
+
+def claim_state_folder(out: Path, **inputs: object) -> Path:
+    """The hidden folder beside `out` for training state; emptied if what lies there came from other inputs."""
+    folder = out.parent / f".{out.name}.state"
+    identity = {"inputs": fingerprint_value(inputs)}
+    marker = folder / "inputs.json"
+    if folder.exists() and not (marker.exists() and read_json(marker) == identity):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(marker, identity)
+    return folder
+
+
+def check_vocabulary(checkpoint: Checkpoint, manifest: TokenManifest, tokens: Path) -> None:
+    """Raise UserError unless the tokens were made with the checkpoint's tokenizer."""
+    vocab_size = checkpoint.config["vocab_size"]
+    if manifest.vocab_size > vocab_size:
+        raise UserError(
+            f"{tokens} was made with a tokenizer of {manifest.vocab_size:,} tokens, but {checkpoint.folder} has "
+            f"{vocab_size:,}: run `slimqwen tokens` again with this checkpoint's tokenizer."
+        )
+    tokenizer = checkpoint.folder / "tokenizer.json"
+    if tokenizer.exists() and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
+        raise UserError(
+            f"{tokens} was made with another tokenizer than the one in {checkpoint.folder}: run `slimqwen tokens` again with it."
+        )
+
+
+def check_same_vocabulary(head: torch.Tensor, teacher_head: torch.Tensor, student: Path, teacher: Path) -> None:
+    if head.shape[0] != teacher_head.shape[0]:
+        raise UserError(
+            f"teacher {teacher} has {teacher_head.shape[0]:,} tokens in its vocabulary and student {student} {head.shape[0]:,}: "
+            "distillation compares whole distributions and needs the same vocabulary."
+        )

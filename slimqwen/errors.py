@@ -1,0 +1,31 @@
+"""The one exception a user is meant to see.
+
+Everything a user can get wrong (a path, a recipe key, a corrupt file, a full disk) is raised as
+`UserError` with one sentence that says what is wrong, where, and what to do. The command line prints
+the sentence and exits; it never prints a traceback for it. Our own invariants are `assert`s.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_FAILED = 1  # the input was understood, and the work failed (a full disk, a non-finite loss)
+EXIT_BAD_INPUT = 2  # the input was wrong: nothing was started
+EXIT_INTERRUPTED = 130  # Ctrl-C: run the same command again to continue
+
+
+class UserError(Exception):
+    """A problem in the user's input or surroundings, told in one sentence."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class StageFailed(UserError):
+    """The work itself failed after it had started: full disk, non-finite loss."""
+
+    exit_code = EXIT_FAILED
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'hidden_size'?)"`, or the empty string where nothing known is near `wrong`."""
+    near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

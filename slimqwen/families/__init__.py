@@ -1,0 +1,19 @@
+"""The model families that slimqwen knows, by the `model_type` of their config.json."""
+
+from slimqwen.errors import UserError, did_you_mean
+from slimqwen.families.family import Config, Family
+from slimqwen.families.qwen3_next import QWEN3_NEXT
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3_NEXT,)}
+
+
+def family_of(config: Config, where: str) -> Family:
+    """The family of a config.json. `where` names the file in the error for a family that is not supported."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        hint = did_you_mean(str(model_type), FAMILIES)
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}. "
+            "A new family is one table: see docs/adding-a-family.md."
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,144 @@
+"""A causal language model with its MTP module: loading, random initialisation, the forward pass, saving."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.checkpoint.writer import CheckpointWriter
+from slimqwen.errors import UserError
+from slimqwen.families import Config
+from slimqwen.families.axes import Sizes, size
+from slimqwen.families.family import Layout, TensorSpec
+from slimqwen.modeling.mtp import MtpModule
+
+transformers.utils.logging.set_verbosity_error()  # "fast path is not available": said by slimqwen itself, once
+transformers.utils.logging.disable_progress_bar()
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Inputs of lm_head. `main[:, i]` predicts t_{i+1}, `mtp[:, i]` predicts t_{i+2}; both [batch, seq, hidden]."""
+
+    main: torch.Tensor
+    mtp: torch.Tensor | None
+
+
+class MtpCausalLM(nn.Module):
+    """`backbone` (Transformers' ...ForCausalLM) and `mtp` (None where the checkpoint has none)."""
+
+    def __init__(self, backbone: PreTrainedModel, mtp: MtpModule | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.mtp = mtp
+
+    @property
+    def head(self) -> torch.Tensor:
+        """lm_head's weight, [vocab, hidden], shared by both heads."""
+        return self.backbone.get_output_embeddings().weight
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None, with_mtp: bool = True) -> HiddenStates:
+        """Hidden states of both heads, without the vocabulary-sized logits.
+
+        Args:
+            tokens: rows of seq + 1 tokens, [batch, seq + 1]: the backbone reads the first seq of each; the MTP module
+                at position i also reads token i + 1.
+            mask: True for real tokens, [batch, seq + 1]; None where there is no padding.
+            with_mtp: False leaves the MTP module out.
+        """
+        decoder = self.backbone.get_decoder()
+        inputs_mask = None if mask is None else mask[:, :-1]
+        main = decoder(input_ids=tokens[:, :-1], attention_mask=inputs_mask, use_cache=False).last_hidden_state
+        if self.mtp is None or not with_mtp:
+            return HiddenStates(main, None)
+        next_embeddings = decoder.embed_tokens(tokens[:, 1:])
+        return HiddenStates(main, self.mtp(main, next_embeddings, decoder.rotary_emb, inputs_mask))
+
+    def set_experts_implementation(self, name: str) -> None:
+        """Choose how routed experts are computed (a key of Transformers' ALL_EXPERTS_FUNCTIONS), in both parts."""
+        self.backbone.config._experts_implementation = name
+        if self.mtp is not None:
+            self.mtp.config._experts_implementation = name
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters by their checkpoint name, experts fused as Transformers holds them; tied ones once."""
+        return {name.removeprefix("backbone."): p for name, p in self.named_parameters()}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MtpCausalLM:
+    """Load a checkpoint folder with its MTP module. Local files only; no code from the folder runs."""
+    checkpoint = Checkpoint(folder)
+    backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    mtp = None
+    if checkpoint.has_mtp:
+        mtp = MtpModule(backbone).to(dtype)
+        wanted = {f"mtp.{name}": parameter for name, parameter in mtp.named_parameters()}
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(read_module_tensor(checkpoint, name))
+    model = MtpCausalLM(backbone, mtp).to(device)
+    model.eval()
+    return model
+
+
+def read_module_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor as Transformers holds it in a module: as stored, or stacked from the per-expert tensors on disk."""
+    if name in checkpoint.specs:
+        return checkpoint.read(name)
+    block = next(b for b in checkpoint.family.blocks(checkpoint.config) if b.experts and name.startswith(b.prefix))
+    assert block.experts is not None
+    joined = block.experts.fused[name.removeprefix(block.prefix)]
+    experts = range(checkpoint.family.sizes(checkpoint.config)[block.experts.axis])
+    return torch.stack(
+        [torch.cat([checkpoint.read(block.prefix + part.format(expert=e)) for part in joined]) for e in experts]
+    )
+
+
+def initialise(config: Config, seed: int, device: str | torch.device = "cpu") -> MtpCausalLM:
+    """A randomly initialised float32 model of this shape, as Transformers initialises it; the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        mtp = MtpModule(backbone) if config["num_nextn_predict_layers"] else None
+    return MtpCausalLM(backbone, mtp).to(device)
+
+
+def save(
+    model: MtpCausalLM, folder: Path, like: Checkpoint | None, config: Config, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write weights, MTP included, and config.json into an existing (temporary) folder.
+
+    Tensor layout and dtypes are those of `like` (A_log may be float32 in a bfloat16 checkpoint); without it,
+    the family's default layout in `dtype`.
+    """
+    from slimqwen.families import family_of
+
+    family = family_of(config, "config.json")
+    layouts: Mapping[str, Layout] | None = like.layouts if like is not None else None
+    sizes = family.sizes(config)
+    held = model.tensors()
+    writer = CheckpointWriter(folder)
+    for spec in family.tensors(config, layouts):
+        tensor = disk_tensor(spec, held, sizes).detach().cpu()
+        writer.add(spec.name, tensor.to(like.dtype(spec.name) if like is not None else dtype))
+    writer.finish({**config, "dtype": str(dtype if like is None else like.dtype(next(iter(like.specs)))).removeprefix("torch.")})
+
+
+def disk_tensor(spec: TensorSpec, held: Mapping[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
+    """A checkpoint tensor out of the module's tensors: the same one, or one expert's rows of a fused one."""
+    if spec.name in held:
+        return held[spec.name]
+    experts = spec.block.experts
+    if experts is None or spec.expert is None:
+        raise UserError(f"the model holds no tensor '{spec.name}', which its config asks for.")
+    fused, joined = next((name, parts) for name, parts in experts.fused.items() if spec.pattern in parts)
+    before = joined[: joined.index(spec.pattern)]
+    start = sum(size(experts.per_expert[part][0], sizes) for part in before)
+    return held[spec.block.prefix + fused][spec.expert, start : start + spec.shape[0]]

@@ -1,0 +1,61 @@
+"""Which decoder layers stay (method.md section 2)."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from slimqwen.errors import UserError
+from slimqwen.recipe import DepthCriterion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def kept_layers(
+    criterion: DepthCriterion,
+    num_layers: int,
+    keep: int,
+    *,
+    similarity: "Tensor | None" = None,
+    block_influence: "Tensor | None" = None,
+    must_keep_one_of: Collection[int] | None = None,
+) -> list[int]:
+    """The `keep` of `num_layers` layers that stay, in ascending order. N = num_layers - keep layers go:
+
+    - 'last': the last N.
+    - 'similarity': the run l*..l*+N-1 that starts at l* = argmax of `similarity` `[layers]`, over the starts whose run
+      fits.
+    - 'block_influence': the N lowest of `block_influence` `[layers]`.
+
+    On a tie the later layer (or run) goes. `must_keep_one_of` are the full-attention layers: a stack without any
+    does not run (formats.md section 2), so one of them must stay. Where none would, 'block_influence' keeps the
+    highest-scored of them in place of the lowest-scored layer that would have stayed. The other two criteria name a
+    run that can't be mended without becoming another criterion: `UserError`.
+    """
+    assert 1 <= keep <= num_layers
+    if keep == num_layers:
+        return list(range(num_layers))
+
+    if criterion == "block_influence":
+        assert block_influence is not None and len(block_influence) == num_layers
+        influences = block_influence.tolist()
+        ranked = sorted(range(num_layers), key=lambda layer: -influences[layer])  # stable: the earlier layer wins a tie
+        kept = ranked[:keep]
+        if must_keep_one_of and not set(must_keep_one_of) & set(kept):
+            kept[-1] = next(layer for layer in ranked if layer in must_keep_one_of)
+        return sorted(kept)
+
+    if criterion == "similarity":
+        assert similarity is not None and len(similarity) == num_layers
+        cosines = similarity.tolist()
+        start = max(range(keep + 1), key=lambda layer: (cosines[layer], layer))
+    else:
+        start = keep
+    run = range(start, start + num_layers - keep)
+    kept = [layer for layer in range(num_layers) if layer not in run]
+    if must_keep_one_of and not set(must_keep_one_of) & set(kept):
+        raise UserError(
+            f"pruning.depth '{criterion}' to num_hidden_layers {keep} drops layers {run[0]} to {run[-1]} and with them "
+            f"every full-attention layer ({', '.join(map(str, sorted(must_keep_one_of)))}), of which one must stay: "
+            "keep more layers, or use 'block_influence', which always keeps one."
+        )
+    return kept

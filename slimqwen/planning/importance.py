@@ -1,0 +1,104 @@
+"""Importance and similarity: one pure function per criterion, from calibration sums to scores.
+
+Inputs are sums and counts over all calibration tokens, in float64 on the CPU: each function divides, once.
+Nothing divides by zero: what was never seen scores 0, and a zero vector has similarity 0 to everything.
+Sections are method.md's; SlimQwen is arXiv 2605.08738.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def norm_activation(abs_sums: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
+    """Importance of each residual channel, `[hidden]`: the mean over norms of the mean size of the norm's output.
+
+    score_k = 1/n_norms * sum over norms of (sum over tokens |RMSNorm(x)_k|) / tokens      (SlimQwen, section 3)
+
+    `abs_sums[n]`, `[hidden]`, and `counts[n]`, tokens, belong to the n-th RMSNorm; its output includes its gain.
+    Every norm weighs the same, however many tokens it saw.
+    """
+    means = [abs_sum / tokens for abs_sum, tokens in zip(abs_sums, counts, strict=True)]
+    return torch.stack(means).mean(dim=0)
+
+
+def frequency(assignments: Tensor, tokens: float) -> Tensor:
+    """Importance of each expert, `[experts]`: the share of tokens routed to it; sums to top-k.
+
+    score_i = E_x[1(i in A(x))] = assignments_i / tokens      (SlimQwen, section 4)
+    """
+    return assignments / tokens
+
+
+def soft_logits(gate_sums: Tensor, tokens: float) -> Tensor:
+    """Importance of each expert, `[experts]`: its mean gate weight over ALL tokens, 0 where not selected; sums to 1.
+
+    score_i = E_x[1(i in A(x)) z_i / sum_{j in A(x)} z_j] = gate_sums_i / tokens      (SlimQwen, section 4)
+
+    `gate_sums` are sums of the gate weights after renormalisation over the selected experts.
+    """
+    return gate_sums / tokens
+
+
+def reap(gated_norm_sums: Tensor, assignments: Tensor) -> Tensor:
+    """Importance of each expert, `[experts]`: its mean gated output norm over the tokens ROUTED to it.
+
+    score_i = (sum over tokens routed to i of z_i ||E_i(x)||_2) / assignments_i      (REAP, 2510.13999; section 4)
+
+    An expert never routed to scores 0.
+    """
+    return gated_norm_sums / assignments.clamp(min=1)
+
+
+def similarity(hidden_sums: Tensor) -> Tensor:
+    """How little each layer turns the mean hidden state, `[layers]`: c_l = cos(a_{l-1}, a_l)      (SlimQwen, section 2)
+
+    `hidden_sums`, `[layers + 1, hidden]`: row l is the sum over tokens of the hidden state before layer l, row l + 1
+    of the one after it. The cosine of two sums is the cosine of the two means.
+    """
+    directions = _directions(hidden_sums)
+    return (directions[:-1] * directions[1:]).sum(dim=-1).clamp(-1.0, 1.0)
+
+
+def block_influence(cosine_sums: Tensor, tokens: float) -> Tensor:
+    """How much each layer turns a token's hidden state, `[layers]`      (ShortGPT, 2403.03853; section 2)
+
+    BI_l = 1 - mean over tokens of cos(h_{l-1,t}, h_{l,t}) = 1 - cosine_sums_l / tokens; 0 is a layer that does nothing.
+    """
+    return 1.0 - cosine_sums / tokens
+
+
+def router_logits_similarity(gram: Tensor) -> Tensor:
+    """Cosine, `[experts, experts]`, of the experts' router logits seen as vectors over the calibration tokens.
+
+    cos_ij = gram_ij / sqrt(gram_ii gram_jj), gram_ij = sum over tokens of logit_i logit_j      (SlimQwen, section 4)
+    """
+    lengths = _nonzero(gram.diagonal().sqrt())
+    return (gram / lengths[:, None] / lengths[None, :]).clamp(-1.0, 1.0)
+
+
+def router_weights_similarity(rows: Tensor) -> Tensor:
+    """Cosine, `[experts, experts]`, of the router's rows, `[experts, hidden]`      (SlimQwen, section 4)"""
+    directions = _directions(rows)
+    return (directions @ directions.T).clamp(-1.0, 1.0)
+
+
+def expert_output_similarity(output_sums: Tensor, assignments: Tensor) -> Tensor:
+    """Cosine, `[experts, experts]`, of the experts' mean outputs on the tokens routed to them      (section 4; ours)
+
+    `output_sums`, `[experts, hidden]`: the sum of E_i(x) (not gated) over the `assignments_i` tokens routed to i.
+    An expert never routed to has no direction: similarity 0 to every expert, itself included.
+    """
+    directions = _directions(output_sums / assignments.clamp(min=1)[:, None])
+    return (directions @ directions.T).clamp(-1.0, 1.0)
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    """`vectors`, `[n, hidden]`, scaled to length 1; a zero vector stays zero."""
+    return vectors / _nonzero(vectors.norm(dim=-1, keepdim=True))
+
+
+def _nonzero(lengths: Tensor) -> Tensor:
+    """`lengths`, with 1 for 0: what is divided by them is zero there, and 0 / 1 is the 0 we want."""
+    return lengths.where(lengths > 0, 1.0)

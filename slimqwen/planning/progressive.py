@@ -1,0 +1,87 @@
+"""Spreading a cut over stages (method.md section 7). Every `Target` here has all its fields filled in."""
+
+import itertools
+from collections.abc import Sequence
+
+from slimqwen.errors import UserError
+from slimqwen.recipe import Schedule, Target
+
+HIDDEN_MULTIPLE = 8  # tensor cores want bfloat16 matrices whose sides are multiples of 8
+
+
+def check_target(source: Target, target: Target) -> None:
+    """Raise one `UserError` that names everything that keeps `target` from being cut out of `source`."""
+    wanted, available = _shape(target), _shape(source)
+    problems = [
+        f"{field} {wanted[field]} is more than the source's {available[field]}"
+        for field in wanted
+        if wanted[field] > available[field]
+    ]
+    experts, top_k = wanted["num_experts"], wanted["num_experts_per_tok"]
+    if experts < top_k:
+        problems.append(f"num_experts {experts} is less than num_experts_per_tok {top_k}")
+    if problems:
+        raise UserError(f"the target can't be cut out of the source, change target: {'; '.join(problems)}.")
+
+
+def stage_targets(schedule: Schedule, source: Target, target: Target) -> list[Target]:
+    """The shape that each stage ends with; the last is `target`.
+
+    - 'one_shot': [target].
+    - 'depth_first': half of the layers to be dropped; then everything else.
+    - 'width_first': half of the width cut; then everything else.
+    - 'joint': half of both; then everything else.
+
+    Width is all that is not depth: hidden size, experts and top-k together (ours: section 7 leaves it open for
+    width_first, and this makes it the mirror image of depth_first). The smaller half goes first (of 3 layers 1, then
+    2), but a cut of one goes whole; a hidden size is halved in units of 8 where source and target are multiples of 8.
+    A stage that would change nothing is left out (depth_first with no layer to drop has one stage).
+
+    Example, layers / hidden / experts / top-k: 48/2048/512/10 -> 36/1536/256/8 goes over 42/2048/512/10 depth_first,
+    48/1792/384/9 width_first, 42/1792/384/9 joint.
+    """
+    goal = _shape(target)
+    halfway = Target(**{field: _halfway(field, size, goal[field]) for field, size in _shape(source).items()})
+    first = {
+        "one_shot": target,
+        "depth_first": source.model_copy(update={"num_hidden_layers": halfway.num_hidden_layers}),
+        "width_first": halfway.model_copy(update={"num_hidden_layers": source.num_hidden_layers}),
+        "joint": halfway,
+    }[schedule]
+    return [target] if first in (source, target) else [first, target]
+
+
+def stage_token_counts(fractions: Sequence[float], total_steps: int) -> list[int]:
+    """Optimiser steps of each stage: at least 1 each, `total_steps` together.
+
+    `fractions` are the stages' shares of the tokens and sum to 1. Each stage ends at the step nearest to its cumulated
+    share, so rounding never adds up: thirds of 10 steps end at 3.3, 6.7 and 10, which makes 3, 4 and 3 steps.
+    """
+    stages = len(fractions)
+    if total_steps < stages:
+        raise UserError(
+            f"distil.tokens is enough for {total_steps} optimiser steps, and each of the schedule's {stages} stages "
+            "needs one: raise distil.tokens or lower distil.batch_size."
+        )
+    ends = [0]
+    for stage, share in enumerate(itertools.accumulate(fractions), start=1):
+        last_end = total_steps - (stages - stage)  # leaves one step to each stage that follows
+        ends.append(min(max(round(share * total_steps), ends[-1] + 1), last_end))
+    ends[-1] = total_steps  # even where the shares sum to 1 but for rounding
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def _halfway(field: str, source: int, target: int) -> int:
+    """The size after the first of two cuts, by the rule in `stage_targets`."""
+    aligned = field == "hidden_size" and source % HIDDEN_MULTIPLE == target % HIDDEN_MULTIPLE == 0
+    unit = HIDDEN_MULTIPLE if aligned else 1
+    if source - target <= unit:
+        return target
+    return source - (source - target) // 2 // unit * unit
+
+
+def _shape(target: Target) -> dict[str, int]:
+    """config.json's name of each size -> the size."""
+    shape: dict[str, int | None] = target.model_dump()
+    assert None not in shape.values(), f"not filled in: {target}"
+    return {field: size for field, size in shape.items() if size is not None}

@@ -1,0 +1,225 @@
+"""The whole configuration of a run: strict, documented where it is declared, checked all at once.
+
+A recipe is YAML. Every key is a field below and every field has a description; unknown keys are errors with
+a suggestion. `load_recipe` reads the file, applies `--set key=value` overrides and reports all problems together.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BUILTIN_TEACHER = "builtin"
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+DepthCriterion = Literal["last", "similarity", "block_influence"]
+WidthCriterion = Literal["norm_activation"]
+ExpertImportance = Literal["frequency", "soft_logits", "reap"]
+ExpertCompression = Literal["prune", "merge", "partial"]
+ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
+LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
+Schedule = Literal["one_shot", "depth_first", "width_first", "joint"]
+Baseline = Literal["pruned", "random_init", "lm_only"]
+
+
+class Section(BaseModel):
+    """A group of recipe fields; unknown keys are refused, values are not mutated after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Section):
+    """One source of text. Give exactly one of `builtin` and `path`."""
+
+    builtin: Literal["python-stdlib", "python-packages"] | None = Field(
+        None,
+        description="'python-stdlib': the standard library of the running interpreter; "
+        "'python-packages': the packages installed beside slimqwen. Nothing is downloaded.",
+    )
+    path: Path | None = Field(
+        None,
+        description="A .txt file (one document), .jsonl or .parquet (one document per row), a source file, or a folder: "
+        "all such files below it, each source file a document.",
+    )
+    text_field: str = Field("text", description="The column that holds the text, in .jsonl and .parquet.")
+    weight: PositiveFloat = Field(1.0, description="Share of this source's documents to keep, at most 1.", le=1.0)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if (self.builtin is None) == (self.path is None):
+            raise ValueError("give exactly one of 'builtin' and 'path'")
+        return self
+
+
+class DataRecipe(Section):
+    """What the model is trained, calibrated and evaluated on."""
+
+    sources: list[Source] = Field([Source(builtin="python-stdlib")], min_length=1, description="Where the text comes from.")
+    heldout_sources: list[Source] = Field(
+        [], description="Text for evaluation only. Empty: a share of `sources` is held out by a hash of each document's path."
+    )
+    heldout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.05, description="Share of documents held out when `heldout_sources` is empty."
+    )
+    sequence_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens in one training sequence.")
+
+
+class CalibrationRecipe(Section):
+    """The forward pass that the importance scores are measured on."""
+
+    samples: PositiveInt = Field(1024, description="Training sequences to measure on (the paper: 1,024).")
+    batch_size: PositiveInt = Field(8, description="Sequences per forward pass. Changes speed and memory, not the result.")
+
+
+class Target(Section):
+    """The shape to reach; a field left out keeps the source's value. Names are config.json's."""
+
+    num_hidden_layers: PositiveInt | None = Field(None, description="Decoder layers.")
+    hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
+    num_experts: PositiveInt | None = Field(None, description="Routed experts per MoE block.")
+    num_experts_per_tok: PositiveInt | None = Field(None, description="Experts that each token is routed to (top-k).")
+
+
+class ExpertRecipe(Section):
+    """Which experts stay and what becomes of the others (method.md section 4)."""
+
+    importance: ExpertImportance = Field("reap", description="How an expert is scored.")
+    compression: ExpertCompression = Field(
+        "partial",
+        description="'prune': drop the others; 'merge': average each into its most similar kept expert; "
+        "'partial': the top half stays untouched, the next half are bases that absorb the others.",
+    )
+    similarity: ExpertSimilarity = Field("expert_output", description="What merging compares, by cosine.")
+
+
+class PruningRecipe(Section):
+    """The criterion for each axis."""
+
+    depth: DepthCriterion = Field("last", description="Which layers go: the last ones (the paper's choice), or by a score.")
+    width: WidthCriterion = Field("norm_activation", description="Which residual channels stay.")
+    experts: ExpertRecipe = Field(ExpertRecipe(), description="Which experts stay.")
+
+
+class StageRecipe(Section):
+    """One stage of a progressive schedule written out by hand."""
+
+    target: Target = Field(description="The shape that this stage ends with.")
+    token_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(description="Share of `distil.tokens` spent after this stage's cut.")
+
+
+class Ramp(Section):
+    """A weight that moves over the whole run, from `start` to `end`."""
+
+    start: Fraction
+    end: Fraction
+
+
+class DistilRecipe(Section):
+    """Training: loss (method.md section 5), optimiser and learning rate (section 6)."""
+
+    tokens: PositiveInt = Field(description="Training tokens of the whole run, over all stages.")
+    batch_size: PositiveInt = Field(8, description="Sequences per optimiser step.")
+    micro_batch_size: PositiveInt | None = Field(None, description="Sequences per forward pass; must divide batch_size. Default: batch_size.")
+    terms: list[LossTerm] = Field(
+        ["lm", "kd", "mtp_lm", "mtp_kd"],
+        min_length=1,
+        description="Terms of the loss. Without 'kd' and 'mtp_kd' no teacher is loaded: [lm, mtp_lm] is the LM-only baseline. "
+        "Where a head has only one of its two terms, that term has its full weight.",
+    )
+    kd_weight: Ramp = Field(Ramp(start=1.0, end=0.75), description="lambda: weight of KD against LM, linear over the run.")
+    mtp_weight: Ramp = Field(Ramp(start=0.3, end=0.1), description="beta: weight of the MTP terms, cosine over the run.")
+    mtp_target: Literal["main", "mtp"] = Field(
+        "main", description="What the MTP head learns from: the teacher's next-token distribution, or the teacher's own MTP head."
+    )
+    load_balancing_coefficient: Annotated[float, Field(ge=0.0)] = Field(
+        0.001, description="Weight of the load-balancing loss over the global batch; 0 turns it off."
+    )
+    learning_rate: PositiveFloat = Field(4e-4, description="Peak learning rate.")
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = Field(3e-5, description="Learning rate at the end of the cosine.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(2000, description="Steps of linear warm-up, once per run.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.1, description="AdamW's decay, on matrices only (not norms, biases, A_log, dt_bias).")
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW's first moment decay.")
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW's second moment decay.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this global norm.")
+    loss_chunk_tokens: PositiveInt = Field(1024, description="Tokens whose logits exist at one time. Changes memory, not the result.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    save_every_steps: PositiveInt = Field(100, description="Steps between resumable training states.")
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> "DistilRecipe":
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class EvaluationRecipe(Section):
+    """What is measured on held-out text at the end."""
+
+    tokens: PositiveInt = Field(65_536, description="Held-out tokens to measure loss, KL and agreement on.")
+    batch_size: PositiveInt = Field(8, description="Sequences per forward pass.")
+    acceptance_prompts: PositiveInt = Field(32, description="Held-out prompts whose greedy continuations the MTP head drafts.")
+    acceptance_prompt_tokens: PositiveInt = Field(64, description="Tokens of each prompt.")
+    acceptance_new_tokens: PositiveInt = Field(64, description="Tokens of each greedy continuation.")
+    acceptance_depth: PositiveInt = Field(4, description="Tokens drafted per position: acc_0 .. acc_{depth-1}.")
+
+
+class Recipe(Section):
+    """One run: from a teacher and a target to a smaller model, its evaluation and its report."""
+
+    name: str = Field("slimqwen", description="Shown in the report and on the model card.")
+    run_dir: Path = Field(description="Folder of every artefact of the run.")
+    teacher: str = Field(BUILTIN_TEACHER, description="A checkpoint folder, or 'builtin': the small teacher inside the package.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the data order and of random initialisation.")
+    device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Compute dtype of the teacher. 'auto': bfloat16 on a GPU, float32 on a CPU. The student trains in float32."
+    )
+    init: Literal["pruned", "random"] = Field("pruned", description="'random': the target shape from random weights, on all the tokens at once.")
+    target: Target | None = Field(None, description="The final shape. Needed unless `stages` is written out.")
+    pruning: PruningRecipe = Field(PruningRecipe(), description="Criteria.")
+    schedule: Schedule = Field("depth_first", description="How the cuts are spread over stages (method.md section 7).")
+    first_stage_token_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="Share of the tokens spent in the first stage of a two-stage schedule."
+    )
+    stages: list[StageRecipe] | None = Field(None, min_length=1, description="Stages by hand, instead of `target` and `schedule`.")
+    data: DataRecipe = Field(DataRecipe(), description="Text.")
+    calibration: CalibrationRecipe = Field(CalibrationRecipe(), description="Measuring importance.")
+    distil: DistilRecipe = Field(description="Training.")
+    baselines: list[Baseline] = Field(
+        [],
+        description="Also make, on the same tokens: 'pruned' (the final shape in one cut, no training), "
+        "'random_init' (the final shape from random weights + KD), 'lm_only' (the same cuts, no teacher).",
+    )
+    evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Measuring the result.")
+
+    @model_validator(mode="after")
+    def _stages_or_target(self) -> "Recipe":
+        if (self.target is None) == (self.stages is None):
+            raise ValueError("give exactly one of 'target' (with 'schedule') and 'stages'")
+        if self.stages is not None:
+            total = sum(stage.token_fraction for stage in self.stages)
+            if abs(total - 1.0) > 1e-6:
+                raise ValueError(f"the stages' token_fraction must sum to 1, not {total:g}")
+        return self
+
+
+class PretrainRecipe(Section):
+    """A teacher from nothing: tokenizer, random weights, language modelling. The built-in teacher was made by one."""
+
+    name: str = Field("pretrain", description="Shown with the progress.")
+    run_dir: Path = Field(description="Folder of every artefact of the run; the result is its `final/`.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the weights and of the data order.")
+    device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
+    config: dict[str, Any] = Field(description="The model's config.json; vocab_size is also the tokenizer's.")
+    tokenizer_documents: PositiveInt = Field(4000, description="Training documents that the tokenizer learns from.")
+    data: DataRecipe = Field(DataRecipe(), description="Text.")
+    training: DistilRecipe = Field(description="Training; terms must be among lm and mtp_lm: there is no teacher.")
+
+    @model_validator(mode="after")
+    def _no_teacher(self) -> "PretrainRecipe":
+        if not set(self.training.terms) <= {"lm", "mtp_lm"}:
+            raise ValueError("training.terms must be among lm and mtp_lm: pretraining has no teacher")
+        return self

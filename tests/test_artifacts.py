@@ -1,0 +1,149 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from slimqwen import artifacts
+from slimqwen.artifacts import atomic_file, atomic_folder, fingerprint, fingerprint_value, write_json
+from slimqwen.errors import StageFailed
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "plan.json"
+    with atomic_file(path) as partial:
+        partial.write_text("half")
+        assert not path.exists()
+        partial.write_text("whole")
+    assert path.read_text() == "whole"
+    assert names(path.parent) == ["plan.json"]
+
+
+def test_a_failed_file_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["plan.json"]
+
+
+def test_a_folder_replaces_the_old_one_with_all_its_contents(tmp_path):
+    path = tmp_path / "pruned"
+    path.mkdir()
+    (path / "stale.safetensors").write_text("old")
+    with atomic_folder(path) as partial:
+        (partial / "config.json").write_text("{}")
+        assert names(path) == ["stale.safetensors"]
+    assert names(path) == ["config.json"]
+    assert names(tmp_path) == ["pruned"]
+
+
+def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "pruned"
+    path.mkdir()
+    (path / "config.json").write_text("old")
+    with pytest.raises(RuntimeError, match="stopped"), atomic_folder(path) as partial:
+        (partial / "config.json").write_text("half")
+        raise RuntimeError("stopped")
+    assert (path / "config.json").read_text() == "old"
+    assert names(tmp_path) == ["pruned"]
+
+
+def test_what_a_killed_process_left_behind_is_cleared(tmp_path):
+    path = tmp_path / "pruned"
+    left_behind = tmp_path / ".pruned.partial"
+    left_behind.mkdir()
+    (left_behind / "model-00001.safetensors").write_text("half")
+    with atomic_folder(path) as partial:
+        (partial / "config.json").write_text("{}")
+    assert names(path) == ["config.json"]
+    assert names(tmp_path) == ["pruned"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        RuntimeError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
+    ],
+)
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_a_full_disk_is_one_sentence(tmp_path, atomic, error):
+    path = tmp_path / "artefact"
+    with pytest.raises(StageFailed) as failed, atomic(path):
+        raise error
+    assert str(failed.value) == (
+        f"the disk is full: {path} could not be written. Free some space and run the same command again."
+    )
+    assert failed.value.exit_code == 1
+    assert names(tmp_path) == []
+
+
+def test_other_os_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(PermissionError), atomic_file(tmp_path / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_json_is_readable_and_complete(tmp_path):
+    write_json(tmp_path / "x.json", {"name": "é", "kept": [1, 2]})
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"name": "é", "kept": [1, 2]}
+    assert "é" in text and text.endswith("}\n")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "checkpoint" / "shards").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    (tmp_path / "checkpoint" / "shards" / "a.bin").write_bytes(b"0123456789")
+    return tmp_path / "checkpoint"
+
+
+def test_fingerprint_changes_with_content_name_and_files(folder):
+    shard = folder / "shards" / "a.bin"
+    seen = [fingerprint(folder)]
+    shard.write_bytes(b"0123456780")
+    seen.append(fingerprint(folder))
+    shard.rename(folder / "shards" / "b.bin")
+    seen.append(fingerprint(folder))
+    (folder / "empty").touch()
+    seen.append(fingerprint(folder))
+    assert len(set(seen)) == 4
+
+
+def test_fingerprint_is_that_of_the_contents(folder, tmp_path):
+    before = fingerprint(folder)
+    (folder / ".done").write_text("bookkeeping")
+    os.utime(folder / "config.json", (0, 0))
+    assert fingerprint(folder) == before
+    assert fingerprint(folder.rename(tmp_path / "elsewhere")) == before
+
+
+def test_fingerprint_of_one_file(folder):
+    before = fingerprint(folder / "config.json")
+    (folder / "config.json").write_text("[]")
+    assert fingerprint(folder / "config.json") != before
+
+
+def test_fingerprint_of_a_large_file_notices_size_and_both_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "FULLY_HASHED_BYTES", 1000)
+    monkeypatch.setattr(artifacts, "SAMPLE_BYTES", 10)
+    path = tmp_path / "model.safetensors"
+    seen = []
+    for contents in (bytes(2000), b"x" + bytes(1999), bytes(1999) + b"x", bytes(2001)):
+        path.write_bytes(contents)
+        seen.append(fingerprint(path))
+    assert len(set(seen)) == 4
+
+
+def test_fingerprint_of_a_value_ignores_the_order_of_keys():
+    assert fingerprint_value({"a": 1, "b": [1, 2]}) == fingerprint_value({"b": [1, 2], "a": 1})
+    assert fingerprint_value({"a": 1, "b": [1, 2]}) != fingerprint_value({"a": 1, "b": [2, 1]})

@@ -1,0 +1,233 @@
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, Field
+
+from slimqwen.errors import UserError
+from slimqwen.recipe import Recipe, Target
+from slimqwen.recipe_file import describe, dump_recipe, load_recipe
+
+SMALLEST = """\
+run_dir: runs/x
+target: {hidden_size: 96}
+distil:
+  tokens: 1000
+"""
+
+
+def written(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        load_recipe(path, overrides)
+    assert refused.value.exit_code == 2
+    return str(refused.value)
+
+
+def test_the_smallest_recipe(tmp_path):
+    recipe = load_recipe(written(tmp_path, SMALLEST))
+    assert recipe.run_dir == Path("runs/x")
+    assert recipe.target == Target(hidden_size=96)
+    assert recipe.distil.tokens == 1000
+    assert recipe.distil.learning_rate == 4e-4
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    path = written(
+        tmp_path,
+        """\
+        run_dir: runs/x
+        schedul: joint
+        learning_rate: 1.0
+        target: {hidden_size: -4}
+        data: {sources: [{path: text, weight: 2}]}
+        baselines: [lm_onyl]
+        distil: {lerning_rate: 0.1, batch_size: true, warmup_steps: "5", adam_beta1: -1}
+        """,
+    )
+    first, *lines = refusal(path).splitlines()
+    assert first == f"{path} has 10 problems:"
+    assert sorted(lines) == sorted(
+        [
+            "  schedul: unknown key (did you mean 'schedule'?)",
+            "  learning_rate: unknown key (did you mean 'distil.learning_rate'?)",
+            "  target.hidden_size: must be greater than 0, is -4",
+            "  data.sources.0.weight: must be at most 1, is 2",
+            "  baselines.0: must be 'pruned', 'random_init' or 'lm_only', is \"lm_onyl\" (did you mean 'lm_only'?)",
+            "  distil.tokens: missing (Training tokens of the whole run, over all stages)",
+            "  distil.lerning_rate: unknown key (did you mean 'learning_rate'?)",
+            "  distil.batch_size: must be a whole number, is true",
+            '  distil.warmup_steps: must be a whole number, is "5"',
+            "  distil.adam_beta1: must be at least 0, is -1",
+        ]
+    )
+
+
+def test_one_problem_and_the_sentence_of_a_validator(tmp_path):
+    path = written(tmp_path, SMALLEST + "  batch_size: 8\n  micro_batch_size: 3\n")
+    assert refusal(path) == f"{path} has 1 problem:\n  distil: micro_batch_size 3 does not divide batch_size 8"
+
+
+def test_overrides(tmp_path):
+    path = written(
+        tmp_path,
+        """\
+        run_dir: runs/x
+        distil: {tokens: 1000}
+        stages:
+        - {target: {num_hidden_layers: 4}, token_fraction: 0.1}
+        - {target: {hidden_size: 96}, token_fraction: 0.9}
+        """,
+    )
+    recipe = load_recipe(
+        path,
+        [
+            "distil.learning_rate=1e-4",
+            "distil.tokens=40e9",
+            "distil.terms=[lm,mtp_lm]",
+            "distil.kd_weight.end=0.5",
+            "stages.0.token_fraction=0.2",
+            "stages.1.token_fraction=0.8",
+            "evaluation.tokens=4096",
+            "name=a=b",
+        ],
+    )
+    assert recipe.distil.learning_rate == 1e-4
+    assert recipe.distil.tokens == 40_000_000_000
+    assert recipe.distil.terms == ["lm", "mtp_lm"]
+    assert (recipe.distil.kd_weight.start, recipe.distil.kd_weight.end) == (1.0, 0.5)
+    assert recipe.stages is not None
+    assert [stage.token_fraction for stage in recipe.stages] == [0.2, 0.8]
+    assert recipe.evaluation.tokens == 4096
+    assert recipe.name == "a=b"
+
+
+def test_an_override_removes_a_value(tmp_path):
+    path = written(tmp_path, SMALLEST + "  micro_batch_size: 4\n")
+    assert load_recipe(path).distil.micro_batch_size == 4
+    assert load_recipe(path, ["distil.micro_batch_size=null"]).distil.micro_batch_size is None
+
+
+def test_bad_overrides_are_reported_with_the_other_problems(tmp_path):
+    path = written(tmp_path, SMALLEST + "  batch_size: 0\nbaselines: [pruned]\n")
+    lines = refusal(
+        path,
+        "distil.tokens",
+        "distil.lerning_rate=1",
+        "run_dir.x=1",
+        "baselines.1=lm_only",
+        "data.sources.0.path=text",
+        "seed=[",
+    ).splitlines()
+    assert lines == [
+        f"{path} has 7 problems:",
+        "  --set distil.tokens: write it as key=value",
+        '  --set run_dir.x=1: run_dir is "runs/x" and has nothing below it',
+        "  --set baselines.1=lm_only: baselines has 1 items, counted from 0, and no item '1'",
+        "  --set data.sources.0.path=text: the file has no list 'sources' to change an item of: set the whole list",
+        "  --set seed=[: the value is not valid YAML: line 1, column 2: expected the node content, but found "
+        "'<stream end>'",
+        "  distil.batch_size: must be greater than 0, is 0",
+        "  distil.lerning_rate: unknown key (did you mean 'learning_rate'?)",
+    ]
+
+
+@pytest.mark.parametrize("text", ["4e-4", "4E-4", "4.0e-4", "0.0004", "+4e-4", "40e-5"])
+def test_numbers_as_people_write_them(tmp_path, text):
+    assert load_recipe(written(tmp_path, SMALLEST + f"  learning_rate: {text}\n")).distil.learning_rate == 4e-4
+
+
+def test_a_fractional_count_is_refused(tmp_path):
+    assert "distil.batch_size: must be a whole number, is 2.5" in refusal(
+        written(tmp_path, SMALLEST + "  batch_size: 2.5\n")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "{path} is empty: a recipe is a list of key: value pairs"),
+        ("# only a comment\n", "{path} is empty: a recipe is a list of key: value pairs"),
+        ("- a\n", '{path} must hold key: value pairs at its top level, not ["a"]'),
+        ("a: 1\nb: [2\n", "{path} is not valid YAML: line 3, column 1: expected ',' or ']', but got '<stream end>'"),
+        ("a: 1\nb: {c: 2, c: 3}\n", "{path} is not valid YAML: line 2, column 11: the key 'c' is given twice"),
+        ("a: &x 1\nb: *x\n", "{path} is not valid YAML: line 2, column 4: aliases (*name) are not supported"),
+        ("a: !!python/name:os.system\n", "{path} is not valid YAML: line 1, column 4: could not determine a constr"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, text, sentence):
+    path = written(tmp_path, text)
+    assert refusal(path).startswith(sentence.format(path=path))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    written(tmp_path, SMALLEST, "demo.yaml")
+    assert refusal(tmp_path / "dmo.yaml") == f"there is no file {tmp_path / 'dmo.yaml'} (did you mean 'demo.yaml'?)"
+    assert refusal(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    assert refusal(tmp_path / "latin.yaml") == f"{tmp_path / 'latin.yaml'} is not a text file in UTF-8 (byte 6 is not)"
+
+
+def test_dump_and_load_give_the_same_recipe(tmp_path):
+    recipe = Recipe.model_validate(
+        {
+            "name": "1e5",  # text that must not come back as a number
+            "run_dir": "runs/é",
+            "distil": {"tokens": 7, "learning_rate": 1e-4, "final_learning_rate": 3e-5, "terms": ["lm"]},
+            "stages": [{"target": {"num_experts": 8}, "token_fraction": 1}],
+            "data": {"sources": [{"path": "text"}, {"builtin": "python-packages"}]},
+        }
+    )
+    path = tmp_path / "recipe.resolved.yaml"
+    dump_recipe(recipe, path)
+    assert load_recipe(path) == recipe
+    assert "\nschedule: depth_first\n" in path.read_text()  # defaults are written out
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_any_model_can_be_loaded(tmp_path):
+    path = written(tmp_path, "num_experts: 8\n")
+    assert load_recipe(path, ["hidden_size=96"], model=Target) == Target(num_experts=8, hidden_size=96)
+
+
+def test_describe_names_every_field():
+    class Inner(BaseModel):
+        depth: int = Field(description="How deep.")
+
+    class Outer(BaseModel):
+        kind: str = Field("plain", description="Which kind.")
+        inner: Inner = Field(Inner(depth=3), description="Inside.")
+        parts: list[Inner] | None = None
+
+    assert describe(Outer) == "\n".join(
+        [
+            'kind: text, default "plain"',
+            "    Which kind.",
+            "inner: section",
+            "    Inside.",
+            "inner.depth: whole number, default 3",
+            "    How deep.",
+            "parts: list of section, default null",
+            "parts.N.depth: whole number, required",
+            "    How deep.",
+        ]
+    )
+
+
+def test_describe_covers_what_a_dumped_recipe_holds(tmp_path):
+    recipe = load_recipe(written(tmp_path, SMALLEST))
+    described = {line.split(":")[0] for line in describe(Recipe).splitlines() if not line.startswith(" ")}
+
+    def keys(value: object, prefix: str = "") -> set[str]:
+        if isinstance(value, list):
+            return {key for item in value for key in keys(item, prefix + "N.")}
+        if isinstance(value, dict):
+            return {prefix + key for key in value} | {k for key in value for k in keys(value[key], f"{prefix}{key}.")}
+        return set()
+
+    assert keys(json.loads(recipe.model_dump_json())) <= described
