@@ -1,0 +1,47 @@
+"""Compress a pretrained Mixture-of-Experts language model: prune depth, width and experts, then distil.
+
+The stage functions are the library; the command line calls nothing else:
+
+    tokenize -> calibrate -> plan -> prune -> distil -> evaluate -> report, and `run` for all of them by a recipe.
+
+They are imported on first use, so that `import slimqwen` is instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimqwen.calibration.calibrate import calibrate as calibrate
+    from slimqwen.data.tokenize import tokenize as tokenize
+    from slimqwen.distillation.distil import distil as distil
+    from slimqwen.distillation.pretrain import pretrain as pretrain
+    from slimqwen.evaluation.evaluate import evaluate as evaluate
+    from slimqwen.pipeline import run as run
+    from slimqwen.planning.plan import plan as plan
+    from slimqwen.pruning.prune import prune as prune
+    from slimqwen.recipe import Recipe as Recipe
+    from slimqwen.recipe import Target as Target
+    from slimqwen.recipe_file import load_recipe as load_recipe
+    from slimqwen.reporting.report import report as report
+
+_HOMES = {
+    "Recipe": "slimqwen.recipe",
+    "Target": "slimqwen.recipe",
+    "calibrate": "slimqwen.calibration.calibrate",
+    "distil": "slimqwen.distillation.distil",
+    "evaluate": "slimqwen.evaluation.evaluate",
+    "load_recipe": "slimqwen.recipe_file",
+    "plan": "slimqwen.planning.plan",
+    "pretrain": "slimqwen.distillation.pretrain",
+    "prune": "slimqwen.pruning.prune",
+    "report": "slimqwen.reporting.report",
+    "run": "slimqwen.pipeline",
+    "tokenize": "slimqwen.data.tokenize",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slimqwen' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -80,6 +80,7 @@ def fingerprint(path: Path) -> str:
     (first and last included): enough to notice another checkpoint, cheap enough for one of 160 GB.
     Hidden files (a stage's own bookkeeping) do not count.
     """
+    assert path.exists(), f"{path} has no content to recognise"
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:

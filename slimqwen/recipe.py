@@ -22,19 +22,20 @@ ExpertCompression = Literal["prune", "merge", "partial"]
 ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
 LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
 Schedule = Literal["one_shot", "depth_first", "width_first", "joint"]
+BuiltinSource = Literal["python-stdlib", "python-packages"]
 Baseline = Literal["pruned", "random_init", "lm_only"]
 
 
 class Section(BaseModel):
     """A group of recipe fields; unknown keys are refused, values are not mutated after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Section):
     """One source of text. Give exactly one of `builtin` and `path`."""
 
-    builtin: Literal["python-stdlib", "python-packages"] | None = Field(
+    builtin: BuiltinSource | None = Field(
         None,
         description="'python-stdlib': the standard library of the running interpreter; "
         "'python-packages': the packages installed beside slimqwen. Nothing is downloaded.",
@@ -45,7 +46,9 @@ class Source(Section):
         "all such files below it, each source file a document.",
     )
     text_field: str = Field("text", description="The column that holds the text, in .jsonl and .parquet.")
-    weight: PositiveFloat = Field(1.0, description="Share of this source's documents to keep, at most 1.", le=1.0)
+    keep_fraction: PositiveFloat = Field(
+        1.0, description="Share of this source's documents to keep, at most 1.", le=1.0
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
@@ -57,9 +60,12 @@ class Source(Section):
 class DataRecipe(Section):
     """What the model is trained, calibrated and evaluated on."""
 
-    sources: list[Source] = Field([Source(builtin="python-stdlib")], min_length=1, description="Where the text comes from.")
+    sources: list[Source] = Field(
+        [Source(builtin="python-stdlib")], min_length=1, description="Where the text comes from."
+    )
     heldout_sources: list[Source] = Field(
-        [], description="Text for evaluation only. Empty: a share of `sources` is held out by a hash of each document's path."
+        [],
+        description="Text for evaluation only. Empty: a share of `sources` is held out by a hash of each document's path.",
     )
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.05, description="Share of documents held out when `heldout_sources` is empty."
@@ -71,7 +77,9 @@ class CalibrationRecipe(Section):
     """The forward pass that the importance scores are measured on."""
 
     samples: PositiveInt = Field(1024, description="Training sequences to measure on (the paper: 1,024).")
-    batch_size: PositiveInt = Field(8, description="Sequences per forward pass. Changes speed and memory, not the result.")
+    batch_size: PositiveInt = Field(
+        8, description="Sequences per forward pass. Changes speed and memory, not the result."
+    )
 
 
 class Target(Section):
@@ -98,7 +106,9 @@ class ExpertRecipe(Section):
 class PruningRecipe(Section):
     """The criterion for each axis."""
 
-    depth: DepthCriterion = Field("last", description="Which layers go: the last ones (the paper's choice), or by a score.")
+    depth: DepthCriterion = Field(
+        "last", description="Which layers go: the last ones (the paper's choice), or by a score."
+    )
     width: WidthCriterion = Field("norm_activation", description="Which residual channels stay.")
     experts: ExpertRecipe = Field(ExpertRecipe(), description="Which experts stay.")
 
@@ -107,14 +117,16 @@ class StageRecipe(Section):
     """One stage of a progressive schedule written out by hand."""
 
     target: Target = Field(description="The shape that this stage ends with.")
-    token_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(description="Share of `distil.tokens` spent after this stage's cut.")
+    token_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        description="Share of `distil.tokens` spent after this stage's cut."
+    )
 
 
 class Ramp(Section):
-    """A weight that moves over the whole run, from `start` to `end`."""
+    """A weight that moves over the whole run, up or down."""
 
-    start: Fraction
-    end: Fraction
+    start: Fraction = Field(description="At the first step of the run.")
+    end: Fraction = Field(description="At the last step of the run.")
 
 
 class DistilRecipe(Section):
@@ -122,31 +134,60 @@ class DistilRecipe(Section):
 
     tokens: PositiveInt = Field(description="Training tokens of the whole run, over all stages.")
     batch_size: PositiveInt = Field(8, description="Sequences per optimiser step.")
-    micro_batch_size: PositiveInt | None = Field(None, description="Sequences per forward pass; must divide batch_size. Default: batch_size.")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="Sequences per forward pass; must divide batch_size. Default: batch_size."
+    )
     terms: list[LossTerm] = Field(
         ["lm", "kd", "mtp_lm", "mtp_kd"],
         min_length=1,
         description="Terms of the loss. Without 'kd' and 'mtp_kd' no teacher is loaded: [lm, mtp_lm] is the LM-only baseline. "
         "Where a head has only one of its two terms, that term has its full weight.",
     )
-    kd_weight: Ramp = Field(Ramp(start=1.0, end=0.75), description="lambda: weight of KD against LM, linear over the run.")
-    mtp_weight: Ramp = Field(Ramp(start=0.3, end=0.1), description="beta: weight of the MTP terms, cosine over the run.")
+    kd_weight: Ramp = Field(
+        Ramp(start=1.0, end=0.75), description="lambda: weight of KD against LM, linear over the run."
+    )
+    mtp_weight: Ramp = Field(
+        Ramp(start=0.3, end=0.1), description="beta: weight of the MTP terms, cosine over the run."
+    )
     mtp_target: Literal["main", "mtp"] = Field(
-        "main", description="What the MTP head learns from: the teacher's next-token distribution, or the teacher's own MTP head."
+        "main",
+        description="What the MTP head learns from: the teacher's next-token distribution, or the teacher's own MTP head.",
     )
     load_balancing_coefficient: Annotated[float, Field(ge=0.0)] = Field(
         0.001, description="Weight of the load-balancing loss over the global batch; 0 turns it off."
     )
     learning_rate: PositiveFloat = Field(4e-4, description="Peak learning rate.")
-    final_learning_rate: Annotated[float, Field(ge=0.0)] = Field(3e-5, description="Learning rate at the end of the cosine.")
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = Field(
+        3e-5, description="Learning rate at the end of the cosine."
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(2000, description="Steps of linear warm-up, once per run.")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.1, description="AdamW's decay, on matrices only (not norms, biases, A_log, dt_bias).")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="AdamW's decay, on matrices only (not norms, biases, A_log, dt_bias)."
+    )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW's first moment decay.")
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW's second moment decay.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this global norm.")
-    loss_chunk_tokens: PositiveInt = Field(1024, description="Tokens whose logits exist at one time. Changes memory, not the result.")
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    loss_chunk_tokens: PositiveInt = Field(
+        1024, description="Tokens whose logits exist at one time. Changes memory, not the result."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower."
+    )
     save_every_steps: PositiveInt = Field(100, description="Steps between resumable training states.")
+
+    @model_validator(mode="after")
+    def _terms_are_distinct(self) -> "DistilRecipe":
+        if len(set(self.terms)) < len(self.terms):
+            raise ValueError(f"terms names one twice: {', '.join(self.terms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _learning_rate_falls(self) -> "DistilRecipe":
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate {self.final_learning_rate:g} is more than the peak, learning_rate {self.learning_rate:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> "DistilRecipe":
@@ -160,7 +201,9 @@ class EvaluationRecipe(Section):
 
     tokens: PositiveInt = Field(65_536, description="Held-out tokens to measure loss, KL and agreement on.")
     batch_size: PositiveInt = Field(8, description="Sequences per forward pass.")
-    acceptance_prompts: PositiveInt = Field(32, description="Held-out prompts whose greedy continuations the MTP head drafts.")
+    acceptance_prompts: PositiveInt = Field(
+        32, description="Held-out prompts whose greedy continuations the MTP head drafts."
+    )
     acceptance_prompt_tokens: PositiveInt = Field(64, description="Tokens of each prompt.")
     acceptance_new_tokens: PositiveInt = Field(64, description="Tokens of each greedy continuation.")
     acceptance_depth: PositiveInt = Field(4, description="Tokens drafted per position: acc_0 .. acc_{depth-1}.")
@@ -171,20 +214,27 @@ class Recipe(Section):
 
     name: str = Field("slimqwen", description="Shown in the report and on the model card.")
     run_dir: Path = Field(description="Folder of every artefact of the run.")
-    teacher: str = Field(BUILTIN_TEACHER, description="A checkpoint folder, or 'builtin': the small teacher inside the package.")
+    teacher: str = Field(
+        BUILTIN_TEACHER, description="A checkpoint folder, or 'builtin': the small teacher inside the package."
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the data order and of random initialisation.")
     device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Compute dtype of the teacher. 'auto': bfloat16 on a GPU, float32 on a CPU. The student trains in float32."
+        "auto",
+        description="Compute dtype of the teacher. 'auto': bfloat16 on a GPU, float32 on a CPU. The student trains in float32.",
     )
-    init: Literal["pruned", "random"] = Field("pruned", description="'random': the target shape from random weights, on all the tokens at once.")
+    init: Literal["pruned", "random"] = Field(
+        "pruned", description="'random': the target shape from random weights, on all the tokens at once."
+    )
     target: Target | None = Field(None, description="The final shape. Needed unless `stages` is written out.")
     pruning: PruningRecipe = Field(PruningRecipe(), description="Criteria.")
     schedule: Schedule = Field("depth_first", description="How the cuts are spread over stages (method.md section 7).")
     first_stage_token_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="Share of the tokens spent in the first stage of a two-stage schedule."
     )
-    stages: list[StageRecipe] | None = Field(None, min_length=1, description="Stages by hand, instead of `target` and `schedule`.")
+    stages: list[StageRecipe] | None = Field(
+        None, min_length=1, description="Stages by hand, instead of `target` and `schedule`."
+    )
     data: DataRecipe = Field(DataRecipe(), description="Text.")
     calibration: CalibrationRecipe = Field(CalibrationRecipe(), description="Measuring importance.")
     distil: DistilRecipe = Field(description="Training.")
@@ -203,6 +253,8 @@ class Recipe(Section):
             total = sum(stage.token_fraction for stage in self.stages)
             if abs(total - 1.0) > 1e-6:
                 raise ValueError(f"the stages' token_fraction must sum to 1, not {total:g}")
+            if self.init == "random":
+                raise ValueError("'init: random' trains one shape on all the tokens: give 'target' instead of 'stages'")
         return self
 
 
@@ -213,6 +265,9 @@ class PretrainRecipe(Section):
     run_dir: Path = Field(description="Folder of every artefact of the run; the result is its `final/`.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the weights and of the data order.")
     device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Of the final weights; training is in float32."
+    )
     config: dict[str, Any] = Field(description="The model's config.json; vocab_size is also the tokenizer's.")
     tokenizer_documents: PositiveInt = Field(4000, description="Training documents that the tokenizer learns from.")
     data: DataRecipe = Field(DataRecipe(), description="Text.")

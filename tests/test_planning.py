@@ -11,7 +11,7 @@ from slimqwen.errors import UserError
 from slimqwen.planning import importance
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.experts import ExpertGroup, expert_roles, group_experts
-from slimqwen.planning.progressive import check_target, stage_targets, stage_token_counts
+from slimqwen.planning.progressive import check_target, stage_targets, stage_steps
 from slimqwen.planning.width import kept_channels
 from slimqwen.recipe import Target
 
@@ -364,12 +364,12 @@ def test_every_stage_lies_between_source_and_target_and_is_itself_a_valid_shape(
     ],
 )
 def test_steps_of_each_stage(fractions: list[float], total: int, steps: list[int]) -> None:
-    assert stage_token_counts(fractions, total) == steps
+    assert stage_steps(fractions, total) == steps
 
 
 def test_fewer_steps_than_stages_is_refused() -> None:
     with pytest.raises(UserError, match=r"2 optimiser steps, and each of the schedule's 3 stages needs one"):
-        stage_token_counts([0.05, 0.05, 0.9], 2)
+        stage_steps([0.05, 0.05, 0.9], 2)
 
 
 def test_check_target_names_every_problem_in_one_sentence() -> None:

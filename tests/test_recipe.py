@@ -45,7 +45,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         schedul: joint
         learning_rate: 1.0
         target: {hidden_size: -4}
-        data: {sources: [{path: text, weight: 2}]}
+        data: {sources: [{path: text, keep_fraction: 2}]}
         baselines: [lm_onyl]
         distil: {lerning_rate: 0.1, batch_size: true, warmup_steps: "5", adam_beta1: -1}
         """,
@@ -57,7 +57,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
             "  schedul: unknown key (did you mean 'schedule'?)",
             "  learning_rate: unknown key (did you mean 'distil.learning_rate'?)",
             "  target.hidden_size: must be greater than 0, is -4",
-            "  data.sources.0.weight: must be at most 1, is 2",
+            "  data.sources.0.keep_fraction: must be at most 1, is 2",
             "  baselines.0: must be 'pruned', 'random_init' or 'lm_only', is \"lm_onyl\" (did you mean 'lm_only'?)",
             "  distil.tokens: missing (Training tokens of the whole run, over all stages)",
             "  distil.lerning_rate: unknown key (did you mean 'learning_rate'?)",

@@ -1,6 +1,5 @@
 """Reading a Hugging Face checkpoint folder, one memory-mapped tensor at a time."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,43 +7,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from slimqwen.artifacts import fingerprint
+from slimqwen.checkpoint.config import read_config, read_json
 from slimqwen.errors import UserError
-from slimqwen.families import Config, Family, family_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or one sentence about why it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
-
-
-def read_config(folder_or_file: Path) -> tuple[Family, Config]:
-    """The family and the normalised config of a checkpoint folder, or of a config.json by itself."""
-    path = folder_or_file / "config.json" if folder_or_file.is_dir() else folder_or_file
-    if not path.exists():
-        missing = f"{folder_or_file} does not exist" if not folder_or_file.exists() else f"{folder_or_file} has no config.json"
-        raise UserError(f"{missing}: give the folder of a Hugging Face checkpoint.")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a model config: its top level must be a mapping.")
-    family = family_of(config, str(path))
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{path}: the checkpoint is quantised (quantization_config); slimqwen prunes bfloat16, float16 and float32 "
-            "weights: use the original, unquantised checkpoint."
-        )
-    return family, family.normalise(config)
 
 
 class Checkpoint:
@@ -77,7 +46,9 @@ class Checkpoint:
                 raise UserError(f"{self.folder / INDEX_FILE} has no weight_map: download the checkpoint's index again.")
             for file in sorted(set(weight_map.values())):
                 if Path(file).name != file or not file.endswith(".safetensors"):
-                    raise UserError(f"{self.folder / INDEX_FILE} names '{file}', which is not a safetensors file in the folder.")
+                    raise UserError(
+                        f"{self.folder / INDEX_FILE} names '{file}', which is not a safetensors file in the folder."
+                    )
                 if not (self.folder / file).is_file():
                     raise UserError(f"{self.folder} lacks {file}, which its index names: download it again.")
             self._index = weight_map
@@ -91,7 +62,9 @@ class Checkpoint:
             try:
                 self._handles[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is not a readable safetensors file (corrupt or truncated?): {error}.") from error
+                raise UserError(
+                    f"{file} is not a readable safetensors file (corrupt or truncated?): {error}."
+                ) from error
         return self._handles[file]
 
     def _check_index(self) -> None:
@@ -105,7 +78,9 @@ class Checkpoint:
         if missing or unknown:
             problems = [f"lacks {len(missing)} tensors ({_some(missing)})"] * bool(missing)
             problems += [f"has {len(unknown)} that its config does not account for ({_some(unknown)})"] * bool(unknown)
-            raise UserError(f"{self.folder} {' and '.join(problems)}: config.json and the weights do not belong together.")
+            raise UserError(
+                f"{self.folder} {' and '.join(problems)}: config.json and the weights do not belong together."
+            )
         for name, spec in self.specs.items():
             found = tuple(self._slice(name).get_shape())
             if found != spec.shape:

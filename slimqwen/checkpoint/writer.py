@@ -46,7 +46,7 @@ class CheckpointWriter:
         if len(self._shards) == 1:
             (self.folder / "shard-0").rename(self.folder / SINGLE_FILE)
         else:
-            weight_map = {}
+            weight_map: dict[str, str] = {}
             for i, names in enumerate(self._shards):
                 file = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
                 (self.folder / f"shard-{i}").rename(self.folder / file)

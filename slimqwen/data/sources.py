@@ -16,9 +16,10 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from slimqwen.errors import UserError, did_you_mean
-from slimqwen.recipe import Source
+from slimqwen.recipe import BuiltinSource, Source
 
 SUFFIXES = (".jsonl", ".md", ".parquet", ".py", ".txt")
 
@@ -35,6 +36,8 @@ EXCLUDED_FOLDERS = frozenset(
         "pydoc_data",  # one huge table of help topics
     }
 )
+
+BUILTIN_SOURCES = get_args(BuiltinSource)
 
 OnSkip = Callable[[str, str], None]  # called with a document's name and why it was left out
 
@@ -54,7 +57,7 @@ def documents(source: Source, on_skip: OnSkip = log_skipped) -> Iterator[Documen
 
     Files below a folder are those that end in SUFFIXES; hidden ones and symbolic links are not read (what a link
     inside the folder points to is found under its own name, and what lies outside does not belong to the folder).
-    Documents that are empty or not UTF-8 are left out and told to `on_skip`. With `weight` < 1 a share of the
+    Documents that are empty or not UTF-8 are left out and told to `on_skip`. With `keep_fraction` < 1 a share of the
     documents is kept, by a hash of the name that is independent of `is_heldout`.
 
     Raises `UserError`, when the iteration gets there: a missing path, an unreadable file, a table without the
@@ -65,7 +68,7 @@ def documents(source: Source, on_skip: OnSkip = log_skipped) -> Iterator[Documen
     kept = 0
     for name, path in files:
         for document in _read(name, path, source.text_field, on_skip):
-            if source.weight < 1.0 and _hash_fraction("weight\0" + document.name) >= source.weight:
+            if source.keep_fraction < 1.0 and _hash_fraction("weight\0" + document.name) >= source.keep_fraction:
                 continue
             if not document.text.strip():
                 on_skip(document.name, "empty")
@@ -74,7 +77,16 @@ def documents(source: Source, on_skip: OnSkip = log_skipped) -> Iterator[Documen
             yield document
     if not kept:
         wanted = f"no file ending in {', '.join(SUFFIXES)}" if not files else "no document with text"
-        raise UserError(f"the data source {describe(source)} holds {wanted}: check its path, text_field and weight.")
+        raise UserError(
+            f"the data source {describe(source)} holds {wanted}: check its path, text_field and keep_fraction."
+        )
+
+
+def source_named(name: str, text_field: str = "text") -> Source:
+    """A source from one word of a command line: the name of a built-in one, or a path."""
+    if name in BUILTIN_SOURCES:
+        return Source(builtin=name, text_field=text_field)
+    return Source(path=Path(name), text_field=text_field)
 
 
 def check_source(source: Source) -> None:

@@ -5,7 +5,7 @@ heldout.bin, heldout.idx    documents that no training ever sees
 manifest.json               what the folder holds and what it was made from: `TokenManifest`
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +16,13 @@ from slimqwen.data.packed import PackedWriter
 from slimqwen.data.sources import OnSkip, check_source, documents, is_heldout
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.errors import UserError
+from slimqwen.progress import Progress
 from slimqwen.recipe import Source
 
 FORMAT = "slimqwen.tokens/1"
 BATCH_CHARACTERS = 2_000_000  # text encoded at one time; the encoder needs about 100 bytes per token meanwhile
 
 Split = Literal["train", "heldout"]
-OnProgress = Callable[[int, int, int], None]  # documents, tokens, text_bytes so far, over both splits
 
 
 class SplitCounts(BaseModel):
@@ -59,7 +59,7 @@ def tokenize(
     *,
     heldout_sources: Sequence[Source] = (),
     heldout_fraction: float = 0.05,
-    on_progress: OnProgress | None = None,
+    title: str = "tokens",
 ) -> TokenManifest:
     """Encode every document with the tokenizer in the folder `tokenizer` and write the folder `out`, all or nothing.
 
@@ -88,6 +88,7 @@ def tokenize(
     texts = _texts(sources, heldout_sources, heldout_fraction, count_skipped)
     with atomic_folder(out) as folder:
         with (
+            Progress(title, total=None, unit="tokens") as progress,
             PackedWriter(folder / "train", vocab_size) as train,
             PackedWriter(folder / "heldout", vocab_size) as heldout,
         ):
@@ -99,13 +100,8 @@ def tokenize(
                     counts[split].documents += 1
                     counts[split].tokens += len(ids) + 1
                     counts[split].text_bytes += len(text.encode("utf-8"))
-                if on_progress is not None:
-                    totals = counts.values()
-                    on_progress(
-                        sum(c.documents for c in totals),
-                        sum(c.tokens for c in totals),
-                        sum(c.text_bytes for c in totals),
-                    )
+                tokens_done = sum(len(ids) + 1 for ids in batch_ids)
+                progress.advance(tokens_done, documents=sum(split.documents for split in counts.values()))
         _check_not_empty(counts["train"], counts["heldout"], heldout_fraction)
         manifest = TokenManifest(
             format=FORMAT,
@@ -134,6 +130,20 @@ def load_manifest(folder: Path) -> TokenManifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path} is not a manifest of {FORMAT} ({where or 'whole file'}: {first['msg']}).") from error
+
+
+def check_vocabulary(manifest: TokenManifest, tokens: Path, checkpoint: Path, vocab_size: int) -> None:
+    """Raise `UserError` unless the tokens in the folder `tokens` were made with the checkpoint's tokenizer."""
+    if manifest.vocab_size > vocab_size:
+        raise UserError(
+            f"{tokens} was made with a tokenizer of {manifest.vocab_size:,} tokens, but {checkpoint} has "
+            f"{vocab_size:,}: run `slimqwen tokens` again with this checkpoint's tokenizer."
+        )
+    tokenizer = checkpoint / "tokenizer.json"
+    if tokenizer.is_file() and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
+        raise UserError(
+            f"{tokens} was made with another tokenizer than the one in {checkpoint}: run `slimqwen tokens` again with it."
+        )
 
 
 def _texts(

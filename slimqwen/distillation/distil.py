@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_json
-from slimqwen.checkpoint.reader import Checkpoint, read_json
+from slimqwen.artifacts import atomic_folder, fingerprint_value, write_json
+from slimqwen.checkpoint.config import read_json
+from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
-from slimqwen.data.tokenize import TokenManifest, load_manifest
+from slimqwen.data.tokenize import check_vocabulary, load_manifest
 from slimqwen.distillation.metrics import MetricsLog
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import UserError
@@ -64,10 +65,12 @@ def distil(
     """
     checkpoint = Checkpoint(student)
     manifest = load_manifest(tokens)
-    check_vocabulary(checkpoint, manifest, tokens)
+    check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
     teaches = bool({"kd", "mtp_kd"} & set(recipe.terms))
     if teaches and teacher is None:
-        raise UserError("the loss has the terms kd or mtp_kd, which need a teacher: give one, or set distil.terms to [lm, mtp_lm].")
+        raise UserError(
+            "the loss has the terms kd or mtp_kd, which need a teacher: give one, or set distil.terms to [lm, mtp_lm]."
+        )
     if span is None:
         steps = total_steps(recipe, sequence_length)
         span = Span(0, steps, steps)
@@ -110,21 +113,6 @@ def claim_state_folder(out: Path, **inputs: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(marker, identity)
     return folder
-
-
-def check_vocabulary(checkpoint: Checkpoint, manifest: TokenManifest, tokens: Path) -> None:
-    """Raise UserError unless the tokens were made with the checkpoint's tokenizer."""
-    vocab_size = checkpoint.config["vocab_size"]
-    if manifest.vocab_size > vocab_size:
-        raise UserError(
-            f"{tokens} was made with a tokenizer of {manifest.vocab_size:,} tokens, but {checkpoint.folder} has "
-            f"{vocab_size:,}: run `slimqwen tokens` again with this checkpoint's tokenizer."
-        )
-    tokenizer = checkpoint.folder / "tokenizer.json"
-    if tokenizer.exists() and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
-        raise UserError(
-            f"{tokens} was made with another tokenizer than the one in {checkpoint.folder}: run `slimqwen tokens` again with it."
-        )
 
 
 def check_same_vocabulary(head: torch.Tensor, teacher_head: torch.Tensor, student: Path, teacher: Path) -> None:

@@ -19,7 +19,9 @@ class MetricsLog:
     def rewind(self, first_step: int) -> None:
         """Forget this run's lines from `first_step` on: they were written after the state that training resumes from."""
         if self.path.exists():
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if self._survives(line, first_step)]
+            lines = [
+                line for line in self.path.read_text(encoding="utf-8").splitlines() if self._survives(line, first_step)
+            ]
             write_text(self.path, "".join(line + "\n" for line in lines))
 
     def _survives(self, line: str, first_step: int) -> bool:

@@ -4,14 +4,17 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from slimqwen.artifacts import atomic_folder
+from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.sources import documents, is_heldout
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import train_tokenizer
 from slimqwen.distillation.distil import distil
 from slimqwen.families import Config, family_of
-from slimqwen.modeling.model import initialise, save
+from slimqwen.modeling.model import initialise, load, save
 from slimqwen.progress import say
 from slimqwen.recipe import DataRecipe, PretrainRecipe
 from slimqwen.recipe_file import dump_recipe
@@ -37,18 +40,20 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             heldout_fraction=recipe.data.heldout_fraction,
         )
     if not (run_dir / "initial").exists():
-        write_initial(recipe.config, recipe.seed, run_dir / "initial", tokenizer=run_dir / "tokenizer")
-    return distil(
-        run_dir / "initial",
-        run_dir / "final",
-        tokens=run_dir / "tokens",
-        recipe=recipe.training,
-        sequence_length=recipe.data.sequence_length,
-        seed=recipe.seed,
-        device=recipe.device,
-        run=recipe.name,
-        title=recipe.name,
-    )
+        write_initial(recipe.config, recipe.seed, run_dir / "initial", companions=run_dir / "tokenizer")
+    if not (run_dir / "trained").exists():
+        distil(
+            run_dir / "initial",
+            run_dir / "trained",
+            tokens=run_dir / "tokens",
+            recipe=recipe.training,
+            sequence_length=recipe.data.sequence_length,
+            seed=recipe.seed,
+            device=recipe.device,
+            run=recipe.name,
+            title=recipe.name,
+        )
+    return write_rounded(run_dir / "trained", run_dir / "final", getattr(torch, recipe.dtype))
 
 
 def training_texts(data: DataRecipe) -> Iterator[str]:
@@ -59,12 +64,24 @@ def training_texts(data: DataRecipe) -> Iterator[str]:
                 yield document.text
 
 
-def write_initial(config: Config, seed: int, out: Path, *, tokenizer: Path) -> Path:
-    """A checkpoint of randomly initialised float32 weights: where pretraining and the random baseline start."""
+def write_initial(config: Config, seed: int, out: Path, *, companions: Path) -> Path:
+    """A checkpoint of randomly initialised float32 weights: where pretraining and the random baseline start.
+
+    The tokenizer and generation config come from the folder `companions`.
+    """
     family = family_of(config, "config")
     config = family.with_serving_keys(family.normalise(config))
     model = initialise(config, seed)
     with atomic_folder(out) as folder:
         save(model, folder, None, config, dtype=model.head.dtype)
-        copy_companions(tokenizer, folder)
+        copy_companions(companions, folder)
+    return out
+
+
+def write_rounded(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
+    """The same checkpoint with its weights in `dtype`."""
+    source = Checkpoint(checkpoint)
+    with atomic_folder(out) as folder:
+        save(load(checkpoint), folder, None, source.config, dtype=dtype)
+        copy_companions(checkpoint, folder)
     return out

@@ -13,7 +13,15 @@ from slimqwen.data.stream import TokenStream
 from slimqwen.distillation import schedules
 from slimqwen.distillation.balance import expert_counts, load_balancing_loss
 from slimqwen.distillation.interrupt import deferred_interrupts
-from slimqwen.distillation.loss import LossSums, LossWeights, Predictions, TeacherSignal, align, chunked_loss, count_targets
+from slimqwen.distillation.loss import (
+    LossSums,
+    LossWeights,
+    Predictions,
+    TeacherSignal,
+    align,
+    chunked_loss,
+    count_targets,
+)
 from slimqwen.distillation.metrics import MetricsLog
 from slimqwen.distillation.state import load_state, save_state
 from slimqwen.errors import StageFailed
@@ -63,7 +71,9 @@ class Trainer:
         self.micro_batch_size = recipe.micro_batch_size or recipe.batch_size
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
         # Without an MTP term the module gets no gradient: it stays as it is, and has no optimiser state.
-        self.parameters = {n: p for n, p in student.model.tensors().items() if self.with_mtp or not n.startswith("mtp.")}
+        self.parameters = {
+            n: p for n, p in student.model.tensors().items() if self.with_mtp or not n.startswith("mtp.")
+        }
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = build_optimizer(self.parameters, recipe)
         self.blocks = moe_blocks(student.family, student.config, self.with_mtp)

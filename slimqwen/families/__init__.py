@@ -4,6 +4,8 @@ from slimqwen.errors import UserError, did_you_mean
 from slimqwen.families.family import Config, Family
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 
+__all__ = ["FAMILIES", "Config", "Family", "family_of"]
+
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3_NEXT,)}
 
 

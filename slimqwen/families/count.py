@@ -2,18 +2,21 @@
 
 from collections import Counter
 from math import prod
-from typing import TypedDict
+
+from pydantic import BaseModel, ConfigDict
 
 from slimqwen.families.axes import size
 from slimqwen.families.family import Config, Family
 
 
-class Counts(TypedDict):
+class Counts(BaseModel):
     """`total_parameters` and `active_parameters` leave the MTP module out, as model names do ("80B-A3B").
 
     Active: what one token multiplies with, i.e. everything but the routed experts that were not chosen; the input
     embedding is included, and `active_without_input_embedding` is the other convention.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     total_parameters: int
     active_parameters: int
@@ -37,7 +40,7 @@ def count(family: Family, config: Config) -> Counts:
             bucket["routed_experts"] += per_expert * sizes[block.experts.axis]
 
     def active(bucket: Counter[str]) -> int:
-        chosen = bucket["routed_experts"] // sizes[family.expert] * config["num_experts_per_tok"]
+        chosen: int = bucket["routed_experts"] // sizes[family.expert] * config["num_experts_per_tok"]
         return bucket.total() - bucket["routed_experts"] + chosen
 
     embedding = config["vocab_size"] * config["hidden_size"]

@@ -15,7 +15,9 @@ from slimqwen.families.axes import Axis, Cat, Sizes, Stack, Term, size
 Config = dict[str, Any]
 """config.json as it stands, after `Family.normalise`."""
 
-Part = Literal["embedding", "norm", "attention", "deltanet", "router", "routed_experts", "shared_experts", "mtp_projection"]
+Part = Literal[
+    "embedding", "norm", "attention", "deltanet", "router", "routed_experts", "shared_experts", "mtp_projection"
+]
 Layout = Literal["per_expert", "fused"]
 Table = Mapping[str, tuple[Term, ...]]
 """Tensor name below its block -> the term of each dimension. `{expert}` in a name: one tensor per routed expert."""
@@ -107,7 +109,9 @@ class Family:
             unknown = [axis for axis in axes if axis not in sizes]
             for axis in axes:
                 if axis in sizes and remaining % sizes[axis]:
-                    raise UserError(f"config.json: '{field}' = {config[field]} is not a multiple of {sizes[axis]} ({axis.name}s).")
+                    raise UserError(
+                        f"config.json: '{field}' = {config[field]} is not a multiple of {sizes[axis]} ({axis.name}s)."
+                    )
                 remaining = remaining // sizes[axis] if axis in sizes else remaining
             assert len(unknown) == 1, f"{field} must introduce exactly one axis"
             sizes[unknown[0]] = remaining

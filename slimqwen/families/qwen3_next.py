@@ -132,7 +132,9 @@ def normalise(config: Config) -> Config:
         interval = config.get("full_attention_interval", 4)
         config["layer_types"] = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
     if len(config["layer_types"]) != layers:
-        raise UserError(f"config.json: layer_types names {len(config['layer_types'])} layers, num_hidden_layers is {layers}.")
+        raise UserError(
+            f"config.json: layer_types names {len(config['layer_types'])} layers, num_hidden_layers is {layers}."
+        )
     unknown = sorted({kind for kind in config["layer_types"] if kind not in MIXERS})
     if unknown:
         raise UserError(f"config.json: layer_types has {', '.join(unknown)}; known are {', '.join(MIXERS)}.")
@@ -163,9 +165,10 @@ def with_serving_keys(config: Config) -> Config:
     full = attention_layers(config)
     interval = full[0] + 1 if full else 0
     periodic = interval > 0 and full == list(range(interval - 1, len(config["layer_types"]), interval))
-    config.pop("full_attention_interval", None)
     if periodic:
         config["full_attention_interval"] = interval
+    else:
+        config.pop("full_attention_interval", None)
     if config["num_nextn_predict_layers"]:  # what Transformers' own MtpModel asks for
         config["num_mtp_layers"] = config["num_nextn_predict_layers"]
         config["mtp_layer_types"] = ["full_attention"] * config["num_nextn_predict_layers"]

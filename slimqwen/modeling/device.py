@@ -13,7 +13,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]} Try device: auto.") from error
+        raise UserError(
+            f"device '{name}' cannot be used here: {str(error).splitlines()[0]} Try device: auto."
+        ) from error
     return device
 
 

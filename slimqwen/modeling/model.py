@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.errors import UserError
-from slimqwen.families import Config
+from slimqwen.families import Config, family_of
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Layout, TensorSpec
 from slimqwen.modeling.mtp import MtpModule
@@ -118,8 +118,6 @@ def save(
     Tensor layout and dtypes are those of `like` (A_log may be float32 in a bfloat16 checkpoint); without it,
     the family's default layout in `dtype`.
     """
-    from slimqwen.families import family_of
-
     family = family_of(config, "config.json")
     layouts: Mapping[str, Layout] | None = like.layouts if like is not None else None
     sizes = family.sizes(config)
@@ -128,7 +126,9 @@ def save(
     for spec in family.tensors(config, layouts):
         tensor = disk_tensor(spec, held, sizes).detach().cpu()
         writer.add(spec.name, tensor.to(like.dtype(spec.name) if like is not None else dtype))
-    writer.finish({**config, "dtype": str(dtype if like is None else like.dtype(next(iter(like.specs)))).removeprefix("torch.")})
+    writer.finish(
+        {**config, "dtype": str(dtype if like is None else like.dtype(next(iter(like.specs)))).removeprefix("torch.")}
+    )
 
 
 def disk_tensor(spec: TensorSpec, held: Mapping[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:

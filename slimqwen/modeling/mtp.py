@@ -58,7 +58,11 @@ class MtpModule(nn.Module):
         x = self.fc(joined)
         position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None, position_ids=position_ids
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=position_ids,
         )
         for layer in self.layers:
             x = layer(x, position_embeddings=rotary(x, position_ids), attention_mask=mask, position_ids=position_ids)

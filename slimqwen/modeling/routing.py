@@ -50,7 +50,9 @@ def observe_routing(model: MtpCausalLM, family: Family, blocks: list[Block]) -> 
 
         return record
 
-    hooks = [module_of(model, block.prefix + family.router).register_forward_hook(recorder(block.name)) for block in blocks]
+    hooks = [
+        module_of(model, block.prefix + family.router).register_forward_hook(recorder(block.name)) for block in blocks
+    ]
     try:
         yield seen
     finally:

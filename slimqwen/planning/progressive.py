@@ -51,7 +51,7 @@ def stage_targets(schedule: Schedule, source: Target, target: Target) -> list[Ta
     return [target] if first in (source, target) else [first, target]
 
 
-def stage_token_counts(fractions: Sequence[float], total_steps: int) -> list[int]:
+def stage_steps(fractions: Sequence[float], total_steps: int) -> list[int]:
     """Optimiser steps of each stage: at least 1 each, `total_steps` together.
 
     `fractions` are the stages' shares of the tokens and sum to 1. Each stage ends at the step nearest to its cumulated

@@ -1,0 +1,226 @@
+"""The stage `evaluate`: checkpoints and held-out tokens in, evaluation.json out."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import PreTrainedTokenizerFast
+
+from slimqwen.artifacts import write_json
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.tokenize import TokenManifest, check_vocabulary, load_manifest
+from slimqwen.data.tokenizer import load_tokenizer
+from slimqwen.errors import StageFailed, UserError, did_you_mean
+from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
+from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
+from slimqwen.families.count import count
+from slimqwen.modeling.device import resolve_device, resolve_dtype
+from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.progress import Progress
+from slimqwen.recipe import EvaluationRecipe
+
+FORMAT = "slimqwen.evaluation/1"
+LARGEST_LOSS = 700.0  # e^710 is beyond float64
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Sample(BaseModel):
+    """A held-out prompt and its greedy completion."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    completion: str
+
+
+class ModelEvaluation(BaseModel):
+    """One model's numbers. None: not measured, for want of a teacher or of an MTP module."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    checkpoint: str
+    total_parameters: int  # without the MTP module, as `families.count` counts
+    active_parameters: int
+    mtp_parameters: int
+    loss: float  # nats per token
+    perplexity: float  # e^loss
+    bits_per_byte: float  # of UTF-8 text, so that models with different tokenizers compare
+    kl_to_teacher: float | None  # KL(teacher || model), nats per token
+    top1_agreement: Share | None  # share of predictions whose most likely token is the teacher's
+    mtp_loss: float | None  # nats per token, of predicting the token after the next
+    mtp_kl_to_teacher: float | None  # against the teacher's main distribution for that token
+    mtp_acceptance: list[Share]  # acc_0 ..: the first k + 1 drafts are all accepted; empty without an MTP module
+    expert_utilisation: dict[str, list[Share]]  # MoE block -> share of assignments per expert
+    sample: Sample
+
+
+class Evaluation(BaseModel):
+    """evaluation.json: every model on the same held-out tokens."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    format: Literal["slimqwen.evaluation/1"]
+    tokens: int  # predictions measured, per model
+    sequence_length: int
+    models: dict[str, ModelEvaluation]  # the teacher first
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """Raises UserError for a file that is missing or is not an evaluation."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): run `slimqwen evaluate` to make it.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"{path} is not an evaluation of {FORMAT} ({where or 'whole file'}: {first['msg']})."
+            ) from error
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Mapping[str, Path],
+    out: Path,
+    *,
+    tokens: Path,
+    recipe: EvaluationRecipe,
+    sequence_length: int,
+    teacher: str | None = "teacher",
+    device: str = "auto",
+    dtype: str = "auto",
+    title: str = "evaluate",
+) -> Evaluation:
+    """Measure checkpoints on the same held-out text and write `out`, a JSON file (`Evaluation`).
+
+    One model is in memory at a time; of the teacher its final hidden states and lm_head stay for the comparisons.
+
+    Args:
+        models: name -> checkpoint folder, all over the same vocabulary.
+        tokens: folder written by `tokenize`, made with the models' tokenizer.
+        recipe: how much is measured.
+        sequence_length: tokens of context.
+        teacher: the name in `models` that all are compared with; None leaves the comparisons out.
+        dtype: of the forward passes, for all models: 'auto' is bfloat16 on a GPU and float32 on a CPU.
+        title: shown with the progress.
+
+    Raises:
+        UserError: a checkpoint or token folder that is broken or does not fit the others; too little held-out text.
+        StageFailed: a model whose loss is not finite.
+    """
+    manifest = load_manifest(tokens)
+    checkpoints = _open(models, teacher, tokens, manifest)
+    tokenizer = load_tokenizer(next(iter(checkpoints.values())).folder)
+    rows = heldout_rows(tokens, sequence_length, recipe.tokens)
+    prompts = heldout_prompts(tokens, recipe.acceptance_prompts, recipe.acceptance_prompt_tokens)
+    if recipe.acceptance_new_tokens <= recipe.acceptance_depth:
+        raise UserError(
+            f"evaluation.acceptance_new_tokens = {recipe.acceptance_new_tokens} must be more than acceptance_depth = "
+            f"{recipe.acceptance_depth}: drafts are compared with the tokens that follow in the continuation."
+        )
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+
+    teacher_recording: Recording | None = None
+    evaluations = {}
+    for name, checkpoint in checkpoints.items():
+        model = load(checkpoint.folder, torch_dtype, torch_device)
+        recording = record(
+            model, checkpoint.family, checkpoint.config, rows, batch_size=recipe.batch_size, title=f"{title} {name}"
+        )
+        acceptance, sample = _generate(model, tokenizer, prompts.to(torch_device), recipe, f"{title} {name}: drafts")
+        del model
+        if name == teacher:
+            teacher_recording = recording
+        means = compare(recording, teacher_recording)
+        evaluations[name] = _summary(
+            name, models[name], checkpoint, manifest, means, recording.utilisation, acceptance, sample
+        )
+    evaluation = Evaluation(
+        format=FORMAT, tokens=rows[:, 1:].numel(), sequence_length=sequence_length, models=evaluations
+    )
+    write_json(out, evaluation.model_dump(mode="json"))
+    return evaluation
+
+
+def _open(
+    models: Mapping[str, Path], teacher: str | None, tokens: Path, manifest: TokenManifest
+) -> dict[str, Checkpoint]:
+    """Every checkpoint by name, the teacher first, after checking that they can be compared on these tokens."""
+    if teacher is not None and teacher not in models:
+        raise UserError(
+            f"the teacher '{teacher}' is not among the models{did_you_mean(teacher, models)}: "
+            f"name one of {', '.join(models) or '(none given)'}, or no teacher."
+        )
+    checkpoints = {name: Checkpoint(models[name]) for name in sorted(models, key=lambda name: name != teacher)}
+    first_name, first = next(iter(checkpoints.items()))
+    vocab_size = first.config["vocab_size"]
+    for name, checkpoint in checkpoints.items():
+        check_vocabulary(manifest, tokens, checkpoint.folder, checkpoint.config["vocab_size"])
+        if checkpoint.config["vocab_size"] != vocab_size:
+            raise UserError(
+                f"'{name}' ({checkpoint.folder}) has {checkpoint.config['vocab_size']:,} tokens in its vocabulary and "
+                f"'{first_name}' ({first.folder}) {vocab_size:,}: evaluate them separately, with each one's own tokens."
+            )
+    return checkpoints
+
+
+def _generate(
+    model: MtpCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: torch.Tensor, recipe: EvaluationRecipe, title: str
+) -> tuple[list[float], Sample]:
+    """MTP acceptance (empty without an MTP module), and the first prompt with its continuation.
+
+    prompts: [prompts, prompt], on the model's device.
+    """
+    new_tokens, prompt_tokens = recipe.acceptance_new_tokens, prompts.shape[1]
+    if model.mtp is None:
+        prompts = prompts[:1]  # the sample's
+    sequences, accepted = [], []
+    with Progress(title, total=len(prompts) * new_tokens, unit="tokens") as progress:
+        for batch in prompts.split(recipe.batch_size):
+            sequences.append(continue_greedily(model.backbone, batch, new_tokens))
+            if model.mtp is not None:
+                accepted.append(accepted_drafts(model, sequences[-1], prompt_tokens, recipe.acceptance_depth))
+            progress.advance(len(batch) * new_tokens)
+    acceptance = torch.cat(accepted).double().mean(dim=(0, 1)).tolist() if accepted else []
+    prompt, completion = sequences[0][0].split([prompt_tokens, new_tokens])
+    return acceptance, Sample(prompt=tokenizer.decode(prompt), completion=tokenizer.decode(completion))
+
+
+def _summary(
+    name: str,
+    path: Path,
+    checkpoint: Checkpoint,
+    manifest: TokenManifest,
+    means: Mapping[str, float],
+    utilisation: dict[str, list[float]],
+    acceptance: list[float],
+    sample: Sample,
+) -> ModelEvaluation:
+    loss = means["lm"]
+    if not loss < LARGEST_LOSS:  # false for NaN too
+        raise StageFailed(
+            f"'{name}' ({path}) has a loss of {loss:g} nats per token on held-out text: its weights are broken; make it again."
+        )
+    counts = count(checkpoint.family, checkpoint.config)
+    return ModelEvaluation(
+        checkpoint=str(path),
+        total_parameters=counts.total_parameters,
+        active_parameters=counts.active_parameters,
+        mtp_parameters=counts.mtp_parameters,
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=loss / math.log(2) * manifest.heldout.tokens / manifest.heldout.text_bytes,
+        kl_to_teacher=means.get("kd"),
+        top1_agreement=means.get("top1_agreement"),
+        mtp_loss=means.get("mtp_lm"),
+        mtp_kl_to_teacher=means.get("mtp_kd"),
+        mtp_acceptance=acceptance,
+        expert_utilisation=utilisation,
+        sample=sample,
+    )

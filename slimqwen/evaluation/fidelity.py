@@ -1,0 +1,91 @@
+"""How well a model predicts held-out text, how near it is to its teacher there, and which experts it uses."""
+
+import operator
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slimqwen.data.packed import PackedTokens
+from slimqwen.data.stream import TokenStream
+from slimqwen.distillation.balance import expert_counts
+from slimqwen.distillation.loss import LossWeights, Predictions, TeacherSignal, align, chunked_loss
+from slimqwen.families import Config, Family
+from slimqwen.modeling.model import MtpCausalLM
+from slimqwen.modeling.routing import moe_blocks, observe_routing
+from slimqwen.progress import Progress
+
+CHUNK_TOKENS = 1024  # tokens whose logits exist at one time: 0.6 GiB in float32 for a vocabulary of 152k
+ONLY_MEASURED = LossWeights(lm=0.0, kd=0.0, mtp_lm=0.0, mtp_kd=0.0)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a model said about the measured rows: all that a comparison needs, so that the model can be freed before it.
+
+    predictions: one per batch, on the model's device. Their hidden states are tokens x hidden_size numbers, twice with
+    an MTP module: 0.5 GiB for 65,536 tokens of a bfloat16 model of hidden_size 2048.
+    head: lm_head's weight, [vocab, hidden].
+    utilisation: per MoE block (MTP's too), the share of the token-to-expert assignments that each expert received.
+    """
+
+    predictions: list[Predictions]
+    head: Tensor
+    utilisation: dict[str, list[float]]
+
+
+def heldout_rows(tokens: Path, sequence_length: int, wanted_tokens: int) -> Tensor:
+    """Rows of held-out text for `wanted_tokens` predictions, at least one row, at most all: [rows, sequence_length + 1].
+
+    Of 10 rows, 4 are rows 0, 2, 5, 7: evenly spaced, so that each kind of document is represented.
+    """
+    stream = TokenStream(PackedTokens(tokens / "heldout"), sequence_length, seed=0)
+    rows = min(max(wanted_tokens // sequence_length, 1), stream.rows_per_epoch)
+    return torch.cat([stream.in_order(i * stream.rows_per_epoch // rows, 1) for i in range(rows)])
+
+
+@torch.inference_mode()
+def record(
+    model: MtpCausalLM, family: Family, config: Config, rows: Tensor, *, batch_size: int, title: str
+) -> Recording:
+    """Run `model` over `rows` [rows, seq + 1], `batch_size` rows at a time."""
+    head = model.head.detach()
+    blocks = moe_blocks(family, config, with_mtp=model.mtp is not None)
+    counts = {block.name: head.new_zeros(config["num_experts"], dtype=torch.int64) for block in blocks}
+    predictions = []
+    with (
+        observe_routing(model, family, blocks) as seen,
+        Progress(title, total=rows[:, 1:].numel(), unit="tokens") as progress,
+    ):
+        for batch in rows.to(head.device).split(batch_size):
+            hidden = model(batch)
+            predictions.append(align(batch, hidden.main, hidden.mtp))
+            routed = torch.ones(batch[:, 1:].numel(), dtype=torch.bool, device=batch.device)
+            for name in counts:
+                counts[name] += expert_counts(seen[name].experts, routed, config["num_experts"])
+            progress.advance(batch[:, 1:].numel())
+    utilisation = {name: (c.double() / c.sum()).tolist() for name, c in counts.items()}
+    return Recording(predictions, head, utilisation)
+
+
+@torch.inference_mode()
+def compare(model: Recording, teacher: Recording | None) -> dict[str, float]:
+    """Means over predictions, in nats, by the names of `LossSums`: lm, and mtp_lm with an MTP module; with a teacher
+    kd, top1_agreement and mtp_kd too.
+
+    Both recordings must be of the same rows in the same batches. The MTP head is compared with the teacher's main
+    distribution for the same token (`mtp_target: main`), for the teacher itself too: `compare(teacher, teacher)` has
+    kd 0 and top1_agreement 1 exactly, while its mtp_kd says how far its own drafts are from its predictions.
+    """
+    signals = (
+        [None] * len(model.predictions)
+        if teacher is None
+        else [TeacherSignal(said.hidden, teacher.head) for said in teacher.predictions]
+    )
+    sums = [
+        chunked_loss(predictions, model.head, ONLY_MEASURED, teacher=signal, chunk_tokens=CHUNK_TOKENS)[1]
+        for predictions, signal in zip(model.predictions, signals, strict=True)
+    ]
+    return reduce(operator.add, sums).means()

@@ -1,0 +1,391 @@
+"""`run`: a recipe's stages one after another, each skipped where its result is there already.
+
+Progressive schedules are a loop over calibrate, plan, prune and distil in this file; the stages themselves know
+nothing of one another and meet in the artefacts of the run directory.
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_json, write_text
+from slimqwen.builtin import checkpoint_folder
+from slimqwen.calibration.calibrate import calibrate
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.sources import check_source
+from slimqwen.data.tokenize import tokenize
+from slimqwen.distillation.distil import distil, total_steps
+from slimqwen.distillation.pretrain import write_initial
+from slimqwen.distillation.trainer import Span
+from slimqwen.errors import StageFailed
+from slimqwen.evaluation.evaluate import Evaluation, evaluate
+from slimqwen.families.count import Counts, count
+from slimqwen.planning.plan import plan
+from slimqwen.planning.progressive import stage_steps, stage_targets
+from slimqwen.planning.shapes import completed, shape_of, target_config
+from slimqwen.progress import duration, say
+from slimqwen.pruning.prune import prune
+from slimqwen.recipe import LossTerm, Recipe, Target
+from slimqwen.recipe_file import dump_recipe
+from slimqwen.reporting.card import model_card
+from slimqwen.reporting.report import report
+
+MAIN_RUN = "slimqwen"
+Measured = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One cut and the steps that follow it."""
+
+    number: int
+    target: Target
+    span: Span
+
+
+def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
+    """Everything a recipe asks for, from text and a teacher to `final/`, evaluation.json and report.html.
+
+    Every problem that can be known is raised before anything is written. Finished steps are recognised by the content
+    of their inputs and outputs and skipped; an interrupted distillation continues from its last saved state. Returns
+    the run directory.
+    """
+    pipeline = Pipeline(recipe, command)
+    pipeline.announce()
+    pipeline.begin()
+    tokens = pipeline.tokens()
+    models = {"teacher": pipeline.teacher}
+    models[MAIN_RUN] = (
+        pipeline.initialised() if recipe.init == "random" else pipeline.progressive(MAIN_RUN, recipe.distil.terms)
+    )
+    for baseline in recipe.baselines:
+        match baseline:
+            case "pruned":
+                models["pruned"] = pipeline.one_shot()
+            case "random_init":
+                models["random_init"] = pipeline.random_init("random_init", pipeline.run_dir / "random_init")
+            case "lm_only":
+                models["lm_only"] = pipeline.progressive("lm_only", ["lm", "mtp_lm"])
+    order = ("teacher", "pruned", "random_init", "lm_only", MAIN_RUN)
+    evaluation = pipeline.evaluation({name: models[name] for name in order if name in models}, tokens)
+    pipeline.final(models[MAIN_RUN], evaluation)
+    report(pipeline.run_dir)
+    return pipeline.run_dir
+
+
+class Pipeline:
+    """The steps of one recipe. Constructing it checks the recipe against the teacher and the text; writes nothing."""
+
+    def __init__(self, recipe: Recipe, command: str) -> None:
+        self.recipe = recipe
+        self.command = command
+        self.run_dir = recipe.run_dir
+        self.teacher = checkpoint_folder(recipe.teacher)
+        self.source = Checkpoint(self.teacher)
+        for source in (*recipe.data.sources, *recipe.data.heldout_sources):
+            check_source(source)
+        self.stages = self._stages()
+
+    def _stages(self) -> list[Stage]:
+        recipe, config = self.recipe, self.source.config
+        if recipe.stages is not None:
+            targets: list[Target] = []
+            fractions = [stage.token_fraction for stage in recipe.stages]
+            for stage in recipe.stages:  # a field left out keeps what the stage before it left
+                before = target_config(self.source.family, config, targets[-1]) if targets else config
+                targets.append(completed(stage.target, before))
+        else:
+            assert recipe.target is not None
+            final = completed(recipe.target, config)
+            targets = [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape_of(config), final)
+            first = recipe.first_stage_token_fraction
+            fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
+        total = total_steps(recipe.distil, recipe.data.sequence_length)
+        stages, done = [], 0
+        for number, (target, steps) in enumerate(zip(targets, stage_steps(fractions, total), strict=True), start=1):
+            stages.append(Stage(number, target, Span(done, done + steps, total)))
+            done += steps
+        return stages
+
+    def announce(self) -> None:
+        """Say what was derived from the recipe before hours are spent on it."""
+        family, config, recipe = self.source.family, self.source.config, self.recipe
+        before = count(family, config)
+        step_tokens = recipe.distil.batch_size * recipe.data.sequence_length
+        say(f"teacher   {self.teacher}: {_shape(shape_of(config), before)}")
+        for stage in self.stages:
+            after = count(family, target_config(family, config, stage.target))
+            tokens = (stage.span.end_step - stage.span.first_step) * step_tokens
+            share = after.total_parameters / before.total_parameters
+            say(f"stage {stage.number}   {_shape(stage.target, after)} ({share:.1%} of the teacher), {tokens:,} tokens")
+        if recipe.distil.warmup_steps >= self.stages[-1].span.total_steps:
+            say(
+                f"note: distil.warmup_steps {recipe.distil.warmup_steps:,} is not less than the run's "
+                f"{self.stages[-1].span.total_steps:,} steps: the learning rate only rises."
+            )
+
+    def begin(self) -> None:
+        """The run directory, its resolved recipe and where it came from."""
+        dump_recipe(self.recipe, self.run_dir / "recipe.resolved.yaml")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        provenance = {
+            "command": self.command,
+            "version": version("slimqwen"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}",
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+        write_json(self.run_dir / "provenance.json", provenance)
+
+    def step(self, name: str, output: Path, inputs: Mapping[str, Any], action: Callable[[], object]) -> Path:
+        """Do `action`, which makes `output`, unless the same inputs made it before and it is still what they made."""
+        record = self.run_dir / ".steps" / f"{name.replace('/', '.')}.json"
+        key = fingerprint_value({"version": version("slimqwen"), **inputs})
+        if record.exists() and output.exists():
+            made = json.loads(record.read_text())
+            if made == {"key": key, "output": fingerprint(output)}:
+                say(f"{name}: done already, {output}")
+                self._log(name, 0.0, skipped=True)
+                return output
+        record.unlink(missing_ok=True)
+        started = time.perf_counter()
+        action()
+        if not output.exists():
+            raise StageFailed(f"{name} ended without writing {output}.")
+        write_json(record, {"key": key, "output": fingerprint(output)})
+        self._log(name, time.perf_counter() - started, skipped=False)
+        return output
+
+    def _log(self, name: str, seconds: float, *, skipped: bool) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far: Linux counts KiB
+        entry = {
+            "step": name,
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+            "skipped": skipped,
+            "command": self.command,
+        }
+        with (self.run_dir / "stages.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+    def tokens(self) -> Path:
+        data = self.recipe.data
+        out = self.run_dir / "tokens"
+        inputs = {
+            "data": data.model_dump(mode="json", exclude={"sequence_length"}),
+            "tokenizer": fingerprint(self.teacher / "tokenizer.json"),
+            "python": platform.python_version(),  # whose standard library 'python-stdlib' is
+            "text": [_text_state(source.path) for source in (*data.sources, *data.heldout_sources) if source.path],
+        }
+        return self.step(
+            "tokens",
+            out,
+            inputs,
+            lambda: tokenize(
+                data.sources,
+                self.teacher,
+                out,
+                heldout_sources=data.heldout_sources,
+                heldout_fraction=data.heldout_fraction,
+            ),
+        )
+
+    def calibrated(self, name: str, checkpoint: Path, out: Path) -> Path:
+        recipe = self.recipe
+        inputs = {
+            "checkpoint": fingerprint(checkpoint),
+            "tokens": fingerprint(self.run_dir / "tokens"),
+            "calibration": recipe.calibration.model_dump(mode="json", exclude={"batch_size"}),
+            "sequence_length": recipe.data.sequence_length,
+            "seed": recipe.seed,
+            "dtype": recipe.dtype,
+        }
+        return self.step(
+            name,
+            out,
+            inputs,
+            lambda: calibrate(
+                checkpoint,
+                out,
+                tokens=self.run_dir / "tokens",
+                recipe=recipe.calibration,
+                sequence_length=recipe.data.sequence_length,
+                seed=recipe.seed,
+                device=recipe.device,
+                dtype=recipe.dtype,
+                title=name,
+            ),
+        )
+
+    def cut(self, name: str, checkpoint: Path, folder: Path, statistics: Path, target: Target) -> Path:
+        """plan.json and pruned/ in `folder`."""
+        pruning = self.recipe.pruning
+        inputs: Measured = {"checkpoint": fingerprint(checkpoint), "statistics": fingerprint(statistics)}
+        inputs |= {"target": target.model_dump(), "pruning": pruning.model_dump()}
+        plan_file = folder / "plan.json"
+        self.step(
+            f"{name}/plan",
+            plan_file,
+            inputs,
+            lambda: plan(checkpoint, plan_file, statistics=statistics, target=target, pruning=pruning),
+        )
+        pruned = folder / "pruned"
+        return self.step(
+            f"{name}/pruned",
+            pruned,
+            {"checkpoint": fingerprint(checkpoint), "plan": fingerprint(plan_file)},
+            lambda: prune(checkpoint, pruned, plan=plan_file, title=f"{name}/pruned"),
+        )
+
+    def distilled(
+        self, name: str, student: Path, out: Path, run: str, number: int, span: Span, terms: list[LossTerm]
+    ) -> Path:
+        recipe = self.recipe
+        settings = recipe.distil.model_copy(update={"terms": terms})
+        inputs = {
+            "student": fingerprint(student),
+            "teacher": fingerprint(self.teacher),
+            "tokens": fingerprint(self.run_dir / "tokens"),
+            "distil": settings.model_dump(mode="json", exclude={"save_every_steps"}),
+            "sequence_length": recipe.data.sequence_length,
+            "span": [span.first_step, span.end_step, span.total_steps],
+            "seed": recipe.seed,
+            "dtype": recipe.dtype,
+        }
+        return self.step(
+            name,
+            out,
+            inputs,
+            lambda: distil(
+                student,
+                out,
+                tokens=self.run_dir / "tokens",
+                recipe=settings,
+                sequence_length=recipe.data.sequence_length,
+                teacher=self.teacher,
+                span=span,
+                seed=recipe.seed,
+                device=recipe.device,
+                dtype=recipe.dtype,
+                metrics=self.run_dir / "metrics.jsonl",
+                run=run,
+                stage=number,
+                title=name,
+            ),
+        )
+
+    def progressive(self, run: str, terms: list[LossTerm]) -> Path:
+        """The schedule: measure, plan, cut and train, stage after stage. Returns the last trained checkpoint.
+
+        The first cut of a baseline is that of the main run; only what follows its training differs.
+        """
+        folder = self.run_dir if run == MAIN_RUN else self.run_dir / run
+        checkpoint = self.teacher
+        for stage in self.stages:
+            name = f"stage-{stage.number}"
+            shared = self.run_dir / name if stage.number == 1 else folder / name
+            label = (shared.relative_to(self.run_dir)).as_posix()
+            statistics = self.calibrated(f"{label}/statistics", checkpoint, shared / "statistics.safetensors")
+            pruned = self.cut(label, checkpoint, shared, statistics, stage.target)
+            out = folder / name / "distilled"
+            label = out.relative_to(self.run_dir).as_posix()
+            checkpoint = self.distilled(label, pruned, out, run, stage.number, stage.span, terms)
+        return checkpoint
+
+    def one_shot(self) -> Path:
+        """The final shape in one cut of the teacher, without any training."""
+        statistics = self.calibrated(
+            "stage-1/statistics", self.teacher, self.run_dir / "stage-1" / "statistics.safetensors"
+        )
+        return self.cut("one_shot", self.teacher, self.run_dir / "one_shot", statistics, self.stages[-1].target)
+
+    def initialised(self) -> Path:
+        """`init: random`: the main run from random weights."""
+        return self.random_init(MAIN_RUN, self.run_dir / "stage-1")
+
+    def random_init(self, run: str, folder: Path) -> Path:
+        """The final shape from random weights, trained on all the tokens at once."""
+        config = target_config(self.source.family, self.source.config, self.stages[-1].target)
+        label = folder.relative_to(self.run_dir).as_posix()
+        initial = self.step(
+            f"{label}/initial",
+            folder / "initial",
+            {"config": config, "seed": self.recipe.seed, "like": fingerprint(self.teacher)},
+            lambda: write_initial(config, self.recipe.seed, folder / "initial", companions=self.teacher),
+        )
+        total = self.stages[-1].span.total_steps
+        span = Span(0, total, total)
+        return self.distilled(
+            f"{label}/distilled", initial, folder / "distilled", run, 1, span, self.recipe.distil.terms
+        )
+
+    def evaluation(self, models: Mapping[str, Path], tokens: Path) -> Evaluation:
+        recipe = self.recipe
+        out = self.run_dir / "evaluation.json"
+        inputs = {
+            "models": {name: fingerprint(folder) for name, folder in models.items()},
+            "tokens": fingerprint(tokens),
+            "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"batch_size"}),
+            "sequence_length": recipe.data.sequence_length,
+            "dtype": recipe.dtype,
+        }
+        self.step(
+            "evaluation",
+            out,
+            inputs,
+            lambda: evaluate(
+                models,
+                out,
+                tokens=tokens,
+                recipe=recipe.evaluation,
+                sequence_length=recipe.data.sequence_length,
+                device=recipe.device,
+                dtype=recipe.dtype,
+            ),
+        )
+        return Evaluation.load(out)
+
+    def final(self, trained: Path, evaluation: Evaluation) -> Path:
+        """`final/`: the trained checkpoint with its model card."""
+        card = model_card(self.recipe, evaluation, self.command)
+        out = self.run_dir / "final"
+
+        def assemble() -> None:
+            with atomic_folder(out) as folder:
+                shutil.copytree(trained, folder, dirs_exist_ok=True)
+                write_text(folder / "README.md", card)
+
+        return self.step("final", out, {"trained": fingerprint(trained), "card": card}, assemble)
+
+
+def _shape(target: Target, counts: Counts) -> str:
+    return (
+        f"{target.num_hidden_layers} layers, hidden {target.hidden_size}, {target.num_experts} experts "
+        f"top-{target.num_experts_per_tok}: {counts.total_parameters:,} parameters, {counts.active_parameters:,} active"
+    )
+
+
+def _text_state(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of the files of a text source: reading terabytes to see that they are unchanged is too much."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def summary(run_dir: Path, seconds: float) -> str:
+    """Where everything is, for the end of a run."""
+    return (
+        f"checkpoint  {run_dir / 'final'}\n"
+        f"report      {run_dir / 'report.html'}\n"
+        f"numbers     {run_dir / 'evaluation.json'}\n"
+        f"took        {duration(seconds)}"
+    )

@@ -1,0 +1,65 @@
+"""The model card, README.md of the final checkpoint: parents, shapes, evaluation, and how it was made."""
+
+import yaml
+
+from slimqwen.evaluation.evaluate import Evaluation, ModelEvaluation
+from slimqwen.recipe import BUILTIN_TEACHER, Recipe
+from slimqwen.reporting.titles import title_of
+
+
+def model_card(recipe: Recipe, evaluation: Evaluation, command: str) -> str:
+    """Markdown with Hugging Face front matter. Every number comes from `evaluation`."""
+    models = evaluation.models
+    this = models["slimqwen"]
+    teacher_name = "the built-in teacher of slimqwen" if recipe.teacher == BUILTIN_TEACHER else f"`{recipe.teacher}`"
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["slimqwen", "moe", "pruned", "distilled"],
+    }
+    rows = "\n".join(_row(title_of(name), models[name]) for name in models)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {recipe.name}
+
+Pruned from {teacher_name} to {this.total_parameters:,} parameters ({this.active_parameters:,} active, MTP module of
+{this.mtp_parameters:,} apart) and trained with knowledge distillation on {recipe.distil.tokens:,} tokens, by the
+SlimQwen method (arXiv 2605.08738) as implemented by slimqwen.
+
+| model | total | active | loss (nats/token) | perplexity | bits/byte | KL to teacher | top-1 agreement | MTP acceptance |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+Measured on {evaluation.tokens:,} held-out tokens, sequence length {evaluation.sequence_length}.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+The MTP module's tensors (`mtp.*`) are in the checkpoint for serving engines; Transformers ignores them.
+
+## How it was made
+
+`{command}` with this recipe:
+
+```yaml
+{yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip()}
+```
+"""
+
+
+def _row(title: str, model: ModelEvaluation) -> str:
+    acceptance = " / ".join(f"{share:.1%}" for share in model.mtp_acceptance) or "-"
+    kl = "-" if model.kl_to_teacher is None else f"{model.kl_to_teacher:.4f}"
+    agreement = "-" if model.top1_agreement is None else f"{model.top1_agreement:.1%}"
+    return (
+        f"| {title} | {model.total_parameters:,} | {model.active_parameters:,} | {model.loss:.4f} | {model.perplexity:.2f} "
+        f"| {model.bits_per_byte:.4f} | {kl} | {agreement} | {acceptance} |"
+    )

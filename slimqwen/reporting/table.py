@@ -1,0 +1,33 @@
+"""The final table on the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from slimqwen.evaluation.evaluate import Evaluation
+from slimqwen.reporting.titles import title_of
+
+
+def print_table(evaluation: Evaluation) -> None:
+    """Print every model's parameters and quality to stdout."""
+    table = Table(title=f"held-out text, {evaluation.tokens:,} tokens", title_justify="left", box=None, pad_edge=False)
+    table.add_column("model")
+    depth = max(len(model.mtp_acceptance) for model in evaluation.models.values())
+    columns = ["total", "active", "loss", "perplexity", "bits/byte", "KL to teacher", "top-1 agree"]
+    for column in (*columns, *(f"acc_{k}" for k in range(depth))):
+        table.add_column(column, justify="right")
+    for name, model in evaluation.models.items():
+        table.add_row(
+            title_of(name),
+            f"{model.total_parameters:,}",
+            f"{model.active_parameters:,}",
+            f"{model.loss:.4f}",
+            f"{model.perplexity:.2f}",
+            f"{model.bits_per_byte:.4f}",
+            "-" if model.kl_to_teacher is None else f"{model.kl_to_teacher:.4f}",
+            "-" if model.top1_agreement is None else f"{model.top1_agreement:.1%}",
+            *(f"{share:.1%}" for share in model.mtp_acceptance),
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a log file or pipe has no width to fold a table to
+    console.print(table)

@@ -1,0 +1,202 @@
+"""Tiny models, text and tokens for the tests, and referees that share no code with slimqwen.
+
+Every size differs from every other that it could be mistaken for, and the random weights are large: a permutation or a
+cut that one tensor misses must be seen in the logits.
+"""
+
+import shutil
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import MtpModel
+
+from slimqwen.artifacts import write_json
+from slimqwen.data.packed import PackedTokens, PackedWriter
+from slimqwen.data.stream import TokenStream
+from slimqwen.data.tokenize import tokenize
+from slimqwen.data.tokenizer import train_tokenizer
+from slimqwen.families import Config
+from slimqwen.families.family import Layout, TensorSpec
+from slimqwen.families.qwen3_next import QWEN3_NEXT
+from slimqwen.recipe import Source
+
+VOCAB_SIZE = 300
+
+WORDS = "left right index value total count items result buffer offset head tail layer expert router token".split()
+
+
+def tiny_config(**overrides: Any) -> Config:
+    """A Qwen3-Next config.json as slimqwen writes it: 3 linear-attention layers and 1 of full attention, and MTP."""
+    config = {
+        "model_type": "qwen3_next",
+        "architectures": ["Qwen3NextForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 20,
+        "intermediate_size": 40,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "router_aux_loss_coef": 0.001,
+        "tie_word_embeddings": False,
+        "num_nextn_predict_layers": 1,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "dtype": "float32",
+    }
+    return QWEN3_NEXT.with_serving_keys(QWEN3_NEXT.normalise(config | overrides))
+
+
+def tiny_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Random tensors for a config, one per expert, by checkpoint name; A_log stays float32, as engines hold it."""
+    generator = torch.Generator().manual_seed(seed)
+    return {spec.name: _random(spec, generator, dtype) for spec in QWEN3_NEXT.tensors(config)}
+
+
+def _random(spec: TensorSpec, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    values = torch.randn(spec.shape, generator=generator)
+    if spec.pattern.endswith("A_log"):
+        return 0.7 * values
+    if spec.pattern.endswith("linear_attn.norm.weight"):  # the one norm that multiplies by weight, not by 1 + weight
+        return (1.0 + 0.3 * values).to(dtype)
+    if len(spec.shape) == 1:
+        return (0.3 * values).to(dtype)
+    scale = {"embedding": 1.0, "router": 0.5}.get(spec.part, 1.5 * prod(spec.shape[1:]) ** -0.5)
+    return (scale * values).to(dtype)
+
+
+def fused(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The same checkpoint with each block's experts stacked, as Transformers' modules hold them (formats.md 2)."""
+    stacked = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+    for block in sorted({name.split("mlp.experts.")[0] for name in tensors.keys() - stacked.keys()}):
+
+        def experts(projection: str, block: str = block) -> list[Tensor]:
+            return [tensors[f"{block}mlp.experts.{e}.{projection}.weight"] for e in range(config["num_experts"])]
+
+        pairs = zip(experts("gate_proj"), experts("up_proj"), strict=True)
+        stacked[f"{block}mlp.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        stacked[f"{block}mlp.experts.down_proj"] = torch.stack(experts("down_proj"))
+    return stacked
+
+
+def write_tiny_checkpoint(
+    folder: Path,
+    seed: int = 0,
+    layout: Layout = "per_expert",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Path | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write `model.safetensors`, config.json (of `tiny_config(**overrides)`) and, if given, the tokenizer; `folder`."""
+    config = tiny_config(**overrides, dtype=str(dtype).removeprefix("torch."))
+    tensors = tiny_tensors(config, seed, dtype)
+    folder.mkdir(parents=True)
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    tensors = fused(tensors, config) if layout == "fused" else tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def tiny_text(seed: int, lines: int = 40) -> str:
+    """A small module of Python-like text, another for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def word() -> str:
+        return WORDS[int(torch.randint(len(WORDS), (), generator=generator))]
+
+    body = "".join(f"    {word()} = {word()}[{word()}] + {word()}({line % 10})\n" for line in range(lines))
+    return f"def {word()}_{word()}({word()}):\n{body}    return {word()}\n"
+
+
+def write_tiny_text(folder: Path, files: int = 8) -> Path:
+    """A folder of small .py and .txt files."""
+    folder.mkdir(parents=True)
+    for i in range(files):
+        (folder / f"module_{i}.{'txt' if i % 4 == 3 else 'py'}").write_text(tiny_text(i), encoding="utf-8")
+    return folder
+
+
+def write_tiny_tokens(folder: Path, vocab_size: int = VOCAB_SIZE) -> tuple[Path, Path]:
+    """`folder/text` and `folder/heldout_text` tokenized; (tokenizer folder, tokens folder)."""
+    text = write_tiny_text(folder / "text")
+    heldout = folder / "heldout_text"
+    heldout.mkdir()
+    for i in range(3):
+        (heldout / f"heldout_{i}.py").write_text(tiny_text(100 + i), encoding="utf-8")
+    texts = (file.read_text(encoding="utf-8") for file in sorted(text.iterdir()))
+    train_tokenizer(texts, vocab_size, folder / "tokenizer")
+    tokenize(
+        [Source(path=text)], folder / "tokenizer", folder / "tokens", heldout_sources=[Source(path=heldout)]
+    )
+    return folder / "tokenizer", folder / "tokens"
+
+
+def tiny_stream(
+    folder: Path, documents: list[list[int]], sequence_length: int, seed: int = 0, vocab_size: int = VOCAB_SIZE
+) -> TokenStream:
+    """A training stream of token ids written out in the test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with PackedWriter(folder / "train", vocab_size) as writer:
+        for document in documents:
+            writer.add(document)
+    return TokenStream(PackedTokens(folder / "train"), sequence_length, seed)
+
+
+def tiny_tokens(rows: int = 2, columns: int = 21, seed: int = 0) -> Tensor:
+    """Random token ids, [rows, columns]."""
+    return torch.randint(VOCAB_SIZE, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def transformers_mtp_hidden(backbone: PreTrainedModel, tensors: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """The referee of MTP: Transformers' own MtpModel on a checkpoint's `mtp.*` tensors (experts fused or not).
+
+    tokens: [batch, seq + 1]. Returns the hidden states for lm_head, [batch, seq, hidden].
+    """
+    module = MtpModel(backbone, 1).to(backbone.dtype)
+    names = {
+        "pre_fc_norm_embedding.": "enorm.",
+        "pre_fc_norm_hidden.": "hnorm.",
+        "fc.": "eh_proj.",
+        "layers.0.": "mtp_block.",
+        "norm.": "post_norm.",
+    }
+    mtp = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
+    if any(".experts.0." in name for name in mtp):
+        mtp = fused(mtp, {"num_experts": backbone.config.num_experts})
+    state = {}
+    for name, tensor in mtp.items():
+        ours = next(prefix for prefix in names if name.startswith(f"mtp.{prefix}"))
+        state["layers.0." + names[ours] + name.removeprefix(f"mtp.{ours}")] = tensor
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.startswith(("embed_tokens.", "shared_head.")) for name in missing)
+    inputs = tokens[:, :-1]
+    hidden = backbone.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
+    positions = torch.arange(inputs.shape[1]).unsqueeze(0)
+    return module.eval().forward_layer(0, hidden, positions, None, input_ids=tokens[:, 1:])
