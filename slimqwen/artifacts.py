@@ -19,6 +19,7 @@ from slimqwen.errors import StageFailed
 FULLY_HASHED_BYTES = 64 << 20  # larger files are sampled: hashing 160 GB would take longer than pruning it
 SAMPLE_BYTES = 1 << 20
 SAMPLES = 16
+FULL_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded")  # inside safetensors' own error
 
 
 @contextlib.contextmanager
@@ -57,10 +58,13 @@ def full_disk_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not out_of_space and "No space left on device" not in str(error):
+        out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not out_of_space and not any(words in str(error) for words in FULL_DISK_WORDS):
             raise
-        message = f"the disk is full: {path} could not be written. Free some space and run the same command again."
+        message = (
+            f"{path} could not be written: the disk is full, or a quota or file-size limit is reached. "
+            "Free some space and run the same command again."
+        )
         raise StageFailed(message) from error
 
 

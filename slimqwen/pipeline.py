@@ -4,20 +4,14 @@ Progressive schedules are a loop over calibrate, plan, prune and distil in this 
 nothing of one another and meet in the artefacts of the run directory.
 """
 
-import json
-import os
 import platform
-import resource
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_json, write_text
+from slimqwen.artifacts import atomic_folder, fingerprint, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
@@ -26,7 +20,6 @@ from slimqwen.data.tokenize import tokenize
 from slimqwen.distillation.distil import distil, total_steps
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.distillation.trainer import Span
-from slimqwen.errors import StageFailed
 from slimqwen.evaluation.evaluate import Evaluation, evaluate
 from slimqwen.families.count import Counts, count
 from slimqwen.planning.plan import plan
@@ -35,9 +28,9 @@ from slimqwen.planning.shapes import completed, shape_of, target_config
 from slimqwen.progress import duration, say
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import LossTerm, Recipe, Target
-from slimqwen.recipe_file import dump_recipe
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
+from slimqwen.steps import Steps
 
 MAIN_RUN = "slimqwen"
 Measured = dict[str, Any]
@@ -61,7 +54,7 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     """
     pipeline = Pipeline(recipe, command)
     pipeline.announce()
-    pipeline.begin()
+    pipeline.steps.begin(recipe)
     tokens = pipeline.tokens()
     models = {"teacher": pipeline.teacher}
     models[MAIN_RUN] = (
@@ -94,6 +87,7 @@ class Pipeline:
         for source in (*recipe.data.sources, *recipe.data.heldout_sources):
             check_source(source)
         self.stages = self._stages()
+        self.steps = Steps(recipe.run_dir, command)
 
     def _stages(self) -> list[Stage]:
         recipe, config = self.recipe, self.source.config
@@ -133,51 +127,6 @@ class Pipeline:
                 f"{self.stages[-1].span.total_steps:,} steps: the learning rate only rises."
             )
 
-    def begin(self) -> None:
-        """The run directory, its resolved recipe and where it came from."""
-        dump_recipe(self.recipe, self.run_dir / "recipe.resolved.yaml")
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        provenance = {
-            "command": self.command,
-            "version": version("slimqwen"),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}",
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        }
-        write_json(self.run_dir / "provenance.json", provenance)
-
-    def step(self, name: str, output: Path, inputs: Mapping[str, Any], action: Callable[[], object]) -> Path:
-        """Do `action`, which makes `output`, unless the same inputs made it before and it is still what they made."""
-        record = self.run_dir / ".steps" / f"{name.replace('/', '.')}.json"
-        key = fingerprint_value({"version": version("slimqwen"), **inputs})
-        if record.exists() and output.exists():
-            made = json.loads(record.read_text())
-            if made == {"key": key, "output": fingerprint(output)}:
-                say(f"{name}: done already, {output}")
-                self._log(name, 0.0, skipped=True)
-                return output
-        record.unlink(missing_ok=True)
-        started = time.perf_counter()
-        action()
-        if not output.exists():
-            raise StageFailed(f"{name} ended without writing {output}.")
-        write_json(record, {"key": key, "output": fingerprint(output)})
-        self._log(name, time.perf_counter() - started, skipped=False)
-        return output
-
-    def _log(self, name: str, seconds: float, *, skipped: bool) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far: Linux counts KiB
-        entry = {
-            "step": name,
-            "seconds": seconds,
-            "peak_memory_bytes": peak,
-            "skipped": skipped,
-            "command": self.command,
-        }
-        with (self.run_dir / "stages.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-
     def tokens(self) -> Path:
         data = self.recipe.data
         out = self.run_dir / "tokens"
@@ -187,7 +136,7 @@ class Pipeline:
             "python": platform.python_version(),  # whose standard library 'python-stdlib' is
             "text": [_text_state(source.path) for source in (*data.sources, *data.heldout_sources) if source.path],
         }
-        return self.step(
+        return self.steps.step(
             "tokens",
             out,
             inputs,
@@ -210,7 +159,7 @@ class Pipeline:
             "seed": recipe.seed,
             "dtype": recipe.dtype,
         }
-        return self.step(
+        return self.steps.step(
             name,
             out,
             inputs,
@@ -233,14 +182,14 @@ class Pipeline:
         inputs: Measured = {"checkpoint": fingerprint(checkpoint), "statistics": fingerprint(statistics)}
         inputs |= {"target": target.model_dump(), "pruning": pruning.model_dump()}
         plan_file = folder / "plan.json"
-        self.step(
+        self.steps.step(
             f"{name}/plan",
             plan_file,
             inputs,
             lambda: plan(checkpoint, plan_file, statistics=statistics, target=target, pruning=pruning),
         )
         pruned = folder / "pruned"
-        return self.step(
+        return self.steps.step(
             f"{name}/pruned",
             pruned,
             {"checkpoint": fingerprint(checkpoint), "plan": fingerprint(plan_file)},
@@ -262,7 +211,7 @@ class Pipeline:
             "seed": recipe.seed,
             "dtype": recipe.dtype,
         }
-        return self.step(
+        return self.steps.step(
             name,
             out,
             inputs,
@@ -317,7 +266,7 @@ class Pipeline:
         """The final shape from random weights, trained on all the tokens at once."""
         config = target_config(self.source.family, self.source.config, self.stages[-1].target)
         label = folder.relative_to(self.run_dir).as_posix()
-        initial = self.step(
+        initial = self.steps.step(
             f"{label}/initial",
             folder / "initial",
             {"config": config, "seed": self.recipe.seed, "like": fingerprint(self.teacher)},
@@ -339,7 +288,7 @@ class Pipeline:
             "sequence_length": recipe.data.sequence_length,
             "dtype": recipe.dtype,
         }
-        self.step(
+        self.steps.step(
             "evaluation",
             out,
             inputs,
@@ -365,7 +314,7 @@ class Pipeline:
                 shutil.copytree(trained, folder, dirs_exist_ok=True)
                 write_text(folder / "README.md", card)
 
-        return self.step("final", out, {"trained": fingerprint(trained), "card": card}, assemble)
+        return self.steps.step("final", out, {"trained": fingerprint(trained), "card": card}, assemble)
 
 
 def _shape(target: Target, counts: Counts) -> str:

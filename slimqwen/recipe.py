@@ -208,6 +208,14 @@ class EvaluationRecipe(Section):
     acceptance_new_tokens: PositiveInt = Field(64, description="Tokens of each greedy continuation.")
     acceptance_depth: PositiveInt = Field(4, description="Tokens drafted per position: acc_0 .. acc_{depth-1}.")
 
+    @model_validator(mode="after")
+    def _continuations_hold_a_draft(self) -> "EvaluationRecipe":
+        if self.acceptance_new_tokens <= self.acceptance_depth:
+            raise ValueError(
+                f"acceptance_new_tokens {self.acceptance_new_tokens} must be more than acceptance_depth {self.acceptance_depth}"
+            )
+        return self
+
 
 class Recipe(Section):
     """One run: from a teacher and a target to a smaller model, its evaluation and its report."""

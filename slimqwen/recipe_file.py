@@ -39,10 +39,10 @@ WORDS_FOR_PROBLEMS = {
 
 
 @overload
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe: ...
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe: ...
 @overload
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, model: type[Model]) -> Model: ...
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, model: type[BaseModel] = Recipe) -> BaseModel:
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[Model]) -> Model: ...
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[BaseModel] = Recipe) -> BaseModel:
     """The recipe in a YAML file, with `overrides` applied, as an instance of `model`.
 
     An override is `key=value` with a dotted key and a YAML value: `distil.learning_rate=1e-4`,
@@ -53,6 +53,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, model: type[BaseMo
 
     Types are strict: `"5"` or `true` is not a number. Raises `UserError` with one line per problem.
     """
+    path = Path(path)
     values = _read_mapping(path)
     problems = []
     for override in overrides:

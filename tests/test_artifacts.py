@@ -81,7 +81,8 @@ def test_a_full_disk_is_one_sentence(tmp_path, atomic, error):
     with pytest.raises(StageFailed) as failed, atomic(path):
         raise error
     assert str(failed.value) == (
-        f"the disk is full: {path} could not be written. Free some space and run the same command again."
+        f"{path} could not be written: the disk is full, or a quota or file-size limit is reached. "
+        "Free some space and run the same command again."
     )
     assert failed.value.exit_code == 1
     assert names(tmp_path) == []

@@ -85,8 +85,10 @@ def _random(spec: TensorSpec, generator: torch.Generator, dtype: torch.dtype) ->
         return (1.0 + 0.3 * values).to(dtype)
     if len(spec.shape) == 1:
         return (0.3 * values).to(dtype)
-    scale = {"embedding": 1.0, "router": 0.5}.get(spec.part, 1.5 * prod(spec.shape[1:]) ** -0.5)
-    return (scale * values).to(dtype)
+    if spec.pattern == "model.embed_tokens.weight":
+        return values.to(dtype)
+    gain = 2.0 if spec.part == "router" else 1.0  # clear choices of experts
+    return (gain * prod(spec.shape[1:]) ** -0.5 * values).to(dtype)
 
 
 def fused(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class Statistics:
     def save(self, path: Path) -> None:
         metadata = {"format": FORMAT, "checkpoint": self.checkpoint, "data": self.data}
         metadata |= {f"tokens.{part}": str(count) for part, count in self.tokens.items()}
+        check_finite(self.sums, path)
         with atomic_file(path) as partial:
             save_file(dict(sorted(self.sums.items())), partial, metadata=metadata)
 
@@ -67,12 +68,17 @@ class Statistics:
             ) from error
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path} is not a statistics file of {FORMAT}: run `slimqwen calibrate` to make one.")
-        broken = [name for name, value in sums.items() if not torch.isfinite(value).all()]
-        if broken:
-            raise UserError(
-                f"{path} has values that are not finite, in {broken[0]}: the model overflowed on the calibration text."
-            )
+        check_finite(sums, path)
         tokens = {
             key.removeprefix("tokens."): int(count) for key, count in metadata.items() if key.startswith("tokens.")
         }
         return cls(metadata["checkpoint"], metadata["data"], tokens, sums)
+
+
+def check_finite(sums: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise UserError where one of the sums that `path` holds, or would hold, is not finite."""
+    for name, value in sums.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{path}: statistics are not finite, in {name}: the model overflowed on the calibration text."
+            )

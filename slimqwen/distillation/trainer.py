@@ -101,7 +101,7 @@ class Trainer:
                 metrics.append(step - 1, values)
                 shown = {name: values[name] for name in ("lm", "kd", "mtp_lm", "mtp_kd") if name in values}
                 progress.advance(step_tokens, **shown)
-                if interrupted() or step % recipe.save_every_steps == 0:
+                if interrupted() or step % recipe.save_every_steps == 0 or step == span.end_step:
                     save_state(state_folder, step, self.parameters, self.optimizer)
                 if interrupted():
                     raise KeyboardInterrupt

@@ -54,15 +54,14 @@ def accepted_drafts(model: MtpCausalLM, sequences: Tensor, prompt_tokens: int, d
     Example: prompt A B C, continuation D E F G H, depth 2. Positions that count have t_{i+1} .. t_{i+3} in the
     continuation, the same for every k:
 
-        i          2 (C)        3 (D)        4 (E)
-        t_{i+1}    D            E            F           said by the backbone
-        depth 0    E drafts: E  F drafts: X  G drafts: G      2 of 3: acc_0 = 0.667
-        depth 1    F drafts: F  G drafts: G  H drafts: Y      only i = 2, for i = 3 was rejected before: acc_1 = 0.333
+        i                   2    3    4
+        t_{i+1}             D    E    F     said by the backbone
+        depth 0 drafts      E    X    G     for E F G: 2 of 3, acc_0 = 0.667
+        depth 1 drafts      F    G    Y     for F G H: only i = 2, since at i = 3 depth 0 was rejected; acc_1 = 0.333
 
-    A serving engine gets about the same numbers by a cheaper route: beyond depth 0 it runs the module on the newest
-    token only, with a KV cache that holds what depth 0 left there, where the recursion above, which is also how
-    training with several depths is defined, lets depth k attend to depth k's inputs at all earlier positions. acc_0
-    is the same in both.
+    How a serving engine differs: beyond depth 0 it runs the module on the newest token alone, with a KV cache of what
+    depth 0 left there. In the recursion above depth k attends to depth k's own inputs at all earlier positions. acc_0
+    is the same in both, deeper ones need not be.
 
     Args:
         model: with an MTP module.

@@ -152,10 +152,12 @@ def _open(
     models: Mapping[str, Path], teacher: str | None, tokens: Path, manifest: TokenManifest
 ) -> dict[str, Checkpoint]:
     """Every checkpoint by name, the teacher first, after checking that they can be compared on these tokens."""
+    if not models:
+        raise UserError("there is no model to evaluate: give at least one checkpoint folder.")
     if teacher is not None and teacher not in models:
         raise UserError(
             f"the teacher '{teacher}' is not among the models{did_you_mean(teacher, models)}: "
-            f"name one of {', '.join(models) or '(none given)'}, or no teacher."
+            f"name one of {', '.join(models)}, or no teacher."
         )
     checkpoints = {name: Checkpoint(models[name]) for name in sorted(models, key=lambda name: name != teacher)}
     first_name, first = next(iter(checkpoints.items()))

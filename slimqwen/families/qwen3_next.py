@@ -127,6 +127,9 @@ def surroundings(config: Config) -> list[Block]:
 def normalise(config: Config) -> Config:
     """Make explicit what older config.json files leave to a default; refuse what the table does not describe."""
     config = deepcopy(config)
+    for field in ("num_hidden_layers", "num_experts", "num_experts_per_tok"):
+        if not isinstance(config.get(field), int) or config[field] <= 0:
+            raise UserError(f"config.json: '{field}' must be a positive whole number, is {config.get(field)!r}.")
     layers = config["num_hidden_layers"]
     if config.get("layer_types") is None:
         interval = config.get("full_attention_interval", 4)
@@ -172,6 +175,9 @@ def with_serving_keys(config: Config) -> Config:
     if config["num_nextn_predict_layers"]:  # what Transformers' own MtpModel asks for
         config["num_mtp_layers"] = config["num_nextn_predict_layers"]
         config["mtp_layer_types"] = ["full_attention"] * config["num_nextn_predict_layers"]
+    else:
+        config.pop("num_mtp_layers", None)
+        config.pop("mtp_layer_types", None)
     return config
 
 

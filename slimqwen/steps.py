@@ -1,0 +1,71 @@
+"""The steps of a run: each done once, recognised by the content of its inputs and output, timed and logged."""
+
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from slimqwen.artifacts import fingerprint, fingerprint_value, write_json
+from slimqwen.errors import StageFailed
+from slimqwen.progress import say
+from slimqwen.recipe import Recipe
+from slimqwen.recipe_file import dump_recipe
+
+
+class Steps:
+    """Bookkeeping of a run directory: `.steps/` (what was made from what), stages.jsonl, provenance.json."""
+
+    def __init__(self, run_dir: Path, command: str) -> None:
+        self.run_dir = run_dir
+        self.command = command
+
+    def begin(self, recipe: Recipe) -> None:
+        """The run directory, its resolved recipe and where it came from."""
+        dump_recipe(recipe, self.run_dir / "recipe.resolved.yaml")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        provenance = {
+            "command": self.command,
+            "version": version("slimqwen"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}",
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+        write_json(self.run_dir / "provenance.json", provenance)
+
+    def step(self, name: str, output: Path, inputs: Mapping[str, Any], action: Callable[[], object]) -> Path:
+        """Do `action`, which makes `output`, unless the same inputs made it before and it is still what they made."""
+        record = self.run_dir / ".steps" / f"{name.replace('/', '.')}.json"
+        key = fingerprint_value({"version": version("slimqwen"), **inputs})
+        if record.exists() and output.exists():
+            made = json.loads(record.read_text())
+            if made == {"key": key, "output": fingerprint(output)}:
+                say(f"{name}: done already, {output}")
+                self._log(name, 0.0, skipped=True)
+                return output
+        record.unlink(missing_ok=True)
+        started = time.perf_counter()
+        action()
+        if not output.exists():
+            raise StageFailed(f"{name} ended without writing {output}.")
+        write_json(record, {"key": key, "output": fingerprint(output)})
+        self._log(name, time.perf_counter() - started, skipped=False)
+        return output
+
+    def _log(self, name: str, seconds: float, *, skipped: bool) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far: Linux counts KiB
+        entry = {
+            "step": name,
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+            "skipped": skipped,
+            "command": self.command,
+        }
+        with (self.run_dir / "stages.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")

@@ -1,0 +1,293 @@
+"""The command line as a user meets it: help, suggestions, exit codes, one sentence per mistake."""
+
+import contextlib
+import io
+import json
+import re
+import resource
+import shlex
+import shutil
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slimqwen.cli import main
+from slimqwen.recipe_file import load_recipe
+from tests.tiny import write_tiny_checkpoint, write_tiny_tokens
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("run", "demo", "recipe", "tokens", "calibrate", "plan", "prune", "distil", "evaluate", "report", "pretrain")
+
+
+@dataclass
+class Result:
+    """What a process would have left: its exit code and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def slimqwen(*arguments: object, cwd: Path | None = None) -> Result:
+    """The console script, in this process: starting one costs seconds of imports."""
+    out, err = io.StringIO(), io.StringIO()
+    returncode = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["slimqwen", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
+        patch.chdir(cwd or Path.cwd())
+        try:
+            main()
+        except SystemExit as stop:
+            returncode = int(stop.code or 0)
+        except Exception:
+            traceback.print_exc()
+            returncode = 1
+    return Result(returncode, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """teacher/, data/tokens, recipe.yaml: everything that works, to break one thing at a time."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer, _ = write_tiny_tokens(folder / "data")
+    layers = ["linear_attention", "full_attention"] * 2
+    write_tiny_checkpoint(folder / "teacher", tokenizer=tokenizer, layer_types=layers)
+    recipe = {
+        "run_dir": "run",
+        "teacher": "teacher",
+        "target": {"num_hidden_layers": 2, "num_experts": 4},
+        "schedule": "one_shot",
+        "data": {
+            "sources": [{"path": "data/text"}],
+            "heldout_sources": [{"path": "data/heldout_text"}],
+            "sequence_length": 16,
+        },
+        "calibration": {"samples": 2},
+        "distil": {"tokens": 64, "batch_size": 2, "warmup_steps": 0},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def assert_one_sentence(result: Result, code: int, *words: str) -> None:
+    """A clear error: the exit code, the words that matter, no traceback."""
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    message = re.sub(r"[\s│]+", " ", result.stderr)
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = slimqwen(command, "--help")
+    assert result.returncode == 0
+    assert "Usage: slimqwen" in result.stdout or "Usage:" in result.stdout
+    assert len(result.stdout.split()) > 25
+
+
+def test_mistyped_command_and_option_are_suggested(world: Path) -> None:
+    assert_one_sentence(slimqwen("evalute"), 2, "evaluate")
+    assert_one_sentence(slimqwen("prune", "x", "--plann", "y", "--out", "z"), 2, "--plan")
+
+
+def test_plan_json_counts_without_weights(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "target.yaml").write_text("num_experts: 4\n")
+    shutil.copy(world / "teacher" / "config.json", tmp_path / "config.json")
+    result = slimqwen("plan", "--json", tmp_path / "config.json", "--target", tmp_path / "target.yaml")
+    counts = json.loads(result.stdout)
+    assert counts["after"]["parts"]["routed_experts"] * 2 == counts["before"]["parts"]["routed_experts"]
+    assert counts["before"]["total_parameters"] == sum(counts["before"]["parts"].values())
+
+
+def test_stages_one_by_one(world: Path, tmp_path: Path) -> None:
+    """The single commands over artefacts give what they say, each reading what the one before wrote."""
+
+    def ok(*arguments: object) -> str:
+        result = slimqwen(*arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    (tmp_path / "target.yaml").write_text(
+        "{num_hidden_layers: 2, hidden_size: 24, num_experts: 4, num_experts_per_tok: 1}"
+    )
+    (tmp_path / "distil.yaml").write_text("{tokens: 96, batch_size: 2, warmup_steps: 0}")
+    teacher = world / "teacher"
+    ok(
+        "tokens",
+        world / "data" / "text",
+        "--heldout",
+        world / "data" / "heldout_text",
+        "--tokenizer",
+        teacher,
+        "--out",
+        "tokens",
+    )
+    ok("calibrate", teacher, "--tokens", "tokens", "--samples", 2, "--sequence-length", 16)
+    ok("plan", teacher, "--target", "target.yaml", "--statistics", "statistics.safetensors")
+    ok("prune", teacher, "--plan", "plan.json", "--out", "pruned")
+    training = ("--recipe", "distil.yaml", "--sequence-length", 16, "--set", "learning_rate=1e-3")
+    ok("distil", "pruned", "--teacher", teacher, "--tokens", "tokens", "--out", "trained", *training)
+    out = ok(
+        "evaluate",
+        "trained",
+        "--teacher",
+        teacher,
+        "--tokens",
+        "tokens",
+        "--sequence-length",
+        16,
+        "--measured-tokens",
+        64,
+    )
+    assert "trained" in out and "teacher" in out
+    assert json.loads((tmp_path / "evaluation.json").read_text())["models"]["trained"]["kl_to_teacher"] > 0
+
+
+# Bad input: one sentence, exit code 2 (or 1 where the work had begun), nothing that looks finished
+
+
+def run_recipe(world: Path, tmp_path: Path, *overrides: str) -> Result:
+    sets = [part for override in (f"run_dir={tmp_path / 'run'}", *overrides) for part in ("--set", override)]
+    return slimqwen("run", "recipe.yaml", *sets, cwd=world)
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    assert_one_sentence(slimqwen("run", tmp_path / "nowhere.yaml"), 2, "nowhere.yaml")
+
+
+def test_every_problem_of_a_recipe_at_once(world: Path, tmp_path: Path) -> None:
+    result = run_recipe(world, tmp_path, "distil.lerning_rate=1", "target.hidden_size=-4", "schedule=depthfirst")
+    assert_one_sentence(result, 2, "did you mean 'learning_rate'", "-4", "depth_first")
+
+
+def test_target_larger_than_the_source(world: Path, tmp_path: Path) -> None:
+    assert_one_sentence(run_recipe(world, tmp_path, "target.hidden_size=64"), 2, "hidden_size", "64", "32")
+
+
+def test_fewer_experts_than_top_k(world: Path, tmp_path: Path) -> None:
+    assert_one_sentence(run_recipe(world, tmp_path, "target.num_experts=1"), 2, "num_experts_per_tok")
+
+
+def test_missing_teacher(world: Path, tmp_path: Path) -> None:
+    assert_one_sentence(run_recipe(world, tmp_path, "teacher=nowhere"), 2, "nowhere")
+
+
+def test_missing_and_empty_text(world: Path, tmp_path: Path) -> None:
+    assert_one_sentence(run_recipe(world, tmp_path, "data.sources=[{path: nowhere}]"), 2, "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert_one_sentence(run_recipe(world, tmp_path, f"data.sources=[{{path: {tmp_path / 'empty'}}}]"), 2, "empty")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "garbage"])
+def test_corrupt_safetensors(world: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    good = weights.read_bytes()
+    broken = {"truncated": good[:-1000], "header": b"\xff" * 16 + good[16:], "garbage": b"not a safetensors file"}
+    weights.write_bytes(broken[damage])
+    result = run_recipe(world, tmp_path, f"teacher={tmp_path / 'teacher'}")
+    assert_one_sentence(result, 2, "model.safetensors", "corrupt or truncated")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizer_of_another_vocabulary(world: Path, tmp_path: Path) -> None:
+    _, tokens = write_tiny_tokens(tmp_path / "other", vocab_size=290)
+    result = slimqwen("calibrate", world / "teacher", "--tokens", tokens, "--out", tmp_path / "s.safetensors")
+    assert_one_sentence(result, 2, "another tokenizer")
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_statistics_of_another_checkpoint(world: Path, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "other", seed=1, tokenizer=world / "teacher")
+    tokens = world / "data" / "tokens"
+    arguments = ("--tokens", tokens, "--samples", 1, "--sequence-length", 16, "--out", tmp_path / "s.safetensors")
+    assert slimqwen("calibrate", world / "teacher", *arguments).returncode == 0
+    result = slimqwen(
+        "plan", tmp_path / "other", "--statistics", tmp_path / "s.safetensors", "--out", tmp_path / "plan.json"
+    )
+    assert_one_sentence(result, 2, "were not measured on")
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_full_disk(world: Path, tmp_path: Path) -> None:
+    """A file-size limit stands for the full disk: the write fails in the middle of a stage, with the library's own error."""
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        result = run_recipe(world, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_one_sentence(result, 1, "disk")
+    assert not (tmp_path / "run" / "final").exists()
+    assert not (tmp_path / "run" / "stage-1" / "pruned").exists()
+
+
+def test_report_of_no_run(tmp_path: Path) -> None:
+    assert_one_sentence(slimqwen("report", tmp_path), 2, str(tmp_path))
+
+
+# README
+
+
+def readme_commands() -> list[str]:
+    """Commands of README's shell blocks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_readme_commands_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of README, in order, with a tiny model and text where README has real ones.
+
+    Only parsed: `make` (CI runs it), the 80B recipe (its checkpoint is 160 GB), whose keys and override are checked.
+    """
+    monkeypatch.setattr("slimqwen.builtin.TEACHER", world / "teacher")
+    (tmp_path / "Qwen3-Next-80B-A3B-Base").mkdir()
+    shutil.copy(world / "teacher" / "config.json", tmp_path / "Qwen3-Next-80B-A3B-Base")
+    (tmp_path / "target.yaml").write_text("num_experts: 4")
+    (tmp_path / "distil.yaml").write_text("{tokens: 2048, batch_size: 4, warmup_steps: 0}")
+    shutil.copy(world / "recipe.yaml", tmp_path / "my-recipe.yaml")
+    shutil.copytree(world / "data" / "text", tmp_path / "my-text")
+    for i in range(10):  # enough documents for a held-out share of 5 %
+        for file in (world / "data" / "text").iterdir():
+            shutil.copy(file, tmp_path / "my-text" / f"{i}_{file.name}")
+    for name in ("teacher", "data", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name if name == "recipes" else world / name)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(tmp_path / "run")  # what the commands above it have left
+
+    ran = set()
+    for command in readme_commands():
+        program, *arguments = shlex.split(command, comments=True)
+        if program == "make":
+            makefile = (ROOT / "Makefile").read_text()
+            assert all(re.search(rf"^{target}:", makefile, flags=re.M) for target in arguments), command
+        elif "recipes/qwen3-next" in command:
+            recipe = load_recipe(ROOT / arguments[1], [arguments[3]])
+            assert recipe.teacher == "/models/Qwen3-Next-80B-A3B-Base"
+        else:
+            assert program == "slimqwen", command
+            result = slimqwen(*arguments, cwd=tmp_path)
+            assert result.returncode == 0, (command, result.stderr)
+            ran.add(arguments[0])
+    assert ran == set(COMMANDS) - {"demo", "pretrain"}
+
+
+def test_readme_library_example_runs(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The five lines of Python in README, with its paths put in place."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(import slimqwen.*?)```", text, flags=re.S)
+    (tmp_path / "recipe.yaml").write_text((world / "recipe.yaml").read_text())
+    for name in ("teacher", "data"):
+        (tmp_path / name).symlink_to(world / name)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert (tmp_path / "run" / "final" / "config.json").exists()

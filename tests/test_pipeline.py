@@ -1,0 +1,238 @@
+"""The whole of it, on a tiny random model: the artefacts, skipping, kill -9, the baselines, the checkpoint."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.errors import UserError
+from slimqwen.pipeline import run
+from slimqwen.recipe import Recipe
+from slimqwen.recipe_file import dump_recipe, load_recipe
+from tests.tiny import write_tiny_checkpoint, write_tiny_tokens
+
+
+def tiny_recipe(folder: Path, run_dir: Path, **overrides: object) -> Recipe:
+    """A run from a tiny random teacher: 4 -> 3 layers, 32 -> 24 channels, 8 -> 4 experts, in two stages."""
+    if not (folder / "teacher").exists():
+        tokenizer, _ = write_tiny_tokens(folder / "data")
+        write_tiny_checkpoint(
+            folder / "teacher", tokenizer=tokenizer, layer_types=["linear_attention", "full_attention"] * 2
+        )
+    values = {
+        "name": "tiny",
+        "run_dir": run_dir,
+        "teacher": str(folder / "teacher"),
+        "target": {"num_hidden_layers": 2, "hidden_size": 24, "num_experts": 4, "num_experts_per_tok": 1},
+        "data": {
+            "sources": [{"path": folder / "data" / "text"}],
+            "heldout_sources": [{"path": folder / "data" / "heldout_text"}],
+            "sequence_length": 16,
+        },
+        "calibration": {"samples": 4},
+        "first_stage_token_fraction": 0.3,
+        "distil": {
+            "tokens": 16 * 2 * 10,
+            "batch_size": 2,
+            "warmup_steps": 2,
+            "learning_rate": 1e-3,
+            "save_every_steps": 2,
+        },
+        "baselines": ["pruned", "random_init", "lm_only"],
+        "evaluation": {
+            "tokens": 64,
+            "acceptance_prompts": 2,
+            "acceptance_prompt_tokens": 8,
+            "acceptance_new_tokens": 12,
+            "acceptance_depth": 3,
+        },
+    }
+    return Recipe.model_validate({**values, **overrides})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("pipeline")
+    recipe = tiny_recipe(folder, folder / "run")
+    run(recipe)
+    return recipe
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_leaves_the_artefacts_that_other_tools_rely_on(finished: Recipe) -> None:
+    run_dir = finished.run_dir
+    for name in ("recipe.resolved.yaml", "metrics.jsonl", "evaluation.json", "report.html", "final/config.json"):
+        assert (run_dir / name).is_file(), name
+    for stage in (1, 2):
+        for name in ("plan.json", "pruned/config.json", "distilled/config.json"):
+            assert (run_dir / f"stage-{stage}" / name).is_file(), name
+    assert load_recipe(run_dir / "recipe.resolved.yaml") == finished
+
+    expected = {"run", "stage", "step", "tokens", "lm", "kd", "mtp_lm", "mtp_kd", "lambda", "beta"}
+    expected |= {"learning_rate", "grad_norm", "tokens_per_second", "loss", "load_balancing"}
+    lines = metrics(run_dir)
+    assert all(expected <= line.keys() for line in lines if line["run"] != "lm_only")
+    for name in ("slimqwen", "random_init", "lm_only"):
+        assert [line["step"] for line in lines if line["run"] == name] == list(range(10))
+    assert [line["stage"] for line in lines if line["run"] == "slimqwen"] == [1] * 3 + [2] * 7
+
+    models = json.loads((run_dir / "evaluation.json").read_text())["models"]
+    assert list(models) == ["teacher", "pruned", "random_init", "lm_only", "slimqwen"]
+    for model in models.values():
+        for key in ("total_parameters", "active_parameters", "loss", "perplexity", "bits_per_byte", "kl_to_teacher"):
+            assert isinstance(model[key], int | float), key
+        assert 0.0 <= model["top1_agreement"] <= 1.0
+        assert len(model["mtp_acceptance"]) == 3
+    assert models["teacher"]["kl_to_teacher"] == 0.0
+    assert models["pruned"]["total_parameters"] == models["slimqwen"]["total_parameters"]
+
+
+def test_schedules_run_over_the_whole_run_and_not_per_stage(finished: Recipe) -> None:
+    lines = [line for line in metrics(finished.run_dir) if line["run"] == "slimqwen"]
+    other = [line for line in metrics(finished.run_dir) if line["run"] == "random_init"]
+    for name in ("lambda", "beta", "learning_rate", "tokens"):
+        assert [line[name] for line in lines] == [line[name] for line in other], name
+    assert (lines[0]["lambda"], lines[-1]["lambda"]) == (1.0, 0.75)
+    assert lines[0]["beta"] == pytest.approx(0.3) and lines[-1]["beta"] == pytest.approx(0.1)
+
+
+def test_the_schedule_cuts_depth_first(finished: Recipe) -> None:
+    first, last = (Checkpoint(finished.run_dir / f"stage-{n}" / "distilled").config for n in (1, 2))
+    assert (first["num_hidden_layers"], first["hidden_size"], first["num_experts"]) == (3, 32, 8)
+    assert (last["num_hidden_layers"], last["hidden_size"], last["num_experts"]) == (2, 24, 4)
+
+
+def test_final_checkpoint_loads_in_transformers_and_generates(finished: Recipe) -> None:
+    final = finished.run_dir / "final"
+    model, info = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    prompt = tokenizer("def f(", return_tensors="pt")
+    generated = model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert generated.shape[1] == prompt["input_ids"].shape[1] + 5
+    assert Checkpoint(final).has_mtp
+    card = (final / "README.md").read_text()
+    assert "2605.08738" in card and str(finished.teacher) in card and "| teacher |" in card
+
+
+def test_a_second_run_does_nothing_again(finished: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    watched = [*finished.run_dir.rglob("*.safetensors"), finished.run_dir / "metrics.jsonl"]
+    before = {file: file.stat().st_mtime_ns for file in watched}
+    run(finished)
+    assert {file: file.stat().st_mtime_ns for file in watched} == before
+    assert "done already" in capsys.readouterr().err
+
+
+def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, tmp_path / "run", baselines=["pruned"])
+    run(recipe)
+    kept = [
+        tmp_path / "run" / name for name in ("tokens/train.bin", "stage-1/statistics.safetensors", "stage-1/plan.json")
+    ]
+    before = {file: file.stat().st_mtime_ns for file in kept}
+    trained = (tmp_path / "run/stage-1/distilled/model.safetensors").read_bytes()
+    run(
+        tiny_recipe(
+            tmp_path,
+            tmp_path / "run",
+            baselines=["pruned"],
+            distil={**recipe.distil.model_dump(), "learning_rate": 2e-3},
+        )
+    )
+    assert {file: file.stat().st_mtime_ns for file in kept} == before
+    assert (tmp_path / "run/stage-1/distilled/model.safetensors").read_bytes() != trained
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(10))
+
+
+def test_a_damaged_artefact_is_made_again(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, tmp_path / "run", baselines=[])
+    run(recipe)
+    trained = tmp_path / "run/stage-2/distilled/model.safetensors"
+    good = trained.read_bytes()
+    trained.write_bytes(good[:-8])
+    run(recipe)
+    assert trained.read_bytes() == good
+
+
+def test_init_random_trains_the_target_shape_in_one_stage(tmp_path: Path, finished: Recipe) -> None:
+    folder = Path(finished.teacher).parent
+    recipe = tiny_recipe(folder, tmp_path / "run", init="random", baselines=[])
+    run(recipe)
+    # one switch, the same code: it is the random_init baseline of the other run, bit for bit
+    ours = (tmp_path / "run/final/model.safetensors").read_bytes()
+    assert ours == (finished.run_dir / "random_init/distilled/model.safetensors").read_bytes()
+    assert not (tmp_path / "run/stage-1/plan.json").exists()
+
+
+def test_lm_only_by_one_switch_is_the_lm_only_baseline(tmp_path: Path, finished: Recipe) -> None:
+    folder = Path(finished.teacher).parent
+    settings = {**finished.distil.model_dump(), "terms": ["lm", "mtp_lm"]}
+    run(tiny_recipe(folder, tmp_path / "run", baselines=[], distil=settings))
+    ours = (tmp_path / "run/final/model.safetensors").read_bytes()
+    assert ours == (finished.run_dir / "lm_only/stage-2/distilled/model.safetensors").read_bytes()
+
+
+def test_stages_by_hand(tmp_path: Path, finished: Recipe) -> None:
+    folder = Path(finished.teacher).parent
+    stages = [
+        {"target": {"num_hidden_layers": 3}, "token_fraction": 0.2},
+        {"target": {"hidden_size": 24}, "token_fraction": 0.3},
+        {"target": {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 1}, "token_fraction": 0.5},
+    ]
+    run(tiny_recipe(folder, tmp_path / "run", target=None, stages=stages, baselines=[]))
+    shapes = [Checkpoint(tmp_path / f"run/stage-{n}/distilled").config for n in (1, 2, 3)]
+    assert [c["num_hidden_layers"] for c in shapes] == [3, 3, 2]
+    assert [c["hidden_size"] for c in shapes] == [32, 24, 24]
+    assert [c["num_experts"] for c in shapes] == [8, 8, 4]
+
+
+def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished: Recipe) -> None:
+    folder = Path(finished.teacher).parent
+    with pytest.raises(UserError, match="hidden_size"):
+        run(tiny_recipe(folder, tmp_path / "run", target={"hidden_size": 64}))
+    with pytest.raises(UserError, match="nowhere"):
+        run(tiny_recipe(folder, tmp_path / "run", data={"sources": [{"path": tmp_path / "nowhere"}]}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path: Path, finished: Recipe) -> None:
+    """kill -9 at random moments until a run gets through, compared with the run that was left alone."""
+    folder = Path(finished.teacher).parent
+    recipe = tiny_recipe(folder, tmp_path / "run")
+    dump_recipe(recipe, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "slimqwen", "run", str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    moments = random.Random(time.time_ns())
+    kills = 0
+    while True:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            # every attempt may work longer than the one before it, so it ends
+            _, errors = process.communicate(timeout=moments.uniform(4.0, 10.0) + 4 * kills)
+            assert process.returncode == 0, errors
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    for name in ("final", "random_init/distilled", "lm_only/stage-2/distilled"):
+        ours, theirs = (d / name / "model.safetensors" for d in (recipe.run_dir, finished.run_dir))
+        assert ours.read_bytes() == theirs.read_bytes(), (name, kills)
+
+    def lines(run_dir: Path) -> list[dict[str, float]]:
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(run_dir)]
+
+    assert lines(recipe.run_dir) == lines(finished.run_dir), kills

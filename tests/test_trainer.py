@@ -1,0 +1,410 @@
+"""The training loop: any cut of the batch is the same step, resumed is uninterrupted, and the heads learn their tokens."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.packed import PackedTokens
+from slimqwen.data.stream import TokenStream
+from slimqwen.distillation.distil import distil, total_steps
+from slimqwen.distillation.loss import LossWeights, count_targets
+from slimqwen.distillation.trainer import Span, Student, Trainer
+from slimqwen.errors import StageFailed, UserError
+from slimqwen.families.qwen3_next import QWEN3_NEXT
+from slimqwen.modeling.model import MtpCausalLM, initialise, load
+from slimqwen.recipe import DistilRecipe
+from tiny import tiny_config, tiny_stream, write_tiny_checkpoint, write_tiny_tokens
+
+SEQUENCE_LENGTH = 16
+BATCH_SIZE = 4
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`student`, a `teacher` of another width, and `tokens`; read-only."""
+    folder = tmp_path_factory.mktemp("trainer")
+    tokenizer, _ = write_tiny_tokens(folder)
+    write_tiny_checkpoint(folder / "student", tokenizer=tokenizer)
+    write_tiny_checkpoint(folder / "teacher", seed=1, tokenizer=tokenizer, hidden_size=40, num_experts=4)
+    return folder
+
+
+def recipe(**changes: Any) -> DistilRecipe:
+    usual = {
+        "tokens": STEPS * BATCH_SIZE * SEQUENCE_LENGTH,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": 1e-3,
+        "final_learning_rate": 1e-4,
+        "warmup_steps": 2,
+        "save_every_steps": 2,
+        "loss_chunk_tokens": 24,
+    }
+    return DistilRecipe(**(usual | changes))
+
+
+def train(folder: Path, out: Path, *, teacher: str | None = "teacher", seed: int = 0, **changes: Any) -> Path:
+    """`distil` on the files of `folder`; `span`, `stage` and `run` may be given, all else is the recipe's."""
+    labels = {name: changes.pop(name) for name in ("span", "stage", "run") if name in changes}
+    return distil(
+        folder / changes.pop("student", "student"),
+        out,
+        tokens=folder / "tokens",
+        recipe=recipe(**changes),
+        sequence_length=SEQUENCE_LENGTH,
+        teacher=None if teacher is None else folder / teacher,
+        seed=seed,
+        device="cpu",
+        **labels,
+    )
+
+
+def trainer(folder: Path, **changes: Any) -> Trainer:
+    checkpoint = Checkpoint(folder / "student")
+    stream = TokenStream(PackedTokens(folder / "tokens" / "train"), SEQUENCE_LENGTH, seed=0)
+    student = Student(load(folder / "student"), checkpoint.family, checkpoint.config)
+    student.model.train()
+    return Trainer(student, load(folder / "teacher"), stream, recipe(**changes), Span(0, STEPS, STEPS))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without the one value that measures time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("tokens_per_second") > 0 for line in lines)
+    return lines
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_any_cut_of_the_batch_is_the_same_step(folder: Path, micro_batch_size: int) -> None:
+    """Losses, gradients and weights, load balancing over the whole batch included (its weight is large here)."""
+    whole = trainer(folder, load_balancing_coefficient=0.5, warmup_steps=0)
+    parts = trainer(folder, load_balancing_coefficient=0.5, warmup_steps=0, micro_batch_size=micro_batch_size)
+    for step in range(3):
+        expected, found = whole.step(step), parts.step(step)
+        assert found.keys() == expected.keys() and {"lm", "kd", "mtp_lm", "mtp_kd", "load_balancing"} <= found.keys()
+        assert found == pytest.approx(expected, rel=1e-4)
+        if step == 0:
+            for name, parameter in whole.parameters.items():
+                scale = parameter.grad.abs().max().item()
+                torch.testing.assert_close(
+                    parts.parameters[name].grad, parameter.grad, rtol=0, atol=1e-4 * scale, msg=name
+                )
+    for name, parameter in whole.parameters.items():
+        # Adam divides a gradient by its own size: where that is nothing but rounding, so is the update's sign.
+        difference = (parts.parameters[name] - parameter).abs()
+        assert difference.mean() < 1e-6 and difference.max() < 1e-3, name
+
+
+def test_balancing_each_micro_batch_by_itself_would_be_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trainer(folder).step(0)
+    monkeypatch.setattr(Trainer, "global_expert_counts", lambda self, micro_batches: None)
+    apart = trainer(folder, micro_batch_size=1).step(0)
+    assert abs(apart["load_balancing"] - whole["load_balancing"]) > 1e-2
+    assert apart["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+def test_activation_checkpointing_has_the_same_gradients(folder: Path) -> None:
+    gradients, forwards = [], []
+    for checkpointing in (False, True):
+        one = trainer(folder, activation_checkpointing=checkpointing, load_balancing_coefficient=0.5)
+        calls: list[int] = []
+        one.student.model.backbone.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        tokens = one.stream.batch(0, BATCH_SIZE)
+        terms = LossWeights.from_terms(one.recipe.terms, 0.5, 0.3).per_token(*count_targets(tokens))
+        one.backward(tokens, terms, None, tokens[:, 1:].numel())
+        gradients.append({name: parameter.grad for name, parameter in one.parameters.items()})
+        forwards.append(len(calls))
+    assert forwards == [1, 2]  # the second did compute the layer again
+    for name, expected in gradients[0].items():
+        assert expected is not None and expected.any(), name
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_step_reports_what_was_asked_for(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "out", run="name", stage=3)
+    lines = metrics(tmp_path)
+    terms = {"lm", "kd", "mtp_lm", "mtp_kd"}
+    labels = {"run", "stage", "step", "tokens", "loss", "lambda", "beta", "learning_rate", "grad_norm"}
+    assert all(labels | terms | {"load_balancing", "top1_agreement"} == line.keys() for line in lines)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert [line["tokens"] for line in lines] == [64 * (step + 1) for step in range(STEPS)]
+    assert {(line["run"], line["stage"]) for line in lines} == {("name", 3)}
+    assert [line["lambda"] for line in lines] == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8, 0.75])
+    assert (lines[0]["beta"], lines[-1]["beta"]) == pytest.approx((0.3, 0.1))
+    assert (lines[0]["learning_rate"], lines[1]["learning_rate"]) == pytest.approx((5e-4, 1e-3))
+    assert lines[-1]["learning_rate"] == pytest.approx(1e-4)
+    first = lines[0]
+    combined = first["kd"] + 0.3 * first["mtp_kd"]  # lambda is 1 at the first step
+    assert first["loss"] == pytest.approx(combined, rel=1e-6)
+    assert lines[-1]["kd"] < first["kd"]
+
+
+# --- what learns and what does not ------------------------------------------------------------------------------------
+
+
+def test_a_model_has_nothing_to_learn_from_itself(folder: Path, tmp_path: Path) -> None:
+    """KD of a model with itself is 0 with no gradient: not one bit of the weights changes."""
+    changes = {"terms": ["kd"], "weight_decay": 0.0, "load_balancing_coefficient": 0.0}
+    out = train(folder, tmp_path / "out", teacher="student", **changes)
+    assert same_weights(out, folder / "student")
+    for line in metrics(tmp_path):
+        assert line["kd"] == line["loss"] == line["grad_norm"] == 0.0 and line["top1_agreement"] == 1.0
+
+
+def test_weight_decay_is_for_matrices_alone(folder: Path, tmp_path: Path) -> None:
+    """With no gradient AdamW only decays: each step multiplies by 1 - learning_rate x weight_decay."""
+    changes = {"terms": ["kd"], "weight_decay": 0.5, "load_balancing_coefficient": 0.0, "warmup_steps": 0}
+    changes |= {"tokens": BATCH_SIZE * SEQUENCE_LENGTH, "learning_rate": 0.1, "final_learning_rate": 0.1}
+    after = weights(train(folder, tmp_path / "out", teacher="student", **changes))
+    for name, before in weights(folder / "student").items():
+        kept = 1.0 if before.dim() == 1 or name.startswith("mtp.") else 1.0 - 0.1 * 0.5
+        torch.testing.assert_close(after[name], before * kept, rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(("terms", "trains_mtp"), [(["lm", "kd"], False), (["lm", "mtp_lm"], True)])
+def test_mtp_is_trained_by_its_terms_alone(folder: Path, tmp_path: Path, terms: list[str], trains_mtp: bool) -> None:
+    before = weights(folder / "student")
+    after = weights(train(folder, tmp_path / "out", teacher="teacher" if "kd" in terms else None, terms=terms))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    main = {name for name in before if not name.startswith("mtp.")}
+    assert len(main - changed) < 0.1 * len(main)  # an expert that no token reached may rest
+    assert ({"mtp.fc.weight", "mtp.norm.weight"} <= changed) == trains_mtp
+    assert trains_mtp or changed <= main
+    assert ("mtp_lm" in metrics(tmp_path)[0]) == trains_mtp
+
+
+def test_a_student_without_mtp_is_trained_without(folder: Path, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "student", num_nextn_predict_layers=0)
+    (tmp_path / "tokens").symlink_to(folder / "tokens")
+    (tmp_path / "teacher").symlink_to(folder / "teacher")
+    out = train(tmp_path, tmp_path / "out")
+    assert not Checkpoint(out).has_mtp
+    assert "kd" in metrics(tmp_path)[0] and "mtp_kd" not in metrics(tmp_path)[0]
+
+
+def test_mtp_learns_the_token_after_next(tmp_path: Path) -> None:
+    """Pairs (a, f(a)) with a at random: t_{i+2} = f(t_{i+1}) wherever t_{i+1} begins a pair.
+
+    m_i must then know t_{i+2}; at the other positions t_{i+2} is one of 8 at random and cannot be known. A head that was
+    shifted by one in either direction could know no second half of a pair, and one that saw its target would know all.
+    """
+    firsts = torch.randint(8, (600,), generator=torch.Generator().manual_seed(0))
+    image = torch.tensor([11, 14, 8, 12, 15, 9, 13, 10])  # f: 0..7 -> 8..15
+    pairs = torch.stack([firsts, image[firsts]], dim=1).flatten().tolist()
+    config = tiny_config(vocab_size=16, num_hidden_layers=2, full_attention_interval=2, num_experts=4)
+    model = initialise(config, seed=0)
+    stream = tiny_stream(tmp_path, [pairs], sequence_length=15, vocab_size=16)
+    settings = recipe(
+        terms=["lm", "mtp_lm"],
+        batch_size=8,
+        learning_rate=1e-2,
+        final_learning_rate=1e-3,
+        warmup_steps=5,
+        mtp_weight={"start": 1.0, "end": 1.0},
+    )
+    one = Trainer(Student(model, QWEN3_NEXT, config), None, stream, settings, Span(0, 60, 60))
+    model.train()
+    losses = [one.step(step) for step in range(60)]
+
+    rows = stream.in_order(20, 16)
+    targets = rows[:, 2:]
+    with torch.no_grad():
+        hidden = model.eval()(rows).mtp
+        assert hidden is not None
+        nats = -(hidden[:, :-1] @ model.head.T).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    assert nats[targets >= 8].max() < 0.3, "t_{i+2} = f(t_{i+1}) was not learned"
+    assert nats[targets < 8].mean() > 0.8 * math.log(8), "what cannot be known was known"
+    assert losses[-1]["mtp_lm"] == pytest.approx(0.5 * math.log(8), abs=0.2) and losses[0]["mtp_lm"] > 2.5
+
+
+# --- interrupted and resumed ------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for kill -9: nothing is tidied up by the code under test."""
+
+
+def break_at(step: int, monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
+    """Call `action` when the trainer begins `step`, once."""
+    original, done = Trainer.step, []
+
+    def step_or_break(self: Trainer, number: int) -> dict[str, float]:
+        if number == step and not done:
+            done.append(number)
+            action()
+        return original(self, number)
+
+    monkeypatch.setattr(Trainer, "step", step_or_break)
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    return train(folder, out)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_resumed_is_uninterrupted_bit_for_bit(
+    folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Saved every 2 steps: killed at step 1 it starts again, at 4 it goes on, at 5 it goes back to 4."""
+    break_at(step, monkeypatch, kill)
+    with pytest.raises(Killed):
+        train(folder, tmp_path / "out")
+    saved = [path.name for path in (tmp_path / ".out.state").glob("step-*")]
+    assert saved == ([] if step == 1 else ["step-000000004"])
+    assert not (tmp_path / "out").exists()
+
+    # What a process that died in the middle of a write leaves behind.
+    partial = tmp_path / ".out.state" / ".step-000000006.partial"
+    partial.mkdir()
+    (partial / "state.safetensors").write_bytes(b"half of it")
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"run": "slimqwen", "stage": 1, "st')
+
+    performed: list[int] = []
+    original = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, number: (performed.append(number), original(self, number))[1])
+    train(folder, tmp_path / "out")
+    assert performed == list(range({1: 0, 4: 4, 5: 4}[step], STEPS))
+    assert same_weights(tmp_path / "out", uninterrupted)
+    assert metrics(tmp_path) == metrics(uninterrupted.parent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    )
+
+
+@pytest.mark.parametrize("terms", [["lm", "kd", "mtp_lm", "mtp_kd"], ["kd"]])
+def test_ctrl_c_saves_after_the_step_and_goes_on_from_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms: list[str]
+) -> None:
+    expected = train(folder, tmp_path / "expected" / "out", terms=terms)
+    with monkeypatch.context() as patch:
+        break_at(3, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, tmp_path / "out", terms=terms, save_every_steps=1000)
+    assert [path.name for path in (tmp_path / ".out.state").glob("step-*")] == ["step-000000004"]
+    assert len(metrics(tmp_path)) == 4
+    train(folder, tmp_path / "out", terms=terms)  # how often states are saved is not part of what is trained
+    assert same_weights(tmp_path / "out", expected)
+    assert metrics(tmp_path) == metrics(expected.parent)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 2e-3}, {"teacher": "student"}])
+def test_a_state_from_other_inputs_is_not_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    with monkeypatch.context() as patch:
+        break_at(5, patch, kill)
+        with pytest.raises(Killed):
+            train(folder, tmp_path / "out")
+    train(folder, tmp_path / "out", **change)
+    expected = train(folder, tmp_path / "expected" / "out", **change)
+    assert same_weights(tmp_path / "out", expected)
+    assert metrics(tmp_path) == metrics(expected.parent)
+
+
+def test_two_spans_share_data_and_schedules_but_not_moments(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    first = train(folder, tmp_path / "first", span=Span(0, 3, STEPS), stage=1)
+    (tmp_path / "teacher").symlink_to(folder / "teacher")
+    (tmp_path / "tokens").symlink_to(folder / "tokens")
+    second = train(tmp_path, tmp_path / "second", student="first", span=Span(3, STEPS, STEPS), stage=2)
+    one, two = metrics(uninterrupted.parent), metrics(tmp_path)
+    assert [line["stage"] for line in two] == [1, 1, 1, 2, 2, 2]
+    for name in ("step", "tokens", "learning_rate", "lambda", "beta"):
+        assert [line[name] for line in two] == [line[name] for line in one]
+    # The first step of the second span sees the same data with the same weights; what it does with them differs.
+    assert [line["loss"] for line in two[:4]] == [line["loss"] for line in one[:4]]
+    assert two[4]["loss"] != one[4]["loss"]
+    assert not same_weights(second, uninterrupted) and not same_weights(first, second)
+
+
+def test_other_runs_lines_survive(folder: Path, tmp_path: Path) -> None:
+    other = json.dumps({"run": "other", "stage": 1, "step": 5, "tokens_per_second": 1.0})
+    (tmp_path / "metrics.jsonl").write_text(other + "\n")
+    train(folder, tmp_path / "out")
+    train(folder, tmp_path / "out")  # trained anew: its lines are replaced, not repeated
+    lines = metrics(tmp_path)
+    assert [line["run"] for line in lines] == ["other"] + ["slimqwen"] * STEPS
+
+
+# --- what can go wrong ------------------------------------------------------------------------------------------------
+
+
+def poison_weights(model: MtpCausalLM) -> None:
+    with torch.no_grad():
+        model.tensors()["lm_head.weight"][5, 5] = torch.inf
+
+
+def poison_gradient(model: MtpCausalLM) -> None:
+    model.tensors()["model.norm.weight"].register_hook(lambda gradient: gradient * torch.inf)
+
+
+@pytest.mark.parametrize("poison", [poison_weights, poison_gradient])
+def test_a_step_that_is_not_finite_stops_before_it_changes_anything(folder: Path, poison: Any) -> None:
+    one = trainer(folder)
+    one.step(0)
+    poison(one.student.model)
+    before = {name: parameter.detach().clone() for name, parameter in one.parameters.items()}
+    moments = [state["exp_avg"].clone() for state in one.optimizer.state.values()]
+    with pytest.raises(StageFailed, match="before optimiser step 1: .*(nan|inf)") as error:
+        one.step(1)
+    assert error.value.exit_code == 1
+    assert all(torch.equal(before[name], parameter) for name, parameter in one.parameters.items())
+    assert all(torch.equal(a, b["exp_avg"]) for a, b in zip(moments, one.optimizer.state.values(), strict=True))
+
+
+def test_training_that_is_not_finite_leaves_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "student")
+    tensors = weights(tmp_path / "student")
+    tensors["model.layers.3.self_attn.o_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "student" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "tokens").symlink_to(folder / "tokens")
+    with pytest.raises(StageFailed, match="before optimiser step 0"):
+        train(tmp_path, tmp_path / "out", teacher=None, terms=["lm"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_terms_that_need_a_teacher_say_so(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="need a teacher"):
+        train(folder, tmp_path / "out", teacher=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
+    for name in ("student", "tokens"):
+        (tmp_path / name).symlink_to(folder / name)
+    write_tiny_checkpoint(tmp_path / "teacher", vocab_size=320)
+    with pytest.raises(UserError, match=r"320 tokens in its vocabulary .* 300"):
+        train(tmp_path, tmp_path / "out")
+
+
+def test_too_few_tokens_for_one_step() -> None:
+    assert total_steps(recipe(tokens=127), SEQUENCE_LENGTH) == 1
+    with pytest.raises(UserError, match="less than one step"):
+        total_steps(recipe(tokens=63), SEQUENCE_LENGTH)
