@@ -71,7 +71,7 @@ def demo(
 
 
 def _run(recipe) -> None:  # type: ignore[no-untyped-def]
-    from slimqwen.evaluation.evaluate import Evaluation
+    from slimqwen.evaluation.result import Evaluation
     from slimqwen.pipeline import run as run_recipe
     from slimqwen.pipeline import summary
     from slimqwen.reporting.table import print_table

@@ -20,7 +20,8 @@ from slimqwen.data.tokenize import tokenize
 from slimqwen.distillation.distil import distil, total_steps
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.distillation.trainer import Span
-from slimqwen.evaluation.evaluate import Evaluation, evaluate
+from slimqwen.evaluation.evaluate import evaluate
+from slimqwen.evaluation.result import Evaluation
 from slimqwen.families.count import Counts, count
 from slimqwen.planning.plan import plan
 from slimqwen.planning.progressive import stage_steps, stage_targets
@@ -55,6 +56,7 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     pipeline = Pipeline(recipe, command)
     pipeline.announce()
     pipeline.steps.begin(recipe)
+    pipeline.forget_other_schedules()
     tokens = pipeline.tokens()
     models = {"teacher": pipeline.teacher}
     models[MAIN_RUN] = (
@@ -126,6 +128,13 @@ class Pipeline:
                 f"note: distil.warmup_steps {recipe.distil.warmup_steps:,} is not less than the run's "
                 f"{self.stages[-1].span.total_steps:,} steps: the learning rate only rises."
             )
+
+    def forget_other_schedules(self) -> None:
+        """Remove the folders of stages that an earlier recipe had in this run directory and this one has not."""
+        for folder in self.run_dir.glob("stage-*"):
+            if folder.name not in {f"stage-{stage.number}" for stage in self.stages}:
+                say(f"{folder}: left by another schedule, removed")
+                shutil.rmtree(folder)
 
     def tokens(self) -> Path:
         data = self.recipe.data

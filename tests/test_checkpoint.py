@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import fused, tiny_config, tiny_tensors, tiny_tokens, write_tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,6 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.errors import UserError
 from slimqwen.modeling.model import load, save
-from tiny import fused, tiny_config, tiny_tensors, tiny_tokens, write_tiny_checkpoint
 
 Change = Callable[[dict[str, Tensor]], None]
 

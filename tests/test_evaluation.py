@@ -15,8 +15,9 @@ from slimqwen.data.tokenize import load_manifest, tokenize
 from slimqwen.data.tokenizer import load_tokenizer, train_tokenizer
 from slimqwen.errors import StageFailed, UserError
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
-from slimqwen.evaluation.evaluate import Evaluation, evaluate
+from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
+from slimqwen.evaluation.result import Evaluation
 from slimqwen.families import Config, family_of
 from slimqwen.families.count import count
 from slimqwen.modeling.model import MtpCausalLM, initialise, load, save

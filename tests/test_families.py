@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tiny import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
@@ -13,7 +14,6 @@ from slimqwen.errors import UserError
 from slimqwen.families import Config, family_of
 from slimqwen.families.count import count
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from tiny import tiny_config
 
 # Qwen3-Next-80B-A3B as released: rope and attention pattern in the old form, MTP not mentioned (formats.md 1).
 RELEASED: Config = {
@@ -162,9 +162,7 @@ def test_the_mtp_tensors_are_a_full_attention_layer_and_its_surroundings() -> No
     for name in ATTENTION_LAYER + experts:  # layer 3 of the backbone is one
         assert specs[f"mtp.layers.0.{name}"].shape == specs[f"model.layers.3.{name}"].shape
     assert specs["mtp.fc.weight"].shape == (32, 64)
-    assert not any(
-        spec.name.startswith("mtp.") for spec in QWEN3_NEXT.tensors(tiny_config(num_nextn_predict_layers=0))
-    )
+    assert not any(spec.name.startswith("mtp.") for spec in QWEN3_NEXT.tensors(tiny_config(num_nextn_predict_layers=0)))
 
 
 def test_layouts_may_mix_within_a_checkpoint() -> None:
@@ -272,8 +270,15 @@ def test_a_config_that_cannot_be_true_is_told_in_a_sentence(change: Config, mess
 
 @pytest.mark.parametrize(
     "field",
-    ["vocab_size", "hidden_size", "num_hidden_layers", "num_experts", "num_experts_per_tok", "head_dim"]
-    + ["linear_num_value_heads"],
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_experts",
+        "num_experts_per_tok",
+        "head_dim",
+        "linear_num_value_heads",
+    ],
 )
 def test_a_missing_field_is_named(field: str) -> None:
     config = {key: value for key, value in tiny_config().items() if key != field}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import fused, tiny_config, tiny_tensors, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import MtpCausalLM, initialise, load, read_module_tensor, save
 from slimqwen.modeling.routing import module_of, moe_blocks, observe_routing
-from tiny import fused, tiny_config, tiny_tensors, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint
 
 TOKENS = tiny_tokens(rows=3, columns=18)
 
@@ -50,7 +50,9 @@ def test_the_backbone_is_transformers_own(folder: Path, model: MtpCausalLM) -> N
     own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = own(TOKENS[:, :-1], use_cache=False).logits
-    assert expected.std() > 0.5  # the tiny weights are large enough for the comparisons in these tests to mean something
+    assert (
+        expected.std() > 0.5
+    )  # the tiny weights are large enough for the comparisons in these tests to mean something
     torch.testing.assert_close(main_logits(model, TOKENS), expected, rtol=0, atol=1e-5)
 
 

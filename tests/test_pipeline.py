@@ -193,9 +193,14 @@ def test_stages_by_hand(tmp_path: Path, finished: Recipe) -> None:
     ]
     run(tiny_recipe(folder, tmp_path / "run", target=None, stages=stages, baselines=[]))
     shapes = [Checkpoint(tmp_path / f"run/stage-{n}/distilled").config for n in (1, 2, 3)]
+    assert "after stage 3" in (tmp_path / "run/report.html").read_text()
     assert [c["num_hidden_layers"] for c in shapes] == [3, 3, 2]
     assert [c["hidden_size"] for c in shapes] == [32, 24, 24]
     assert [c["num_experts"] for c in shapes] == [8, 8, 4]
+
+    run(tiny_recipe(folder, tmp_path / "run", baselines=[]))  # two stages in the same run directory
+    assert not (tmp_path / "run/stage-3").exists()
+    assert "after stage 3" not in (tmp_path / "run/report.html").read_text()
 
 
 def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished: Recipe) -> None:
@@ -209,30 +214,31 @@ def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished
 
 @pytest.mark.slow
 def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path: Path, finished: Recipe) -> None:
-    """kill -9 at random moments until a run gets through, compared with the run that was left alone."""
+    """kill -9 four times, after a random number of training steps and a random moment more; then left to finish."""
     folder = Path(finished.teacher).parent
     recipe = tiny_recipe(folder, tmp_path / "run")
     dump_recipe(recipe, tmp_path / "recipe.yaml")
     command = [sys.executable, "-m", "slimqwen", "run", str(tmp_path / "recipe.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    moments = random.Random(time.time_ns())
-    kills = 0
-    while True:
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        try:
-            # every attempt may work longer than the one before it, so it ends
-            _, errors = process.communicate(timeout=moments.uniform(4.0, 10.0) + 4 * kills)
-            assert process.returncode == 0, errors
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            kills += 1
+    log = recipe.run_dir / "metrics.jsonl"
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    for steps in sorted(chance.sample(range(30), 4)):  # three training runs of ten steps
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while not (log.exists() and len(log.read_text().splitlines()) > steps):
+            assert process.poll() is None, f"ended by itself before step {steps} (seed {seed})"
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0.0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (recipe.run_dir / "final").exists() or steps == 29
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     for name in ("final", "random_init/distilled", "lm_only/stage-2/distilled"):
         ours, theirs = (d / name / "model.safetensors" for d in (recipe.run_dir, finished.run_dir))
-        assert ours.read_bytes() == theirs.read_bytes(), (name, kills)
+        assert ours.read_bytes() == theirs.read_bytes(), (name, seed)
 
     def lines(run_dir: Path) -> list[dict[str, float]]:
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(run_dir)]
 
-    assert lines(recipe.run_dir) == lines(finished.run_dir), kills
+    assert lines(recipe.run_dir) == lines(finished.run_dir), seed

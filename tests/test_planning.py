@@ -11,7 +11,7 @@ from slimqwen.errors import UserError
 from slimqwen.planning import importance
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.experts import ExpertGroup, expert_roles, group_experts
-from slimqwen.planning.progressive import check_target, stage_targets, stage_steps
+from slimqwen.planning.progressive import check_target, stage_steps, stage_targets
 from slimqwen.planning.width import kept_channels
 from slimqwen.recipe import Target
 

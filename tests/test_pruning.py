@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import VOCAB_SIZE, fused, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -21,7 +22,6 @@ from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan, plan
 from slimqwen.pruning.prune import Cut, prune
 from slimqwen.recipe import ExpertRecipe, PruningRecipe, Target
-from tiny import VOCAB_SIZE, fused, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint
 
 TOKENS = tiny_tokens(rows=3, columns=21)
 MOE_BLOCKS = [f"model.layers.{layer}" for layer in range(4)] + ["mtp.layers.0"]
@@ -223,9 +223,11 @@ def sliced_by_hand(tensors: dict[str, Tensor], chosen: Plan) -> dict[str, Tensor
         groups = chosen.expert_groups[old]
         for name in (name for name in tensors if name.startswith(old + ".")):
             tensor, kind = tensors[name], name.removeprefix(old + ".")
-            if kind in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-                tensor = tensor[h]
-            elif kind in ("linear_attn.out_proj.weight", "self_attn.o_proj.weight") or "expert.down_proj" in kind:
+            if (
+                kind in ("input_layernorm.weight", "post_attention_layernorm.weight")
+                or kind in ("linear_attn.out_proj.weight", "self_attn.o_proj.weight")
+                or "expert.down_proj" in kind
+            ):
                 tensor = tensor[h]
             elif kind == "mlp.gate.weight":
                 tensor = tensor[[group.base for group in groups]][:, h]

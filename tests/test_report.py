@@ -22,7 +22,9 @@ from slimqwen.planning.width import kept_channels
 from slimqwen.recipe import DataRecipe, DistilRecipe, PruningRecipe, Recipe, Target
 from slimqwen.recipe_file import dump_recipe
 from slimqwen.reporting import charts
-from slimqwen.reporting.report import Run, report, source_shape, verdict
+from slimqwen.reporting.report import report
+from slimqwen.reporting.run_folder import Run
+from slimqwen.reporting.sections import source_shape, verdict
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3_next",
@@ -279,7 +281,7 @@ def test_a_full_run_has_every_section_in_order(full_page: Page) -> None:
         "Expert importance, stage 2",
         "What became of each expert, stage 2",
         "Expert use: teacher",
-        "Expert use: SlimQwen (pruned + KD)",
+        "Expert use: SlimQwen",
     ]
 
 
@@ -301,6 +303,7 @@ def test_the_verdict_is_one_sentence_of_numbers(full_run: Path, full_page: Page)
         ({"slimqwen": 0.2, "random_init": 0.6}, "good"),
         ({"slimqwen": 0.55, "random_init": 0.6}, "mixed"),
         ({"slimqwen": 0.7, "random_init": 0.6}, "bad"),
+        ({"slimqwen": 0.3, "random_init": 0.6, "pruned": 0.25}, "bad"),
         ({"slimqwen": 0.2, "pruned": 4.0}, "good"),
         ({"slimqwen": 4.1, "pruned": 4.0}, "bad"),
         ({"slimqwen": 0.2}, "plain"),
@@ -346,7 +349,7 @@ def test_a_run_that_is_not_evaluated_yet(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").unlink()
     page = Page(report(tmp_path))
     assert page.sections == ["shapes", "stages", "training", "choices", "cost", "again"]
-    assert "540,672 tokens (100 % of the recipe’s)" in page.text
+    assert "540,672 tokens, 100 % of the recipe’s" in page.text
 
 
 def test_one_stage_without_baselines(tmp_path: Path) -> None:
@@ -374,7 +377,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     results = make_results({"teacher": 0.0, "slimqwen": 0.2})
     for model in results["models"].values():
-        model |= {"kl_to_teacher": None, "top1_agreement": None, "mtp_acceptance": [], "added_later": 1}
+        model |= {"kl_to_teacher": None, "top1_agreement": None, "mtp_acceptance": []}
     (tmp_path / "evaluation.json").write_text(json.dumps(results))
     page = Page(report(tmp_path))
     assert "– |– |" in page.text and "acc_0" not in page.text
@@ -426,7 +429,7 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("evaluation.json", '{"tokens": 1, "sequence_length": 1, "models": {"teacher": {}}}', "total_parameters"),
+        ("evaluation.json", '{"format": "slimqwen.evaluation/1", "models": {"teacher": {}}}', "evaluation"),
         ("evaluation.json", "not json", "evaluation.json"),
         ("metrics.jsonl", '{"run": "slimqwen"}', "line 1, stage"),
         ("stages.jsonl", '{"step": "final"}', "seconds"),
@@ -477,9 +480,9 @@ def test_expert_fates_follow_importance() -> None:
 
 def test_expert_use_is_in_multiples_of_an_even_share() -> None:
     heatmap = charts.expert_use({"model.layers.0": [0.25, 0.5, 0.25, 0.0], "mtp.layers.0": [0.5, 0.5]}).data[0]
-    assert heatmap.text[0].tolist() == [2.0, 1.0, 1.0, 0.0]
+    assert heatmap.customdata.tolist() == [[1, 0, 2, 3], [0, 1, -1, -1]]
     assert heatmap.z[0].tolist() == [1.0, 0.0, 0.0, -charts.LARGEST_MULTIPLE]
-    assert heatmap.text[1][:2].tolist() == [1.0, 1.0] and np.isnan(heatmap.text[1][2:]).all()
+    assert heatmap.z[1][:2].tolist() == [0.0, 0.0] and np.isnan(heatmap.z[1][2:]).all()
     assert list(heatmap.y) == ["0", "MTP"]
 
 

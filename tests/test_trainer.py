@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_stream, write_tiny_checkpoint, write_tiny_tokens
 from torch import Tensor
 
 from slimqwen.checkpoint.reader import Checkpoint
@@ -22,7 +23,6 @@ from slimqwen.errors import StageFailed, UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.modeling.model import MtpCausalLM, initialise, load
 from slimqwen.recipe import DistilRecipe
-from tiny import tiny_config, tiny_stream, write_tiny_checkpoint, write_tiny_tokens
 
 SEQUENCE_LENGTH = 16
 BATCH_SIZE = 4
@@ -128,7 +128,9 @@ def test_activation_checkpointing_has_the_same_gradients(folder: Path) -> None:
     for checkpointing in (False, True):
         one = trainer(folder, activation_checkpointing=checkpointing, load_balancing_coefficient=0.5)
         calls: list[int] = []
-        one.student.model.backbone.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        one.student.model.backbone.get_decoder().layers[0].mlp.register_forward_pre_hook(
+            lambda *_, c=calls: c.append(1)
+        )
         tokens = one.stream.batch(0, BATCH_SIZE)
         terms = LossWeights.from_terms(one.recipe.terms, 0.5, 0.3).per_token(*count_targets(tokens))
         one.backward(tokens, terms, None, tokens[:, 1:].numel())
@@ -372,7 +374,7 @@ def test_a_step_that_is_not_finite_stops_before_it_changes_anything(folder: Path
     poison(one.student.model)
     before = {name: parameter.detach().clone() for name, parameter in one.parameters.items()}
     moments = [state["exp_avg"].clone() for state in one.optimizer.state.values()]
-    with pytest.raises(StageFailed, match="before optimiser step 1: .*(nan|inf)") as error:
+    with pytest.raises(StageFailed, match=r"before optimiser step 1: .*(nan|inf)") as error:
         one.step(1)
     assert error.value.exit_code == 1
     assert all(torch.equal(before[name], parameter) for name, parameter in one.parameters.items())

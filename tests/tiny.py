@@ -27,7 +27,24 @@ from slimqwen.recipe import Source
 
 VOCAB_SIZE = 300
 
-WORDS = "left right index value total count items result buffer offset head tail layer expert router token".split()
+WORDS = [
+    "left",
+    "right",
+    "index",
+    "value",
+    "total",
+    "count",
+    "items",
+    "result",
+    "buffer",
+    "offset",
+    "head",
+    "tail",
+    "layer",
+    "expert",
+    "router",
+    "token",
+]
 
 
 def tiny_config(**overrides: Any) -> Config:
@@ -153,9 +170,7 @@ def write_tiny_tokens(folder: Path, vocab_size: int = VOCAB_SIZE) -> tuple[Path,
         (heldout / f"heldout_{i}.py").write_text(tiny_text(100 + i), encoding="utf-8")
     texts = (file.read_text(encoding="utf-8") for file in sorted(text.iterdir()))
     train_tokenizer(texts, vocab_size, folder / "tokenizer")
-    tokenize(
-        [Source(path=text)], folder / "tokenizer", folder / "tokens", heldout_sources=[Source(path=heldout)]
-    )
+    tokenize([Source(path=text)], folder / "tokenizer", folder / "tokens", heldout_sources=[Source(path=heldout)])
     return folder / "tokenizer", folder / "tokens"
 
 

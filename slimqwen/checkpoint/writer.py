@@ -62,7 +62,7 @@ def copy_companions(source: Path, destination: Path) -> None:
     Code (*.py), pickles and the old README stay behind: the first two are never run, and the card is rewritten.
     """
     for file in sorted(source.iterdir()):
-        weights = file.name in (INDEX_FILE, "config.json")
+        weights = file.name == "config.json" or file.name.endswith(".index.json")
         wanted = file.suffix in (".json", ".txt", ".jinja", ".model") or file.name.upper().startswith("LICENSE")
         if file.is_file() and wanted and not weights and not file.name.startswith("."):
             shutil.copyfile(file, destination / file.name)

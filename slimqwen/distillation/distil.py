@@ -71,6 +71,8 @@ def distil(
         raise UserError(
             "the loss has the terms kd or mtp_kd, which need a teacher: give one, or set distil.terms to [lm, mtp_lm]."
         )
+    if not checkpoint.has_mtp and not {"lm", "kd"} & set(recipe.terms):
+        raise UserError(f"{student} has no MTP module, and distil.terms has nothing else to train: add lm or kd.")
     if span is None:
         steps = total_steps(recipe, sequence_length)
         span = Span(0, steps, steps)
@@ -81,6 +83,7 @@ def distil(
         teacher=Checkpoint(teacher).fingerprint() if teaches and teacher is not None else None,
         tokens=manifest.model_dump(mode="json"),
         recipe=recipe.model_dump(mode="json", exclude={"save_every_steps"}),
+        dtype=dtype,
         sequence_length=sequence_length,
         span=[span.first_step, span.end_step, span.total_steps],
         seed=seed,
@@ -91,6 +94,10 @@ def distil(
     if teaches and teacher is not None:
         teacher_model = load(teacher, resolve_dtype(dtype, torch_device), torch_device)
         check_same_vocabulary(model.head, teacher_model.head, student, teacher)
+        if recipe.mtp_target == "mtp" and "mtp_kd" in recipe.terms and teacher_model.mtp is None:
+            raise UserError(
+                f"distil.mtp_target is 'mtp', but teacher {teacher} has no MTP module: use mtp_target: main."
+            )
     stream = TokenStream(PackedTokens(tokens / "train"), sequence_length, seed)
     trainer = Trainer(Student(model, checkpoint.family, checkpoint.config), teacher_model, stream, recipe, span)
     log = MetricsLog(metrics or out.parent / "metrics.jsonl", run, stage)

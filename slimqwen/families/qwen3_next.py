@@ -127,12 +127,21 @@ def surroundings(config: Config) -> list[Block]:
 def normalise(config: Config) -> Config:
     """Make explicit what older config.json files leave to a default; refuse what the table does not describe."""
     config = deepcopy(config)
-    for field in ("num_hidden_layers", "num_experts", "num_experts_per_tok"):
+    # Serving engines take the number of MTP layers from this key and 1 where it is missing (vLLM's qwen3_next_mtp).
+    config.setdefault("num_nextn_predict_layers", 1)
+    config.setdefault("full_attention_interval", 4)
+    config.setdefault("tie_word_embeddings", False)
+    for field in ("num_hidden_layers", "num_experts", "num_experts_per_tok", "full_attention_interval"):
         if not isinstance(config.get(field), int) or config[field] <= 0:
             raise UserError(f"config.json: '{field}' must be a positive whole number, is {config.get(field)!r}.")
+    if config["num_nextn_predict_layers"] not in (0, 1):
+        raise UserError(
+            f"config.json: num_nextn_predict_layers is {config['num_nextn_predict_layers']!r}; Qwen3-Next has one MTP module "
+            "(1), which is applied repeatedly, or none (0)."
+        )
     layers = config["num_hidden_layers"]
     if config.get("layer_types") is None:
-        interval = config.get("full_attention_interval", 4)
+        interval = config["full_attention_interval"]
         config["layer_types"] = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
     if len(config["layer_types"]) != layers:
         raise UserError(
@@ -145,11 +154,6 @@ def normalise(config: Config) -> Config:
         raise UserError("config.json: dense layers (mlp_only_layers, decoder_sparse_step > 1) are not supported yet.")
     if config.get("attention_bias"):
         raise UserError("config.json: attention_bias true is not supported: Qwen3-Next was released without biases.")
-    config.setdefault("tie_word_embeddings", False)
-    # Serving engines take the number of MTP layers from this key and 1 where it is missing (vLLM's qwen3_next_mtp).
-    config.setdefault("num_nextn_predict_layers", 1)
-    if config["num_nextn_predict_layers"] > 1:
-        raise UserError("config.json: num_nextn_predict_layers > 1; Qwen3-Next has one MTP module, applied repeatedly.")
     if config["num_experts_per_tok"] > config["num_experts"]:
         raise UserError(
             f"config.json: num_experts_per_tok {config['num_experts_per_tok']} is more than num_experts {config['num_experts']}."

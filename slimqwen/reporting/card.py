@@ -2,7 +2,7 @@
 
 import yaml
 
-from slimqwen.evaluation.evaluate import Evaluation, ModelEvaluation
+from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.recipe import BUILTIN_TEACHER, Recipe
 from slimqwen.reporting.titles import title_of
 
@@ -32,7 +32,9 @@ SlimQwen method (arXiv 2605.08738) as implemented by slimqwen.
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-Measured on {evaluation.tokens:,} held-out tokens, sequence length {evaluation.sequence_length}.
+Measured on {evaluation.tokens:,} held-out tokens, sequence length {evaluation.sequence_length}. MTP acceptance: the share of
+positions at which the first 1, 2, ... drafted tokens are all what the model itself generates greedily; it is measured on each
+model's own continuations, and a model that repeats itself is easy to draft for.
 
 ## Use
 

@@ -1,10 +1,10 @@
 """The figures of the report, one function each: numbers in, a plotly Figure out.
 
-Colours are readable on a light and on a dark page (contrast at least 3:1 on both); text and grid lines get theirs
+Lines and bars have a contrast of at least 3:1 on a light and on a dark page; text and grid lines get theirs
 from the page's style sheet, so that they follow the reader's theme.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -50,22 +50,22 @@ class Steps:
         return bool(np.isfinite(self.values[field]).any())
 
 
-def parameters(before: Counts, after: Counts, part_names: Mapping[str, str]) -> go.Figure:
-    """Two stacked bars: what the parameters of the teacher and of the result are made of."""
+def parameters(models: Mapping[str, Counts], part_names: Mapping[str, str]) -> go.Figure:
+    """A stacked bar per model, the first on top: what its parameters are made of."""
     figure = go.Figure()
     colours = part_colours(list(part_names))
     for part, name in part_names.items():
         figure.add_bar(
             name=escape(name),
-            y=["result", "teacher"],
-            x=[after.parts.get(part, 0), before.parts.get(part, 0)],
+            y=list(models),
+            x=[counts.parts.get(part, 0) for counts in models.values()],
             orientation="h",
             marker={"color": colours[part], "line": {"width": 0}},
             hovertemplate=f"{escape(name)}: %{{x:,}}<extra>%{{y}}</extra>",
         )
     figure.update_layout(barmode="stack", bargap=0.35)
     figure.update_xaxes(title="parameters", tickformat="~s")
-    figure.update_yaxes(showgrid=False, ticksuffix=" ")
+    figure.update_yaxes(showgrid=False, ticksuffix=" ", autorange="reversed")
     return _styled(figure, height=190, legend=False)
 
 
@@ -105,8 +105,7 @@ def learning_curves(runs: Mapping[str, Steps], field: str, quantity: str, *, log
     figure.update_yaxes(title=quantity)
     if logarithmic:
         figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
-    figure.update_layout(hovermode="x unified")
-    return _styled(figure, height=360, legend=True)
+    return _styled(figure, height=360, legend=True, compare=True)
 
 
 def schedules(runs: Mapping[str, Steps], run: str) -> go.Figure:
@@ -133,12 +132,11 @@ def schedules(runs: Mapping[str, Steps], run: str) -> go.Figure:
         )
     _mark_stages(figure, runs)
     figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title="weight", range=[0, 1.3], row=1)
+    figure.update_yaxes(title="weight", range=[0, 1.05], row=1)
     figure.update_yaxes(title="learning rate", tickformat="~g", row=2)
     figure.update_xaxes(tickformat="~s", rangemode="tozero")
     figure.update_xaxes(title="training tokens", row=2)
-    figure.update_layout(hovermode="x unified")
-    return _styled(figure, height=360, legend=True)
+    return _styled(figure, height=360, legend=True, compare=True)
 
 
 def layer_scores(scores: Sequence[float], kept: Sequence[int], quantity: str) -> go.Figure:
@@ -203,7 +201,10 @@ def expert_fates(scores: Mapping[str, Sequence[float]], groups: Mapping[str, Seq
     names = [role for role in ROLE_COLOURS if any(role in found for found in roles.values())]
     figure = _heatmap(
         order,
-        lambda block: np.array([names.index(roles[block][expert]) for expert in order[block]]),
+        {
+            block: np.array([names.index(roles[block][expert]) for expert in experts], dtype=np.int8)
+            for block, experts in order.items()
+        },
         axis="experts, most important first",
         hover="expert %{customdata}",
     )
@@ -222,16 +223,17 @@ def _multiples_of_even(shares: Mapping[str, Sequence[float]], quantity: str, axi
     """log2 of value / mean per expert, clipped, so that 'twice' and 'half' are equally far from neutral."""
     order = {block: _descending(values) for block, values in shares.items()}
 
-    def multiples(block: str) -> Column:
-        values = np.asarray(shares[block], dtype=float)[order[block]]
-        return values / (values.mean() or 1.0)
-
-    def doublings(block: str) -> Column:
+    def doublings(block: str) -> NDArray[np.float32]:
+        values = np.asarray(shares[block], dtype=np.float32)[order[block]]
         with np.errstate(divide="ignore"):  # of an expert that was never used: clipped to the rarest colour
-            return np.log2(multiples(block)).clip(-LARGEST_MULTIPLE, LARGEST_MULTIPLE)
+            return np.log2(values / (values.mean() or 1.0)).clip(-LARGEST_MULTIPLE, LARGEST_MULTIPLE)
 
-    figure = _heatmap(order, doublings, axis=axis, hover=f"expert %{{customdata}}: {quantity} %{{text:.2f}} × the mean")
-    figure.data[0].text = _padded([multiples(block) for block in order])
+    figure = _heatmap(
+        order,
+        {block: doublings(block) for block in shares},
+        axis=axis,
+        hover=f"expert %{{customdata}}: {quantity} 2<sup>%{{z:.1f}}</sup> × the mean",
+    )
     figure.update_traces(
         colorscale=RARELY_TO_OFTEN,
         zmin=-LARGEST_MULTIPLE,
@@ -251,14 +253,14 @@ def _multiples_of_even(shares: Mapping[str, Sequence[float]], quantity: str, axi
 
 
 def _heatmap(
-    order: Mapping[str, NDArray[np.int16]], row: Callable[[str], NDArray[Any]], *, axis: str, hover: str
+    order: Mapping[str, NDArray[np.int16]], values: Mapping[str, NDArray[Any]], *, axis: str, hover: str
 ) -> go.Figure:
-    """A row per block, first block on top; `order[block]` names the expert in each column."""
+    """A row of `values` per block, first block on top; `order[block]` names the expert in each column."""
     columns = max(len(experts) for experts in order.values())
     figure = go.Figure(
         go.Heatmap(
-            z=_padded([row(block) for block in order]),
-            customdata=_padded(list(order.values())),
+            z=_padded(list(values.values()), missing=np.nan),
+            customdata=_padded(list(order.values()), missing=-1),
             y=[_block_label(block) for block in order],
             x=np.arange(1, columns + 1, dtype=np.int16),
             xgap=1 if columns <= 64 else 0,
@@ -274,9 +276,12 @@ def _heatmap(
     return figure
 
 
-def _padded(rows: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-    """The rows under one another, `[rows, longest row]`, NaN where a row is shorter."""
-    table = np.full((len(rows), max(map(len, rows))), np.nan, dtype=np.float32)
+def _padded(rows: Sequence[NDArray[Any]], *, missing: float) -> NDArray[Any]:
+    """The rows under one another, `[rows, longest row]`, in their dtype, `missing` where a row is shorter."""
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) == 1:
+        return np.stack(rows)
+    table = np.full((len(rows), max(lengths)), missing, dtype=rows[0].dtype)
     for line, values in zip(table, rows, strict=True):
         line[: len(values)] = values
     return table
@@ -301,7 +306,14 @@ def _mark_stages(figure: go.Figure, runs: Mapping[str, Steps]) -> None:
     for tokens, stage in starts.items():
         figure.add_vline(x=tokens, line={"color": "#79818b", "dash": "dash", "width": 1.2})
         figure.add_annotation(
-            x=tokens, y=1, yref="paper", text=f"stage {stage}", showarrow=False, xanchor="left", yanchor="top", xshift=3
+            x=tokens,
+            y=1,
+            yref="paper",
+            text=f"stage {stage}",
+            showarrow=False,
+            xanchor="left",
+            yanchor="bottom",
+            xshift=-3,
         )
 
 
@@ -323,7 +335,8 @@ def _thinned(count: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, POINTS_PER_CURVE)).round().astype(np.int64))
 
 
-def _styled(figure: go.Figure, *, height: int, legend: bool) -> go.Figure:
+def _styled(figure: go.Figure, *, height: int, legend: bool, compare: bool = False) -> go.Figure:
+    """`compare`: one hover label for all curves at the same place."""
     figure.update_layout(
         template="none",
         height=height,
@@ -332,9 +345,10 @@ def _styled(figure: go.Figure, *, height: int, legend: bool) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12},
         showlegend=legend,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        legend={"orientation": "h", "x": 0, "y": 1.08, "yanchor": "bottom", "traceorder": "normal"},
+        hovermode="x unified" if compare else "closest",
         dragmode=False,  # a finger on a chart scrolls the page
     )
-    figure.update_xaxes(zeroline=False, automargin=True, title_standoff=8)
+    figure.update_xaxes(zeroline=False, automargin=True, title_standoff=8, showspikes=False)
     figure.update_yaxes(zeroline=False, automargin=True, title_standoff=8)
     return figure

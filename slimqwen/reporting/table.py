@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from slimqwen.evaluation.evaluate import Evaluation
+from slimqwen.evaluation.result import Evaluation
 from slimqwen.reporting.titles import title_of
 
 

@@ -5,7 +5,7 @@ TITLES = {
     "pruned": "pruned, no training",
     "random_init": "random init + KD",
     "lm_only": "pruned + LM only",
-    "slimqwen": "SlimQwen (pruned + KD)",
+    "slimqwen": "SlimQwen",
 }
 
 

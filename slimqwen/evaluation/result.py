@@ -1,0 +1,67 @@
+"""evaluation.json: what the numbers are called and what they mean. No torch here: the report reads it too."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slimqwen.errors import UserError
+
+FORMAT = "slimqwen.evaluation/1"
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Sample(BaseModel):
+    """A held-out prompt and its greedy completion."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    completion: str
+
+
+class ModelEvaluation(BaseModel):
+    """One model's numbers. None: not measured, for want of a teacher or of an MTP module."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    checkpoint: str
+    total_parameters: int  # without the MTP module, as `families.count` counts
+    active_parameters: int
+    mtp_parameters: int
+    loss: float  # nats per token
+    perplexity: float  # e^loss
+    bits_per_byte: float  # of UTF-8 text, so that models with different tokenizers compare
+    kl_to_teacher: float | None  # KL(teacher || model), nats per token
+    top1_agreement: Share | None  # share of predictions whose most likely token is the teacher's
+    mtp_loss: float | None  # nats per token, of predicting the token after the next
+    mtp_kl_to_teacher: float | None  # against the teacher's main distribution for that token
+    mtp_acceptance: list[Share]  # acc_0 ..: the first k + 1 drafts are all accepted; empty without an MTP module
+    expert_utilisation: dict[str, list[Share]]  # MoE block -> share of assignments per expert
+    sample: Sample
+
+
+class Evaluation(BaseModel):
+    """evaluation.json: every model on the same held-out tokens."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    format: Literal["slimqwen.evaluation/1"]
+    tokens: int  # predictions measured, per model
+    sequence_length: int
+    models: dict[str, ModelEvaluation]  # the teacher first
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """Raises UserError for a file that is missing or is not an evaluation."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): run `slimqwen evaluate` to make it.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"{path} is not an evaluation of {FORMAT} ({where or 'whole file'}: {first['msg']})."
+            ) from error

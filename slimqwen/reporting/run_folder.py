@@ -1,0 +1,179 @@
+"""The artefacts of a run directory, read for the page; a run may be unfinished, and lack some of them."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slimqwen.errors import UserError
+from slimqwen.evaluation.result import Evaluation, ModelEvaluation
+from slimqwen.planning.plan import Plan
+from slimqwen.recipe import Recipe
+from slimqwen.recipe_file import load_recipe
+from slimqwen.reporting import charts
+from slimqwen.reporting.charts import Steps
+
+MAIN_RUN = "slimqwen"
+
+
+class Line(BaseModel):
+    """Something read from an artefact; what a later version adds to it is ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class StepMetrics(Line):
+    """A line of metrics.jsonl."""
+
+    run: str
+    stage: int
+    tokens: int
+    lm: float | None = None
+    kd: float | None = None
+    mtp_kd: float | None = None
+    kd_weight: float | None = Field(None, alias="lambda")
+    mtp_weight: float | None = Field(None, alias="beta")
+    learning_rate: float | None = None
+
+
+class StepTime(Line):
+    """A line of stages.jsonl."""
+
+    step: str
+    seconds: float
+    peak_memory_bytes: int | None = None
+    skipped: bool = False
+
+
+class Provenance(Line):
+    command: str
+    version: str = ""
+    started: str = ""
+    machine: str = ""
+    torch: str = ""
+    transformers: str = ""
+
+
+Artefact = TypeVar("Artefact", bound=Line)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Every artefact of a run directory that the page shows."""
+
+    recipe: Recipe
+    recipe_text: str
+    plans: list[Plan] = field(default_factory=list)
+    evaluation: Evaluation | None = None
+    steps: dict[str, Steps] = field(default_factory=dict)
+    times: list[StepTime] = field(default_factory=list)
+    provenance: Provenance | None = None
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Run":
+        recipe_file = run_dir / "recipe.resolved.yaml"
+        if not run_dir.is_dir():
+            raise UserError(f"there is no folder {run_dir}: give the run directory of a `slimqwen run`.")
+        if not recipe_file.is_file():
+            raise UserError(
+                f"{run_dir} is not a run directory, it has no recipe.resolved.yaml: give a recipe's run_dir."
+            )
+        recipe = load_recipe(recipe_file)
+        return cls(
+            recipe=recipe,
+            recipe_text=recipe_file.read_text(encoding="utf-8"),
+            plans=_read_plans(run_dir) if recipe.init == "pruned" else [],
+            evaluation=_evaluation(run_dir),
+            steps=_columns(_read_lines(run_dir / "metrics.jsonl", StepMetrics)),
+            times=_last_times(_read_lines(run_dir / "stages.jsonl", StepTime)),
+            provenance=_read(run_dir / "provenance.json", Provenance),
+        )
+
+    @property
+    def teacher(self) -> ModelEvaluation | None:
+        return self.evaluation.models.get("teacher") if self.evaluation else None
+
+    def kl(self, name: str) -> float | None:
+        """KL to the teacher of a model, None where that was not measured."""
+        model = self.evaluation.models.get(name) if self.evaluation else None
+        return model.kl_to_teacher if model else None
+
+    @property
+    def result(self) -> ModelEvaluation | None:
+        return self.evaluation.models.get(MAIN_RUN) if self.evaluation else None
+
+
+def _evaluation(run_dir: Path) -> Evaluation | None:
+    path = run_dir / "evaluation.json"
+    return Evaluation.load(path) if path.is_file() else None
+
+
+def _read_plans(run_dir: Path) -> list[Plan]:
+    plans: list[Plan] = []
+    while (path := run_dir / f"stage-{len(plans) + 1}" / "plan.json").is_file():
+        plans.append(Plan.load(path))
+    return plans
+
+
+def _read(path: Path, model: type[Artefact]) -> Artefact | None:
+    """None where there is no such file (yet)."""
+    if not path.is_file():
+        return None
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise _malformed(path, error) from error
+
+
+def _read_lines(path: Path, model: type[Artefact]) -> list[Artefact]:
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], start=1):
+        try:
+            json.loads(line)
+        except ValueError:  # cut short by kill -9, or by our reading while it is written
+            continue
+        try:
+            lines.append(model.model_validate_json(line))
+        except ValidationError as error:
+            raise _malformed(path, error, f"line {number}, ") from error
+    return lines
+
+
+def _malformed(path: Path, error: ValidationError, where: str = "") -> UserError:
+    first = error.errors()[0]
+    where += ".".join(map(str, first["loc"])) or "whole file"
+    return UserError(
+        f"{path} is not what slimqwen writes ({where}: {first['msg']}): run the recipe again to remake it."
+    )
+
+
+def _columns(lines: list[StepMetrics]) -> dict[str, Steps]:
+    runs: dict[str, list[StepMetrics]] = {}
+    for line in lines:
+        runs.setdefault(line.run, []).append(line)
+    fields = {"lm": "lm", "kd": "kd", "mtp_kd": "mtp_kd", "lambda": "kd_weight", "beta": "mtp_weight"}
+    fields["learning_rate"] = "learning_rate"
+
+    def column(entries: list[StepMetrics], name: str) -> charts.Column:
+        return np.array([getattr(entry, name) for entry in entries], dtype=np.float64)  # None becomes NaN
+
+    return {
+        run: Steps(
+            stage=column(entries, "stage"),
+            tokens=column(entries, "tokens"),
+            values={field: column(entries, name) for field, name in fields.items()},
+        )
+        for run, entries in runs.items()
+    }
+
+
+def _last_times(lines: list[StepTime]) -> list[StepTime]:
+    """The last execution of each step, in the order in which the steps were first executed."""
+    last: dict[str, StepTime] = {}
+    for line in lines:
+        if not line.skipped:
+            last[line.step] = line
+    return list(last.values())
