@@ -19,13 +19,23 @@ if TYPE_CHECKING:
     from slimqwen.pipeline import run as run
     from slimqwen.planning.plan import plan as plan
     from slimqwen.pruning.prune import prune as prune
+    from slimqwen.recipe import CalibrationRecipe as CalibrationRecipe
+    from slimqwen.recipe import DistilRecipe as DistilRecipe
+    from slimqwen.recipe import EvaluationRecipe as EvaluationRecipe
+    from slimqwen.recipe import PruningRecipe as PruningRecipe
     from slimqwen.recipe import Recipe as Recipe
+    from slimqwen.recipe import Source as Source
     from slimqwen.recipe import Target as Target
     from slimqwen.recipe_file import load_recipe as load_recipe
     from slimqwen.reporting.report import report as report
 
 _HOMES = {
+    "CalibrationRecipe": "slimqwen.recipe",
+    "DistilRecipe": "slimqwen.recipe",
+    "EvaluationRecipe": "slimqwen.recipe",
+    "PruningRecipe": "slimqwen.recipe",
     "Recipe": "slimqwen.recipe",
+    "Source": "slimqwen.recipe",
     "Target": "slimqwen.recipe",
     "calibrate": "slimqwen.calibration.calibrate",
     "distil": "slimqwen.distillation.distil",

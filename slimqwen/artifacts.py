@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slimqwen.errors import StageFailed
+from slimqwen.errors import StageFailed, UserError
 
 FULLY_HASHED_BYTES = 64 << 20  # larger files are sampled: hashing 160 GB would take longer than pruning it
 SAMPLE_BYTES = 1 << 20
 SAMPLES = 16
+MARKER = ".slimqwen"  # in every folder that atomic_folder wrote
 FULL_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded")  # inside safetensors' own error
 
 
@@ -37,7 +38,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `path`; on success it replaces `path`, contents and all."""
+    """Yield an empty temporary sibling of `path`; on success it replaces `path`, contents and all.
+
+    Only an empty folder or one that was written here before is replaced (`check_replaceable`).
+    """
+    path = path.resolve()
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -45,11 +51,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         with full_disk_explained(path):
             yield partial
+            (partial / MARKER).touch()
             if path.exists():
                 shutil.rmtree(path)
             os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(out: Path, *inputs: Path) -> None:
+    """Raise UserError where writing the folder `out` would destroy something: an input, or what we did not write.
+
+    Folders written by `atomic_folder` carry a hidden marker by which they are known.
+    """
+    out = out.resolve()
+    for path in inputs:
+        if out == path.resolve() or out in path.resolve().parents:
+            raise UserError(f"writing {out} would destroy {path}, which is read here: choose another folder.")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise UserError(f"{out} exists and was not written by slimqwen: choose another folder, or remove it first.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, and a folder is to be written there: choose another name.")
 
 
 @contextlib.contextmanager

@@ -6,15 +6,31 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperGroup
 
-from slimqwen.errors import EXIT_INTERRUPTED, UserError
+from slimqwen.errors import EXIT_FAILED, Interrupted, UserError, did_you_mean
 from slimqwen.progress import say
+from slimqwen.recipe import Dtype
+
+
+class Commands(TyperGroup):
+    """Turns Ctrl-C into a sentence and its exit code, which click would swallow ("Aborted!")."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted: nothing is lost but the steps since the last saved state; the same command continues."
+            ) from None
+
 
 app = typer.Typer(
     name="slimqwen",
+    cls=Commands,
     help="Compress a pretrained Mixture-of-Experts language model: prune depth, width and experts, then distil.\n\n"
     "Start with `slimqwen demo`; then write a recipe (`slimqwen recipe` lists every field) and `slimqwen run` it. "
     "The other commands are the single stages: each reads and writes artefacts on disk and can be run alone.",
@@ -39,7 +55,7 @@ CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A che
 TokensFolder = Annotated[Path, typer.Option("--tokens", metavar="DIR", help="Folder written by `slimqwen tokens`.")]
 SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens in one sequence.")]
 Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")]
-Dtype = Annotated[str, typer.Option(help="'auto' (bfloat16 on a GPU, float32 on a CPU), 'float32', 'bfloat16'.")]
+DtypeOption = Annotated[str, typer.Option(help="'auto' (bfloat16 on a GPU, float32 on a CPU), 'float32', 'bfloat16'.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the data order.")]
 
 
@@ -67,7 +83,7 @@ def demo(
     from slimqwen.builtin import DEMO_RECIPE
     from slimqwen.recipe_file import load_recipe
 
-    _run(load_recipe(DEMO_RECIPE, [f"run_dir={run_dir}", *(overrides or [])]))
+    _run(load_recipe(DEMO_RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *(overrides or [])]))
 
 
 def _run(recipe) -> None:  # type: ignore[no-untyped-def]
@@ -136,7 +152,7 @@ def calibrate(
     sequence_length: SequenceLength = 256,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Measure the importance of every layer, channel and expert in one forward pass over text."""
     from slimqwen.builtin import checkpoint_folder
@@ -151,7 +167,7 @@ def calibrate(
         sequence_length=sequence_length,
         seed=seed,
         device=device,
-        dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")),
+        dtype=_dtype(dtype),
     )
     typer.echo(str(out))
 
@@ -186,6 +202,8 @@ def plan(
     from slimqwen.recipe_file import load_recipe
 
     wanted = Target() if target is None else load_recipe(target, model=Target)
+    if statistics is None and pruning is not None:
+        raise UserError("--pruning chooses what to keep by statistics: give --statistics too.")
     if statistics is None:
         counts = before_and_after(_config_path(checkpoint), wanted)
     else:
@@ -229,7 +247,7 @@ def distil(
     sequence_length: SequenceLength = 256,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = "auto",
     overrides: Overrides = None,
 ) -> None:
     """Train a student on text and a teacher's predictions. Continues where it was interrupted."""
@@ -247,7 +265,8 @@ def distil(
         teacher=None if teacher is None else checkpoint_folder(teacher),
         seed=seed,
         device=device,
-        dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")),
+        dtype=_dtype(dtype),
+        run=out.name,
     )
     typer.echo(str(result))
 
@@ -263,7 +282,7 @@ def evaluate(
     measured_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")] = 65_536,
     sequence_length: SequenceLength = 256,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Held-out loss, KL to a teacher, agreement and MTP acceptance of one or several checkpoints."""
     from slimqwen.builtin import checkpoint_folder
@@ -272,6 +291,8 @@ def evaluate(
     from slimqwen.reporting.table import print_table
 
     models = {"teacher": checkpoint_folder(teacher)} if teacher is not None else {}
+    if teacher is not None and "teacher" in checkpoints:
+        raise UserError("a checkpoint is called 'teacher' like --teacher's row: give it as ./teacher.")
     models |= {name: checkpoint_folder(name) for name in checkpoints}
     result = run_stage(
         models,
@@ -281,7 +302,7 @@ def evaluate(
         sequence_length=sequence_length,
         teacher=None if teacher is None else "teacher",
         device=device,
-        dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")),
+        dtype=_dtype(dtype),
     )
     print_table(result)
     typer.echo(str(out))
@@ -320,12 +341,11 @@ def _config_path(name: str) -> Path:
     return TEACHER if name == BUILTIN_TEACHER else Path(name)
 
 
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
-    from slimqwen.errors import did_you_mean
-
-    if value not in known:
-        raise UserError(f"{option} {value}{did_you_mean(value, known)}: must be one of {', '.join(known)}.")
-    return value
+def _dtype(name: str) -> str:
+    known = get_args(Dtype)
+    if name not in known:
+        raise UserError(f"--dtype {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
+    return name
 
 
 def _command() -> str:
@@ -338,10 +358,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        say(f"error: {error}")
+        say(str(error) if isinstance(error, Interrupted) else f"error: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        say(
-            "interrupted: nothing is lost but the steps since the last saved state; give the same command again to continue."
-        )
-        sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:  # a path that is a file, not writable, gone: the system's own words and the name
+        say(f"error: {error.filename or 'a file'}: {error.strerror or error}. Check the path and its permissions.")
+        sys.exit(EXIT_FAILED)

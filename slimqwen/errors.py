@@ -25,6 +25,12 @@ class StageFailed(UserError):
     exit_code = EXIT_FAILED
 
 
+class Interrupted(UserError):
+    """Ctrl-C or SIGTERM."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """`" (did you mean 'hidden_size'?)"`, or the empty string where nothing known is near `wrong`."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)

@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,28 @@ from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.sources import check_source
-from slimqwen.data.tokenize import tokenize
-from slimqwen.distillation.distil import distil, total_steps
+from slimqwen.data.tokenize import load_manifest, tokenize
+from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state, total_steps
+from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.distillation.trainer import Span
+from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.families.count import Counts, count
+from slimqwen.modeling.device import resolve_device
+from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.plan import plan
 from slimqwen.planning.progressive import stage_steps, stage_targets
-from slimqwen.planning.shapes import completed, shape_of, target_config
+from slimqwen.planning.shapes import completed, shape_of, size_of, target_config
 from slimqwen.progress import duration, say
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import LossTerm, Recipe, Target
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
+from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.steps import Steps
 
-MAIN_RUN = "slimqwen"
 Measured = dict[str, Any]
 
 
@@ -86,10 +91,28 @@ class Pipeline:
         self.run_dir = recipe.run_dir
         self.teacher = checkpoint_folder(recipe.teacher)
         self.source = Checkpoint(self.teacher)
+        if not (self.teacher / "tokenizer.json").is_file():
+            raise UserError(
+                f"{self.teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it."
+            )
         for source in (*recipe.data.sources, *recipe.data.heldout_sources):
             check_source(source)
+        self._check_what_only_later_steps_would_find()
         self.stages = self._stages()
         self.steps = Steps(recipe.run_dir, command)
+
+    def _check_what_only_later_steps_would_find(self) -> None:
+        """Raise UserError now for what would otherwise stop the run after hours."""
+        recipe, terms = self.recipe, set(self.recipe.distil.terms)
+        resolve_device(recipe.device)
+        if self.run_dir.resolve() in (self.teacher.resolve(), *self.teacher.resolve().parents):
+            raise UserError(f"run_dir {self.run_dir} holds the teacher {self.teacher}: choose another run_dir.")
+        if not self.source.has_mtp and not terms & {"lm", "kd"}:
+            raise UserError(
+                f"{self.teacher} has no MTP module, and distil.terms has nothing else to train: add lm or kd."
+            )
+        if not self.source.has_mtp and recipe.distil.mtp_target == "mtp" and "mtp_kd" in terms:
+            raise UserError(f"distil.mtp_target is 'mtp', but {self.teacher} has no MTP module: use mtp_target: main.")
 
     def _stages(self) -> list[Stage]:
         recipe, config = self.recipe, self.source.config
@@ -105,6 +128,8 @@ class Pipeline:
             targets = [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape_of(config), final)
             first = recipe.first_stage_token_fraction
             fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
+        if recipe.pruning.depth == "last" and recipe.init == "pruned":
+            check_depth(self.source, targets)
         total = total_steps(recipe.distil, recipe.data.sequence_length)
         stages, done = [], 0
         for number, (target, steps) in enumerate(zip(targets, stage_steps(fractions, total), strict=True), start=1):
@@ -131,10 +156,13 @@ class Pipeline:
 
     def forget_other_schedules(self) -> None:
         """Remove the folders of stages that an earlier recipe had in this run directory and this one has not."""
-        for folder in self.run_dir.glob("stage-*"):
-            if folder.name not in {f"stage-{stage.number}" for stage in self.stages}:
-                say(f"{folder}: left by another schedule, removed")
-                shutil.rmtree(folder)
+        for record in (self.run_dir / ".steps").glob("stage-*.distilled.json"):
+            name = record.name.removesuffix(".distilled.json")
+            if name not in {f"stage-{stage.number}" for stage in self.stages}:
+                say(f"{self.run_dir / name}: left by another schedule, removed")
+                shutil.rmtree(self.run_dir / name, ignore_errors=True)
+                record.unlink()
+        forget_stages_after(self.run_dir / "metrics.jsonl", len(self.stages))
 
     def tokens(self) -> Path:
         data = self.recipe.data
@@ -143,9 +171,10 @@ class Pipeline:
             "data": data.model_dump(mode="json", exclude={"sequence_length"}),
             "tokenizer": fingerprint(self.teacher / "tokenizer.json"),
             "python": platform.python_version(),  # whose standard library 'python-stdlib' is
+            "packages": _installed_packages() if any(s.builtin == "python-packages" for s in data.sources) else None,
             "text": [_text_state(source.path) for source in (*data.sources, *data.heldout_sources) if source.path],
         }
-        return self.steps.step(
+        tokens = self.steps.step(
             "tokens",
             out,
             inputs,
@@ -157,6 +186,14 @@ class Pipeline:
                 heldout_fraction=data.heldout_fraction,
             ),
         )
+        needed = max(data.sequence_length, self.recipe.evaluation.acceptance_prompt_tokens) + 1
+        heldout = load_manifest(tokens).heldout.tokens
+        if heldout < needed:
+            raise UserError(
+                f"the held-out text has {heldout:,} tokens, and evaluation needs {needed:,} at least: "
+                "add text, raise data.heldout_fraction or give data.heldout_sources."
+            )
+        return tokens
 
     def calibrated(self, name: str, checkpoint: Path, out: Path) -> Path:
         recipe = self.recipe
@@ -214,13 +251,13 @@ class Pipeline:
             "student": fingerprint(student),
             "teacher": fingerprint(self.teacher),
             "tokens": fingerprint(self.run_dir / "tokens"),
-            "distil": settings.model_dump(mode="json", exclude={"save_every_steps"}),
+            "distil": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
             "sequence_length": recipe.data.sequence_length,
             "span": [span.first_step, span.end_step, span.total_steps],
             "seed": recipe.seed,
             "dtype": recipe.dtype,
         }
-        return self.steps.step(
+        trained = self.steps.step(
             name,
             out,
             inputs,
@@ -239,8 +276,11 @@ class Pipeline:
                 run=run,
                 stage=number,
                 title=name,
+                keep_state=True,
             ),
         )
+        remove_state(out)
+        return trained
 
     def progressive(self, run: str, terms: list[LossTerm]) -> Path:
         """The schedule: measure, plan, cut and train, stage after stage. Returns the last trained checkpoint.
@@ -331,6 +371,19 @@ def _shape(target: Target, counts: Counts) -> str:
         f"{target.num_hidden_layers} layers, hidden {target.hidden_size}, {target.num_experts} experts "
         f"top-{target.num_experts_per_tok}: {counts.total_parameters:,} parameters, {counts.active_parameters:,} active"
     )
+
+
+def check_depth(source: Checkpoint, targets: list[Target]) -> None:
+    """Raise UserError where dropping the last layers, stage after stage, would leave none that attends in full."""
+    kept = list(range(source.config["num_hidden_layers"]))
+    attends = source.family.attention_layers(source.config)
+    for target in targets:
+        remaining = [layer for layer in attends if layer < len(kept)]
+        kept = kept_layers("last", len(kept), size_of(target.num_hidden_layers), must_keep_one_of=remaining)
+
+
+def _installed_packages() -> list[str]:
+    return sorted(f"{d.metadata['Name']} {d.version}" for d in distributions())
 
 
 def _text_state(path: Path) -> list[list[Any]]:

@@ -23,6 +23,7 @@ ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
 LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
 Schedule = Literal["one_shot", "depth_first", "width_first", "joint"]
 BuiltinSource = Literal["python-stdlib", "python-packages"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 Baseline = Literal["pruned", "random_init", "lm_only"]
 
 
@@ -227,7 +228,7 @@ class Recipe(Section):
     )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the data order and of random initialisation.")
     device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Dtype = Field(
         "auto",
         description="Compute dtype of the teacher. 'auto': bfloat16 on a GPU, float32 on a CPU. The student trains in float32.",
     )

@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slimqwen.artifacts import fingerprint, fingerprint_value, write_json
+from slimqwen.artifacts import fingerprint, fingerprint_value, write_json, write_text
 from slimqwen.errors import StageFailed
 from slimqwen.progress import say
-from slimqwen.recipe import Recipe
+from slimqwen.recipe import Section
 from slimqwen.recipe_file import dump_recipe
 
 
@@ -25,7 +25,7 @@ class Steps:
         self.run_dir = run_dir
         self.command = command
 
-    def begin(self, recipe: Recipe) -> None:
+    def begin(self, recipe: Section) -> None:
         """The run directory, its resolved recipe and where it came from."""
         dump_recipe(recipe, self.run_dir / "recipe.resolved.yaml")
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -43,18 +43,16 @@ class Steps:
         """Do `action`, which makes `output`, unless the same inputs made it before and it is still what they made."""
         record = self.run_dir / ".steps" / f"{name.replace('/', '.')}.json"
         key = fingerprint_value({"version": version("slimqwen"), **inputs})
-        if record.exists() and output.exists():
-            made = json.loads(record.read_text())
-            if made == {"key": key, "output": fingerprint(output)}:
-                say(f"{name}: done already, {output}")
-                self._log(name, 0.0, skipped=True)
-                return output
+        if record.exists() and output.exists() and record.read_text() == record_text(key, output):
+            say(f"{name}: done already, {output}")
+            self._log(name, 0.0, skipped=True)
+            return output
         record.unlink(missing_ok=True)
         started = time.perf_counter()
         action()
         if not output.exists():
             raise StageFailed(f"{name} ended without writing {output}.")
-        write_json(record, {"key": key, "output": fingerprint(output)})
+        write_text(record, record_text(key, output))
         self._log(name, time.perf_counter() - started, skipped=False)
         return output
 
@@ -69,3 +67,8 @@ class Steps:
         }
         with (self.run_dir / "stages.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
+
+
+def record_text(key: str, output: Path) -> str:
+    """What is noted of a finished step: what it was made from, and what it made."""
+    return json.dumps({"key": key, "output": fingerprint(output)}) + "\n"

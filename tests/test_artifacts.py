@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from slimqwen import artifacts
-from slimqwen.artifacts import atomic_file, atomic_folder, fingerprint, fingerprint_value, write_json
-from slimqwen.errors import StageFailed
+from slimqwen.artifacts import atomic_file, atomic_folder, check_replaceable, fingerprint, fingerprint_value, write_json
+from slimqwen.errors import StageFailed, UserError
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+    return sorted(file.name for file in folder.iterdir() if file.name != artifacts.MARKER)
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
@@ -37,6 +37,7 @@ def test_a_failed_file_leaves_the_old_one_and_nothing_else(tmp_path):
 def test_a_folder_replaces_the_old_one_with_all_its_contents(tmp_path):
     path = tmp_path / "pruned"
     path.mkdir()
+    (path / artifacts.MARKER).touch()
     (path / "stale.safetensors").write_text("old")
     with atomic_folder(path) as partial:
         (partial / "config.json").write_text("{}")
@@ -48,12 +49,25 @@ def test_a_folder_replaces_the_old_one_with_all_its_contents(tmp_path):
 def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path):
     path = tmp_path / "pruned"
     path.mkdir()
+    (path / artifacts.MARKER).touch()
     (path / "config.json").write_text("old")
     with pytest.raises(RuntimeError, match="stopped"), atomic_folder(path) as partial:
         (partial / "config.json").write_text("half")
         raise RuntimeError("stopped")
     assert (path / "config.json").read_text() == "old"
     assert names(tmp_path) == ["pruned"]
+
+
+def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("irreplaceable")
+    monkeypatch.chdir(tmp_path / "home")
+    for path in (tmp_path / "home", Path("."), Path("../home")):
+        with pytest.raises(UserError, match="not written by slimqwen"), atomic_folder(path):
+            raise AssertionError("the work must not begin")
+    with pytest.raises(UserError, match="would destroy"):
+        check_replaceable(tmp_path / "home", tmp_path / "home" / "thesis.txt")
+    assert names(tmp_path / "home") == ["thesis.txt"]
 
 
 def test_what_a_killed_process_left_behind_is_cleared(tmp_path):

@@ -229,6 +229,62 @@ def test_full_disk(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "stage-1" / "pruned").exists()
 
 
+def test_run_dir_that_is_a_file(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a folder")
+    assert_one_sentence(run_recipe(world, tmp_path), 1, str(tmp_path / "run"))
+
+
+def test_teacher_without_a_tokenizer(world: Path, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "teacher")
+    assert_one_sentence(run_recipe(world, tmp_path, f"teacher={tmp_path / 'teacher'}"), 2, "tokenizer.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_of_the_users_is_overwritten(world: Path, tmp_path: Path) -> None:
+    """Writing over an input, or over a folder that is not ours, is refused before any work."""
+    text = tmp_path / "text"
+    shutil.copytree(world / "data" / "text", text)
+    before = {file: file.read_bytes() for file in text.iterdir()}
+    result = slimqwen("tokens", text, "--tokenizer", world / "teacher", "--out", text)
+    assert_one_sentence(result, 2, "would destroy")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
+    result = slimqwen("tokens", text, "--tokenizer", world / "teacher", "--out", tmp_path / "mine")
+    assert_one_sentence(result, 2, "was not written by slimqwen")
+    assert_one_sentence(run_recipe(world, tmp_path, f"run_dir={world}"), 2, "holds the teacher")
+    assert {file: file.read_bytes() for file in text.iterdir()} == before
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_problems_of_the_last_stage_are_found_before_the_first(world: Path, tmp_path: Path) -> None:
+    # layers alternate linear, full: keeping one leaves no full attention
+    result = run_recipe(world, tmp_path, "target.num_hidden_layers=1", "schedule=depth_first")
+    assert_one_sentence(result, 2, "attention")
+    assert_one_sentence(run_recipe(world, tmp_path, "device=cuda:7"), 2, "cuda:7")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_edited_plan(world: Path, tmp_path: Path) -> None:
+    arguments = ("--tokens", world / "data" / "tokens", "--samples", 1, "--sequence-length", 16)
+    assert slimqwen("calibrate", world / "teacher", *arguments, cwd=tmp_path).returncode == 0
+    assert slimqwen("plan", world / "teacher", "--statistics", "statistics.safetensors", cwd=tmp_path).returncode == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["kept_layers"] = [0, 1, 2, 99]
+    plan["kept"]["hiden"] = [0]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    result = slimqwen("prune", world / "teacher", "--plan", "plan.json", "--out", "pruned", cwd=tmp_path)
+    assert_one_sentence(result, 2, "kept_layers", "does not fit")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_ctrl_c_is_a_sentence(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimqwen.pipeline.calibrate", interrupted)
+    assert_one_sentence(run_recipe(world, tmp_path), 130, "interrupted", "the same command continues")
+
+
 def test_report_of_no_run(tmp_path: Path) -> None:
     assert_one_sentence(slimqwen("report", tmp_path), 2, str(tmp_path))
 

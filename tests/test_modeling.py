@@ -16,7 +16,7 @@ from slimqwen.errors import UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import MtpCausalLM, initialise, load, read_module_tensor, save
-from slimqwen.modeling.routing import module_of, moe_blocks, observe_routing
+from slimqwen.modeling.routing import module_of, observe_routing
 
 TOKENS = tiny_tokens(rows=3, columns=18)
 
@@ -203,9 +203,9 @@ def test_a_new_model_is_saved_in_the_familys_layout(tmp_path: Path, mtp: int) ->
 
 def test_routing_is_observed_in_every_block(model: MtpCausalLM) -> None:
     config = tiny_config()
-    blocks = moe_blocks(QWEN3_NEXT, config, with_mtp=True)
+    blocks = QWEN3_NEXT.moe_blocks(config)
     assert [block.name for block in blocks] == [f"model.layers.{i}" for i in range(4)] + ["mtp.layers.0"]
-    assert [block.name for block in moe_blocks(QWEN3_NEXT, config, with_mtp=False)] == [b.name for b in blocks[:4]]
+    assert [block.name for block in blocks if not block.is_mtp] == [b.name for b in blocks[:4]]
     with observe_routing(model, QWEN3_NEXT, blocks) as seen, torch.no_grad():
         model(TOKENS)
         assert seen.keys() == {block.name for block in blocks}

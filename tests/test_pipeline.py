@@ -203,6 +203,23 @@ def test_stages_by_hand(tmp_path: Path, finished: Recipe) -> None:
     assert "after stage 3" not in (tmp_path / "run/report.html").read_text()
 
 
+def test_an_irregular_stack_says_so_and_keeps_its_config(
+    tmp_path: Path, finished: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """full_attention_interval stands only where it is true: SGLang reads it instead of layer_types (formats.md 1)."""
+    folder = Path(finished.teacher).parent
+    pruning = {"depth": "block_influence"}
+    target = {"num_hidden_layers": 3}
+    run(tiny_recipe(folder, tmp_path / "run", target=target, pruning=pruning, schedule="one_shot", baselines=[]))
+    kinds = Checkpoint(tmp_path / "run/final").config["layer_types"]
+    full = [kind == "full_attention" for kind in kinds]
+    regular = any(full == [(i + 1) % interval == 0 for i in range(3)] for interval in (1, 2, 3))
+    for name in ("stage-1/pruned", "stage-1/distilled", "final"):
+        config = json.loads((tmp_path / "run" / name / "config.json").read_text())
+        assert ("full_attention_interval" in config) == regular, name
+    assert ("SGLang" in capsys.readouterr().err) != regular
+
+
 def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished: Recipe) -> None:
     folder = Path(finished.teacher).parent
     with pytest.raises(UserError, match="hidden_size"):

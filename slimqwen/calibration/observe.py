@@ -11,7 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.families import Config, Family
 from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.modeling.routing import Routing, module_of, moe_blocks
+from slimqwen.modeling.routing import Routing, module_of
 
 OBSERVED_EXPERTS = "slimqwen_observed"
 
@@ -56,17 +56,13 @@ def observe(model: MtpCausalLM, family: Family, config: Config, statistics: Stat
 def _observe_norms(
     hooks: ExitStack, model: MtpCausalLM, family: Family, config: Config, statistics: Statistics
 ) -> None:
-    """Every norm over the residual stream, found in the table: a vector over the hidden axis."""
-    for block in family.blocks(config):
-        for name, dims in block.tables.get("norm", {}).items():
-            if dims != (family.hidden,) or (block.is_mtp and model.mtp is None):
-                continue
-            tensor = block.prefix + name
+    """Every norm over the residual stream."""
+    for _, tensor in family.residual_norms(config):
 
-            def record(_module: nn.Module, _inputs: Any, output: torch.Tensor, tensor: str = tensor) -> None:
-                statistics.add(f"norm/{tensor}/abs_sums", output.float().abs().sum(dim=(0, 1)))
+        def record(_module: nn.Module, _inputs: Any, output: torch.Tensor, tensor: str = tensor) -> None:
+            statistics.add(f"norm/{tensor}/abs_sums", output.float().abs().sum(dim=(0, 1)))
 
-            hooks.callback(module_of(model, tensor).register_forward_hook(record).remove)
+        hooks.callback(module_of(model, tensor).register_forward_hook(record).remove)
 
 
 def _observe_layers(hooks: ExitStack, model: MtpCausalLM, statistics: Statistics) -> None:
@@ -93,7 +89,7 @@ def _observe_experts(
     hooks: ExitStack, model: MtpCausalLM, family: Family, config: Config, statistics: Statistics
 ) -> None:
     """Router logits, assignments, gates and the outputs of the chosen experts, per block."""
-    for block in moe_blocks(family, config, with_mtp=model.mtp is not None):
+    for block in family.moe_blocks(config):
         prefix = f"experts/{block.name}/"
 
         def record_logits(_module: nn.Module, _inputs: Any, output: Any, prefix: str = prefix) -> None:
@@ -103,7 +99,7 @@ def _observe_experts(
         def record_outputs(
             outputs: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, prefix: str = prefix
         ) -> None:
-            num_experts = config["num_experts"]
+            num_experts = family.sizes(config)[family.expert]
             flat = experts.flatten()
             outputs = outputs.flatten(0, 1).float()  # [tokens * k, hidden]
             gates = gates.float() / gates.float().sum(dim=-1, keepdim=True)

@@ -40,6 +40,11 @@ class Statistics:
         value = value.detach().to("cpu", torch.float64)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    def of_experts(self, block: str) -> dict[str, torch.Tensor]:
+        """The sums of one block's experts: assignments, gate_sums, gated_norm_sums, output_sums, logit_gram."""
+        prefix = f"experts/{block}/"
+        return {name.removeprefix(prefix): value for name, value in self.sums.items() if name.startswith(prefix)}
+
     def __add__(self, other: "Statistics") -> "Statistics":
         """Statistics of both token sets together. Raises UserError where they were measured on different checkpoints."""
         if self.checkpoint != other.checkpoint or self.sums.keys() != other.sums.keys():

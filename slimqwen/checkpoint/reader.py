@@ -29,7 +29,7 @@ class Checkpoint:
         self.family, self.config = read_config(folder)
         self._files = {name: file for file in self._shards() for name in self._open(file).keys()}  # noqa: SIM118
         self._check_index()
-        if self.config["num_nextn_predict_layers"] and not any(name.startswith("mtp.") for name in self._files):
+        if not any(name in self._files for name in self.family.mtp_tensors(self.config)):
             self.config = {**self.config, "num_nextn_predict_layers": 0}
         self.layouts = self.family.detect_layouts(self.config, set(self._files))
         self.specs = {spec.name: spec for spec in self.family.tensors(self.config, self.layouts)}

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slimqwen.artifacts import atomic_folder, fingerprint, write_json
+from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint, write_json
 from slimqwen.data.packed import PackedWriter
 from slimqwen.data.sources import OnSkip, check_source, documents, is_heldout
 from slimqwen.data.tokenizer import load_tokenizer
@@ -72,6 +72,7 @@ def tokenize(
     """
     for source in [*sources, *heldout_sources]:
         check_source(source)
+    check_replaceable(out, tokenizer, *(s.path for s in [*sources, *heldout_sources] if s.path is not None))
     encoder = load_tokenizer(tokenizer)
     if encoder.eos_token_id is None:
         raise UserError(f"the tokenizer in {tokenizer} has no eos token, which must separate documents: set eos_token.")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder, fingerprint_value, write_json
+from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint_value, write_json
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
@@ -17,7 +17,11 @@ from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import UserError
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import load, save
+from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe
+
+# What changes speed, memory or bookkeeping, and the result by no more than rounding: a run resumes after changing them.
+SETTINGS_WITHOUT_EFFECT = {"save_every_steps", "micro_batch_size", "loss_chunk_tokens", "activation_checkpointing"}
 
 
 def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
@@ -47,6 +51,7 @@ def distil(
     run: str = "slimqwen",
     stage: int = 1,
     title: str = "distil",
+    keep_state: bool = False,
 ) -> Path:
     """Train `student` and write the trained checkpoint to `out`; resumes its own interrupted work.
 
@@ -59,10 +64,13 @@ def distil(
         seed: of the data order.
         metrics: the metrics.jsonl to append to; `out`'s sibling by default. `run` and `stage` label its lines.
         title: shown with the progress.
+        keep_state: leave the training state in place, for a caller that removes it (`remove_state`) only after it has
+            noted that `out` is done: a kill in between then costs nothing.
 
     Returns:
         `out`.
     """
+    check_replaceable(out, student, tokens, *([teacher] if teacher is not None else []))
     checkpoint = Checkpoint(student)
     manifest = load_manifest(tokens)
     check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
@@ -82,7 +90,7 @@ def distil(
         student=checkpoint.fingerprint(),
         teacher=Checkpoint(teacher).fingerprint() if teaches and teacher is not None else None,
         tokens=manifest.model_dump(mode="json"),
-        recipe=recipe.model_dump(mode="json", exclude={"save_every_steps"}),
+        recipe=recipe.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
         dtype=dtype,
         sequence_length=sequence_length,
         span=[span.first_step, span.end_step, span.total_steps],
@@ -106,16 +114,27 @@ def distil(
     with atomic_folder(out) as folder:
         save(model, folder, checkpoint, checkpoint.config)
         copy_companions(student, folder)
-    shutil.rmtree(state_folder)
+    if not keep_state:
+        remove_state(out)
     return out
 
 
+def state_folder_of(out: Path) -> Path:
+    """The hidden folder beside `out` that holds its training state."""
+    return out.parent / f".{out.name}.state"
+
+
+def remove_state(out: Path) -> None:
+    shutil.rmtree(state_folder_of(out), ignore_errors=True)
+
+
 def claim_state_folder(out: Path, **inputs: object) -> Path:
-    """The hidden folder beside `out` for training state; emptied if what lies there came from other inputs."""
-    folder = out.parent / f".{out.name}.state"
+    """The folder for `out`'s training state; emptied if what lies there came from other inputs."""
+    folder = state_folder_of(out)
     identity = {"inputs": fingerprint_value(inputs)}
     marker = folder / "inputs.json"
     if folder.exists() and not (marker.exists() and read_json(marker) == identity):
+        say(f"{folder}: training state of other inputs or settings, removed")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(marker, identity)

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from slimqwen.progress import say
+
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], bool]]:
@@ -18,6 +20,7 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        say("interrupted: finishing this step and saving (Ctrl-C again stops at once, without saving)")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

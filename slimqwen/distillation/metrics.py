@@ -20,17 +20,33 @@ class MetricsLog:
         """Forget this run's lines from `first_step` on: they were written after the state that training resumes from."""
         if self.path.exists():
             lines = [
-                line for line in self.path.read_text(encoding="utf-8").splitlines() if self._survives(line, first_step)
+                line
+                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if self._survives(line, first_step)
             ]
             write_text(self.path, "".join(line + "\n" for line in lines))
 
     def _survives(self, line: str, first_step: int) -> bool:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:  # a line cut short by kill -9
+            return (entry["run"], entry["stage"]) != (self.run, self.stage) or entry["step"] < first_step
+        except (ValueError, TypeError, KeyError):  # not one of our lines: cut short by kill -9
             return False
-        return (entry["run"], entry["stage"]) != (self.run, self.stage) or entry["step"] < first_step
 
     def append(self, step: int, values: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"run": self.run, "stage": self.stage, "step": step, **values}) + "\n")
+
+
+def forget_stages_after(path: Path, last_stage: int) -> None:
+    """Drop the lines of stages that the schedule no longer has."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        write_text(path, "".join(line + "\n" for line in lines if _stage(line) <= last_stage))
+
+
+def _stage(line: str) -> int:
+    try:
+        return int(json.loads(line)["stage"])
+    except (ValueError, TypeError, KeyError):  # not one of our lines: nothing to forget
+        return 0

@@ -6,54 +6,90 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder
+from slimqwen.artifacts import atomic_folder, fingerprint
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
-from slimqwen.data.sources import documents, is_heldout
+from slimqwen.data.sources import check_source, documents, is_heldout
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import train_tokenizer
-from slimqwen.distillation.distil import distil
+from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
 from slimqwen.families import Config, family_of
+from slimqwen.modeling.device import resolve_device
 from slimqwen.modeling.model import initialise, load, save
-from slimqwen.progress import say
 from slimqwen.recipe import DataRecipe, PretrainRecipe
-from slimqwen.recipe_file import dump_recipe
+from slimqwen.steps import Steps
 
 
-def pretrain(recipe: PretrainRecipe) -> Path:
+def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path:
     """Train a tokenizer and a model from random weights; the checkpoint folder `run_dir/final`.
 
-    Each step is skipped where its artefact exists already, and the training resumes from its last saved state.
+    Finished steps whose inputs have not changed are skipped, and the training resumes from its last saved state.
     """
-    run_dir = recipe.run_dir
-    dump_recipe(recipe, run_dir / "recipe.resolved.yaml")
-    if not (run_dir / "tokenizer").exists():
-        say(f"tokenizer: learning {recipe.config['vocab_size']:,} tokens")
-        texts = islice(training_texts(recipe.data), recipe.tokenizer_documents)
-        train_tokenizer(texts, recipe.config["vocab_size"], run_dir / "tokenizer")
-    if not (run_dir / "tokens").exists():
-        tokenize(
-            recipe.data.sources,
-            run_dir / "tokenizer",
-            run_dir / "tokens",
-            heldout_sources=recipe.data.heldout_sources,
-            heldout_fraction=recipe.data.heldout_fraction,
-        )
-    if not (run_dir / "initial").exists():
-        write_initial(recipe.config, recipe.seed, run_dir / "initial", companions=run_dir / "tokenizer")
-    if not (run_dir / "trained").exists():
-        distil(
-            run_dir / "initial",
-            run_dir / "trained",
-            tokens=run_dir / "tokens",
-            recipe=recipe.training,
-            sequence_length=recipe.data.sequence_length,
+    run_dir, data, training = recipe.run_dir, recipe.data, recipe.training
+    family = family_of(recipe.config, "the recipe's config")
+    config = family.normalise(recipe.config)
+    vocab_size = family.sizes(config)[family.vocab]
+    for source in (*data.sources, *data.heldout_sources):
+        check_source(source)
+    resolve_device(recipe.device)
+
+    steps = Steps(run_dir, command)
+    steps.begin(recipe)
+    tokenizer, tokens, initial, trained, final = (
+        run_dir / name for name in ("tokenizer", "tokens", "initial", "trained", "final")
+    )
+    text = {"data": data.model_dump(mode="json", exclude={"sequence_length"}), "documents": recipe.tokenizer_documents}
+    steps.step(
+        "tokenizer",
+        tokenizer,
+        {**text, "vocab_size": vocab_size},
+        lambda: train_tokenizer(islice(training_texts(data), recipe.tokenizer_documents), vocab_size, tokenizer),
+    )
+    steps.step(
+        "tokens",
+        tokens,
+        {**text, "tokenizer": fingerprint(tokenizer)},
+        lambda: tokenize(
+            data.sources,
+            tokenizer,
+            tokens,
+            heldout_sources=data.heldout_sources,
+            heldout_fraction=data.heldout_fraction,
+        ),
+    )
+    steps.step(
+        "initial",
+        initial,
+        {"config": config, "seed": recipe.seed, "tokenizer": fingerprint(tokenizer)},
+        lambda: write_initial(config, recipe.seed, initial, companions=tokenizer),
+    )
+    steps.step(
+        "trained",
+        trained,
+        {
+            "initial": fingerprint(initial),
+            "tokens": fingerprint(tokens),
+            "training": training.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
+            "sequence_length": data.sequence_length,
+            "seed": recipe.seed,
+        },
+        lambda: distil(
+            initial,
+            trained,
+            tokens=tokens,
+            recipe=training,
+            sequence_length=data.sequence_length,
             seed=recipe.seed,
             device=recipe.device,
             run=recipe.name,
             title=recipe.name,
-        )
-    return write_rounded(run_dir / "trained", run_dir / "final", getattr(torch, recipe.dtype))
+            keep_state=True,
+        ),
+    )
+    remove_state(trained)
+    dtype = getattr(torch, recipe.dtype)
+    inputs = {"trained": fingerprint(trained), "dtype": recipe.dtype}
+    return steps.step("final", final, inputs, lambda: write_rounded(trained, final, dtype))
 
 
 def training_texts(data: DataRecipe) -> Iterator[str]:

@@ -27,7 +27,7 @@ from slimqwen.distillation.state import load_state, save_state
 from slimqwen.errors import StageFailed
 from slimqwen.families import Config, Family
 from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.modeling.routing import Routing, moe_blocks, observe_routing
+from slimqwen.modeling.routing import Routing, observe_routing
 from slimqwen.progress import Progress
 from slimqwen.recipe import DistilRecipe
 
@@ -71,12 +71,10 @@ class Trainer:
         self.micro_batch_size = recipe.micro_batch_size or recipe.batch_size
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
         # Without an MTP term the module gets no gradient: it stays as it is, and has no optimiser state.
-        self.parameters = {
-            n: p for n, p in student.model.tensors().items() if self.with_mtp or not n.startswith("mtp.")
-        }
+        self.parameters = student.model.tensors(with_mtp=self.with_mtp)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = build_optimizer(self.parameters, recipe)
-        self.blocks = moe_blocks(student.family, student.config, self.with_mtp)
+        self.blocks = [b for b in student.family.moe_blocks(student.config) if self.with_mtp or not b.is_mtp]
         if recipe.activation_checkpointing:
             student.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -126,7 +124,8 @@ class Trainer:
         main_targets, mtp_targets = count_targets(tokens)
         weights = LossWeights.from_terms(recipe.terms, kd_weight, mtp_weight).per_token(main_targets, mtp_targets)
         micro_batches = tokens.split(self.micro_batch_size)
-        counts = self.global_expert_counts(micro_batches) if len(micro_batches) > 1 else None
+        balances = recipe.load_balancing_coefficient > 0.0 and len(micro_batches) > 1
+        counts = self.global_expert_counts(micro_batches) if balances else None
 
         self.optimizer.zero_grad(set_to_none=True)
         sums: LossSums | None = None

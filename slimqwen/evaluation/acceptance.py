@@ -80,7 +80,8 @@ def accepted_drafts(model: MtpCausalLM, sequences: Tensor, prompt_tokens: int, d
     for k in range(depth):
         positions = length - 1 - k  # those whose t_{i+k+1} exists
         hidden = model.mtp(hidden[:, :positions], embeddings[:, k + 1 :], decoder.rotary_emb)
-        drafts = (hidden[:, first:end] @ model.head.T).argmax(-1)
+        # One sequence at a time: [positions, vocab] logits, never those of the batch.
+        drafts = torch.stack([(row @ model.head.T).argmax(-1) for row in hidden[:, first:end]])
         accepted = accepted & (drafts == sequences[:, first + k + 2 : end + k + 2])
         by_depth.append(accepted)
     return torch.stack(by_depth, dim=-1)

@@ -59,11 +59,6 @@ def evaluate(
     tokenizer = load_tokenizer(next(iter(checkpoints.values())).folder)
     rows = heldout_rows(tokens, sequence_length, recipe.tokens)
     prompts = heldout_prompts(tokens, recipe.acceptance_prompts, recipe.acceptance_prompt_tokens)
-    if recipe.acceptance_new_tokens <= recipe.acceptance_depth:
-        raise UserError(
-            f"evaluation.acceptance_new_tokens = {recipe.acceptance_new_tokens} must be more than acceptance_depth = "
-            f"{recipe.acceptance_depth}: drafts are compared with the tokens that follow in the continuation."
-        )
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
 

@@ -14,7 +14,7 @@ from slimqwen.distillation.balance import expert_counts
 from slimqwen.distillation.loss import LossWeights, Predictions, TeacherSignal, align, chunked_loss
 from slimqwen.families import Config, Family
 from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.modeling.routing import moe_blocks, observe_routing
+from slimqwen.modeling.routing import observe_routing
 from slimqwen.progress import Progress
 
 CHUNK_TOKENS = 1024  # tokens whose logits exist at one time: 0.6 GiB in float32 for a vocabulary of 152k
@@ -52,8 +52,9 @@ def record(
 ) -> Recording:
     """Run `model` over `rows` [rows, seq + 1], `batch_size` rows at a time."""
     head = model.head.detach()
-    blocks = moe_blocks(family, config, with_mtp=model.mtp is not None)
-    counts = {block.name: head.new_zeros(config["num_experts"], dtype=torch.int64) for block in blocks}
+    blocks = family.moe_blocks(config)
+    num_experts = family.sizes(config)[family.expert]
+    counts = {block.name: head.new_zeros(num_experts, dtype=torch.int64) for block in blocks}
     predictions = []
     with (
         observe_routing(model, family, blocks) as seen,
@@ -64,7 +65,7 @@ def record(
             predictions.append(align(batch, hidden.main, hidden.mtp))
             routed = torch.ones(batch[:, 1:].numel(), dtype=torch.bool, device=batch.device)
             for name in counts:
-                counts[name] += expert_counts(seen[name].experts, routed, config["num_experts"])
+                counts[name] += expert_counts(seen[name].experts, routed, num_experts)
             progress.advance(batch[:, 1:].numel())
     utilisation = {name: (c.double() / c.sum()).tolist() for name, c in counts.items()}
     return Recording(predictions, head, utilisation)

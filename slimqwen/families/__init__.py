@@ -12,7 +12,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3_NE
 def family_of(config: Config, where: str) -> Family:
     """The family of a config.json. `where` names the file in the error for a family that is not supported."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         hint = did_you_mean(str(model_type), FAMILIES)
         raise UserError(
             f"{where}: model_type {model_type!r} is not supported{hint}; supported: {', '.join(FAMILIES)}. "

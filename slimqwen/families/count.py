@@ -43,7 +43,7 @@ def count(family: Family, config: Config) -> Counts:
         chosen: int = bucket["routed_experts"] // sizes[family.expert] * config["num_experts_per_tok"]
         return bucket.total() - bucket["routed_experts"] + chosen
 
-    embedding = config["vocab_size"] * config["hidden_size"]
+    embedding = sizes[family.vocab] * sizes[family.hidden]
     return Counts(
         total_parameters=parts.total(),
         active_parameters=active(parts),

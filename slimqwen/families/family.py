@@ -86,6 +86,7 @@ class Family:
     """
 
     model_type: str
+    vocab: Axis
     hidden: Axis
     expert: Axis
     router: str
@@ -95,6 +96,7 @@ class Family:
     attention_layers: Callable[[Config], list[int]]
     surroundings: Callable[[Config], list[Block]]
     with_serving_keys: Callable[[Config], Config]
+    serving_note: Callable[[Config], str | None]
     default_layout: Layout
 
     def sizes(self, config: Config) -> dict[Axis, int]:
@@ -150,11 +152,29 @@ class Family:
                         name = block.prefix + pattern.format(expert=expert)
                         yield TensorSpec(name, pattern, dims, shape, block, "routed_experts", expert)
 
+    def mtp_tensors(self, config: Config) -> list[str]:
+        """Names of the MTP module's own dense tensors: where none is there, a checkpoint has no MTP module."""
+        blocks = [block for block in self.blocks(config) if block.is_mtp]
+        return [block.prefix + name for block in blocks for table in block.tables.values() for name in table]
+
+    def moe_blocks(self, config: Config) -> list[Block]:
+        """The blocks that route to experts, MTP's last."""
+        return [block for block in self.blocks(config) if block.experts is not None]
+
+    def residual_norms(self, config: Config) -> list[tuple[Block, str]]:
+        """The norms over the residual stream, as (block, tensor name): the vectors over the hidden axis."""
+        return [
+            (block, block.prefix + name)
+            for block in self.blocks(config)
+            for name, dims in block.tables.get("norm", {}).items()
+            if dims == (self.hidden,)
+        ]
+
     def detect_layouts(self, config: Config, names: set[str]) -> dict[str, Layout]:
         """How each block's experts lie in a checkpoint with these tensor names; both may occur in one checkpoint."""
         layouts: dict[str, Layout] = {}
-        for block in self.blocks(config):
-            if block.experts is not None:
-                fused = any(block.prefix + name in names for name in block.experts.fused)
-                layouts[block.name] = "fused" if fused else "per_expert"
+        for block in self.moe_blocks(config):
+            assert block.experts is not None
+            fused = any(block.prefix + name in names for name in block.experts.fused)
+            layouts[block.name] = "fused" if fused else "per_expert"
         return layouts

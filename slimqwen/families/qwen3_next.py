@@ -129,9 +129,8 @@ def normalise(config: Config) -> Config:
     config = deepcopy(config)
     # Serving engines take the number of MTP layers from this key and 1 where it is missing (vLLM's qwen3_next_mtp).
     config.setdefault("num_nextn_predict_layers", 1)
-    config.setdefault("full_attention_interval", 4)
     config.setdefault("tie_word_embeddings", False)
-    for field in ("num_hidden_layers", "num_experts", "num_experts_per_tok", "full_attention_interval"):
+    for field in ("num_hidden_layers", "num_experts", "num_experts_per_tok"):
         if not isinstance(config.get(field), int) or config[field] <= 0:
             raise UserError(f"config.json: '{field}' must be a positive whole number, is {config.get(field)!r}.")
     if config["num_nextn_predict_layers"] not in (0, 1):
@@ -141,8 +140,12 @@ def normalise(config: Config) -> Config:
         )
     layers = config["num_hidden_layers"]
     if config.get("layer_types") is None:
-        interval = config["full_attention_interval"]
+        interval = config.get("full_attention_interval", 4)
+        if not isinstance(interval, int) or interval <= 0:
+            raise UserError(f"config.json: 'full_attention_interval' must be a positive whole number, is {interval!r}.")
         config["layer_types"] = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+    if not isinstance(config["layer_types"], list) or not all(isinstance(kind, str) for kind in config["layer_types"]):
+        raise UserError("config.json: 'layer_types' must be a list of words, one per layer.")
     if len(config["layer_types"]) != layers:
         raise UserError(
             f"config.json: layer_types names {len(config['layer_types'])} layers, num_hidden_layers is {layers}."
@@ -166,8 +169,12 @@ def with_serving_keys(config: Config) -> Config:
     config = deepcopy(config)
     rope = config.get("rope_parameters")
     if rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-        config.setdefault("partial_rotary_factor", rope.get("partial_rotary_factor", 0.25))
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rope:
+                config.setdefault(key, rope[key])
+    elif "rope_theta" in config and not config.get("rope_scaling"):
+        new_form = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+        config["rope_parameters"] = new_form | {"partial_rotary_factor": config.get("partial_rotary_factor", 0.25)}
     # SGLang ignores layer_types and counts: write the interval wherever it tells the truth about every layer.
     full = attention_layers(config)
     interval = full[0] + 1 if full else 0
@@ -185,6 +192,16 @@ def with_serving_keys(config: Config) -> Config:
     return config
 
 
+def serving_note(config: Config) -> str | None:
+    """What a user should know before serving a model of this config, if anything."""
+    if "full_attention_interval" in with_serving_keys(config):
+        return None
+    return (
+        "the layers that stay no longer alternate regularly: Transformers and vLLM read layer_types and load the result, "
+        "SGLang counts by full_attention_interval and does not (pruning.depth: last keeps the pattern)."
+    )
+
+
 def attention_layers(config: Config) -> list[int]:
     """Layers that keep a KV cache; at least one must remain (formats.md: a linear-only stack fails with a cache)."""
     return [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
@@ -192,6 +209,7 @@ def attention_layers(config: Config) -> list[int]:
 
 QWEN3_NEXT = Family(
     model_type="qwen3_next",
+    vocab=VOCAB,
     hidden=HIDDEN,
     expert=EXPERT,
     router="mlp.gate.weight",
@@ -201,5 +219,6 @@ QWEN3_NEXT = Family(
     attention_layers=attention_layers,
     surroundings=surroundings,
     with_serving_keys=with_serving_keys,
+    serving_note=serving_note,
     default_layout="per_expert",
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import CheckpointWriter
@@ -18,7 +18,7 @@ from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Layout, TensorSpec
 from slimqwen.modeling.mtp import MtpModule
 
-transformers.utils.logging.set_verbosity_error()  # "fast path is not available": said by slimqwen itself, once
+transformers.utils.logging.set_verbosity_error()  # its load report repeats that `mtp.*` is ignored: we load it ourselves
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -67,9 +67,12 @@ class MtpCausalLM(nn.Module):
         if self.mtp is not None:
             self.mtp.config._experts_implementation = name
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self, with_mtp: bool = True) -> dict[str, torch.Tensor]:
         """Parameters by their checkpoint name, experts fused as Transformers holds them; tied ones once."""
-        return {name.removeprefix("backbone."): p for name, p in self.named_parameters()}
+        tensors = dict(self.backbone.named_parameters())
+        if self.mtp is not None and with_mtp:
+            tensors |= {f"mtp.{name}": parameter for name, parameter in self.mtp.named_parameters()}
+        return tensors
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MtpCausalLM:
@@ -115,8 +118,8 @@ def save(
 ) -> None:
     """Write weights, MTP included, and config.json into an existing (temporary) folder.
 
-    Tensor layout and dtypes are those of `like` (A_log may be float32 in a bfloat16 checkpoint); without it,
-    the family's default layout in `dtype`.
+    Tensor layout and dtypes are those of `like` (A_log may be float32 in a bfloat16 checkpoint); without it, the
+    family's default layout in `dtype`, and a generation_config.json, which otherwise comes along from `like`'s folder.
     """
     family = family_of(config, "config.json")
     layouts: Mapping[str, Layout] | None = like.layouts if like is not None else None
@@ -126,6 +129,8 @@ def save(
     for spec in family.tensors(config, layouts):
         tensor = disk_tensor(spec, held, sizes).detach().cpu()
         writer.add(spec.name, tensor.to(like.dtype(spec.name) if like is not None else dtype))
+    if like is None:
+        GenerationConfig.from_model_config(model.backbone.config).save_pretrained(folder)
     writer.finish(
         {**config, "dtype": str(dtype if like is None else like.dtype(next(iter(like.specs)))).removeprefix("torch.")}
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slimqwen.families import Config, Family
+from slimqwen.families import Family
 from slimqwen.families.family import Block
 from slimqwen.modeling.model import MtpCausalLM
 
@@ -22,11 +22,6 @@ class Routing:
     logits: torch.Tensor
     gates: torch.Tensor
     experts: torch.Tensor
-
-
-def moe_blocks(family: Family, config: Config, with_mtp: bool) -> list[Block]:
-    """The blocks that route, in the model's order."""
-    return [block for block in family.blocks(config) if block.experts is not None and (with_mtp or not block.is_mtp)]
 
 
 def module_of(model: MtpCausalLM, tensor_name: str) -> torch.nn.Module:

@@ -11,12 +11,14 @@ from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.families.count import Counts, count
+from slimqwen.families.family import Block
 from slimqwen.planning import importance
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.experts import ExpertGroup, group_experts
 from slimqwen.planning.shapes import completed, size_of, target_config
 from slimqwen.planning.width import kept_channels
-from slimqwen.recipe import ExpertRecipe, PruningRecipe, Target
+from slimqwen.progress import say
+from slimqwen.recipe import ExpertImportance, ExpertRecipe, ExpertSimilarity, PruningRecipe, Target
 
 
 class Scores(BaseModel):
@@ -105,73 +107,76 @@ def plan(
             )
         },
         expert_groups={
-            block: expert_groups(source, measured, block, pruning.experts, size_of(target.num_experts))
-            for block in scores.experts
-            if not _is_dropped(source, block, layers)
+            block.name: expert_groups(source, measured, block, pruning.experts, size_of(target.num_experts))
+            for block in source.family.moe_blocks(source.config)
+            if block.layer is None or block.layer in layers
         },
         before=count(source.family, source.config),
         after=count(source.family, target_config(source.family, source.config, target, layers)),
         scores=scores,
     )
     result.save(out)
+    note = source.family.serving_note(target_config(source.family, source.config, target, layers))
+    if note:
+        say(f"note: {note}")
     return result
 
 
 def importance_scores(source: Checkpoint, statistics: Statistics, recipe: ExpertRecipe) -> Scores:
-    """Every score, from the sums. The width score averages over the backbone's norms; the MTP module, a drafting head
-    with five norms of its own, follows the backbone's choice (ours: the paper says "the RMSNorms")."""
-    sums = statistics.sums
-    norms = [value for name, value in sums.items() if name.startswith("norm/model.")]
-    tokens = statistics.tokens["main"]
+    """Every score, from the sums.
+
+    The width score averages over the backbone's norms; the MTP module, a drafting head with five norms of its own,
+    follows the backbone's choice (ours: the paper says "the RMSNorms").
+    """
+    sums, tokens = statistics.sums, statistics.tokens["main"]
+    norms = [
+        sums[f"norm/{tensor}/abs_sums"]
+        for block, tensor in source.family.residual_norms(source.config)
+        if not block.is_mtp
+    ]
     return Scores(
         layer_similarity=importance.similarity(sums["layers/hidden_sums"]).tolist(),
         layer_block_influence=importance.block_influence(sums["layers/cosine_sums"], tokens).tolist(),
         hidden=importance.norm_activation(norms, [tokens] * len(norms)).tolist(),
         experts={
-            block.name: _expert_importance(recipe.importance, statistics, block.name).tolist()
-            for block in source.family.blocks(source.config)
-            if block.experts is not None
+            block.name: expert_importance(statistics, block, recipe.importance).tolist()
+            for block in source.family.moe_blocks(source.config)
         },
     )
 
 
-def expert_groups(
-    source: Checkpoint, statistics: Statistics, block: str, recipe: ExpertRecipe, keep: int
-) -> list[ExpertGroup]:
-    """Which experts of a block stay, and which are averaged into them."""
-    sums = {
-        name.rpartition("/")[2]: value
-        for name, value in statistics.sums.items()
-        if name.startswith(f"experts/{block}/")
-    }
-    similarity = None
-    if recipe.compression != "prune":
-        match recipe.similarity:
-            case "router_logits":
-                similarity = importance.router_logits_similarity(sums["logit_gram"])
-            case "router_weights":
-                rows = source.read(f"{block}.{source.family.router}").double()
-                similarity = importance.router_weights_similarity(rows)
-            case "expert_output":
-                similarity = importance.expert_output_similarity(sums["output_sums"], sums["assignments"])
-    return group_experts(recipe.compression, _expert_importance(recipe.importance, statistics, block), similarity, keep)
-
-
-def _expert_importance(criterion: str, statistics: Statistics, block: str) -> torch.Tensor:
-    def sums(name: str) -> torch.Tensor:
-        return statistics.sums[f"experts/{block}/{name}"]
-
-    tokens = statistics.tokens["mtp" if block.startswith("mtp.") else "main"]
+def expert_importance(statistics: Statistics, block: Block, criterion: ExpertImportance) -> torch.Tensor:
+    """One score per expert of a block, [experts]."""
+    sums = statistics.of_experts(block.name)
+    tokens = statistics.tokens["mtp" if block.is_mtp else "main"]
     match criterion:
         case "frequency":
-            return importance.frequency(sums("assignments"), tokens)
+            return importance.frequency(sums["assignments"], tokens)
         case "soft_logits":
-            return importance.soft_logits(sums("gate_sums"), tokens)
+            return importance.soft_logits(sums["gate_sums"], tokens)
         case "reap":
-            return importance.reap(sums("gated_norm_sums"), sums("assignments"))
-    raise AssertionError(f"unknown expert importance {criterion}")
+            return importance.reap(sums["gated_norm_sums"], sums["assignments"])
 
 
-def _is_dropped(source: Checkpoint, block_name: str, layers: list[int]) -> bool:
-    block = next(b for b in source.family.blocks(source.config) if b.name == block_name)
-    return block.layer is not None and block.layer not in layers
+def expert_similarity(
+    source: Checkpoint, statistics: Statistics, block: Block, criterion: ExpertSimilarity
+) -> torch.Tensor:
+    """Cosine between the experts of a block, [experts, experts]. The one criterion that reads weights: router rows."""
+    sums = statistics.of_experts(block.name)
+    match criterion:
+        case "router_logits":
+            return importance.router_logits_similarity(sums["logit_gram"])
+        case "router_weights":
+            return importance.router_weights_similarity(source.read(block.prefix + source.family.router).double())
+        case "expert_output":
+            return importance.expert_output_similarity(sums["output_sums"], sums["assignments"])
+
+
+def expert_groups(
+    source: Checkpoint, statistics: Statistics, block: Block, recipe: ExpertRecipe, keep: int
+) -> list[ExpertGroup]:
+    """Which experts of a block stay, and which are averaged into them."""
+    scores = expert_importance(statistics, block, recipe.importance)
+    merges = recipe.compression != "prune"
+    similarity = expert_similarity(source, statistics, block, recipe.similarity) if merges else None
+    return group_experts(recipe.compression, scores, similarity, keep)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder
+from slimqwen.artifacts import atomic_folder, check_replaceable
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.errors import UserError
@@ -21,15 +21,44 @@ def prune(checkpoint: Path, out: Path, *, plan: Path | Plan, title: str = "prune
 
     Raises UserError where the plan was made for another checkpoint.
     """
+    check_replaceable(out, checkpoint)
     source = Checkpoint(checkpoint)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     if chosen.checkpoint != source.fingerprint():
         raise UserError(f"the plan was not made for {checkpoint}: run `slimqwen plan` on it first.")
+    check_plan(chosen, source)
     cut = Cut(source, chosen.kept_layers, chosen.kept, chosen.expert_groups, chosen.target.num_experts_per_tok)
     with atomic_folder(out) as folder:
         cut.write(folder, title)
         copy_companions(checkpoint, folder)
     return out
+
+
+def check_plan(plan: Plan, source: Checkpoint) -> None:
+    """Raise UserError where a plan, edited by hand perhaps, names what the checkpoint does not have."""
+    sizes = source.family.sizes(source.config)
+    by_name = {axis.name: size for axis, size in sizes.items()}
+    experts = sizes[source.family.expert]
+    kept_blocks = [b.name for b in source.family.moe_blocks(source.config) if b.layer in (None, *plan.kept_layers)]
+
+    def within(indices: list[int], size: int) -> bool:
+        return bool(indices) and len(set(indices)) == len(indices) and all(0 <= index < size for index in indices)
+
+    problems = {
+        "kept_layers": within(plan.kept_layers, source.config["num_hidden_layers"]),
+        "kept": all(name in by_name and within(kept, by_name[name]) for name, kept in plan.kept.items()),
+        "the blocks of expert_groups": set(plan.expert_groups) == set(kept_blocks),
+        "expert_groups": all(
+            len(groups) == plan.target.num_experts and all(within(group.members, experts) for group in groups)
+            for groups in plan.expert_groups.values()
+        ),
+        "target.num_experts_per_tok": 1 <= (plan.target.num_experts_per_tok or 0) <= (plan.target.num_experts or 0),
+    }
+    wrong = [name for name, fits in problems.items() if not fits]
+    if wrong:
+        raise UserError(
+            f"the plan does not fit {source.folder}, in {', '.join(wrong)}: make it again with `slimqwen plan`."
+        )
 
 
 class Cut:

@@ -4,19 +4,21 @@ import yaml
 
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.recipe import BUILTIN_TEACHER, Recipe
-from slimqwen.reporting.titles import title_of
+from slimqwen.reporting.titles import MAIN_RUN, title_of
 
 
 def model_card(recipe: Recipe, evaluation: Evaluation, command: str) -> str:
     """Markdown with Hugging Face front matter. Every number comes from `evaluation`."""
     models = evaluation.models
-    this = models["slimqwen"]
+    this = models[MAIN_RUN]
     teacher_name = "the built-in teacher of slimqwen" if recipe.teacher == BUILTIN_TEACHER else f"`{recipe.teacher}`"
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["slimqwen", "moe", "pruned", "distilled"],
     }
+    start = "Pruned from" if recipe.init == "pruned" else "Randomly initialised at a shape cut from"
+    training = "with knowledge distillation" if {"kd", "mtp_kd"} & set(recipe.distil.terms) else "on text alone"
     rows = "\n".join(_row(title_of(name), models[name]) for name in models)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -24,9 +26,9 @@ def model_card(recipe: Recipe, evaluation: Evaluation, command: str) -> str:
 
 # {recipe.name}
 
-Pruned from {teacher_name} to {this.total_parameters:,} parameters ({this.active_parameters:,} active, MTP module of
-{this.mtp_parameters:,} apart) and trained with knowledge distillation on {recipe.distil.tokens:,} tokens, by the
-SlimQwen method (arXiv 2605.08738) as implemented by slimqwen.
+{start} {teacher_name} to {this.total_parameters:,} parameters ({this.active_parameters:,} active, MTP module of
+{this.mtp_parameters:,} apart) and trained {training} on {recipe.distil.tokens:,} tokens. The method is SlimQwen's
+(arXiv 2605.08738), as implemented by slimqwen.
 
 | model | total | active | loss (nats/token) | perplexity | bits/byte | KL to teacher | top-1 agreement | MTP acceptance |
 |---|---|---|---|---|---|---|---|---|

@@ -15,8 +15,7 @@ from slimqwen.recipe import Recipe
 from slimqwen.recipe_file import load_recipe
 from slimqwen.reporting import charts
 from slimqwen.reporting.charts import Steps
-
-MAIN_RUN = "slimqwen"
+from slimqwen.reporting.titles import MAIN_RUN
 
 
 class Line(BaseModel):

@@ -16,8 +16,8 @@ from slimqwen.planning.plan import Plan
 from slimqwen.progress import duration
 from slimqwen.recipe import BUILTIN_TEACHER, Target
 from slimqwen.reporting import charts
-from slimqwen.reporting.run_folder import MAIN_RUN, Run
-from slimqwen.reporting.titles import title_of
+from slimqwen.reporting.run_folder import Run
+from slimqwen.reporting.titles import MAIN_RUN, title_of
 
 CLEARLY_LESS = 0.8  # a KL at most this share of a baseline's is "clearly" better
 

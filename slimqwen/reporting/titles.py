@@ -1,11 +1,13 @@
 """What each model of a run is called wherever a person reads about it."""
 
+MAIN_RUN = "slimqwen"  # the name of the recipe's own run beside its baselines
+
 TITLES = {
     "teacher": "teacher",
     "pruned": "pruned, no training",
     "random_init": "random init + KD",
     "lm_only": "pruned + LM only",
-    "slimqwen": "SlimQwen",
+    MAIN_RUN: "SlimQwen",
 }
 
 
