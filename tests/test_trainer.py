@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_stream, write_tiny_checkpoint, write_tiny_tokens
 from torch import Tensor
 
+from slimqwen.artifacts import MARKER
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
@@ -297,7 +298,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
     assert metrics(tmp_path) == metrics(uninterrupted.parent)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        [MARKER, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     )
 
 

@@ -42,7 +42,8 @@ def forget_stages_after(path: Path, last_stage: int) -> None:
     """Drop the lines of stages that the schedule no longer has."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        write_text(path, "".join(line + "\n" for line in lines if _stage(line) <= last_stage))
+        if any(_stage(line) > last_stage for line in lines):
+            write_text(path, "".join(line + "\n" for line in lines if _stage(line) <= last_stage))
 
 
 def _stage(line: str) -> int:
