@@ -73,7 +73,7 @@ def test_the_teacher_knows_python_it_has_not_seen(tmp_path: Path) -> None:
 
 
 def test_the_teacher_writes_python() -> None:
-    """A greedy completion closes what it opened and goes on with indented statements."""
+    """A greedy completion goes on with indented Python."""
     model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     prompt = (
