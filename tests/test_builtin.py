@@ -11,10 +11,11 @@ from slimqwen.builtin import DEMO_RECIPE, TEACHER
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.sources import documents, is_heldout
 from slimqwen.data.tokenize import tokenize
+from slimqwen.distillation.distil import distil
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.families.count import count
 from slimqwen.planning.shapes import completed, target_config
-from slimqwen.recipe import EvaluationRecipe, PretrainRecipe, Source
+from slimqwen.recipe import DistilRecipe, EvaluationRecipe, PretrainRecipe, Source
 from slimqwen.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,22 @@ def test_the_teacher_knows_python_it_has_not_seen(tmp_path: Path) -> None:
     assert teacher.mtp_loss is not None and teacher.mtp_loss < teacher.loss + 1.0
     assert teacher.mtp_acceptance[0] > 0.3
     assert min(max(shares) for shares in teacher.expert_utilisation.values()) < 0.5  # experts are in use
+
+
+@pytest.mark.slow
+def test_two_threads_train_to_the_same_bits_twice(tmp_path: Path) -> None:
+    """Resumed = uninterrupted needs it; a tiny model would not do: its work is not worth a second thread."""
+    tokenize([Source(builtin="python-stdlib", keep_fraction=0.1)], TEACHER, tmp_path / "tokens", heldout_fraction=0.2)
+    recipe = DistilRecipe(tokens=4 * 2048, batch_size=8, terms=["lm", "mtp_lm"], learning_rate=1e-3, warmup_steps=0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name in ("once", "again"):
+            distil(TEACHER, tmp_path / name, tokens=tmp_path / "tokens", recipe=recipe, sequence_length=256)
+    finally:
+        torch.set_num_threads(threads)
+    once, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "again"))
+    assert once == again
 
 
 def test_the_teacher_writes_python() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slimqwen.builtin import TEACHER
 from slimqwen.data.packed import MAGIC, PackedTokens, PackedWriter
 from slimqwen.data.sources import EXCLUDED_FOLDERS, documents, is_heldout
 from slimqwen.data.stream import TokenStream, shuffled
@@ -468,3 +469,18 @@ def test_bad_manifests_are_explained(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="whole file"):
         load_manifest(tmp_path)
+
+
+def test_english_prose_survives_the_built_in_tokenizer(shared_data: Path, tmp_path: Path) -> None:
+    """A vocabulary learnt from Python source spells any text: a megabyte of Wikipedia comes back as it was."""
+    text = (shared_data / "wikitext2-valid.txt").read_text(encoding="utf-8")
+    lines = [line + "\n" for line in text.split("\n") if line.strip()]
+    (tmp_path / "articles").mkdir()
+    for i in range(0, len(lines), 200):
+        (tmp_path / "articles" / f"{i:06}.txt").write_text("".join(lines[i : i + 200]), encoding="utf-8")
+    manifest = tokenize([Source(path=tmp_path / "articles")], TEACHER, tmp_path / "tokens", heldout_fraction=0.3)
+    assert manifest.train.text_bytes + manifest.heldout.text_bytes == len("".join(lines).encode())
+    tokens = PackedTokens(tmp_path / "tokens" / "train")
+    decoded = load_tokenizer(TEACHER).decode(tokens.slice(0, tokens.total_tokens))
+    kept = [d.text for d in documents(Source(path=tmp_path / "articles")) if not is_heldout(d.name, 0.3)]
+    assert decoded == "".join(document + "<|endoftext|>" for document in kept)

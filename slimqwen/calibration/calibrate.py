@@ -11,7 +11,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
 from slimqwen.data.tokenize import check_vocabulary, load_manifest
-from slimqwen.modeling.device import resolve_device, resolve_dtype
+from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.modeling.model import load
 from slimqwen.progress import Progress
 from slimqwen.recipe import CalibrationRecipe
@@ -49,6 +49,7 @@ def calibrate(
         sums={},
     )
     with (
+        reproducible(torch_device),
         observe(model, source.family, source.config, statistics),
         Progress(title, total=measured, unit="tokens") as progress,
     ):

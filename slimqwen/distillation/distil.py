@@ -15,7 +15,7 @@ from slimqwen.data.tokenize import check_vocabulary, load_manifest
 from slimqwen.distillation.metrics import MetricsLog
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import UserError
-from slimqwen.modeling.device import resolve_device, resolve_dtype
+from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.modeling.model import load, save
 from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe
@@ -109,7 +109,8 @@ def distil(
     stream = TokenStream(PackedTokens(tokens / "train"), sequence_length, seed)
     trainer = Trainer(Student(model, checkpoint.family, checkpoint.config), teacher_model, stream, recipe, span)
     log = MetricsLog(metrics or out.parent / "metrics.jsonl", run, stage)
-    trainer.train(state_folder, log, title)
+    with reproducible(torch_device):
+        trainer.train(state_folder, log, title)
 
     with atomic_folder(out) as folder:
         save(model, folder, checkpoint, checkpoint.config)
