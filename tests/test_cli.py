@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import write_tiny_checkpoint, write_tiny_tokens
 
 from slimqwen.cli import main
 from slimqwen.recipe_file import load_recipe
-from tests.tiny import write_tiny_checkpoint, write_tiny_tokens
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("run", "demo", "recipe", "tokens", "calibrate", "plan", "prune", "distil", "evaluate", "report", "pretrain")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_tiny_checkpoint, write_tiny_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimqwen.checkpoint.reader import Checkpoint
@@ -18,7 +19,6 @@ from slimqwen.errors import UserError
 from slimqwen.pipeline import run
 from slimqwen.recipe import Recipe
 from slimqwen.recipe_file import dump_recipe, load_recipe
-from tests.tiny import write_tiny_checkpoint, write_tiny_tokens
 
 
 def tiny_recipe(folder: Path, run_dir: Path, **overrides: object) -> Recipe:
