@@ -7,7 +7,6 @@ nothing of one another and meet in the artefacts of the run directory.
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,17 @@ from slimqwen.artifacts import atomic_folder, fingerprint, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.sources import check_source
 from slimqwen.data.tokenize import load_manifest, tokenize
-from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state, total_steps
+from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
 from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.result import Evaluation
-from slimqwen.families.count import Counts, count
-from slimqwen.modeling.device import resolve_device
-from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.plan import plan
-from slimqwen.planning.progressive import stage_steps, stage_targets
-from slimqwen.planning.shapes import completed, shape_of, size_of, target_config
+from slimqwen.planning.shapes import target_config
+from slimqwen.preflight import announce, check, stages_of
 from slimqwen.progress import duration, say
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import LossTerm, Recipe, Target
@@ -42,15 +37,6 @@ from slimqwen.steps import Steps
 Measured = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One cut and the steps that follow it."""
-
-    number: int
-    target: Target
-    span: Span
-
-
 def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     """Everything a recipe asks for, from text and a teacher to `final/`, evaluation.json and report.html.
 
@@ -59,7 +45,7 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     the run directory.
     """
     pipeline = Pipeline(recipe, command)
-    pipeline.announce()
+    announce(recipe, pipeline.source, pipeline.stages)
     pipeline.steps.begin(recipe)
     pipeline.forget_other_schedules()
     tokens = pipeline.tokens()
@@ -91,68 +77,9 @@ class Pipeline:
         self.run_dir = recipe.run_dir
         self.teacher = checkpoint_folder(recipe.teacher)
         self.source = Checkpoint(self.teacher)
-        if not (self.teacher / "tokenizer.json").is_file():
-            raise UserError(
-                f"{self.teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it."
-            )
-        for source in (*recipe.data.sources, *recipe.data.heldout_sources):
-            check_source(source)
-        self._check_what_only_later_steps_would_find()
-        self.stages = self._stages()
+        check(recipe, self.source)
+        self.stages = stages_of(recipe, self.source)
         self.steps = Steps(recipe.run_dir, command)
-
-    def _check_what_only_later_steps_would_find(self) -> None:
-        """Raise UserError now for what would otherwise stop the run after hours."""
-        recipe, terms = self.recipe, set(self.recipe.distil.terms)
-        resolve_device(recipe.device)
-        if self.run_dir.resolve() in (self.teacher.resolve(), *self.teacher.resolve().parents):
-            raise UserError(f"run_dir {self.run_dir} holds the teacher {self.teacher}: choose another run_dir.")
-        if not self.source.has_mtp and not terms & {"lm", "kd"}:
-            raise UserError(
-                f"{self.teacher} has no MTP module, and distil.terms has nothing else to train: add lm or kd."
-            )
-        if not self.source.has_mtp and recipe.distil.mtp_target == "mtp" and "mtp_kd" in terms:
-            raise UserError(f"distil.mtp_target is 'mtp', but {self.teacher} has no MTP module: use mtp_target: main.")
-
-    def _stages(self) -> list[Stage]:
-        recipe, config = self.recipe, self.source.config
-        if recipe.stages is not None:
-            targets: list[Target] = []
-            fractions = [stage.token_fraction for stage in recipe.stages]
-            for stage in recipe.stages:  # a field left out keeps what the stage before it left
-                before = target_config(self.source.family, config, targets[-1]) if targets else config
-                targets.append(completed(stage.target, before))
-        else:
-            assert recipe.target is not None
-            final = completed(recipe.target, config)
-            targets = [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape_of(config), final)
-            first = recipe.first_stage_token_fraction
-            fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
-        if recipe.pruning.depth == "last" and recipe.init == "pruned":
-            check_depth(self.source, targets)
-        total = total_steps(recipe.distil, recipe.data.sequence_length)
-        stages, done = [], 0
-        for number, (target, steps) in enumerate(zip(targets, stage_steps(fractions, total), strict=True), start=1):
-            stages.append(Stage(number, target, Span(done, done + steps, total)))
-            done += steps
-        return stages
-
-    def announce(self) -> None:
-        """Say what was derived from the recipe before hours are spent on it."""
-        family, config, recipe = self.source.family, self.source.config, self.recipe
-        before = count(family, config)
-        step_tokens = recipe.distil.batch_size * recipe.data.sequence_length
-        say(f"teacher   {self.teacher}: {_shape(shape_of(config), before)}")
-        for stage in self.stages:
-            after = count(family, target_config(family, config, stage.target))
-            tokens = (stage.span.end_step - stage.span.first_step) * step_tokens
-            share = after.total_parameters / before.total_parameters
-            say(f"stage {stage.number}   {_shape(stage.target, after)} ({share:.1%} of the teacher), {tokens:,} tokens")
-        if recipe.distil.warmup_steps >= self.stages[-1].span.total_steps:
-            say(
-                f"note: distil.warmup_steps {recipe.distil.warmup_steps:,} is not less than the run's "
-                f"{self.stages[-1].span.total_steps:,} steps: the learning rate only rises."
-            )
 
     def forget_other_schedules(self) -> None:
         """Remove the folders of stages that an earlier recipe had in this run directory and this one has not."""
@@ -364,22 +291,6 @@ class Pipeline:
                 write_text(folder / "README.md", card)
 
         return self.steps.step("final", out, {"trained": fingerprint(trained), "card": card}, assemble)
-
-
-def _shape(target: Target, counts: Counts) -> str:
-    return (
-        f"{target.num_hidden_layers} layers, hidden {target.hidden_size}, {target.num_experts} experts "
-        f"top-{target.num_experts_per_tok}: {counts.total_parameters:,} parameters, {counts.active_parameters:,} active"
-    )
-
-
-def check_depth(source: Checkpoint, targets: list[Target]) -> None:
-    """Raise UserError where dropping the last layers, stage after stage, would leave none that attends in full."""
-    kept = list(range(source.config["num_hidden_layers"]))
-    attends = source.family.attention_layers(source.config)
-    for target in targets:
-        remaining = [layer for layer in attends if layer < len(kept)]
-        kept = kept_layers("last", len(kept), size_of(target.num_hidden_layers), must_keep_one_of=remaining)
 
 
 def _installed_packages() -> list[str]:

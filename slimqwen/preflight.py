@@ -1,0 +1,100 @@
+"""Before a run: what would stop it hours later is found now, and what was derived from the recipe is said."""
+
+from dataclasses import dataclass
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.sources import check_source
+from slimqwen.distillation.distil import total_steps
+from slimqwen.distillation.trainer import Span
+from slimqwen.errors import UserError
+from slimqwen.families.count import Counts, count
+from slimqwen.modeling.device import resolve_device
+from slimqwen.planning.depth import kept_layers
+from slimqwen.planning.progressive import stage_steps, stage_targets
+from slimqwen.planning.shapes import completed, shape_of, size_of, target_config
+from slimqwen.progress import say
+from slimqwen.recipe import Recipe, Target
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One cut and the steps that follow it."""
+
+    number: int
+    target: Target
+    span: Span
+
+
+def check(recipe: Recipe, source: Checkpoint) -> None:
+    """Raise UserError now for what would otherwise stop the run after hours."""
+    teacher, terms = source.folder, set(recipe.distil.terms)
+    if not (teacher / "tokenizer.json").is_file():
+        raise UserError(f"{teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it.")
+    for text in (*recipe.data.sources, *recipe.data.heldout_sources):
+        check_source(text)
+    resolve_device(recipe.device)
+    if recipe.run_dir.resolve() in (teacher.resolve(), *teacher.resolve().parents):
+        raise UserError(f"run_dir {recipe.run_dir} holds the teacher {teacher}: choose another run_dir.")
+    if not source.has_mtp and not terms & {"lm", "kd"}:
+        raise UserError(f"{teacher} has no MTP module, and distil.terms has nothing else to train: add lm or kd.")
+    if not source.has_mtp and recipe.distil.mtp_target == "mtp" and "mtp_kd" in terms:
+        raise UserError(f"distil.mtp_target is 'mtp', but {teacher} has no MTP module: use mtp_target: main.")
+
+
+def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
+    """The stages of a recipe's schedule, with their shapes and steps. Raises UserError for what cannot be cut."""
+    config = source.config
+    if recipe.stages is not None:
+        targets: list[Target] = []
+        fractions = [stage.token_fraction for stage in recipe.stages]
+        for stage in recipe.stages:  # a field left out keeps what the stage before it left
+            before = target_config(source.family, config, targets[-1]) if targets else config
+            targets.append(completed(stage.target, before))
+    else:
+        assert recipe.target is not None
+        final = completed(recipe.target, config)
+        targets = [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape_of(config), final)
+        first = recipe.first_stage_token_fraction
+        fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
+    if recipe.pruning.depth == "last" and recipe.init == "pruned":
+        check_depth(source, targets)
+    total = total_steps(recipe.distil, recipe.data.sequence_length)
+    stages, done = [], 0
+    for number, (target, steps) in enumerate(zip(targets, stage_steps(fractions, total), strict=True), start=1):
+        stages.append(Stage(number, target, Span(done, done + steps, total)))
+        done += steps
+    return stages
+
+
+def check_depth(source: Checkpoint, targets: list[Target]) -> None:
+    """Raise UserError where dropping the last layers, stage after stage, would leave none that attends in full."""
+    kept = list(range(source.config["num_hidden_layers"]))
+    attends = source.family.attention_layers(source.config)
+    for target in targets:
+        remaining = [layer for layer in attends if layer < len(kept)]
+        kept = kept_layers("last", len(kept), size_of(target.num_hidden_layers), must_keep_one_of=remaining)
+
+
+def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:
+    """Say what was derived from the recipe before hours are spent on it."""
+    family, config = source.family, source.config
+    before = count(family, config)
+    step_tokens = recipe.distil.batch_size * recipe.data.sequence_length
+    say(f"teacher   {source.folder}: {_shape(shape_of(config), before)}")
+    for stage in stages:
+        after = count(family, target_config(family, config, stage.target))
+        tokens = (stage.span.end_step - stage.span.first_step) * step_tokens
+        share = after.total_parameters / before.total_parameters
+        say(f"stage {stage.number}   {_shape(stage.target, after)} ({share:.1%} of the teacher), {tokens:,} tokens")
+    if recipe.distil.warmup_steps >= stages[-1].span.total_steps:
+        say(
+            f"note: distil.warmup_steps {recipe.distil.warmup_steps:,} is not less than the run's "
+            f"{stages[-1].span.total_steps:,} steps: the learning rate only rises."
+        )
+
+
+def _shape(target: Target, counts: Counts) -> str:
+    return (
+        f"{target.num_hidden_layers} layers, hidden {target.hidden_size}, {target.num_experts} experts "
+        f"top-{target.num_experts_per_tok}: {counts.total_parameters:,} parameters, {counts.active_parameters:,} active"
+    )
