@@ -34,8 +34,6 @@ from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.steps import Steps
 
-Measured = dict[str, Any]
-
 
 def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     """Everything a recipe asks for, from text and a teacher to `final/`, evaluation.json and report.html.
@@ -152,7 +150,7 @@ class Pipeline:
     def cut(self, name: str, checkpoint: Path, folder: Path, statistics: Path, target: Target) -> Path:
         """plan.json and pruned/ in `folder`."""
         pruning = self.recipe.pruning
-        inputs: Measured = {"checkpoint": fingerprint(checkpoint), "statistics": fingerprint(statistics)}
+        inputs: dict[str, Any] = {"checkpoint": fingerprint(checkpoint), "statistics": fingerprint(statistics)}
         inputs |= {"target": target.model_dump(), "pruning": pruning.model_dump()}
         plan_file = folder / "plan.json"
         self.steps.step(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.sources import check_source
-from slimqwen.distillation.distil import total_steps
+from slimqwen.distillation.distil import check_terms, total_steps
 from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
 from slimqwen.families.count import Counts, count
@@ -27,7 +27,7 @@ class Stage:
 
 def check(recipe: Recipe, source: Checkpoint) -> None:
     """Raise UserError now for what would otherwise stop the run after hours."""
-    teacher, terms = source.folder, set(recipe.distil.terms)
+    teacher = source.folder
     if not (teacher / "tokenizer.json").is_file():
         raise UserError(f"{teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it.")
     for text in (*recipe.data.sources, *recipe.data.heldout_sources):
@@ -35,10 +35,7 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     resolve_device(recipe.device)
     if recipe.run_dir.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"run_dir {recipe.run_dir} holds the teacher {teacher}: choose another run_dir.")
-    if not source.has_mtp and not terms & {"lm", "kd"}:
-        raise UserError(f"{teacher} has no MTP module, and distil.terms has nothing else to train: add lm or kd.")
-    if not source.has_mtp and recipe.distil.mtp_target == "mtp" and "mtp_kd" in terms:
-        raise UserError(f"distil.mtp_target is 'mtp', but {teacher} has no MTP module: use mtp_target: main.")
+    check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
 
 
 def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_stream, write_tiny_checkpoint, write_tiny_tokens
+from tiny import VOCAB_SIZE, tiny_config, tiny_stream, write_tiny_checkpoint, write_tiny_tokens
 from torch import Tensor
 
 from slimqwen.artifacts import MARKER
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
-from slimqwen.distillation.distil import distil, total_steps
+from slimqwen.distillation.distil import check_terms, distil, total_steps
 from slimqwen.distillation.loss import LossWeights, count_targets
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import StageFailed, UserError
@@ -411,3 +411,23 @@ def test_too_few_tokens_for_one_step() -> None:
     assert total_steps(recipe(tokens=127), SEQUENCE_LENGTH) == 1
     with pytest.raises(UserError, match="less than one step"):
         total_steps(recipe(tokens=63), SEQUENCE_LENGTH)
+
+
+def test_terms_that_student_or_teacher_cannot_serve(tmp_path: Path) -> None:
+    whole = Checkpoint(write_tiny_checkpoint(tmp_path / "whole"))
+    without_mtp = Checkpoint(write_tiny_checkpoint(tmp_path / "without_mtp", num_nextn_predict_layers=0))
+    wider = Checkpoint(write_tiny_checkpoint(tmp_path / "wider", vocab_size=VOCAB_SIZE + 1))
+
+    def terms(*names: str, **settings: str) -> DistilRecipe:
+        return DistilRecipe.model_validate({"tokens": 1, "terms": list(names), **settings})
+
+    check_terms(terms("lm", "mtp_lm"), whole, None)
+    check_terms(terms("lm", "kd", "mtp_kd"), whole, without_mtp)  # the teacher's main head serves both
+    with pytest.raises(UserError, match="need a teacher"):
+        check_terms(terms("kd"), whole, None)
+    with pytest.raises(UserError, match="nothing else to train"):
+        check_terms(terms("mtp_lm"), without_mtp, None)
+    with pytest.raises(UserError, match="same vocabulary"):
+        check_terms(terms("kd"), whole, wider)
+    with pytest.raises(UserError, match="use mtp_target: main"):
+        check_terms(terms("mtp_kd", mtp_target="mtp"), whole, without_mtp)

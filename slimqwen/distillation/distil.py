@@ -74,13 +74,9 @@ def distil(
     checkpoint = Checkpoint(student)
     manifest = load_manifest(tokens)
     check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
-    teaches = bool({"kd", "mtp_kd"} & set(recipe.terms))
-    if teaches and teacher is None:
-        raise UserError(
-            "the loss has the terms kd or mtp_kd, which need a teacher: give one, or set distil.terms to [lm, mtp_lm]."
-        )
-    if not checkpoint.has_mtp and not {"lm", "kd"} & set(recipe.terms):
-        raise UserError(f"{student} has no MTP module, and distil.terms has nothing else to train: add lm or kd.")
+    teaches = {"kd", "mtp_kd"} & set(recipe.terms)
+    teacher_checkpoint = Checkpoint(teacher) if teaches and teacher is not None else None
+    check_terms(recipe, checkpoint, teacher_checkpoint)
     if span is None:
         steps = total_steps(recipe, sequence_length)
         span = Span(0, steps, steps)
@@ -88,7 +84,7 @@ def distil(
     state_folder = claim_state_folder(
         out,
         student=checkpoint.fingerprint(),
-        teacher=Checkpoint(teacher).fingerprint() if teaches and teacher is not None else None,
+        teacher=None if teacher_checkpoint is None else teacher_checkpoint.fingerprint(),
         tokens=manifest.model_dump(mode="json"),
         recipe=recipe.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
         dtype=dtype,
@@ -99,13 +95,8 @@ def distil(
     torch_device = resolve_device(device)
     model = load(student, torch.float32, torch_device)
     teacher_model = None
-    if teaches and teacher is not None:
-        teacher_model = load(teacher, resolve_dtype(dtype, torch_device), torch_device)
-        check_same_vocabulary(model.head, teacher_model.head, student, teacher)
-        if recipe.mtp_target == "mtp" and "mtp_kd" in recipe.terms and teacher_model.mtp is None:
-            raise UserError(
-                f"distil.mtp_target is 'mtp', but teacher {teacher} has no MTP module: use mtp_target: main."
-            )
+    if teacher_checkpoint is not None:
+        teacher_model = load(teacher_checkpoint.folder, resolve_dtype(dtype, torch_device), torch_device)
     stream = TokenStream(PackedTokens(tokens / "train"), sequence_length, seed)
     trainer = Trainer(Student(model, checkpoint.family, checkpoint.config), teacher_model, stream, recipe, span)
     log = MetricsLog(metrics or out.parent / "metrics.jsonl", run, stage)
@@ -142,9 +133,26 @@ def claim_state_folder(out: Path, **inputs: object) -> Path:
     return folder
 
 
-def check_same_vocabulary(head: torch.Tensor, teacher_head: torch.Tensor, student: Path, teacher: Path) -> None:
-    if head.shape[0] != teacher_head.shape[0]:
+def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint | None) -> None:
+    """Raise UserError where the terms of the loss ask for what student or teacher does not have."""
+    terms = set(recipe.terms)
+    if not student.has_mtp and not terms & {"lm", "kd"}:
         raise UserError(
-            f"teacher {teacher} has {teacher_head.shape[0]:,} tokens in its vocabulary and student {student} {head.shape[0]:,}: "
-            "distillation compares whole distributions and needs the same vocabulary."
+            f"{student.folder} has no MTP module, and distil.terms has nothing else to train: add lm or kd."
+        )
+    if not terms & {"kd", "mtp_kd"}:
+        return
+    if teacher is None:
+        raise UserError(
+            "the loss has the terms kd or mtp_kd, which need a teacher: give one, or set distil.terms to [lm, mtp_lm]."
+        )
+    if student.config["vocab_size"] != teacher.config["vocab_size"]:
+        raise UserError(
+            f"teacher {teacher.folder} has {teacher.config['vocab_size']:,} tokens in its vocabulary and student "
+            f"{student.folder} {student.config['vocab_size']:,}: distillation compares whole distributions and needs the "
+            "same vocabulary."
+        )
+    if recipe.mtp_target == "mtp" and "mtp_kd" in terms and not teacher.has_mtp:
+        raise UserError(
+            f"distil.mtp_target is 'mtp', but teacher {teacher.folder} has no MTP module: use mtp_target: main."
         )

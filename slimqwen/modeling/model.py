@@ -16,7 +16,7 @@ from slimqwen.errors import UserError
 from slimqwen.families import Config, family_of
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Layout, TensorSpec
-from slimqwen.modeling.mtp import MtpModule
+from slimqwen.modeling.mtp import MTP_PREFIX, MtpModule
 
 transformers.utils.logging.set_verbosity_error()  # its load report repeats that `mtp.*` is ignored: we load it ourselves
 transformers.utils.logging.disable_progress_bar()
@@ -71,7 +71,7 @@ class MtpCausalLM(nn.Module):
         """Parameters by their checkpoint name, experts fused as Transformers holds them; tied ones once."""
         tensors = dict(self.backbone.named_parameters())
         if self.mtp is not None and with_mtp:
-            tensors |= {f"mtp.{name}": parameter for name, parameter in self.mtp.named_parameters()}
+            tensors |= {MTP_PREFIX + name: parameter for name, parameter in self.mtp.named_parameters()}
         return tensors
 
 
@@ -82,7 +82,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
     mtp = None
     if checkpoint.has_mtp:
         mtp = MtpModule(backbone).to(dtype)
-        wanted = {f"mtp.{name}": parameter for name, parameter in mtp.named_parameters()}
+        wanted = {MTP_PREFIX + name: parameter for name, parameter in mtp.named_parameters()}
         with torch.no_grad():
             for name, parameter in wanted.items():
                 parameter.copy_(read_module_tensor(checkpoint, name))

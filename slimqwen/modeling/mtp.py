@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+MTP_PREFIX = "mtp."  # of the module's tensors in a checkpoint
+
 
 class MtpModule(nn.Module):
     """h'_i = layer(fc([norm_e(Emb(t_{i+1})) ; norm_h(h_i)])), then a norm; predicts t_{i+2} (DeepSeek-V3, eq. 21-25).

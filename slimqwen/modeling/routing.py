@@ -9,6 +9,7 @@ import torch
 from slimqwen.families import Family
 from slimqwen.families.family import Block
 from slimqwen.modeling.model import MtpCausalLM
+from slimqwen.modeling.mtp import MTP_PREFIX
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Routing:
 def module_of(model: MtpCausalLM, tensor_name: str) -> torch.nn.Module:
     """The module that owns a checkpoint tensor: 'model.norm.weight' -> backbone.model.norm."""
     path = tensor_name.rpartition(".")[0]
-    return model.get_submodule(path if path.startswith("mtp.") else f"backbone.{path}")
+    return model.get_submodule(path if path.startswith(MTP_PREFIX) else f"backbone.{path}")
 
 
 @contextmanager
