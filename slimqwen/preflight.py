@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from slimqwen.calibration.statistics import check_source_weights
+from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.sources import check_source
 from slimqwen.distillation.distil import check_terms, total_steps
@@ -32,6 +34,12 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
         raise UserError(f"{teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it.")
     for text in (*recipe.data.sources, *recipe.data.heldout_sources):
         check_source(text)
+    calibration = recipe.calibration
+    if calibration.sources:
+        length = recipe.data.sequence_length
+        CalibrationText(calibration.sources, source, samples=calibration.samples, sequence_length=length, seed=recipe.seed)
+    if recipe.pruning.source_weights is not None:
+        check_source_weights(recipe.pruning.source_weights, calibration.sources or [TRAINING_TEXT])
     resolve_device(recipe.device)
     if recipe.run_dir.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"run_dir {recipe.run_dir} holds the teacher {teacher}: choose another run_dir.")
@@ -46,11 +54,11 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
         fractions = [stage.token_fraction for stage in recipe.stages]
         for stage in recipe.stages:  # a field left out keeps what the stage before it left
             before = target_config(source.family, config, targets[-1]) if targets else config
-            targets.append(completed(stage.target, before))
+            targets.append(completed(source.family, stage.target, before))
     else:
         assert recipe.target is not None
-        final = completed(recipe.target, config)
-        targets = [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape_of(config), final)
+        final = completed(source.family, recipe.target, config)
+        targets = [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape_of(source.family, config), final)
         first = recipe.first_stage_token_fraction
         fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
     if recipe.pruning.depth == "last" and recipe.init == "pruned":
@@ -77,7 +85,7 @@ def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:
     family, config = source.family, source.config
     before = count(family, config)
     step_tokens = recipe.distil.batch_size * recipe.data.sequence_length
-    say(f"teacher   {source.folder}: {_shape(shape_of(config), before)}")
+    say(f"teacher   {source.folder}: {_shape(shape_of(source.family, config), before)}")
     for stage in stages:
         after = count(family, target_config(family, config, stage.target))
         tokens = (stage.span.end_step - stage.span.first_step) * step_tokens

@@ -34,7 +34,7 @@ def test_the_teacher_is_what_it_says() -> None:
 def test_the_demo_recipe_cuts_to_a_third_on_all_three_axes() -> None:
     recipe, teacher = load_recipe(DEMO_RECIPE), Checkpoint(TEACHER)
     assert recipe.target is not None
-    small = target_config(teacher.family, teacher.config, completed(recipe.target, teacher.config))
+    small = target_config(teacher.family, teacher.config, completed(teacher.family, recipe.target, teacher.config))
     before, after = count(teacher.family, teacher.config), count(teacher.family, small)
     assert after.total_parameters <= 0.35 * before.total_parameters
     with_mtp = [c.total_parameters + c.mtp_parameters for c in (before, after)]

@@ -98,8 +98,8 @@ def test_totals_equal_transformers(config: Config) -> None:
 
 
 def test_mtp_total_equals_transformers_mtp_model() -> None:
-    config = QWEN3_NEXT.with_serving_keys(QWEN3_NEXT.normalise(RELEASED | {"num_hidden_layers": 4}))
-    backbone = on_meta(config)
+    config = QWEN3_NEXT.normalise(RELEASED | {"num_hidden_layers": 4})
+    backbone = on_meta(QWEN3_NEXT.to_disk(config))
     with torch.device("meta"):
         mtp = MtpModel(backbone, 1)
     assert count(QWEN3_NEXT, config).mtp_parameters == parameters(mtp.layers)
@@ -186,6 +186,7 @@ def test_a_config_survives_its_sizes() -> None:
         "expert": 8,
         "expert_neuron": 16,
         "shared_neuron": 20,
+        "dense_neuron": 40,
         "kv_head": 2,
         "query_head": 2,
         "head_dim": 8,
@@ -215,8 +216,11 @@ def test_resizing_changes_the_fields_of_what_was_cut_and_no_others() -> None:
         "num_attention_heads": 2,
         "linear_num_value_heads": 2,
         "layer_types": [linear, linear, full, linear, full],
+        "mlp_layer_types": ["sparse"] * 5,
     }
-    assert set(config) - set(new) == {"full_attention_interval"}  # it would not be true of this stack
+    assert set(config) == set(new)
+    written = QWEN3_NEXT.to_disk(new)
+    assert set(config) - set(written) == {"mlp_layer_types", "full_attention_interval"}  # not true of this stack
 
 
 def test_the_old_form_says_the_same_as_the_new_one() -> None:
@@ -228,8 +232,8 @@ def test_the_old_form_says_the_same_as_the_new_one() -> None:
     small = tiny_config()
     legacy = {k: v for k, v in small.items() if k not in ("rope_parameters", "layer_types", "num_nextn_predict_layers")}
     assert legacy["rope_theta"] == 10000.0 and legacy["full_attention_interval"] == 4
-    new = QWEN3_NEXT.with_serving_keys(QWEN3_NEXT.normalise(legacy))
-    assert count(QWEN3_NEXT, new) == count(QWEN3_NEXT, small)
+    new = QWEN3_NEXT.to_disk(QWEN3_NEXT.normalise(legacy))
+    assert count(QWEN3_NEXT, QWEN3_NEXT.normalise(new)) == count(QWEN3_NEXT, small)
     loaded = AutoConfig.for_model(**new)
     assert loaded.layer_types == small["layer_types"]
     assert loaded.rope_parameters["rope_theta"] == 10000.0
@@ -253,8 +257,8 @@ WRONG: dict[str, tuple[Config, str]] = {
     "text": ({"head_dim": "8"}, "'head_dim' must be a positive whole number, is '8'"),
     "layer_types too short": ({"layer_types": ["full_attention"]}, "names 1 layers, num_hidden_layers is 4"),
     "layer kind": ({"layer_types": ["full_attention"] * 3 + ["mamba"]}, "mamba"),
-    "dense layers": ({"mlp_only_layers": [0]}, "dense layers"),
-    "sparse step": ({"decoder_sparse_step": 2}, "dense layers"),
+    "dense layers": ({"mlp_only_layers": "first"}, "mlp_only_layers"),
+    "sparse step": ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
     "biases": ({"attention_bias": True}, "attention_bias"),
     "two MTP modules": ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
 }

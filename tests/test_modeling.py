@@ -15,8 +15,8 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.modeling.device import resolve_device, resolve_dtype
-from slimqwen.modeling.model import MtpCausalLM, initialise, load, read_module_tensor, save
-from slimqwen.modeling.routing import module_of, observe_routing
+from slimqwen.modeling.model import MtpCausalLM, initialise, load, save
+from slimqwen.modeling.routing import observe_routing
 
 TOKENS = tiny_tokens(rows=3, columns=18)
 
@@ -123,13 +123,12 @@ def test_padding_changes_nothing(model: MtpCausalLM, side: str) -> None:
 # --- tensors, saving, initialising ------------------------------------------------------------------------------------
 
 
-def test_the_model_holds_the_checkpoints_tensors(folder: Path, model: MtpCausalLM) -> None:
+def test_the_model_holds_the_checkpoints_tensors(model: MtpCausalLM) -> None:
     expected = fused(tiny_tensors(tiny_config()), tiny_config())
-    held, checkpoint = model.tensors(), Checkpoint(folder)
+    held = model.tensors()
     assert held.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(held[name], tensor)
-        assert torch.equal(read_module_tensor(checkpoint, name), tensor)
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
@@ -206,7 +205,7 @@ def test_routing_is_observed_in_every_block(model: MtpCausalLM) -> None:
     blocks = QWEN3_NEXT.moe_blocks(config)
     assert [block.name for block in blocks] == [f"model.layers.{i}" for i in range(4)] + ["mtp.layers.0"]
     assert [block.name for block in blocks if not block.is_mtp] == [b.name for b in blocks[:4]]
-    with observe_routing(model, QWEN3_NEXT, blocks) as seen, torch.no_grad():
+    with observe_routing(model, blocks) as seen, torch.no_grad():
         model(TOKENS)
         assert seen.keys() == {block.name for block in blocks}
         own = model.backbone(TOKENS[:, :-1], output_router_logits=True, use_cache=False)
@@ -224,8 +223,8 @@ def test_routing_is_observed_in_every_block(model: MtpCausalLM) -> None:
 
 
 def test_modules_are_found_by_their_tensors_names(model: MtpCausalLM) -> None:
-    assert module_of(model, "model.norm.weight") is model.backbone.model.norm
-    assert model.mtp is not None and module_of(model, "mtp.fc.weight") is model.mtp.fc
+    assert model.module_of("model.norm.weight") is model.backbone.model.norm
+    assert model.mtp is not None and model.module_of("mtp.fc.weight") is model.mtp.fc
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def write_recipe(folder: Path, **changes: Any) -> None:
 def make_plan(config: dict[str, Any], target: Target) -> tuple[Plan, dict[str, Any]]:
     """A plan with invented scores, and the config of the model that it leaves."""
     noise = random.Random(config["num_hidden_layers"])
-    target = completed(target, config)
+    target = completed(QWEN3_NEXT, target, config)
     assert target.num_hidden_layers and target.hidden_size and target.num_experts
     layers = list(range(target.num_hidden_layers))
     blocks = [f"model.layers.{layer}" for layer in range(config["num_hidden_layers"])] + ["mtp.layers.0"]

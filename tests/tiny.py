@@ -20,9 +20,8 @@ from slimqwen.data.packed import PackedTokens, PackedWriter
 from slimqwen.data.stream import TokenStream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import train_tokenizer
-from slimqwen.families import Config
+from slimqwen.families import FAMILIES, Config
 from slimqwen.families.family import Layout, TensorSpec
-from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.recipe import Source
 
 VOCAB_SIZE = 300
@@ -46,52 +45,61 @@ WORDS = [
     "token",
 ]
 
+QWEN3_NEXT = {
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 20,
+    "intermediate_size": 40,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 1,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "dtype": "float32",
+}
+
 
 def tiny_config(**overrides: Any) -> Config:
-    """A Qwen3-Next config.json as slimqwen writes it: 3 linear-attention layers and 1 of full attention, and MTP."""
-    config = {
-        "model_type": "qwen3_next",
-        "architectures": ["Qwen3NextForCausalLM"],
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12,
-        "linear_conv_kernel_dim": 4,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 20,
-        "intermediate_size": 40,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "initializer_range": 0.02,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        "router_aux_loss_coef": 0.001,
-        "tie_word_embeddings": False,
-        "num_nextn_predict_layers": 1,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-        "dtype": "float32",
-    }
-    return QWEN3_NEXT.with_serving_keys(QWEN3_NEXT.normalise(config | overrides))
+    """Qwen3-Next, canonical and with all keys that slimqwen writes: 3 linear-attention layers, 1 of full attention, MTP."""
+    return canonical(QWEN3_NEXT | overrides)
+
+
+def canonical(native: Config) -> Config:
+    """A canonical config with all the keys that its family writes to config.json."""
+    family = FAMILIES[native["model_type"]]
+    return family.normalise(family.to_disk(family.normalise(native)))
 
 
 def tiny_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random tensors for a config, one per expert, by checkpoint name; A_log stays float32, as engines hold it."""
     generator = torch.Generator().manual_seed(seed)
-    return {spec.name: _random(spec, generator, dtype) for spec in QWEN3_NEXT.tensors(config)}
+    family = FAMILIES[config["model_type"]]
+    layouts = dict.fromkeys(family.detect_layouts(config, set()), "per_expert")
+    return {spec.name: _random(spec, generator, dtype) for spec in family.tensors(config, layouts)}
 
 
 def _random(spec: TensorSpec, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -128,17 +136,18 @@ def write_tiny_checkpoint(
     layout: Layout = "per_expert",
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | None = None,
+    native: Config = QWEN3_NEXT,
     **overrides: Any,
 ) -> Path:
-    """Write `model.safetensors`, config.json (of `tiny_config(**overrides)`) and, if given, the tokenizer; `folder`."""
-    config = tiny_config(**overrides, dtype=str(dtype).removeprefix("torch."))
+    """Write `model.safetensors`, config.json (`native` with `overrides`) and, if given, the tokenizer; `folder`."""
+    config = canonical(native | overrides | {"dtype": str(dtype).removeprefix("torch.")})
     tensors = tiny_tensors(config, seed, dtype)
     folder.mkdir(parents=True)
     if tokenizer is not None:
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     tensors = fused(tensors, config) if layout == "fused" else tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", FAMILIES[config["model_type"]].to_disk(config))
     return folder
 
 

@@ -1,6 +1,7 @@
 """Load-balancing loss over the global batch (arXiv 2501.11873)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +23,18 @@ def expert_counts(indices: Tensor, mask: Tensor, num_experts: int) -> Tensor:
 
 
 def load_balancing_loss(
-    router_logits: Sequence[Tensor], mask: Tensor, counts: Sequence[Tensor], global_tokens: int
+    router_logits: Sequence[Tensor],
+    mask: Tensor,
+    counts: Sequence[Tensor],
+    global_tokens: int,
+    scores: Literal["softmax", "sigmoid"] = "softmax",
 ) -> Tensor:
     """This micro-batch's share of the load-balancing loss of the global batch, a float32 scalar.
 
         loss = mean over blocks of  E * sum_i f_i P_i
         f_i  = counts_i / sum(counts)                        the share of all assignments that expert i received
-        P_i  = sum over this micro-batch's tokens of softmax_i / global_tokens
+        P_i  = sum over this micro-batch's tokens of p_i / global_tokens
+        p_i  = softmax_i, or sigmoid_i / sum_j sigmoid_j where the router scores by sigmoid (DeepSeek-V3, 2412.19437, eq. 19)
 
     f carries no gradient and is the same everywhere; P is a sum. So what the micro-batches and ranks return adds up to
     the loss of the global batch, and any cut of the batch gives the same gradient. Because f sums to 1, a balanced
@@ -43,10 +49,15 @@ def load_balancing_loss(
         mask: [tokens] bool, True at real tokens.
         counts: one [experts] tensor per MoE block: `expert_counts` summed over micro-batches and ranks.
         global_tokens: real tokens of the global batch.
+        scores: how the family's routers turn logits into scores (`Family.router_scores`).
     """
     losses = []
     for logits, block_counts in zip(router_logits, counts, strict=True):
-        probs = torch.softmax(logits[mask], dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        exact = logits[mask].to(torch.promote_types(logits.dtype, torch.float32))
+        if scores == "softmax":
+            probs = exact.softmax(dim=-1)
+        else:
+            probs = exact.sigmoid() / exact.sigmoid().sum(dim=-1, keepdim=True)
         fraction = block_counts.to(probs.dtype) / block_counts.sum()
         losses.append(logits.shape[-1] * (fraction * probs.sum(0)).sum() / global_tokens)
     return torch.stack(losses).mean()

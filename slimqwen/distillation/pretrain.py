@@ -105,8 +105,6 @@ def write_initial(config: Config, seed: int, out: Path, *, companions: Path) -> 
 
     The tokenizer and generation config come from the folder `companions`.
     """
-    family = family_of(config, "config")
-    config = family.with_serving_keys(family.normalise(config))
     model = initialise(config, seed)
     with atomic_folder(out) as folder:
         save(model, folder, None, config, dtype=model.head.dtype)

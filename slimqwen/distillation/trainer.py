@@ -170,14 +170,14 @@ class Trainer:
         mask = torch.ones(logits[0].shape[0], dtype=torch.bool, device=self.device)
         if counts is None:
             counts = [expert_counts(seen.experts, mask, seen.logits.shape[-1]) for seen in routing]
-        balance = load_balancing_loss(logits, mask, counts, step_tokens)
+        balance = load_balancing_loss(logits, mask, counts, step_tokens, self.student.family.router_scores)
         (loss + self.recipe.load_balancing_coefficient * balance).backward()
         return loss.detach(), sums, balance.detach()
 
     def forward(self, tokens: torch.Tensor) -> tuple[Predictions, list[Routing]]:
         """The student's predictions and its routing, per MoE block."""
         model = self.student.model
-        with observe_routing(model, self.student.family, self.blocks) as seen, mixed_precision(self.device):
+        with observe_routing(model, self.blocks) as seen, mixed_precision(self.device):
             hidden = model(tokens, with_mtp=self.with_mtp)
         return align(tokens, hidden.main, hidden.mtp), [seen[block.name] for block in self.blocks]
 

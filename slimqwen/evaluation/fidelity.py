@@ -57,7 +57,7 @@ def record(
     counts = {block.name: head.new_zeros(num_experts, dtype=torch.int64) for block in blocks}
     predictions = []
     with (
-        observe_routing(model, family, blocks) as seen,
+        observe_routing(model, blocks) as seen,
         Progress(title, total=rows[:, 1:].numel(), unit="tokens") as progress,
     ):
         for batch in rows.to(head.device).split(batch_size):

@@ -96,3 +96,15 @@ def axes_of(term: Term) -> set[Axis]:
             return set().union(*(axes_of(part) for _, part in parts))
         case Each(axis, inner):
             return {axis} | axes_of(inner)
+
+
+def nest(term: Term) -> tuple[Axis, ...]:
+    """The axes of a term that is units within units, outermost first: each(KV_HEAD, each(QUERY_HEAD, HEAD_DIM)) is
+    (KV_HEAD, QUERY_HEAD, HEAD_DIM), and an index along it counts up as in a tensor of that shape.
+    """
+    match term:
+        case Axis():
+            return (term,)
+        case Each(axis, inner):
+            return (axis, *nest(inner))
+    raise AssertionError(f"not units within units: {term}")

@@ -4,19 +4,33 @@ Counting, slicing, merging, checking and exporting all walk `Family.blocks` and 
 slimqwen knows a tensor's name. A new family is one new table (see qwen3_next.py) and one parity test.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 from slimqwen.errors import UserError
-from slimqwen.families.axes import Axis, Cat, Sizes, Stack, Term, size
+from slimqwen.families.axes import Axis, Cat, Sizes, Stack, Term, axes_of, nest, size
 
 Config = dict[str, Any]
-"""config.json as it stands, after `Family.normalise`."""
+"""A model's configuration in canonical words, which are the same in every family (docs/adding-a-family.md).
+
+`Family.normalise` makes it from config.json, `Family.to_disk` turns it back."""
+
+LARGEST_SIZE = 1 << 31  # of any axis; more is a damaged file
 
 Part = Literal[
-    "embedding", "norm", "attention", "deltanet", "router", "routed_experts", "shared_experts", "mtp_projection"
+    "embedding",
+    "norm",
+    "attention",
+    "deltanet",
+    "dense_mlp",
+    "router",
+    "routed_experts",
+    "shared_experts",
+    "mtp_projection",
+    "vision",
 ]
 Layout = Literal["per_expert", "fused"]
 Table = Mapping[str, tuple[Term, ...]]
@@ -46,11 +60,25 @@ class ExpertTable:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """What a block remembers of a sequence while it generates, and what reading it costs.
+
+    cached: elements kept per past token. read: multiply-adds with them, per past token, for each new token. state:
+    elements kept per sequence, however long it is; "recurrent" is held in float32, the rest in the model's dtype.
+    """
+
+    cached: Mapping[str, Term]
+    read: Mapping[str, Term]
+    state: Mapping[str, tuple[Term, ...]]
+
+
+@dataclass(frozen=True)
 class Block:
     """A part of the model with one name prefix: a decoder layer, the MTP module, or what surrounds the layers.
 
     `layer` is the decoder layer's number, None elsewhere; `is_mtp` marks the multi-token-prediction module, which
-    is counted apart. `tables` are the block's dense tensors by part; `experts` its routed experts, if it has any.
+    is counted apart. `tables` are the block's dense tensors by part; `experts` its routed experts, if it has any;
+    `recall` what its token mixer remembers, if it has one.
     """
 
     prefix: str
@@ -58,10 +86,16 @@ class Block:
     experts: ExpertTable | None = None
     layer: int | None = None
     is_mtp: bool = False
+    recall: Recall | None = None
 
     @property
     def name(self) -> str:
         return self.prefix.removesuffix(".")
+
+    def module_tensors(self) -> list[str]:
+        """Names of the block's tensors with its experts stacked, which is how Transformers' modules hold them."""
+        dense = [name for table in self.tables.values() for name in table]
+        return [self.prefix + name for name in (*dense, *(self.experts.fused if self.experts else ()))]
 
 
 @dataclass(frozen=True)
@@ -77,12 +111,28 @@ class TensorSpec:
     expert: int | None = None
 
 
+def positive(config: Config, key: str) -> int:
+    """A size out of a config. Raises UserError where it is missing or not a positive whole number of a sane size."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
+        raise UserError(f"config.json: '{key}' must be a positive whole number, is {repr(value)[:40]}.")
+    return value
+
+
+def _nothing_to_refuse(config: Config) -> None:
+    pass
+
+
+def _same_name(name: str, config: Config) -> str:
+    return name
+
+
 @dataclass(frozen=True)
 class Family:
     """The declarative description of one `model_type`.
 
-    `fields` maps each config field to the axes whose product it is, outer axis first, so that it can be read in both
-    directions: a field introduces at most one axis that the fields above it did not.
+    `fields` maps each size in the canonical config to the axes whose product it is, outer axis first, so that it can be
+    read in both directions: a field introduces exactly one axis, its last, that the fields above it did not.
     """
 
     model_type: str
@@ -90,46 +140,67 @@ class Family:
     hidden: Axis
     expert: Axis
     router: str
+    """The router's weight, below its block."""
     fields: Mapping[str, tuple[Axis, ...]]
     normalise: Callable[[Config], Config]
+    """config.json -> canonical config. Makes explicit what is left to a default, refuses what the table cannot describe."""
+    to_disk: Callable[[Config], Config]
+    """Canonical config -> config.json, in the words that Transformers and the serving engines read."""
     layer_blocks: Callable[[Config], list[Block]]
-    attention_layers: Callable[[Config], list[int]]
     surroundings: Callable[[Config], list[Block]]
-    with_serving_keys: Callable[[Config], Config]
-    serving_note: Callable[[Config], str | None]
     default_layout: Layout
+    validate: Callable[[Config], None] = _nothing_to_refuse
+    """Raise UserError for sizes that the architecture cannot have together."""
+    serving_note: Callable[[Config], str | None] = lambda config: None
+    """What a user should know before serving a model of this config, if anything."""
+    module_name: Callable[[str, Config], str] = _same_name
+    """Where Transformers' modules (and `mtp.` ours) hold what a checkpoint calls by this name."""
+    as_found: Callable[[Config, Collection[str]], Config] = lambda config, names: config
+    """The canonical config of a checkpoint with these tensor names, where the names know more than config.json."""
+    mtp_config: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of Transformers' config that make its decoder layer number 0 the MTP module's."""
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
 
     def sizes(self, config: Config) -> dict[Axis, int]:
         """Size of every axis according to a config. Raises UserError where a field does not divide as it must."""
         sizes: dict[Axis, int] = {}
-        for field, axes in self.fields.items():
-            if field not in config:
-                raise UserError(f"config.json of a {self.model_type} model must have '{field}'; it has not.")
-            remaining = config[field]
-            if not isinstance(remaining, int) or remaining <= 0:
-                raise UserError(f"config.json: '{field}' must be a positive whole number, is {remaining!r}.")
-            unknown = [axis for axis in axes if axis not in sizes]
-            for axis in axes:
-                if axis in sizes and remaining % sizes[axis]:
-                    raise UserError(
-                        f"config.json: '{field}' = {config[field]} is not a multiple of {sizes[axis]} ({axis.name}s)."
-                    )
-                remaining = remaining // sizes[axis] if axis in sizes else remaining
-            assert len(unknown) == 1, f"{field} must introduce exactly one axis"
-            sizes[unknown[0]] = remaining
+        for key, axes in self.fields.items():
+            value = positive(config, key)
+            *outer, new = axes
+            units = prod(sizes[axis] for axis in outer)
+            if value % units:
+                of = " x ".join(f"{sizes[axis]} {axis.name}s" for axis in outer)
+                raise UserError(f"config.json: '{key}' = {value} is not a multiple of {units} ({of}).")
+            sizes[new] = value // units
         return sizes
 
     def resized(self, config: Config, sizes: Sizes, kept_layers: list[int], num_experts_per_tok: int) -> Config:
         """The config of a model that kept these layers and these many units of each axis, other keys untouched."""
         new = deepcopy(config)
-        for field, axes in self.fields.items():
-            new[field] = 1
-            for axis in axes:
-                new[field] *= sizes[axis]
+        for key, axes in self.fields.items():
+            new[key] = prod(sizes[axis] for axis in axes)
         new["num_hidden_layers"] = len(kept_layers)
-        new["layer_types"] = [config["layer_types"][layer] for layer in kept_layers]
+        for kinds in ("layer_types", "mlp_layer_types"):
+            new[kinds] = [config[kinds][layer] for layer in kept_layers]
         new["num_experts_per_tok"] = num_experts_per_tok
-        return self.with_serving_keys(new)
+        self.validate(new)
+        return new
+
+    def attention_layers(self, config: Config) -> list[int]:
+        """Layers that keep a KV cache; at least one must remain (formats.md: a linear-only stack fails with a cache)."""
+        return [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+
+    def sources(self, config: Config, new: Config, kept_layers: list[int]) -> dict[str, Block]:
+        """Each block of a cut model, by name -> the block of the source that it comes from.
+
+        Decoder layers by `kept_layers`; the others by their place: a name may count the layers (MTP of GLM-4).
+        """
+        layers = self.layer_blocks(config)
+        around = [block for block in self.blocks(config) if block.layer is None]
+        around_new = [block for block in self.blocks(new) if block.layer is None]
+        pairs = list(zip(around_new, around, strict=True))
+        pairs += zip(self.layer_blocks(new), (layers[layer] for layer in kept_layers), strict=True)
+        return {mine.name: theirs for mine, theirs in pairs}
 
     def blocks(self, config: Config) -> list[Block]:
         """Every block of the model in checkpoint order: surroundings, decoder layers, MTP."""
@@ -152,14 +223,30 @@ class Family:
                         name = block.prefix + pattern.format(expert=expert)
                         yield TensorSpec(name, pattern, dims, shape, block, "routed_experts", expert)
 
-    def mtp_tensors(self, config: Config) -> list[str]:
-        """Names of the MTP module's own dense tensors: where none is there, a checkpoint has no MTP module."""
-        blocks = [block for block in self.blocks(config) if block.is_mtp]
-        return [block.prefix + name for block in blocks for table in block.tables.values() for name in table]
-
     def moe_blocks(self, config: Config) -> list[Block]:
         """The blocks that route to experts, MTP's last."""
         return [block for block in self.blocks(config) if block.experts is not None]
+
+    def axes_in_use(self, config: Config) -> set[Axis]:
+        """The axes that occur in a tensor of this model: without dense layers, say, nothing has their neurons."""
+        tables = [table for block in self.blocks(config) for table in block.tables.values()]
+        tables += [block.experts.per_expert for block in self.moe_blocks(config) if block.experts]
+        terms = {term for table in tables for dims in table.values() for term in dims}
+        return set().union(*(axes_of(term) for term in terms), {self.expert})
+
+    def writers(self, config: Config) -> list[tuple[Block, str, tuple[Axis, ...]]]:
+        """The dense matrices that write a mixer's or a network's output into the residual stream, by block and name.
+
+        Last the axes of their columns, outermost first: one axis of neurons, or heads within heads and a head's dims.
+        """
+        inner = ("attention", "deltanet", "shared_experts", "dense_mlp")
+        return [
+            (block, block.prefix + name, nest(dims[1]))
+            for block in self.blocks(config)
+            for part, table in block.tables.items()
+            for name, dims in table.items()
+            if part in inner and len(dims) == 2 and dims[0] == self.hidden
+        ]
 
     def residual_norms(self, config: Config) -> list[tuple[Block, str]]:
         """The norms over the residual stream, as (block, tensor name): the vectors over the hidden axis."""

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.errors import UserError
-from slimqwen.families import Config, family_of
+from slimqwen.families import Config, Family, family_of
 from slimqwen.families.axes import Sizes, size
-from slimqwen.families.family import Layout, TensorSpec
+from slimqwen.families.family import Block, Layout, TensorSpec
 from slimqwen.modeling.mtp import MTP_PREFIX, MtpModule
 
 transformers.utils.logging.set_verbosity_error()  # its load report repeats that `mtp.*` is ignored: we load it ourselves
@@ -34,10 +34,12 @@ class HiddenStates:
 class MtpCausalLM(nn.Module):
     """`backbone` (Transformers' ...ForCausalLM) and `mtp` (None where the checkpoint has none)."""
 
-    def __init__(self, backbone: PreTrainedModel, mtp: MtpModule | None) -> None:
+    def __init__(self, backbone: PreTrainedModel, mtp: MtpModule | None, family: Family, config: Config) -> None:
         super().__init__()
         self.backbone = backbone
         self.mtp = mtp
+        self.family = family
+        self.config = config
 
     @property
     def head(self) -> torch.Tensor:
@@ -67,12 +69,24 @@ class MtpCausalLM(nn.Module):
         if self.mtp is not None:
             self.mtp.config._experts_implementation = name
 
+    def module_of(self, tensor: str) -> nn.Module:
+        """The module that owns a checkpoint tensor: 'model.norm.weight' -> backbone.model.norm."""
+        path = self.family.module_name(tensor, self.config).rpartition(".")[0]
+        return self.get_submodule(path if path.startswith(MTP_PREFIX) else f"backbone.{path}")
+
     def tensors(self, with_mtp: bool = True) -> dict[str, torch.Tensor]:
-        """Parameters by their checkpoint name, experts fused as Transformers holds them; tied ones once."""
+        """Parameters by their name in Transformers' modules, experts fused; tied ones once. MTP's begin with `mtp.`."""
         tensors = dict(self.backbone.named_parameters())
         if self.mtp is not None and with_mtp:
             tensors |= {MTP_PREFIX + name: parameter for name, parameter in self.mtp.named_parameters()}
         return tensors
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint keeps: `tensors`, and buffers that are no parameters (a router's correction bias)."""
+        held = dict(self.backbone.state_dict(keep_vars=True))
+        if self.mtp is not None:
+            held |= {MTP_PREFIX + name: tensor for name, tensor in self.mtp.state_dict(keep_vars=True).items()}
+        return held
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MtpCausalLM:
@@ -81,21 +95,31 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
     backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
     mtp = None
     if checkpoint.has_mtp:
-        mtp = MtpModule(backbone).to(dtype)
-        wanted = {MTP_PREFIX + name: parameter for name, parameter in mtp.named_parameters()}
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(read_module_tensor(checkpoint, name))
-    model = MtpCausalLM(backbone, mtp).to(device)
+        mtp = MtpModule(backbone, checkpoint.family).to(dtype)
+        fill(mtp, MTP_PREFIX, checkpoint, [block for block in checkpoint.family.blocks(checkpoint.config) if block.is_mtp])
+    model = MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).to(device)
     model.eval()
     return model
 
 
-def read_module_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A tensor as Transformers holds it in a module: as stored, or stacked from the per-expert tensors on disk."""
+@torch.no_grad()
+def fill(module: nn.Module, prefix: str, checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    """Copy the tensors of some blocks into the module whose names begin with `prefix` in the model; others are left."""
+    held = {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    filled = set()
+    for block in blocks:
+        for name in block.module_tensors():
+            own = checkpoint.family.module_name(name, checkpoint.config)
+            if own in held:  # GLM's MTP layer carries copies of the embeddings, which the module shares
+                held[own].copy_(read_stacked(checkpoint, block, name))
+                filled.add(own)
+    assert filled == held.keys(), f"{checkpoint.family.model_type}: no tensor fills {held.keys() - filled}"
+
+
+def read_stacked(checkpoint: Checkpoint, block: Block, name: str) -> torch.Tensor:
+    """A tensor as Transformers' modules hold it: as stored, or stacked from the per-expert tensors on disk."""
     if name in checkpoint.specs:
         return checkpoint.read(name)
-    block = next(b for b in checkpoint.family.blocks(checkpoint.config) if b.experts and name.startswith(b.prefix))
     assert block.experts is not None
     joined = block.experts.fused[name.removeprefix(block.prefix)]
     experts = range(checkpoint.family.sizes(checkpoint.config)[block.experts.axis])
@@ -106,11 +130,13 @@ def read_module_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 def initialise(config: Config, seed: int, device: str | torch.device = "cpu") -> MtpCausalLM:
     """A randomly initialised float32 model of this shape, as Transformers initialises it; the same for the same seed."""
+    family = family_of(config, "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-        mtp = MtpModule(backbone) if config["num_nextn_predict_layers"] else None
-    return MtpCausalLM(backbone, mtp).to(device)
+        native = AutoConfig.for_model(**family.to_disk(config))
+        backbone = AutoModelForCausalLM.from_config(native, dtype=torch.float32)
+        mtp = MtpModule(backbone, family) if config["num_nextn_predict_layers"] else None
+    return MtpCausalLM(backbone, mtp, family, config).to(device)
 
 
 def save(
@@ -124,26 +150,34 @@ def save(
     family = family_of(config, "config.json")
     layouts: Mapping[str, Layout] | None = like.layouts if like is not None else None
     sizes = family.sizes(config)
-    held = model.tensors()
+    held = model.held()
     writer = CheckpointWriter(folder)
     for spec in family.tensors(config, layouts):
-        tensor = disk_tensor(spec, held, sizes).detach().cpu()
+        if spec.part == "vision":  # carried along: the language model does not hold it
+            if like is None:
+                raise UserError(f"random weights for {spec.name} cannot be made: start from a checkpoint that has it.")
+            tensor = like.read(spec.name)
+        else:
+            tensor = disk_tensor(spec, family, config, held, sizes).detach().cpu()
         writer.add(spec.name, tensor.to(like.dtype(spec.name) if like is not None else dtype))
     if like is None:
         GenerationConfig.from_model_config(model.backbone.config).save_pretrained(folder)
-    writer.finish(
-        {**config, "dtype": str(dtype if like is None else like.dtype(next(iter(like.specs)))).removeprefix("torch.")}
-    )
+    stored = dtype if like is None else like.dtype(next(iter(like.specs)))
+    writer.finish(family.to_disk({**config, "dtype": str(stored).removeprefix("torch.")}))
 
 
-def disk_tensor(spec: TensorSpec, held: Mapping[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
+def disk_tensor(
+    spec: TensorSpec, family: Family, config: Config, held: Mapping[str, torch.Tensor], sizes: Sizes
+) -> torch.Tensor:
     """A checkpoint tensor out of the module's tensors: the same one, or one expert's rows of a fused one."""
-    if spec.name in held:
-        return held[spec.name]
+    own = family.module_name(spec.name, config)
+    if own in held:
+        return held[own]
     experts = spec.block.experts
     if experts is None or spec.expert is None:
         raise UserError(f"the model holds no tensor '{spec.name}', which its config asks for.")
     fused, joined = next((name, parts) for name, parts in experts.fused.items() if spec.pattern in parts)
     before = joined[: joined.index(spec.pattern)]
     start = sum(size(experts.per_expert[part][0], sizes) for part in before)
-    return held[spec.block.prefix + fused][spec.expert, start : start + spec.shape[0]]
+    own = family.module_name(spec.block.prefix + fused, config)
+    return held[own][spec.expert, start : start + spec.shape[0]]

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from slimqwen.families import Family
+
 MTP_PREFIX = "mtp."  # of the module's tensors in a checkpoint
 
 
@@ -22,14 +24,13 @@ class MtpModule(nn.Module):
     is the checkpoint's.
     """
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    def __init__(self, backbone: PreTrainedModel, family: Family) -> None:
         super().__init__()
         decoder = backbone.get_decoder()
         layer_class, norm_class = type(decoder.layers[0]), type(decoder.norm)
         self.config = deepcopy(backbone.config)
-        self.config.num_hidden_layers = 1
-        self.config.layer_types = ["full_attention"]
-        self.config.mlp_only_layers = []
+        for key, value in family.mtp_config.items():
+            setattr(self.config, key, value)
         hidden_size, eps = self.config.hidden_size, self.config.rms_norm_eps
         self.pre_fc_norm_embedding = norm_class(hidden_size, eps=eps)
         self.pre_fc_norm_hidden = norm_class(hidden_size, eps=eps)

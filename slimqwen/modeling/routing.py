@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from slimqwen.families import Family
 from slimqwen.families.family import Block
 from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.modeling.mtp import MTP_PREFIX
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,8 @@ class Routing:
     experts: torch.Tensor
 
 
-def module_of(model: MtpCausalLM, tensor_name: str) -> torch.nn.Module:
-    """The module that owns a checkpoint tensor: 'model.norm.weight' -> backbone.model.norm."""
-    path = tensor_name.rpartition(".")[0]
-    return model.get_submodule(path if path.startswith(MTP_PREFIX) else f"backbone.{path}")
-
-
 @contextmanager
-def observe_routing(model: MtpCausalLM, family: Family, blocks: list[Block]) -> Iterator[dict[str, Routing]]:
+def observe_routing(model: MtpCausalLM, blocks: list[Block]) -> Iterator[dict[str, Routing]]:
     """While open, each forward pass leaves its routing in the yielded dict, by block name. Gradients are kept.
 
     With activation checkpointing the backward pass runs the block again and would overwrite the entry: read it
@@ -46,9 +38,8 @@ def observe_routing(model: MtpCausalLM, family: Family, blocks: list[Block]) -> 
 
         return record
 
-    hooks = [
-        module_of(model, block.prefix + family.router).register_forward_hook(recorder(block.name)) for block in blocks
-    ]
+    routers = [(block.name, model.module_of(block.prefix + model.family.router)) for block in blocks]
+    hooks = [router.register_forward_hook(recorder(name)) for name, router in routers]
     try:
         yield seen
     finally:

@@ -1,4 +1,4 @@
-"""Spreading a cut over stages (method.md section 7). Every `Target` here has all its fields filled in."""
+"""Spreading a cut over stages (method.md section 7). Every `Target` here is completed."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from slimqwen.errors import UserError
 from slimqwen.recipe import Schedule, Target
 
-HIDDEN_MULTIPLE = 8  # tensor cores want bfloat16 matrices whose sides are multiples of 8
+SIZE_MULTIPLE = 8  # tensor cores want bfloat16 matrices whose sides are multiples of 8
 
 
 def check_target(source: Target, target: Target) -> None:
@@ -34,7 +34,8 @@ def stage_targets(schedule: Schedule, source: Target, target: Target) -> list[Ta
 
     Width is all that is not depth: hidden size, experts and top-k together (ours: section 7 leaves it open for
     width_first, and this makes it the mirror image of depth_first). The smaller half goes first (of 3 layers 1, then
-    2), but a cut of one goes whole; a hidden size is halved in units of 8 where source and target are multiples of 8.
+    2), but a cut of one goes whole; a hidden or intermediate size is halved in units of 8 where source and target are
+    multiples of 8. Heads are few and must divide one another: they go in the last stage.
     A stage that would change nothing is left out (depth_first with no layer to drop has one stage).
 
     Example, layers / hidden / experts / top-k: 48/2048/512/10 -> 36/1536/256/8 goes over 42/2048/512/10 depth_first,
@@ -73,15 +74,16 @@ def stage_steps(fractions: Sequence[float], total_steps: int) -> list[int]:
 
 def _halfway(field: str, source: int, target: int) -> int:
     """The size after the first of two cuts, by the rule in `stage_targets`."""
-    aligned = field == "hidden_size" and source % HIDDEN_MULTIPLE == target % HIDDEN_MULTIPLE == 0
-    unit = HIDDEN_MULTIPLE if aligned else 1
+    if field.endswith("_heads"):
+        return source
+    aligned = field.endswith("_size") and source % SIZE_MULTIPLE == target % SIZE_MULTIPLE == 0
+    unit = SIZE_MULTIPLE if aligned else 1
     if source - target <= unit:
         return target
     return source - (source - target) // 2 // unit * unit
 
 
 def _shape(target: Target) -> dict[str, int]:
-    """config.json's name of each size -> the size."""
-    shape: dict[str, int | None] = target.model_dump()
-    assert None not in shape.values(), f"not filled in: {target}"
-    return {field: size for field, size in shape.items() if size is not None}
+    """config.json's name of each size that the family has -> the size."""
+    shape: dict[str, int] = target.model_dump(exclude_none=True)
+    return shape
