@@ -34,6 +34,12 @@ def completed(family: Family, target: Target, config: Config) -> Target:
     inner = {field: _product(sizes, axes) for field, axes in family.fields.items() if field in Target.model_fields}
     full = full.model_copy(update=inner)
     check_target(source, full)
+    for axis, size in family.sizes(config).items():
+        if sizes[axis] > size:  # one outer unit would need more than it has: 4 value heads of a key head that has 2
+            raise UserError(
+                f"the target gives {sizes[axis]} {axis.name}s to each unit around them, the source has {size}: "
+                "cut the inner heads along with the outer ones, or name the outer alone."
+            )
     return full
 
 
