@@ -34,12 +34,11 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
         raise UserError(f"{teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it.")
     for text in (*recipe.data.sources, *recipe.data.heldout_sources):
         check_source(text)
-    calibration = recipe.calibration
-    if calibration.sources:
-        length = recipe.data.sequence_length
-        CalibrationText(calibration.sources, source, samples=calibration.samples, sequence_length=length, seed=recipe.seed)
+    length, sources = recipe.data.sequence_length, recipe.calibration.sources
+    if sources:
+        CalibrationText(sources, source, samples=recipe.calibration.samples, sequence_length=length, seed=recipe.seed)
     if recipe.pruning.source_weights is not None:
-        check_source_weights(recipe.pruning.source_weights, calibration.sources or [TRAINING_TEXT])
+        check_source_weights(recipe.pruning.source_weights, sources or [TRAINING_TEXT])
     resolve_device(recipe.device)
     if recipe.run_dir.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"run_dir {recipe.run_dir} holds the teacher {teacher}: choose another run_dir.")

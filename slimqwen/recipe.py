@@ -77,19 +77,41 @@ class DataRecipe(Section):
 class CalibrationRecipe(Section):
     """The forward pass that the importance scores are measured on."""
 
-    samples: PositiveInt = Field(1024, description="Training sequences to measure on (the paper: 1,024).")
+    sources: dict[str, Path] = Field(
+        {},
+        description="Text to measure on, by name: folders written by `slimqwen tokens`. Statistics are kept apart per source. "
+        "Default: the training text.",
+    )
+    samples: PositiveInt = Field(
+        1024, description="Sequences to measure on (the paper: 1,024), spread evenly over the sources."
+    )
     batch_size: PositiveInt = Field(
         8, description="Sequences per forward pass. Changes speed and memory, not the result."
     )
 
 
 class Target(Section):
-    """The shape to reach; a field left out keeps the source's value. Names are config.json's."""
+    """The shape to reach; a field left out keeps the source's value. Names are config.json's, Qwen's in every family."""
 
     num_hidden_layers: PositiveInt | None = Field(None, description="Decoder layers.")
     hidden_size: PositiveInt | None = Field(None, description="Width of the residual stream.")
     num_experts: PositiveInt | None = Field(None, description="Routed experts per MoE block.")
     num_experts_per_tok: PositiveInt | None = Field(None, description="Experts that each token is routed to (top-k).")
+    moe_intermediate_size: PositiveInt | None = Field(None, description="Neurons of a routed expert.")
+    shared_expert_intermediate_size: PositiveInt | None = Field(None, description="Neurons of the shared expert.")
+    intermediate_size: PositiveInt | None = Field(None, description="Neurons of a dense layer, where there are any.")
+    num_key_value_heads: PositiveInt | None = Field(
+        None, description="KV heads of full attention; each takes its query heads along."
+    )
+    num_attention_heads: PositiveInt | None = Field(
+        None, description="Query heads of full attention. Default: as many per KV head as the source has."
+    )
+    linear_num_key_heads: PositiveInt | None = Field(
+        None, description="Key heads of linear attention; each takes its value heads along."
+    )
+    linear_num_value_heads: PositiveInt | None = Field(
+        None, description="Value heads of linear attention. Default: as many per key head as the source has."
+    )
 
 
 class ExpertRecipe(Section):
@@ -112,6 +134,9 @@ class PruningRecipe(Section):
     )
     width: WidthCriterion = Field("norm_activation", description="Which residual channels stay.")
     experts: ExpertRecipe = Field(ExpertRecipe(), description="Which experts stay.")
+    source_weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
+        None, description="What each of calibration.sources counts for. Default: as much as it has tokens."
+    )
 
 
 class StageRecipe(Section):

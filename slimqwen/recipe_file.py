@@ -286,6 +286,8 @@ def _section_in(annotation: Any, index: str = "") -> tuple[str, type[BaseModel]]
 def _type_in_words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return "key: value pairs"
     if get_origin(annotation) is list:
         return f"list of {_type_in_words(get_args(annotation)[0])}"
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,5 +1,6 @@
 """Calibration: every sum against a slow walk through the layers that uses no hooks and runs each expert by hand."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.masking_utils import create_causal_mask
 
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.observe import observe
-from slimqwen.calibration.statistics import Statistics
+from slimqwen.calibration.statistics import HALVES, Part, Statistics, Sums
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
@@ -32,18 +33,23 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_tiny_checkpoint(folder / "checkpoint", tokenizer=tokenizer), tokens
 
 
-def observed(checkpoint: Path, batches: list[Tensor], model: MtpCausalLM | None = None) -> Statistics:
-    """The statistics of these rows, batch by batch."""
+TEXT = Part("text", 0)
+
+
+def observed(
+    checkpoint: Path, batches: list[Tensor], model: MtpCausalLM | None = None, part: Part = TEXT
+) -> Statistics:
+    """The statistics of these rows, batch by batch, in one part."""
     source, model = Checkpoint(checkpoint), model or load(checkpoint)
     tokens = sum(rows[:, 1:].numel() for rows in batches)
-    statistics = Statistics(source.fingerprint(), "test", {"main": tokens, "mtp": tokens if source.has_mtp else 0}, {})
-    with observe(model, source.family, source.config, statistics), torch.inference_mode():
+    statistics = Statistics(source.fingerprint(), "test", {part: {"main": tokens, "mtp": tokens * source.has_mtp}})
+    with observe(model, statistics), statistics.part(part), torch.inference_mode():
         for rows in batches:
             model(rows)
     return statistics
 
 
-def assert_same_sums(one: Statistics, other: Statistics, relative: float) -> None:
+def assert_same_sums(one: Statistics | Sums, other: Statistics | Sums, relative: float) -> None:
     """Equal up to `relative` of the largest entry of each sum."""
     assert one.sums.keys() == other.sums.keys() and one.tokens == other.tokens
     for name, expected in other.sums.items():
@@ -143,11 +149,11 @@ class Referee:
 def test_every_sum_equals_the_referees(files: tuple[Path, Path]) -> None:
     model, rows = load(files[0]), tiny_tokens(rows=3, columns=17)
     statistics = observed(files[0], [rows], model)
-    expected = Statistics(statistics.checkpoint, "test", {"main": 48, "mtp": 48}, Referee(model).walk(rows))
-    assert_same_sums(statistics, expected, relative=1e-5)
+    measured = statistics.weighted()
+    assert_same_sums(measured, Sums({"main": 48, "mtp": 48}, Referee(model).walk(rows)), relative=1e-5)
     for block in [f"model.layers.{layer}" for layer in range(4)] + ["mtp.layers.0"]:
-        assert statistics.sums[f"experts/{block}/assignments"].sum() == 48 * 2
-        assert statistics.sums[f"experts/{block}/gate_sums"].sum().item() == pytest.approx(48, rel=1e-6)
+        assert measured[f"experts/{block}/assignments"].sum() == 48 * 2
+        assert measured[f"experts/{block}/gate_sums"].sum().item() == pytest.approx(48, rel=1e-6)
 
 
 # --- how they add up --------------------------------------------------------------------------------------------------
@@ -157,7 +163,8 @@ def test_watching_does_not_change_the_forward_pass(files: tuple[Path, Path]) -> 
     source, model, rows = Checkpoint(files[0]), load(files[0]), tiny_tokens(rows=3, columns=17)
     with torch.inference_mode():
         usual = model(rows)
-        with observe(model, source.family, source.config, Statistics("", "", {}, {})):
+        statistics = Statistics("", "", {TEXT: {"main": 0, "mtp": 0}})
+        with observe(model, statistics), statistics.part(TEXT):
             watched = model(rows)
         after = model(rows)
     torch.testing.assert_close(watched.main, usual.main, rtol=0, atol=2e-6)
@@ -196,8 +203,136 @@ def test_the_batch_size_does_not_matter(files: tuple[Path, Path], tmp_path: Path
         seed=3,
     )
     stream = TokenStream(PackedTokens(tokens / "train"), SEQUENCE_LENGTH, seed=3)
-    assert_same_sums(found, observed(checkpoint, [stream.batch(0, 5)]), relative=1e-6)
-    assert found.tokens == {"main": 80, "mtp": 80}
+    assert_same_sums(found.weighted(), observed(checkpoint, [stream.batch(0, 5)]).weighted(), relative=1e-6)
+    even, odd = Part("training", 0), Part("training", 1)
+    assert found.tokens == {even: {"main": 48, "mtp": 48}, odd: {"main": 32, "mtp": 32}}
+    for part in (even, odd):
+        rows = stream.batch(part.half, 3 - part.half, step=2)
+        assert rows.equal(stream.batch(0, 5)[part.half :: 2])
+        assert_same_sums(found.weighted(half=part.half), observed(checkpoint, [rows]).weighted(), relative=1e-6)
+
+
+TWO_SOURCES = {Part("code", 0): 1, Part("code", 1): 2, Part("wiki", 0): 3, Part("wiki", 1): 1}
+
+
+@pytest.fixture(scope="module")
+def two_sources(files: tuple[Path, Path]) -> tuple[Statistics, list[Statistics]]:
+    """Rows of two sources in four parts, observed into one `Statistics`, and each part's alone."""
+    source, model = Checkpoint(files[0]), load(files[0])
+    texts = {part: tiny_tokens(rows, columns=17, seed=seed) for seed, (part, rows) in enumerate(TWO_SOURCES.items())}
+    apart = [observed(files[0], [rows], model, part) for part, rows in texts.items()]
+    whole = Statistics(
+        source.fingerprint(), "test", {p: dict.fromkeys(("main", "mtp"), 16 * n) for p, n in TWO_SOURCES.items()}
+    )
+    with observe(model, whole), torch.inference_mode():
+        for part, rows in texts.items():
+            with whole.part(part):
+                model(rows)
+    return whole, apart
+
+
+def test_parts_are_kept_apart_and_add_up(two_sources: tuple[Statistics, list[Statistics]]) -> None:
+    whole, apart = two_sources
+    added = apart[0] + apart[1] + apart[2] + apart[3]
+    assert added.tokens == whole.tokens and added.sources == {"code": 48, "wiki": 64}
+    assert_same_sums(added, whole, relative=0.0)
+    code_0, code_1, wiki_0, wiki_1 = (dict(statistics.weighted().sums) for statistics in apart)
+    both = {name: code_0[name] + code_1[name] + wiki_0[name] + wiki_1[name] for name in code_0}
+    assert_same_sums(whole.weighted(), Sums({"main": 112, "mtp": 112}, both), relative=0.0)
+    odd = {name: code_1[name] + wiki_1[name] for name in code_1}
+    assert_same_sums(whole.weighted(half=1), Sums({"main": 48, "mtp": 48}, odd), relative=0.0)
+    assert not any(torch.equal(code_0[name], wiki_1[name]) for name in code_0 if "assignments" not in name)
+
+
+def test_weights_are_a_mixture_of_as_many_tokens(two_sources: tuple[Statistics, list[Statistics]]) -> None:
+    """Every sum, assignments too, is that of code repeated and wiki repeated, in proportion."""
+    whole, apart = two_sources
+    # code has 48 tokens of 112, wiki 64. Shares 3 : 1 of 112 tokens are 84 and 28: code x 7/4, wiki x 7/16.
+    weighted = whole.weighted({"code": 3, "wiki": 1})
+    code, wiki = (apart[0] + apart[1]).weighted(), (apart[2] + apart[3]).weighted()
+    expected = {name: 1.75 * code[name] + 0.4375 * wiki[name] for name in code.sums}
+    assert_same_sums(weighted, Sums({"main": 112, "mtp": 112}, expected), relative=1e-15)
+
+    # 3 : 1 by tokens is 4 : 1 by repetition: 4 x 48 tokens of code for 1 x 64 of wiki.
+    repeated = apart[0] + apart[1]
+    for _ in range(3):
+        repeated = repeated + apart[0] + apart[1]
+    mixture = (repeated + apart[2] + apart[3]).weighted()
+    assert mixture.tokens["main"] == 256
+    assert_same_sums(scaled(mixture, 112 / 256), weighted, relative=1e-15)
+
+    assert_same_sums(whole.weighted({"code": 48, "wiki": 64}), whole.weighted(), relative=1e-15)  # the default
+    assert_same_sums(whole.weighted({"code": 1, "wiki": 0}, half=1), scaled(apart[1].weighted(), 1.5), relative=1e-15)
+
+
+def scaled(sums: Sums, factor: float) -> Sums:
+    tokens = {module: factor * count for module, count in sums.tokens.items()}
+    return Sums(tokens, {name: factor * value for name, value in sums.sums.items()})
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"code": 1, "wikki": 1}, r"'wikki' \(did you mean 'wiki'\?\)"),
+        ({"code": 1}, "leave out wiki"),
+        ({"code": 0, "wiki": 0}, "at least one of them more than 0"),
+        ({"code": -1, "wiki": 2}, "0 or more"),
+        ({"code": torch.nan, "wiki": 2}, "0 or more"),
+    ],
+)
+def test_weights_that_say_nothing(
+    two_sources: tuple[Statistics, list[Statistics]], weights: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        two_sources[0].weighted(weights)
+
+
+def test_sources_are_measured_apart(files: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, tokens = files
+    shutil.copytree(tokens, tmp_path / "more")
+    recipe = CalibrationRecipe(sources={"code": tokens, "more": tmp_path / "more"}, samples=5)
+    found = calibrate(checkpoint, tmp_path / "s", recipe=recipe, sequence_length=SEQUENCE_LENGTH, device="cpu")
+    assert {part: counts["main"] for part, counts in found.tokens.items()} == {
+        Part("code", 0): 32,
+        Part("code", 1): 16,
+        Part("more", 0): 16,
+        Part("more", 1): 16,
+    }
+    stream = TokenStream(PackedTokens(tokens / "train"), SEQUENCE_LENGTH, seed=0)
+    more = observed(checkpoint, [stream.batch(0, 2)]).weighted()  # same text, so its first two rows
+    only_more = found.weighted({"code": 0, "more": 1})
+    assert_same_sums(only_more, scaled(more, 80 / 32), relative=1e-6)
+    with pytest.raises(UserError, match="1 samples cannot be spread over 2 sources"):
+        calibrate(
+            checkpoint,
+            tmp_path / "s",
+            recipe=recipe.model_copy(update={"samples": 1}),
+            sequence_length=SEQUENCE_LENGTH,
+            device="cpu",
+        )
+
+
+def test_a_source_shorter_than_its_samples_is_announced(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = CalibrationRecipe(samples=12)
+    calibrate(files[0], tmp_path / "s", tokens=files[1], recipe=recipe, sequence_length=512, device="cpu")
+    assert "note: 'training' has" in capsys.readouterr().err
+
+
+def test_layers_measured_apart_are_joined_without_reading_them(
+    two_sources: tuple[Statistics, list[Statistics]], tmp_path: Path
+) -> None:
+    whole, _ = two_sources
+    names = list(whole.sums)
+    pieces = []
+    for number in range(3):
+        sums = {name: whole.sums[name] for name in names[number::3]}
+        # A piece lacks the names of another part: only the joined file must be complete.
+        pieces.append(Statistics(whole.checkpoint, whole.data, whole.tokens, sums))
+    Statistics.joined(pieces).save(tmp_path / "joined")
+    whole.save(tmp_path / "whole")
+    assert (tmp_path / "joined").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_saved_is_what_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -207,6 +342,8 @@ def test_saved_is_what_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> No
     loaded = Statistics.load(path)
     assert (loaded.checkpoint, loaded.data, loaded.tokens) == (made.checkpoint, made.data, made.tokens)
     assert_same_sums(loaded, made, relative=0.0)
+    assert_same_sums(loaded.weighted(), made.weighted(), relative=0.0)
+    assert_same_sums(loaded + made, made + made, relative=0.0)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
     again = calibrate(
@@ -225,7 +362,7 @@ def test_saved_is_what_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> No
 def test_a_checkpoint_without_mtp_is_measured_without(tmp_path: Path, layout: str) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", layout=layout, num_nextn_predict_layers=0)  # type: ignore[arg-type]
     statistics = observed(checkpoint, [tiny_tokens()])
-    assert statistics.tokens["mtp"] == 0 and not any("mtp." in name for name in statistics.sums)
+    assert statistics.tokens[TEXT]["mtp"] == 0 and not any("mtp." in name for name in statistics.sums)
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------------------
@@ -234,16 +371,16 @@ def test_a_checkpoint_without_mtp_is_measured_without(tmp_path: Path, layout: st
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_statistics_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path, value: float) -> None:
     path = tmp_path / "statistics.safetensors"
-    sums = {"experts/model.layers.1/gate_sums": torch.tensor([1.0, 2.0], dtype=torch.float64)}
-    statistics = Statistics("checkpoint", "data", {"main": 1, "mtp": 0}, sums)
+    sums = {"text/0/experts/model.layers.1/gate_sums": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    statistics = Statistics("checkpoint", "data", {TEXT: {"main": 1, "mtp": 0}}, sums)
     statistics.save(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    sums["experts/model.layers.1/gate_sums"][0] = value
+    sums["text/0/experts/model.layers.1/gate_sums"][0] = value
     save_file(sums, path, metadata=metadata)
-    with pytest.raises(UserError, match=r"not finite, in experts/model\.layers\.1/gate_sums"):
-        Statistics.load(path)
-    with pytest.raises(UserError, match=r"not finite, in experts/model\.layers\.1/gate_sums"):
+    with pytest.raises(UserError, match=r"not finite, in text/0/experts/model\.layers\.1/gate_sums"):
+        Statistics.load(path).weighted()["experts/model.layers.1/gate_sums"]
+    with pytest.raises(UserError, match=r"not finite, in text/0/experts/model\.layers\.1/gate_sums"):
         statistics.save(tmp_path / "again.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
@@ -281,6 +418,43 @@ def test_a_file_that_is_not_statistics(tmp_path: Path, content: bytes | None) ->
 def test_another_safetensors_file_is_not_statistics(files: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="is not a statistics file"):
         Statistics.load(files[0] / "model.safetensors")
+
+
+def test_an_older_file_is_measured_again(tmp_path: Path) -> None:
+    sums = {"layers/cosine_sums": torch.ones(2, dtype=torch.float64)}
+    old = {"format": "slimqwen.statistics/1", "checkpoint": "c", "data": "d", "tokens.main": "2", "tokens.mtp": "2"}
+    save_file(sums, tmp_path / "old", metadata=old)
+    with pytest.raises(UserError, match="run `slimqwen calibrate` again"):
+        Statistics.load(tmp_path / "old")
+
+
+@pytest.mark.parametrize("damage", ["header", "names", "parts"])
+def test_a_damaged_file_is_found_out(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "s"
+    sums = {
+        f"text/{half}/layers/{name}": torch.ones(2).double()
+        for half in (0, 1)
+        for name in ("cosine_sums", "hidden_sums")
+    }
+    tokens = {Part("text", half): {"main": 2, "mtp": 0} for half in HALVES}
+    Statistics("checkpoint", "data", tokens, sums).save(path)
+    assert Statistics.load(path).tokens == tokens
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    if damage == "header":
+        metadata = {key: value[:-5] for key, value in metadata.items()}
+    elif damage == "names":
+        del sums["text/1/layers/cosine_sums"]
+    else:
+        sums["other/0/layers/cosine_sums"] = torch.ones(2).double()
+    save_file(sums, path, metadata=metadata)
+    with pytest.raises(UserError, match="run `slimqwen calibrate` again"):
+        Statistics.load(path)
+
+
+def test_a_sum_that_was_not_measured(two_sources: tuple[Statistics, list[Statistics]]) -> None:
+    with pytest.raises(UserError, match=r"hold no 'input/x/abs_sums'.*run `slimqwen calibrate` again"):
+        two_sources[0].weighted()["input/x/abs_sums"]
 
 
 def test_tokens_of_another_tokenizer_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:

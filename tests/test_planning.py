@@ -55,6 +55,11 @@ def test_reap_divides_by_the_tokens_routed_to_the_expert_alone() -> None:
     assert importance.reap(float64(20, 2), float64(10, 1)).tolist() == [2.0, 2.0]
 
 
+def test_reap_divides_by_what_weighting_leaves_of_the_assignments() -> None:
+    # Sources weighted down: 20 and 2 tokens at a scale of 1/100 are fewer than one, and the ratio stands.
+    assert importance.reap(float64(0.4, 0.02, 0), float64(0.2, 0.02, 0)).tolist() == [2.0, 1.0, 0.0]
+
+
 def test_layer_similarity_compares_the_mean_before_with_the_mean_after() -> None:
     # (3, 4) -> (6, 8): same direction, 1. (6, 8) -> (8, 6): 96 / 100. (8, 6) -> 0: no direction, 0.
     c = importance.similarity(float64([3, 4], [6, 8], [8, 6], [0, 0]))

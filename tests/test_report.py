@@ -26,27 +26,29 @@ from slimqwen.reporting.report import report
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import source_shape, verdict
 
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen3_next",
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-    "linear_conv_kernel_dim": 4,
-    "num_experts": 32,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
-    "tie_word_embeddings": False,
-    "num_nextn_predict_layers": 1,
-}
+CONFIG = QWEN3_NEXT.normalise(
+    {
+        "model_type": "qwen3_next",
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+        "tie_word_embeddings": False,
+        "num_nextn_predict_layers": 1,
+    }
+)
 FINAL = Target(num_hidden_layers=6, hidden_size=96, num_experts=16, num_experts_per_tok=3)
 STAGES = {1: Target(num_hidden_layers=7), 2: FINAL}
 TOKENS = 540_672

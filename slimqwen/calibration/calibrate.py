@@ -4,13 +4,10 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import fingerprint_value
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Statistics
+from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.packed import PackedTokens
-from slimqwen.data.stream import TokenStream
-from slimqwen.data.tokenize import check_vocabulary, load_manifest
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.modeling.model import load
 from slimqwen.progress import Progress
@@ -22,7 +19,7 @@ def calibrate(
     checkpoint: Path,
     out: Path,
     *,
-    tokens: Path,
+    tokens: Path | None = None,
     recipe: CalibrationRecipe,
     sequence_length: int,
     seed: int = 0,
@@ -30,32 +27,34 @@ def calibrate(
     dtype: str = "auto",
     title: str = "calibrate",
 ) -> Statistics:
-    """Run `recipe.samples` training sequences through the model once; write every criterion's sums to `out`.
+    """Run `recipe.samples` sequences through the model once; write every criterion's sums to `out`.
 
-    The sequences are the first ones of the training order of `seed`, so distillation sees them too. The MTP module is
-    measured at the positions whose next token is known, i.e. all of them: rows carry one token more than the model reads.
+    The sequences are those of `CalibrationText`: of `recipe.sources`, or where it names none of the folder `tokens`.
+    The MTP module is measured at the positions whose next token is known, i.e. all of them: rows carry one token more
+    than the model reads.
     """
     source = Checkpoint(checkpoint)
-    manifest = load_manifest(tokens)
-    check_vocabulary(manifest, tokens, source.folder, source.config["vocab_size"])
-    torch_device = resolve_device(device)
-    model = load(checkpoint, resolve_dtype(dtype, torch_device), torch_device)
-    stream = TokenStream(PackedTokens(tokens / "train"), sequence_length, seed)
-    measured = recipe.samples * sequence_length
+    sources = recipe.sources
+    if not sources:
+        assert tokens is not None, "there is no text to calibrate on"
+        sources = {TRAINING_TEXT: tokens}
+    text = CalibrationText(sources, source, samples=recipe.samples, sequence_length=sequence_length, seed=seed)
+    text.say_what_is_short()
     statistics = Statistics(
         checkpoint=source.fingerprint(),
-        data=fingerprint_value([manifest.model_dump(mode="json"), recipe.samples, sequence_length, seed]),
-        tokens={"main": measured, "mtp": measured if source.has_mtp else 0},
-        sums={},
+        data=text.fingerprint,
+        tokens={part: {"main": count, "mtp": count if source.has_mtp else 0} for part, count in text.tokens.items()},
     )
+    torch_device = resolve_device(device)
+    model = load(checkpoint, resolve_dtype(dtype, torch_device), torch_device)
     with (
         reproducible(torch_device),
-        observe(model, source.family, source.config, statistics),
-        Progress(title, total=measured, unit="tokens") as progress,
+        observe(model, statistics),
+        Progress(title, total=sum(text.tokens.values()), unit="tokens") as progress,
     ):
-        for first in range(0, recipe.samples, recipe.batch_size):
-            rows = stream.batch(first, min(recipe.batch_size, recipe.samples - first))
-            model(rows.to(torch_device))
+        for part, rows in text.batches(recipe.batch_size):
+            with statistics.part(part):
+                model(rows.to(torch_device))
             progress.advance(rows[:, 1:].numel())
     statistics.save(out)
     return statistics

@@ -50,11 +50,11 @@ class TokenStream:
         epoch, position = divmod(index, self.rows_per_epoch)
         return self._stored_row(shuffled(position, self.rows_per_epoch, self.seed, epoch))
 
-    def batch(self, first_row: int, rows: int) -> "torch.Tensor":
-        """`rows` rows of the training order from `first_row` on, int64 [rows, sequence_length + 1]."""
+    def batch(self, first_row: int, rows: int, step: int = 1) -> "torch.Tensor":
+        """`rows` rows of the training order from `first_row` on, every `step`-th, int64 [rows, sequence_length + 1]."""
         import torch
 
-        return torch.from_numpy(np.stack([self.row(first_row + i) for i in range(rows)]))
+        return torch.from_numpy(np.stack([self.row(first_row + i * step) for i in range(rows)]))
 
     def in_order(self, first_row: int, rows: int) -> "torch.Tensor":
         """`rows` rows as they are stored, for evaluation, int64 [rows, sequence_length + 1].

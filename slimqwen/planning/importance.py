@@ -1,6 +1,7 @@
 """Importance and similarity: one pure function per criterion, from calibration sums to scores.
 
-Inputs are sums and counts over all calibration tokens, in float64 on the CPU: each function divides, once.
+Inputs are sums and counts over all calibration tokens, in float64 on the CPU: each function divides, once. Where
+sources are weighted, counts need not be whole.
 Nothing divides by zero: what was never seen scores 0, and a zero vector has similarity 0 to everything.
 Sections are method.md's; SlimQwen is arXiv 2605.08738.
 """
@@ -48,7 +49,7 @@ def reap(gated_norm_sums: Tensor, assignments: Tensor) -> Tensor:
 
     An expert never routed to scores 0.
     """
-    return gated_norm_sums / assignments.clamp(min=1)
+    return gated_norm_sums / _nonzero(assignments)
 
 
 def similarity(hidden_sums: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def expert_output_similarity(output_sums: Tensor, assignments: Tensor) -> Tensor
     `output_sums`, `[experts, hidden]`: the sum of E_i(x) (not gated) over the `assignments_i` tokens routed to i.
     An expert never routed to has no direction: similarity 0 to every expert, itself included.
     """
-    directions = _directions(output_sums / assignments.clamp(min=1)[:, None])
+    directions = _directions(output_sums / _nonzero(assignments)[:, None])
     return (directions @ directions.T).clamp(-1.0, 1.0)
 
 
@@ -99,6 +100,6 @@ def _directions(vectors: Tensor) -> Tensor:
     return vectors / _nonzero(vectors.norm(dim=-1, keepdim=True))
 
 
-def _nonzero(lengths: Tensor) -> Tensor:
-    """`lengths`, with 1 for 0: what is divided by them is zero there, and 0 / 1 is the 0 we want."""
-    return lengths.where(lengths > 0, 1.0)
+def _nonzero(divisors: Tensor) -> Tensor:
+    """`divisors`, with 1 for 0: what is divided by them is zero there, and 0 / 1 is the 0 we want."""
+    return divisors.where(divisors > 0, 1.0)

@@ -343,6 +343,7 @@ def _layer_choice(plan: Plan, where: str) -> list[Chart]:
 
 def _width_choice(plan: Plan, where: str) -> list[Chart]:
     scores, kept = plan.scores.hidden, plan.kept["hidden"]
+    assert isinstance(kept, list)
     if len(kept) == len(scores):
         return []
     carried = sum(scores[channel] for channel in kept) / (sum(scores) or 1.0)

@@ -1,0 +1,116 @@
+"""From sums to what is kept: scores, then layers, channels and experts."""
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from slimqwen.calibration.statistics import Sums
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.families.family import Block
+from slimqwen.planning import importance
+from slimqwen.planning.depth import kept_layers
+from slimqwen.planning.experts import ExpertGroup, group_experts
+from slimqwen.planning.shapes import size_of, target_sizes
+from slimqwen.planning.units import Units, kept_units
+from slimqwen.planning.width import kept_channels
+from slimqwen.recipe import ExpertImportance, ExpertRecipe, ExpertSimilarity, PruningRecipe, Target
+
+
+class Scores(BaseModel):
+    """The importance that the choice was made by, for the report and for anyone who wants to look."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    layer_similarity: list[float]
+    layer_block_influence: list[float]
+    hidden: list[float]
+    experts: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is kept of a checkpoint, and why; fields as in `Plan`."""
+
+    kept_layers: list[int]
+    kept: dict[str, Units]
+    expert_groups: dict[str, list[ExpertGroup]]
+    scores: Scores
+
+
+def choose(source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecipe) -> Choice:
+    """What `sums` say should be kept to reach a completed target. Reads one block's sums at a time."""
+    scores = importance_scores(source, sums, pruning.experts)
+    layers = kept_layers(
+        pruning.depth,
+        source.config["num_hidden_layers"],
+        size_of(target.num_hidden_layers),
+        similarity=torch.tensor(scores.layer_similarity, dtype=torch.float64),
+        block_influence=torch.tensor(scores.layer_block_influence, dtype=torch.float64),
+        must_keep_one_of=source.family.attention_layers(source.config),
+    )
+    channels = kept_channels(torch.tensor(scores.hidden, dtype=torch.float64), size_of(target.hidden_size))
+    groups = {
+        block.name: expert_groups(source, sums, block, pruning.experts, size_of(target.num_experts))
+        for block in source.family.moe_blocks(source.config)
+        if block.layer is None or block.layer in layers
+    }
+    sizes = target_sizes(source.family, source.config, target)
+    units = kept_units(source.family, source.config, sums, layers, sizes)
+    return Choice(layers, {source.family.hidden.name: channels, **units}, groups, scores)
+
+
+def importance_scores(source: Checkpoint, sums: Sums, recipe: ExpertRecipe) -> Scores:
+    """Every score, from the sums.
+
+    The width score averages over the backbone's norms; the MTP module, a drafting head with five norms of its own,
+    follows the backbone's choice (ours: the paper says "the RMSNorms").
+    """
+    tokens = sums.tokens["main"]
+    norms = [
+        sums[f"norm/{tensor}/abs_sums"]
+        for block, tensor in source.family.residual_norms(source.config)
+        if not block.is_mtp
+    ]
+    return Scores(
+        layer_similarity=importance.similarity(sums["layers/hidden_sums"]).tolist(),
+        layer_block_influence=importance.block_influence(sums["layers/cosine_sums"], tokens).tolist(),
+        hidden=importance.norm_activation(norms, [tokens] * len(norms)).tolist(),
+        experts={
+            block.name: expert_importance(sums, block, recipe.importance).tolist()
+            for block in source.family.moe_blocks(source.config)
+        },
+    )
+
+
+def expert_importance(sums: Sums, block: Block, criterion: ExpertImportance) -> torch.Tensor:
+    """One score per expert of a block, [experts]."""
+    experts = f"experts/{block.name}/"
+    tokens = sums.tokens["mtp" if block.is_mtp else "main"]
+    match criterion:
+        case "frequency":
+            return importance.frequency(sums[experts + "assignments"], tokens)
+        case "soft_logits":
+            return importance.soft_logits(sums[experts + "gate_sums"], tokens)
+        case "reap":
+            return importance.reap(sums[experts + "gated_norm_sums"], sums[experts + "assignments"])
+
+
+def expert_similarity(source: Checkpoint, sums: Sums, block: Block, criterion: ExpertSimilarity) -> torch.Tensor:
+    """Cosine between the experts of a block, [experts, experts]. The one criterion that reads weights: router rows."""
+    experts = f"experts/{block.name}/"
+    match criterion:
+        case "router_logits":
+            return importance.router_logits_similarity(sums[experts + "logit_gram"])
+        case "router_weights":
+            return importance.router_weights_similarity(source.read(block.prefix + source.family.router).double())
+        case "expert_output":
+            return importance.expert_output_similarity(sums[experts + "output_sums"], sums[experts + "assignments"])
+
+
+def expert_groups(source: Checkpoint, sums: Sums, block: Block, recipe: ExpertRecipe, keep: int) -> list[ExpertGroup]:
+    """Which experts of a block stay, and which are averaged into them."""
+    scores = expert_importance(sums, block, recipe.importance)
+    merges = recipe.compression != "prune"
+    similarity = expert_similarity(source, sums, block, recipe.similarity) if merges else None
+    return group_experts(recipe.compression, scores, similarity, keep)
