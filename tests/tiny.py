@@ -4,6 +4,7 @@ Every size differs from every other that it could be mistaken for, and the rando
 cut that one tensor misses must be seen in the logits.
 """
 
+import re
 import shutil
 from math import prod
 from pathlib import Path
@@ -83,6 +84,9 @@ QWEN3_NEXT = {
 }
 
 
+ONE_PLUS_WEIGHT = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}  # what their norms multiply by
+
+
 def tiny_config(**overrides: Any) -> Config:
     """Qwen3-Next, canonical and with all keys that slimqwen writes: 3 linear-attention layers, 1 of full attention, MTP."""
     return canonical(QWEN3_NEXT | overrides)
@@ -99,17 +103,19 @@ def tiny_tensors(config: Config, seed: int = 0, dtype: torch.dtype = torch.float
     generator = torch.Generator().manual_seed(seed)
     family = FAMILIES[config["model_type"]]
     layouts = dict.fromkeys(family.detect_layouts(config, set()), "per_expert")
-    return {spec.name: _random(spec, generator, dtype) for spec in family.tensors(config, layouts)}
+    one = 0.0 if config["model_type"] in ONE_PLUS_WEIGHT else 1.0
+    return {spec.name: _random(spec, generator, one, dtype) for spec in family.tensors(config, layouts)}
 
 
-def _random(spec: TensorSpec, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def _random(spec: TensorSpec, generator: torch.Generator, one: float, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers, scaled to what the tensor does. one: what a norm's gain is random around."""
     values = torch.randn(spec.shape, generator=generator)
     if spec.pattern.endswith("A_log"):
         return 0.7 * values
-    if spec.pattern.endswith("linear_attn.norm.weight"):  # the one norm that multiplies by weight, not by 1 + weight
+    if spec.pattern.endswith("linear_attn.norm.weight"):  # always multiplies by weight, not by 1 + weight
         return (1.0 + 0.3 * values).to(dtype)
     if len(spec.shape) == 1:
-        return (0.3 * values).to(dtype)
+        return ((one if spec.pattern.endswith("norm.weight") else 0.0) + 0.3 * values).to(dtype)
     if spec.pattern == "model.embed_tokens.weight":
         return values.to(dtype)
     gain = 2.0 if spec.part == "router" else 1.0  # clear choices of experts
@@ -118,15 +124,17 @@ def _random(spec: TensorSpec, generator: torch.Generator, dtype: torch.dtype) ->
 
 def fused(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The same checkpoint with each block's experts stacked, as Transformers' modules hold them (formats.md 2)."""
-    stacked = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
-    for block in sorted({name.split("mlp.experts.")[0] for name in tensors.keys() - stacked.keys()}):
+    stacked = {name: tensor for name, tensor in tensors.items() if not re.search(r"\.experts\.\d+\.", name)}
+    for experts in sorted({re.split(r"\d+\.\w+\.weight$", name)[0] for name in tensors.keys() - stacked.keys()}):
+        mixtral = f"{experts}0.w1.weight" in tensors
+        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
 
-        def experts(projection: str, block: str = block) -> list[Tensor]:
-            return [tensors[f"{block}mlp.experts.{e}.{projection}.weight"] for e in range(config["num_experts"])]
+        def of_all(projection: str, experts: str = experts) -> list[Tensor]:
+            return [tensors[f"{experts}{e}.{projection}.weight"] for e in range(config["num_experts"])]
 
-        pairs = zip(experts("gate_proj"), experts("up_proj"), strict=True)
-        stacked[f"{block}mlp.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
-        stacked[f"{block}mlp.experts.down_proj"] = torch.stack(experts("down_proj"))
+        pairs = zip(of_all(gate), of_all(up), strict=True)
+        stacked[f"{experts}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        stacked[f"{experts}down_proj"] = torch.stack(of_all(down))
     return stacked
 
 

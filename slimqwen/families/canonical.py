@@ -1,9 +1,9 @@
 """What several families' config.json have in common, made explicit; see `Family.normalise` and `Family.to_disk`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from slimqwen.errors import UserError
+from slimqwen.errors import UserError, shown
 from slimqwen.families.family import Config, positive
 
 MOST_LAYERS = 10_000  # more is a damaged file
@@ -25,7 +25,9 @@ def periodic_layer_types(config: Config) -> list[str]:
     """One full-attention layer after every full_attention_interval - 1 linear ones."""
     interval = config.get("full_attention_interval", 4)
     if not isinstance(interval, int) or interval <= 0:
-        raise UserError(f"config.json: 'full_attention_interval' must be a positive whole number, is {interval!r}.")
+        raise UserError(
+            f"config.json: 'full_attention_interval' must be a positive whole number, is {shown(interval)}."
+        )
     layers = range(config["num_hidden_layers"])
     return ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in layers]
 
@@ -41,16 +43,89 @@ def check_layer_types(config: Config, known: Collection[str]) -> None:
         )
     unknown = sorted({kind for kind in kinds if kind not in known})
     if unknown:
-        raise UserError(f"config.json: layer_types has {', '.join(unknown)}; known are {', '.join(known)}.")
+        raise UserError(f"config.json: layer_types has {shown(unknown)}; known are {', '.join(known)}.")
+
+
+def full_attention_only(config: Config) -> Config:
+    """Canonical words for a stack that attends in full everywhere and has neither biases nor an MTP module.
+
+    Raises UserError where the config says otherwise. Head sizes that files leave to a default are made explicit.
+    """
+    for key in ("attention_bias", "num_nextn_predict_layers"):
+        if config.get(key):
+            raise UserError(
+                f"config.json: {key} {shown(config[key])} is not supported: no released {config['model_type']} has it."
+            )
+    config = config | {"num_nextn_predict_layers": 0}
+    config.setdefault("tie_word_embeddings", False)
+    heads = positive(config, "num_attention_heads")
+    if config.get("head_dim") is None:
+        config["head_dim"] = positive(config, "hidden_size") // heads
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = heads
+    if config.get("layer_types") is None:
+        config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    check_layer_types(config, ["full_attention"])
+    return config
+
+
+def without_full_attention_only(config: Config) -> Config:
+    """The config less the words for what such a family always is, which its own config.json does not have."""
+    return {key: value for key, value in config.items() if key not in ("layer_types", "num_nextn_predict_layers")}
+
+
+def renamed(config: Config, names: Mapping[str, str]) -> Config:
+    """The same config with some keys under another name, in their old place.
+
+    Raises UserError where a key is there under both names with different values.
+    """
+    new: Config = {}
+    for key, value in config.items():
+        name = names.get(key, key)
+        if new.setdefault(name, value) != value:
+            given = " and ".join(key for key in config if names.get(key, key) == name)
+            raise UserError(f"config.json: {given} are the same size and must agree.")
+    return new
+
+
+def full_attention_interval(config: Config) -> int | None:
+    """n where every n-th layer attends in full and no other; None where the pattern is not regular."""
+    full = [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    if full and full == list(range(full[0], len(config["layer_types"]), full[0] + 1)):
+        return full[0] + 1
+    return None
+
+
+def with_full_attention_interval(config: Config) -> Config:
+    """SGLang ignores layer_types and counts: write the interval wherever it tells the truth about every layer."""
+    new = {key: value for key, value in config.items() if key != "full_attention_interval"}
+    interval = full_attention_interval(config)
+    return new if interval is None else new | {"full_attention_interval": interval}
+
+
+def check_one_mtp_module(config: Config) -> None:
+    """Raise UserError unless there is one MTP module or none."""
+    if config["num_nextn_predict_layers"] not in (0, 1):
+        raise UserError(
+            f"config.json: num_nextn_predict_layers is {shown(config['num_nextn_predict_layers'])}; supported is one MTP "
+            "module (1), which is applied repeatedly, or none (0)."
+        )
+
+
+def with_mtp_layer_types(config: Config) -> Config:
+    """What Transformers' own MtpModel asks for where layers are of different types."""
+    new = {key: value for key, value in config.items() if key not in ("num_mtp_layers", "mtp_layer_types")}
+    number = config["num_nextn_predict_layers"]
+    return new | {"num_mtp_layers": number, "mtp_layer_types": ["full_attention"] * number} if number else new
 
 
 def mlp_layer_types(config: Config) -> list[str]:
     """'dense' or 'sparse' per layer, from `mlp_only_layers` and `decoder_sparse_step` (Qwen's rule)."""
     only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
     if not isinstance(only, list) or not all(isinstance(layer, int) for layer in only):
-        raise UserError(f"config.json: 'mlp_only_layers' must be a list of layer numbers, is {str(only)[:40]}.")
+        raise UserError(f"config.json: 'mlp_only_layers' must be a list of layer numbers, is {shown(only)}.")
     if not isinstance(step, int) or step <= 0:
-        raise UserError(f"config.json: 'decoder_sparse_step' must be a positive whole number, is {repr(step)[:40]}.")
+        raise UserError(f"config.json: 'decoder_sparse_step' must be a positive whole number, is {shown(step)}.")
     layers = range(config["num_hidden_layers"])
     return ["dense" if layer in only or (layer + 1) % step else "sparse" for layer in layers]
 
@@ -70,6 +145,8 @@ def with_both_rope_forms(config: Config, partial_rotary_factor: float | None = N
     """
     new = dict(config)
     rope: dict[str, Any] | None = config.get("rope_parameters")
+    if rope is not None and not isinstance(rope, dict):
+        raise UserError(f"config.json: 'rope_parameters' must be a mapping, is {shown(rope)}.")
     if rope:
         for key in ("rope_theta", "partial_rotary_factor"):
             if key in rope:

@@ -3,17 +3,21 @@
 Names and shapes as in the released checkpoint and in Transformers' `Qwen3NextForCausalLM`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from slimqwen.errors import UserError
 from slimqwen.families.axes import Axis, cat, each
 from slimqwen.families.canonical import (
     check_layer_types,
     check_layers_and_experts,
+    check_one_mtp_module,
+    full_attention_interval,
     mlp_layer_types,
     periodic_layer_types,
     with_both_rope_forms,
+    with_full_attention_interval,
     with_mlp_only_layers,
+    with_mtp_layer_types,
 )
 from slimqwen.families.family import Block, Config, Family, Part, Recall, Table
 from slimqwen.families.tables import (
@@ -29,6 +33,7 @@ from slimqwen.families.tables import (
     QUERY_HEAD,
     SHARED_NEURON,
     VOCAB,
+    around_the_layers,
     attention,
     gated_mlp,
     routed_experts,
@@ -59,7 +64,16 @@ FIELDS = {
 
 KEYS = each(KEY_HEAD, KEY_DIM)
 VALUES = each(KEY_HEAD, each(VALUE_HEAD, VALUE_DIM))
+VALUE_HEADS = each(KEY_HEAD, VALUE_HEAD)
 GROUP_VALUES = each(VALUE_HEAD, VALUE_DIM)
+
+DELTANET_CORE: Table = {
+    "linear_attn.conv1d.weight": (cat(q=KEYS, k=KEYS, v=VALUES), 1, CONV_KERNEL),  # not interleaved, unlike in_proj
+    "linear_attn.A_log": (VALUE_HEADS,),
+    "linear_attn.dt_bias": (VALUE_HEADS,),
+    "linear_attn.norm.weight": (VALUE_DIM,),
+    "linear_attn.out_proj.weight": (HIDDEN, VALUES),
+}
 
 DELTANET: Table = {
     "linear_attn.in_proj_qkvz.weight": (
@@ -67,11 +81,7 @@ DELTANET: Table = {
         HIDDEN,
     ),
     "linear_attn.in_proj_ba.weight": (each(KEY_HEAD, cat(b=VALUE_HEAD, a=VALUE_HEAD)), HIDDEN),
-    "linear_attn.conv1d.weight": (cat(q=KEYS, k=KEYS, v=VALUES), 1, CONV_KERNEL),  # not interleaved, unlike in_proj
-    "linear_attn.A_log": (each(KEY_HEAD, VALUE_HEAD),),
-    "linear_attn.dt_bias": (each(KEY_HEAD, VALUE_HEAD),),
-    "linear_attn.norm.weight": (VALUE_DIM,),
-    "linear_attn.out_proj.weight": (HIDDEN, VALUES),
+    **DELTANET_CORE,
 }
 
 DELTANET_RECALL = Recall(
@@ -83,9 +93,7 @@ DELTANET_RECALL = Recall(
     },
 )
 
-ATTENTION = attention(
-    queries=each(KV_HEAD, each(QUERY_HEAD, cat(query=HEAD_DIM, gate=HEAD_DIM))), norms=PER_HEAD_NORMS
-)
+ATTENTION = attention(queries=each(KV_HEAD, each(QUERY_HEAD, cat(query=HEAD_DIM, gate=HEAD_DIM))), norms=PER_HEAD_NORMS)
 
 # Where experts are merged, router rows are still selected: the base's row speaks for its group (method.md section 4).
 ROUTER: Table = {"mlp.gate.weight": (EXPERT, HIDDEN)}
@@ -104,14 +112,17 @@ MTP_NORMS: Table = {
     "mtp.norm.weight": (HIDDEN,),
 }
 
-MIXERS: dict[str, tuple[Part, Table, Recall]] = {
+Mixers = Mapping[str, tuple[Part, Table, Recall]]
+"""Word of layer_types -> what mixes tokens in such a layer."""
+
+MIXERS: Mixers = {
     "linear_attention": ("deltanet", DELTANET, DELTANET_RECALL),
     "full_attention": ("attention", ATTENTION, ATTENTION_RECALL),
 }
 
 
-def decoder_layer(prefix: str, mixer: str, mlp: str, layer: int | None) -> Block:
-    part, table, recall = MIXERS[mixer]
+def decoder_layer(prefix: str, mixer: tuple[Part, Table, Recall], mlp: str, layer: int | None) -> Block:
+    part, table, recall = mixer
     tables: dict[Part, Table] = {"norm": LAYER_NORMS, part: table}
     if mlp == "dense":
         tables["dense_mlp"] = gated_mlp("mlp.", DENSE_NEURON)
@@ -120,65 +131,51 @@ def decoder_layer(prefix: str, mixer: str, mlp: str, layer: int | None) -> Block
     return Block(prefix, tables, ROUTED_EXPERTS, layer, is_mtp=layer is None, recall=recall)
 
 
-def layer_blocks(config: Config) -> list[Block]:
+def layer_blocks(config: Config, mixers: Mixers = MIXERS, root: str = "model.") -> list[Block]:
     kinds = zip(config["layer_types"], config["mlp_layer_types"], strict=True)
-    return [decoder_layer(f"model.layers.{i}.", mixer, mlp, i) for i, (mixer, mlp) in enumerate(kinds)]
+    return [decoder_layer(f"{root}layers.{i}.", mixers[mixer], mlp, i) for i, (mixer, mlp) in enumerate(kinds)]
 
 
-def surroundings(config: Config) -> list[Block]:
-    embeddings: Table = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    if not config["tie_word_embeddings"]:
-        embeddings = {**embeddings, "lm_head.weight": (VOCAB, HIDDEN)}
-    blocks = [Block("", {"embedding": embeddings, "norm": {"model.norm.weight": (HIDDEN,)}})]
+def surroundings(config: Config, root: str = "model.") -> list[Block]:
+    blocks = around_the_layers(config, root)
     if config["num_nextn_predict_layers"]:
         blocks.append(Block("", {"mtp_projection": MTP_PROJECTION, "norm": MTP_NORMS}, is_mtp=True))
-        blocks.append(decoder_layer("mtp.layers.0.", "full_attention", "sparse", None))
+        blocks.append(decoder_layer("mtp.layers.0.", MIXERS["full_attention"], "sparse", None))
     return blocks
 
 
 def normalise(config: Config) -> Config:
     """Make explicit what older config.json files leave to a default; refuse what the table does not describe."""
     # Serving engines take the number of MTP layers from this key and 1 where it is missing (vLLM's qwen3_next_mtp).
-    config = {"num_nextn_predict_layers": 1, "tie_word_embeddings": False, "intermediate_size": 5632} | config
+    released: Config = {"num_nextn_predict_layers": 1, "tie_word_embeddings": False, "intermediate_size": 5632}
+    config = released | config
     check_layers_and_experts(config)
-    if config["num_nextn_predict_layers"] not in (0, 1):
-        raise UserError(
-            f"config.json: num_nextn_predict_layers is {config['num_nextn_predict_layers']!r}; Qwen3-Next has one MTP module "
-            "(1), which is applied repeatedly, or none (0)."
-        )
-    if config.get("attention_bias"):
-        raise UserError("config.json: attention_bias true is not supported: Qwen3-Next was released without biases.")
-    if config.get("layer_types") is None:
-        config["layer_types"] = periodic_layer_types(config)
-    check_layer_types(config, MIXERS)
+    check_one_mtp_module(config)
+    check_no_biases(config)
+    config["layer_types"] = layer_types(config)
     config["mlp_layer_types"] = mlp_layer_types(config)
     return config
+
+
+def check_no_biases(config: Config) -> None:
+    if config.get("attention_bias"):
+        raise UserError(
+            f"config.json: attention_bias true is not supported: no released {config['model_type']} has biases."
+        )
+
+
+def layer_types(config: Config) -> list[str]:
+    """The mixer of each layer, which older files only give an interval for."""
+    if config.get("layer_types") is None:
+        return periodic_layer_types(config)
+    check_layer_types(config, MIXERS)
+    return list(config["layer_types"])
 
 
 def to_disk(config: Config) -> Config:
     """Old and new forms of the keys that differ between Transformers 5 and the serving engines (formats.md 1)."""
     config = with_both_rope_forms(with_mlp_only_layers(config), partial_rotary_factor=0.25)
-    # SGLang ignores layer_types and counts: write the interval wherever it tells the truth about every layer.
-    interval = full_attention_interval(config)
-    if interval is None:
-        config.pop("full_attention_interval", None)
-    else:
-        config["full_attention_interval"] = interval
-    if config["num_nextn_predict_layers"]:  # what Transformers' own MtpModel asks for
-        config["num_mtp_layers"] = config["num_nextn_predict_layers"]
-        config["mtp_layer_types"] = ["full_attention"] * config["num_nextn_predict_layers"]
-    else:
-        config.pop("num_mtp_layers", None)
-        config.pop("mtp_layer_types", None)
-    return config
-
-
-def full_attention_interval(config: Config) -> int | None:
-    """n where every n-th layer attends in full and no other; None where the pattern is not regular."""
-    full = [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
-    if full and full == list(range(full[0], len(config["layer_types"]), full[0] + 1)):
-        return full[0] + 1
-    return None
+    return with_mtp_layer_types(with_full_attention_interval(config))
 
 
 def serving_note(config: Config) -> str | None:

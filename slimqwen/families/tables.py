@@ -1,7 +1,9 @@
 """Axes and pieces of tables that several families share."""
 
+from collections.abc import Mapping
+
 from slimqwen.families.axes import Axis, Term, each
-from slimqwen.families.family import ExpertTable, Recall, Table
+from slimqwen.families.family import Block, Config, ExpertTable, Part, Recall, Table
 
 VOCAB = Axis("vocab")
 HIDDEN = Axis("hidden")
@@ -15,6 +17,17 @@ HEAD_DIM = Axis("head_dim")
 
 QUERIES = each(KV_HEAD, each(QUERY_HEAD, HEAD_DIM))
 KEYS = each(KV_HEAD, HEAD_DIM)
+
+# Of a stack whose every layer attends in full and routes to experts; families add to it.
+ATTENTION_FIELDS = {
+    "vocab_size": (VOCAB,),
+    "hidden_size": (HIDDEN,),
+    "num_experts": (EXPERT,),
+    "moe_intermediate_size": (EXPERT_NEURON,),
+    "num_key_value_heads": (KV_HEAD,),
+    "num_attention_heads": (KV_HEAD, QUERY_HEAD),
+    "head_dim": (HEAD_DIM,),
+}
 
 LAYER_NORMS: Table = {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
 
@@ -54,3 +67,17 @@ def routed_experts(prefix: str, gate: str = "gate_proj", up: str = "up_proj", do
         per_expert={gate: (EXPERT_NEURON, HIDDEN), up: (EXPERT_NEURON, HIDDEN), down: (HIDDEN, EXPERT_NEURON)},
         fused={f"{prefix}gate_up_proj": (gate, up), f"{prefix}down_proj": (down,)},
     )
+
+
+def decoder_layer(layer: int, attention: Table, mlp: Mapping[Part, Table], experts: ExpertTable | None = None) -> Block:
+    """A layer of full attention; `mlp` is a dense network, or what there is beside the routed experts."""
+    tables: dict[Part, Table] = {"norm": LAYER_NORMS, "attention": attention, **mlp}
+    return Block(f"model.layers.{layer}.", tables, experts, layer, recall=ATTENTION_RECALL)
+
+
+def around_the_layers(config: Config, root: str = "model.") -> list[Block]:
+    """The embedding, the final norm and, unless it is tied to the embedding, lm_head."""
+    embeddings: Table = {f"{root}embed_tokens.weight": (VOCAB, HIDDEN)}
+    if not config["tie_word_embeddings"]:
+        embeddings = {**embeddings, "lm_head.weight": (VOCAB, HIDDEN)}
+    return [Block("", {"embedding": embeddings, "norm": {f"{root}norm.weight": (HIDDEN,)}})]

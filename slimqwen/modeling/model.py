@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.errors import UserError
 from slimqwen.families import Config, Family, family_of
@@ -95,8 +96,11 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
     backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
     mtp = None
     if checkpoint.has_mtp:
-        mtp = MtpModule(backbone, checkpoint.family).to(dtype)
-        fill(mtp, MTP_PREFIX, checkpoint, [block for block in checkpoint.family.blocks(checkpoint.config) if block.is_mtp])
+        mtp = MtpModule(backbone, checkpoint.family)
+        for parameter in mtp.parameters():  # not the buffers: a router's correction bias is float32 in any model
+            parameter.data = parameter.data.to(dtype)
+        blocks = [block for block in checkpoint.family.blocks(checkpoint.config) if block.is_mtp]
+        fill(mtp, MTP_PREFIX, checkpoint, blocks)
     model = MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).to(device)
     model.eval()
     return model
@@ -151,19 +155,23 @@ def save(
     layouts: Mapping[str, Layout] | None = like.layouts if like is not None else None
     sizes = family.sizes(config)
     held = model.held()
-    writer = CheckpointWriter(folder)
-    for spec in family.tensors(config, layouts):
-        if spec.part == "vision":  # carried along: the language model does not hold it
-            if like is None:
-                raise UserError(f"random weights for {spec.name} cannot be made: start from a checkpoint that has it.")
-            tensor = like.read(spec.name)
-        else:
-            tensor = disk_tensor(spec, family, config, held, sizes).detach().cpu()
-        writer.add(spec.name, tensor.to(like.dtype(spec.name) if like is not None else dtype))
+    specs = {spec.name: spec for spec in family.tensors(config, layouts)}
+    planned = [
+        TensorInfo(name, dtype if like is None else like.dtype(name), spec.shape) for name, spec in specs.items()
+    ]
+    with CheckpointWriter(folder, planned) as writer:
+        for name, kept_as, _ in writer.missing():
+            if specs[name].part == "vision":  # carried along: the language model does not hold it
+                if like is None:
+                    raise UserError(f"random weights for {name} cannot be made: start from a checkpoint that has it.")
+                tensor = like.read(name)
+            else:
+                tensor = disk_tensor(specs[name], family, config, held, sizes).detach().cpu()
+            writer.add(name, tensor.to(kept_as))
+        stored = dtype if like is None else like.dtype(next(iter(like.specs)))
+        writer.finish(family.to_disk({**config, "dtype": str(stored).removeprefix("torch.")}))
     if like is None:
         GenerationConfig.from_model_config(model.backbone.config).save_pretrained(folder)
-    stored = dtype if like is None else like.dtype(next(iter(like.specs)))
-    writer.finish(family.to_disk({**config, "dtype": str(stored).removeprefix("torch.")}))
 
 
 def disk_tensor(

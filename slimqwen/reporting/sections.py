@@ -237,7 +237,8 @@ def source_shape(plan: Plan) -> Target:
     scores, counts = plan.scores, plan.before
     experts = len(next(iter(scores.experts.values())))
     routed = counts.parts["routed_experts"]
-    active_routed = counts.active_parameters - (counts.total_parameters - routed)
+    always_active = counts.total_parameters - routed - counts.parts.get("vision", 0)
+    active_routed = counts.active_parameters - always_active
     return Target(
         num_hidden_layers=len(scores.layer_block_influence),
         hidden_size=len(scores.hidden),
