@@ -1,19 +1,21 @@
 """Parameters of a model from its config alone, in total and per part, in milliseconds."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from math import prod
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from slimqwen.families.axes import size
-from slimqwen.families.family import Config, Family
+from slimqwen.families.axes import Axis, size
+from slimqwen.families.family import Block, Config, Family
 
 
 class Counts(BaseModel):
     """`total_parameters` and `active_parameters` leave the MTP module out, as model names do ("80B-A3B").
 
-    Active: what one token multiplies with, i.e. everything but the routed experts that were not chosen; the input
-    embedding is included, and `active_without_input_embedding` is the other convention.
+    Active: what one token of text multiplies with, i.e. everything but the routed experts that were not chosen and
+    a vision tower; the input embedding is included, and `active_without_input_embedding` is the other convention.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,27 +30,45 @@ class Counts(BaseModel):
 
 def count(family: Family, config: Config) -> Counts:
     """Count every tensor of the table. `parts` sums to `total_parameters`."""
-    sizes = family.sizes(config)
+    return Counts(**tally(family, config, family.sizes(config), config["num_experts_per_tok"]))
+
+
+def tally(family: Family, config: Config, sizes: Mapping[Axis, Any], num_experts_per_tok: Any) -> dict[str, Any]:
+    """The fields of `Counts`. `config` says which blocks there are, `sizes` and `num_experts_per_tok` how large.
+
+    Counting only adds and multiplies, so a size may also be an int64 array: arrays that broadcast against one another
+    count a whole grid of shapes at once.
+    """
+    blocks = family.blocks(config)
+    parts = parameters([block for block in blocks if not block.is_mtp], sizes)
+    mtp = parameters([block for block in blocks if block.is_mtp], sizes)
+    active_parameters = active(parts, sizes[family.expert], num_experts_per_tok)
+    looked_up = 0 if config["tie_word_embeddings"] else sizes[family.vocab] * sizes[family.hidden]
+    return {
+        "total_parameters": parts.total(),
+        "active_parameters": active_parameters,
+        "active_without_input_embedding": active_parameters - looked_up,
+        "mtp_parameters": mtp.total(),
+        "mtp_active_parameters": active(mtp, sizes[family.expert], num_experts_per_tok),
+        "parts": dict(parts),
+    }
+
+
+def parameters(blocks: Iterable[Block], sizes: Mapping[Axis, Any], min_dims: int = 1) -> Counter[str]:
+    """Parameters per part, of the tensors that have at least `min_dims` dimensions."""
     parts: Counter[str] = Counter()
-    mtp: Counter[str] = Counter()
-    for block in family.blocks(config):
-        bucket = mtp if block.is_mtp else parts
+    for block in blocks:
         for part, table in block.tables.items():
-            bucket[part] += sum(prod(size(term, sizes) for term in dims) for dims in table.values())
+            parts[part] += sum(
+                prod(size(term, sizes) for term in dims) for dims in table.values() if len(dims) >= min_dims
+            )
         if block.experts is not None:
             per_expert = sum(prod(size(term, sizes) for term in dims) for dims in block.experts.per_expert.values())
-            bucket["routed_experts"] += per_expert * sizes[block.experts.axis]
+            parts["routed_experts"] += per_expert * sizes[block.experts.axis]
+    return parts
 
-    def active(bucket: Counter[str]) -> int:
-        chosen: int = bucket["routed_experts"] // sizes[family.expert] * config["num_experts_per_tok"]
-        return bucket.total() - bucket["routed_experts"] + chosen
 
-    embedding = sizes[family.vocab] * sizes[family.hidden]
-    return Counts(
-        total_parameters=parts.total(),
-        active_parameters=active(parts),
-        active_without_input_embedding=active(parts) - (0 if config["tie_word_embeddings"] else embedding),
-        mtp_parameters=mtp.total(),
-        mtp_active_parameters=active(mtp),
-        parts=dict(parts),
-    )
+def active(parts: Counter[str], num_experts: Any, num_experts_per_tok: Any) -> Any:
+    """Parameters among `parts` that one token of text meets."""
+    chosen = parts["routed_experts"] // num_experts * num_experts_per_tok
+    return parts.total() - parts["routed_experts"] - parts["vision"] + chosen

@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from slimqwen.bytesize import bytes_of
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import Target
 
 QUANTITIES = ("total", "active", "active_without_input_embedding", "checkpoint")
 PARAMETER_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-BYTE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 TOLERANCE = 0.03
 
@@ -68,16 +68,14 @@ def parse(wanted: str) -> tuple[list[Budget], Target]:
 
 
 def _budget(quantity: str, written: str) -> Budget:
-    units = BYTE_UNITS if quantity == "checkpoint" else PARAMETER_UNITS
-    match = re.fullmatch(r"([0-9]+)(?:\.([0-9]+))?\s*([A-Za-z]*)", written)
-    unit = {name.lower(): factor for name, factor in units.items()}.get(match[3].lower()) if match else None
-    if match is None or unit is None or float(written.removesuffix(match[3])) == 0:
-        example = "40GB" if quantity == "checkpoint" else "23B"
-        raise UserError(
-            f"--fit: {quantity}={written!r} must be a number and one of {', '.join(filter(None, units))}, e.g. {example}."
-        )
-    amount = float(written.removesuffix(match[3])) * unit
     if quantity == "checkpoint":
-        return Budget(quantity, written, amount, amount * (1 - TOLERANCE), amount)
+        room = bytes_of(written)
+        return Budget(quantity, written, room, room * (1 - TOLERANCE), room)
+    match = re.fullmatch(r"(\d{1,15}(?:\.(\d{1,15}))?)\s*([a-z]?)", written, re.IGNORECASE)
+    unit = PARAMETER_UNITS.get(match[3].upper()) if match else None
+    if match is None or unit is None or float(match[1]) == 0:
+        units = ", ".join(filter(None, PARAMETER_UNITS))
+        raise UserError(f"--fit: {quantity}={written!r} must be a number and one of {units}, e.g. 23B.")
+    amount = float(match[1]) * unit
     margin = max(amount * TOLERANCE, unit * 0.5 * 10 ** -len(match[2] or ""))
     return Budget(quantity, written, amount, amount - margin, amount + margin)

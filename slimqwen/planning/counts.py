@@ -1,41 +1,138 @@
-"""Parameters before and after a target, from config.json alone: no weights, no torch."""
+"""A model before and after a target, from config.json alone: parameters and footprint, as data and as a table."""
 
-from pathlib import Path
+from collections.abc import Callable
 
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from slimqwen.checkpoint.config import read_config
+from slimqwen.bytesize import bytes_in_words
+from slimqwen.families import Config, Family
 from slimqwen.families.count import Counts, count
+from slimqwen.planning.footprint import Footprint, footprint
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
 
 
-def before_and_after(config_or_checkpoint: Path, target: Target) -> dict[str, Counts]:
-    """`{"before": ..., "after": ...}`. Raises UserError for a target larger than the source."""
-    family, config = read_config(config_or_checkpoint)
-    after = target_config(family, config, completed(target, config))
-    return {"before": count(family, config), "after": count(family, after)}
+class Footprints(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: Footprint
+    after: Footprint
 
 
-def counts_table(counts: dict[str, Counts]) -> str:
-    """The counts side by side, as text."""
-    before, after = counts["before"], counts["after"]
+class Comparison(BaseModel):
+    """What `slimqwen plan` prints. The footprint's training is distillation from the model before."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    before: Counts
+    after: Counts
+    footprint: Footprints
+
+
+def compare(
+    family: Family,
+    config: Config,
+    target: Target,
+    layers: list[int] | None = None,
+    *,
+    context_length: int = 32_768,
+    gpus: int = 8,
+) -> Comparison:
+    """The model and what a target leaves of it: the first layers, where none are named.
+
+    Raises UserError for a target larger than the source.
+    """
+    after = target_config(family, config, completed(family, target, config), layers)
+    return Comparison(
+        before=count(family, config),
+        after=count(family, after),
+        footprint=Footprints(
+            before=footprint(family, config, config, context_length, gpus),
+            after=footprint(family, after, config, context_length, gpus),
+        ),
+    )
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """The comparison side by side, and what each number means, as text."""
+    before, after = comparison.before, comparison.after
     table = Table(box=None, pad_edge=False)
-    table.add_column("parameters")
+    table.add_column("")
     for column in ("before", "after", "after/before"):
         table.add_column(column, justify="right")
 
-    def row(name: str, old: int, new: int) -> None:
-        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "-")
+    def row(name: str, old: int, new: int, written: Callable[[int], str] = "{:,}".format) -> None:
+        table.add_row(name, written(old), written(new), f"{new / old:.1%}" if old else "-")
 
-    row("total", before.total_parameters, after.total_parameters)
-    row("active", before.active_parameters, after.active_parameters)
-    row("active without input embedding", before.active_without_input_embedding, after.active_without_input_embedding)
+    row("parameters [1]", before.total_parameters, after.total_parameters)
     for part, number in before.parts.items():
         row(f"  {part.replace('_', ' ')}", number, after.parts.get(part, 0))
+    row("active [2]", before.active_parameters, after.active_parameters)
+    row("active without input embedding", before.active_without_input_embedding, after.active_without_input_embedding)
     row("MTP module, apart", before.mtp_parameters, after.mtp_parameters)
-    console = Console(width=100)
+    row("MTP module, active", before.mtp_active_parameters, after.mtp_active_parameters)
+
+    old, new = comparison.footprint.before, comparison.footprint.after
+    row(f"checkpoint, {old.dtype}, with MTP", old.checkpoint_bytes, new.checkpoint_bytes, bytes_in_words)
+    tokens = f"{old.context_length:,} tokens"
+    row(f"KV cache of {tokens} [3]", old.kv_cache_bytes, new.kv_cache_bytes, bytes_in_words)
+    if old.state_bytes:
+        row("DeltaNet state of a sequence [3]", old.state_bytes, new.state_bytes, bytes_in_words)
+    row(f"forward FLOPs per token at {tokens} [4]", old.forward_flops_per_token, new.forward_flops_per_token, _in_flops)
+
+    train, trained = old.training, new.training
+    row(f"training, per GPU of {train.gpus} [5]", train.total_bytes, trained.total_bytes, bytes_in_words)
+    row("  student, gradients, AdamW", train.student_bytes, trained.student_bytes, bytes_in_words)
+    row("  teacher", train.teacher_bytes, trained.teacher_bytes, bytes_in_words)
+    row("  gathered layers", train.gathered_bytes, trained.gathered_bytes, bytes_in_words)
+    row("  loss", train.loss_bytes, trained.loss_bytes, bytes_in_words)
+    row(
+        "  + activations per token",
+        train.activation_bytes_per_token,
+        trained.activation_bytes_per_token,
+        bytes_in_words,
+    )
+    row(
+        "  + or, with checkpointing",
+        train.checkpointed_activation_bytes_per_token,
+        trained.checkpointed_activation_bytes_per_token,
+        bytes_in_words,
+    )
+    console = Console(width=120)
     with console.capture() as capture:
         console.print(table)
-    return capture.get().rstrip()
+    return f"{capture.get().rstrip()}\n\n{footnotes(old)}"
+
+
+def footnotes(costs: Footprint) -> str:
+    """The convention behind each number, a line or two each."""
+    return "\n".join(
+        (
+            "[1] The main model, as names like 80B-A3B count it; the MTP module is counted apart.",
+            "[2] What a token meets: all but the routed experts that were not chosen, with input embedding and lm_head. For",
+            "    Qwen3-Next-80B-A3B and SlimQwen-23A2B the paper prints 3.8B and 2.0B, and no convention gives both: with the",
+            "    input embedding 3.87B and 2.11B (nearer), without 3.56B and 1.88B, without either table 3.25B and 1.65B.",
+            f"[3] One sequence; {costs.dtype}, but DeltaNet's recurrent state in float32, as Transformers keeps it; without MTP.",
+            "[4] Mean over a prefill of that length: 2 per multiply-add of a matrix with a token (embedding looked up), of",
+            "    attention with the past, and 4 multiply-adds per element of the recurrent state; without MTP.",
+            "[5] Predicted, not measured: distilling from the model before, sharded (FSDP2), MTP included. Student in float32",
+            "    (16 bytes per parameter), teacher in bfloat16; activations come on top, per token of a GPU's micro-batch.",
+        )
+    )
+
+
+def in_parameters(number: int) -> str:
+    """`23.18B`"""
+    return _in_unit(number, {"B": 1e9, "M": 1e6, "K": 1e3, "": 1})
+
+
+def _in_flops(number: int) -> str:
+    return _in_unit(number, {" TFLOP": 1e12, " GFLOP": 1e9, " MFLOP": 1e6, " kFLOP": 1e3, " FLOP": 1})
+
+
+def _in_unit(number: int, units: dict[str, float]) -> str:
+    """`number` in the largest unit that it has one of; `units` from largest to smallest."""
+    unit, amount = next(((unit, amount) for unit, amount in units.items() if number >= amount), list(units.items())[-1])
+    return f"{number / amount:,.2f}{unit}" if amount > 1 else f"{number}{unit}"

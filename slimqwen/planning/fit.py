@@ -1,0 +1,246 @@
+"""Which shapes meet a budget: `slimqwen plan CONFIG --fit total=23B,active=2B`. No weights, no torch.
+
+Every shape of a grid is counted (`families.count.tally` takes whole grids), those within the budgets are ranked, the
+best are listed. Sizes that are neither searched nor pinned stay the source's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from slimqwen.artifacts import write_text
+from slimqwen.bytesize import bytes_in_words
+from slimqwen.errors import UserError
+from slimqwen.families import Config, Family
+from slimqwen.families.axes import Axis
+from slimqwen.families.count import Counts, count, tally
+from slimqwen.planning.budget import QUANTITIES, Budget, parse
+from slimqwen.planning.counts import in_parameters
+from slimqwen.planning.footprint import BYTES_OF, dtype_of
+from slimqwen.planning.shapes import completed, target_config
+from slimqwen.recipe import Target
+
+Array = NDArray[Any]
+
+SEARCHED = ("num_hidden_layers", "hidden_size", "num_experts", "moe_intermediate_size", "num_experts_per_tok")
+EXPERTS_MULTIPLE = 8  # experts spread evenly over expert-parallel sizes 1, 2, 4 and 8
+UNEVEN_EXPERTS = 0.05  # added to a shape's distance if its experts do not spread over 16, and again over 32
+
+# The paper's two cuts (method.md section 1), after / before in the order of SEARCHED.
+PAPER_CUTS = ((36 / 48, 1536 / 2048, 256 / 512, 1.0, 8 / 10), (20 / 28, 1280 / 2048, 128 / 256, 1.0, 8 / 8))
+
+FOOTNOTE = (
+    "A budget of parameters is met within 3 %, or by what rounds to it as written (2B: 1.5B to 2.5B; 2.0B: 1.94B to 2.06B); "
+    "bytes are\nnever exceeded. Whole blocks of layers first; then by distance: how far the sizes are from the paper's "
+    "proportions and the\nnumbers from the budgets (0.1: about 10 % off in one of them). active: with input embedding; "
+    "checkpoint: with MTP."
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every shape that is searched: `shapes` [n, SEARCHED], `quantities` name -> [n]; `source` [SEARCHED]."""
+
+    shapes: Array
+    source: Array
+    quantities: dict[str, Array]
+
+    def describe(self, index: int, quantities: Sequence[str]) -> str:
+        """One shape in words: these quantities, then its sizes."""
+        numbers = [
+            f"{name} {self.quantities[name][index]:,}" + " bytes" * (name == "checkpoint") for name in quantities
+        ]
+        shape = ", ".join(f"{field} {size}" for field, size in zip(SEARCHED, self.shapes[index], strict=True))
+        return f"{', '.join(numbers)} ({shape})"
+
+
+class Candidate(BaseModel):
+    """A shape that meets the budgets. `deviations`: quantity -> actual / budget - 1; `distance`: see `distances`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: Target
+    counts: Counts
+    checkpoint_bytes: int
+    deviations: dict[str, float]
+    distance: float
+
+
+def fit(family: Family, config: Config, wanted: str, *, align: int = 128, limit: int = 10) -> list[Candidate]:
+    """The `limit` best shapes for `wanted`: budgets and pinned sizes such as "total=23B,active=2B,hidden_size=1536".
+
+    Shapes of whole periods of layer_types (3:1 blocks) come first; among equals the least `distances`. Raises UserError
+    for what cannot be read, for a budget outside what the grid can reach, and where no shape meets all budgets.
+    """
+    budgets, pinned = parse(wanted)
+    grid = count_grid(family, config, pinned, align)
+    for budget in budgets:
+        check_reachable(budget, grid)
+    off = np.stack([np.log(grid.quantities[budget.quantity] / budget.amount) for budget in budgets])  # [budgets, n]
+    meets = np.all([budget.met_by(grid.quantities[budget.quantity]) for budget in budgets], axis=0)
+    distance = np.where(meets, distances(grid.shapes, grid.source, off), np.inf)
+    broken = grid.shapes[:, 0] % period(config["layer_types"]) > 0
+    candidates: list[Candidate] = []
+    for index in np.lexsort((distance, broken | ~meets))[: meets.sum()]:
+        sizes = dict(zip(SEARCHED, grid.shapes[index].tolist(), strict=True))
+        target = pinned.model_copy(update=sizes)
+        try:
+            counts = count(family, target_config(family, config, completed(family, target, config)))
+        except UserError:  # a family may refuse sizes together that are good one by one
+            continue
+        candidates.append(
+            Candidate(
+                target=target,
+                counts=counts,
+                checkpoint_bytes=int(grid.quantities["checkpoint"][index]),
+                deviations={b.quantity: float(grid.quantities[b.quantity][index] / b.amount - 1) for b in budgets},
+                distance=float(distance[index]),
+            )
+        )
+        if len(candidates) == limit:
+            break
+    if not candidates:
+        nearest = grid.describe(int((off**2).sum(axis=0).argmin()), [budget.quantity for budget in budgets])
+        raise UserError(
+            f"no shape meets --fit {wanted}; the nearest has {nearest}: change a budget or a pinned size, or lower --align."
+        )
+    return candidates
+
+
+def count_grid(family: Family, config: Config, pinned: Target, align: int) -> Grid:
+    """Count every shape that can be cut from `config` with the pinned sizes.
+
+    Layers: any number of the first, at least one of which attends in full and one has experts. Hidden and expert size:
+    multiples of `align`. Experts: multiples of EXPERTS_MULTIPLE. Top-k: from half of the source's. The source's own
+    size is always among them. Raises UserError for pinned sizes that cannot be cut out of the source.
+    """
+    given = pinned.model_dump(exclude_none=True)
+    base = completed(family, Target(**({"num_experts_per_tok": 1} | given)), config)
+    choices = _choices(config, align) | {field: [given[field]] for field in SEARCHED if field in given}
+    layer_choices, *others = (np.array(choices[field], dtype=np.int64) for field in SEARCHED)
+    others[-1] = np.unique(np.minimum(others[-1], others[1].max()))  # no more chosen experts than there are
+    hidden, experts, neurons, chosen = np.ix_(*others)  # one dimension each: they multiply only where the table does
+    possible = np.broadcast_to(chosen <= experts, [len(values) for values in others])
+
+    shapes: list[Array] = []
+    quantities: dict[str, list[Array]] = {name: [] for name in QUANTITIES}
+    for layers in layer_choices.tolist():
+        cut = target_config(family, config, base.model_copy(update={"num_hidden_layers": layers}))
+        sizes: dict[Axis, Any] = {**family.sizes(cut)}
+        for field, values in (("hidden_size", hidden), ("num_experts", experts), ("moe_intermediate_size", neurons)):
+            sizes[family.fields[field][-1]] = values
+        counts = tally(family, cut, sizes, chosen)
+        stored = (counts["total_parameters"] + counts["mtp_parameters"]) * BYTES_OF[dtype_of(config)]
+        for name, numbers in (
+            ("total", counts["total_parameters"]),
+            ("active", counts["active_parameters"]),
+            ("active_without_input_embedding", counts["active_without_input_embedding"]),
+            ("checkpoint", stored),
+        ):
+            quantities[name].append(np.broadcast_to(numbers, possible.shape)[possible])
+        columns = [np.broadcast_to(values, possible.shape)[possible] for values in (hidden, experts, neurons, chosen)]
+        shapes.append(np.stack([np.full_like(columns[0], layers), *columns], axis=1))
+    return Grid(
+        shapes=np.concatenate(shapes),
+        source=np.array([config[field] for field in SEARCHED]),
+        quantities={name: np.concatenate(pieces) for name, pieces in quantities.items()},
+    )
+
+
+def check_reachable(budget: Budget, grid: Grid) -> None:
+    """Raise UserError for a budget below the smallest shape of the grid, or above the largest."""
+    numbers = grid.quantities[budget.quantity]
+    if numbers.min() > budget.highest:
+        raise UserError(
+            f"--fit {budget} can't be reached: the smallest shape has "
+            f"{grid.describe(int(numbers.argmin()), [budget.quantity])}; pin a size to go below it, or lower --align."
+        )
+    if numbers.max() < budget.lowest:
+        raise UserError(
+            f"--fit {budget} is more than there is: the largest shape has "
+            f"{grid.describe(int(numbers.argmax()), [budget.quantity])}."
+        )
+
+
+def distances(shapes: Array, source: Array, off: Array) -> Array:
+    """How far shapes [n, SEARCHED] are from the paper's way of cutting and from the budgets, [n]; 0 is best.
+
+    All sizes are taken as logarithms of before / after. A shape's cut of layers, hidden, experts and expert size together
+    is shared out as one of PAPER_CUTS shares out its own, and the top-k cut alike; the distance is Euclidean, to
+    the nearer of the two, with `off` [budgets, n], log(actual / budget), as further coordinates. 0.1 is about 10 % off
+    in one size. UNEVEN_EXPERTS comes on top.
+    """
+    cuts = np.log(source / shapes)  # [n, SEARCHED]
+    together = cuts[:, :4].sum(axis=1, keepdims=True)
+    paper = -np.log(np.array(PAPER_CUTS))
+    paper /= paper[:, :4].sum(axis=1, keepdims=True)
+    squared = np.min([((cuts - together * share) ** 2).sum(axis=1) for share in paper], axis=0)
+    uneven = (shapes[:, 2] % 16 > 0) + (shapes[:, 2] % 32 > 0).astype(np.int64)
+    distance: Array = np.sqrt(squared + (off**2).sum(axis=0)) + UNEVEN_EXPERTS * uneven
+    return distance
+
+
+def period(layer_types: Sequence[str]) -> int:
+    """Length of the pattern that the layers repeat: 4 for linear, linear, linear, full, ...; 1 where all are alike."""
+    kinds = list(layer_types)
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+
+
+def candidates_table(candidates: Sequence[Candidate]) -> str:
+    """The candidates, best first, as text."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "layers", "hidden", "experts", "top-k", "expert size", "total", "active", "checkpoint"):
+        table.add_column(column, justify="right")
+    for quantity in candidates[0].deviations:
+        table.add_column(f"{quantity.replace('_', ' ')} vs budget", justify="right")
+    table.add_column("distance", justify="right")
+    for number, candidate in enumerate(candidates, start=1):
+        target = candidate.target
+        table.add_row(
+            str(number),
+            str(target.num_hidden_layers),
+            str(target.hidden_size),
+            str(target.num_experts),
+            str(target.num_experts_per_tok),
+            str(target.moe_intermediate_size),
+            in_parameters(candidate.counts.total_parameters),
+            in_parameters(candidate.counts.active_parameters),
+            bytes_in_words(candidate.checkpoint_bytes),
+            *(f"{deviation:+.1%}" for deviation in candidate.deviations.values()),
+            f"{candidate.distance:.2f}",
+        )
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return f"{capture.get().rstrip()}\n\n{FOOTNOTE}"
+
+
+def write_target(candidate: Candidate, path: Path) -> None:
+    """The candidate's shape as a TARGET.yaml for `slimqwen plan --target`."""
+    sizes = candidate.target.model_dump(exclude_none=True)
+    write_text(path, "".join(f"{field}: {size}\n" for field, size in sizes.items()))
+
+
+def _choices(config: Config, align: int) -> dict[str, Sequence[int]]:
+    top_k = config["num_experts_per_tok"]
+    first_full = config["layer_types"].index("full_attention") if "full_attention" in config["layer_types"] else 0
+    first_sparse = config["mlp_layer_types"].index("sparse")
+    return {
+        "num_hidden_layers": range(max(first_full, first_sparse) + 1, config["num_hidden_layers"] + 1),
+        "hidden_size": _multiples(align, config["hidden_size"]),
+        "num_experts": _multiples(EXPERTS_MULTIPLE, config["num_experts"]),
+        "moe_intermediate_size": _multiples(align, config["moe_intermediate_size"]),
+        "num_experts_per_tok": range((top_k + 1) // 2, top_k + 1),
+    }
+
+
+def _multiples(unit: int, largest: int) -> list[int]:
+    """The multiples of `unit` up to `largest`, and `largest` itself."""
+    return sorted({*range(unit, largest, unit), largest})
