@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from slimqwen.errors import StageFailed, UserError
+from slimqwen.progress import say
 
 FULLY_HASHED_BYTES = 64 << 20  # larger files are sampled: hashing 160 GB would take longer than pruning it
 SAMPLE_BYTES = 1 << 20
 SAMPLES = 16
 MARKER = ".slimqwen"  # in every folder that atomic_folder wrote
+KEY_FILE = ".key"  # in the unfinished folder of `resumable_folder`: what is being made there
 FULL_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded")  # inside safetensors' own error
 
 
@@ -51,12 +53,49 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         with full_disk_explained(path):
             yield partial
-            (partial / MARKER).touch()
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(partial, path)
+            _put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_folder(path: Path, key: str) -> Iterator[Path]:
+    """`atomic_folder` for long work: what an interrupted process finished is still there when the same work begins again.
+
+    `key` says what is made (`fingerprint_value`): the remains of other work are removed. What is not finished must have
+    a hidden name; where nothing else is there, nothing stays behind. Ctrl-C, an error and SIGKILL are all alike.
+    """
+    path = path.resolve()
+    check_replaceable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists() and not _is_made_by(partial, key):
+        say(f"{partial} was left behind by other work (another plan, source or option) and is removed")
+        shutil.rmtree(partial)
+    partial.mkdir(exist_ok=True)
+    (partial / KEY_FILE).write_text(key, encoding="utf-8")
+    try:
+        with full_disk_explained(path):
+            yield partial
+            (partial / KEY_FILE).unlink()
+            _put_in_place(partial, path)
+    finally:
+        if partial.exists() and all(file.name.startswith(".") for file in partial.iterdir()):
+            shutil.rmtree(partial)
+        elif partial.exists():
+            say(f"what is finished stays in {partial}: the same command continues from there")
+
+
+def _is_made_by(partial: Path, key: str) -> bool:
+    key_file = partial / KEY_FILE
+    return key_file.is_file() and key_file.read_text(encoding="utf-8") == key
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    (partial / MARKER).touch()
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(partial, path)
 
 
 def check_replaceable(out: Path, *inputs: Path) -> None:

@@ -7,9 +7,11 @@ the sentence and exits; it never prints a traceback for it. Our own invariants a
 
 import difflib
 from collections.abc import Iterable
+from reprlib import Repr
 
 EXIT_FAILED = 1  # the input was understood, and the work failed (a full disk, a non-finite loss)
 EXIT_BAD_INPUT = 2  # the input was wrong: nothing was started
+EXIT_PREEMPTED = 75  # SIGTERM while training: the state is saved, run the same command again to continue
 EXIT_INTERRUPTED = 130  # Ctrl-C: run the same command again to continue
 
 
@@ -26,12 +28,27 @@ class StageFailed(UserError):
 
 
 class Interrupted(UserError):
-    """Ctrl-C or SIGTERM."""
+    """Ctrl-C, or SIGTERM where nothing needs saving."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class Preempted(Interrupted):
+    """SIGTERM, answered by saving the training state."""
+
+    exit_code = EXIT_PREEMPTED
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """`" (did you mean 'hidden_size'?)"`, or the empty string where nothing known is near `wrong`."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def shown(value: object) -> str:
+    """A name or value out of a file for a sentence: quoted, on one line, and cut where it is longer than one."""
+    return _SHORT.repr(value)
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 160

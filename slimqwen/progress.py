@@ -16,6 +16,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from slimqwen.bytesize import bytes_in_words
+
 PLAIN_LINE_EVERY_SECONDS = 10.0
 REDRAW_EVERY_SECONDS = 0.25
 RATE_WINDOW_SECONDS = 20.0  # long enough to smooth steps, short enough that the time left follows a change of speed
@@ -38,7 +40,7 @@ class Progress:
     Args:
         title: what is going on.
         total: when it will be done, in `unit`; None if that is unknown.
-        unit: what is counted, in the plural: "tokens", "tensors".
+        unit: what is counted, in the plural: "tokens", "tensors". "bytes" are told as people do: "12.3/160.0 GB".
         start: what an earlier, interrupted process has done already. It counts for the bar, not for the rate.
         clock: seconds since any fixed moment.
     """
@@ -107,10 +109,19 @@ class Progress:
         return self._join(_rate(self._done - self._start, seconds), f"took {duration(seconds)}")
 
     def _join(self, rate: float, time_words: str) -> str:
-        done = f"{self._done:,}" if self._total is None else f"{self._done:,}/{self._total:,}"
-        speed = f"{_in_words(rate)} {self._unit}/s" if rate else ""
+        speed = f"{self._amount(rate)}/s" if rate else ""
         fields = [f"{name} {_in_words(value)}" for name, value in self._fields.items()]
-        return ", ".join(filter(None, [f"{done} {self._unit}", speed, time_words, *fields]))
+        return ", ".join(filter(None, [self._done_of_total(), speed, time_words, *fields]))
+
+    def _done_of_total(self) -> str:
+        if self._total is None:
+            return self._amount(self._done)
+        if self._unit == "bytes":
+            return bytes_in_words(self._done, self._total)
+        return f"{self._done:,}/{self._total:,} {self._unit}"
+
+    def _amount(self, number: float) -> str:
+        return bytes_in_words(number) if self._unit == "bytes" else f"{_in_words(number)} {self._unit}"
 
 
 def duration(seconds: float) -> str:

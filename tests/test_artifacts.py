@@ -1,12 +1,21 @@
 import errno
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from slimqwen import artifacts
-from slimqwen.artifacts import atomic_file, atomic_folder, check_replaceable, fingerprint, fingerprint_value, write_json
+from slimqwen.artifacts import (
+    atomic_file,
+    atomic_folder,
+    check_replaceable,
+    fingerprint,
+    fingerprint_value,
+    resumable_folder,
+    write_json,
+)
 from slimqwen.errors import StageFailed, UserError
 
 
@@ -81,6 +90,38 @@ def test_what_a_killed_process_left_behind_is_cleared(tmp_path):
     assert names(tmp_path) == ["pruned"]
 
 
+def test_a_resumable_folder_keeps_what_was_finished_of_the_same_work(tmp_path, capsys):
+    path = tmp_path / "pruned"
+    with pytest.raises(KeyboardInterrupt), resumable_folder(path, "plan 1") as partial:
+        (partial / "shard-1").write_text("whole")
+        (partial / ".shard-2").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == [".pruned.partial"]
+    assert f"stays in {tmp_path / '.pruned.partial'}: the same command continues" in capsys.readouterr().err
+    with resumable_folder(path, "plan 1") as partial:
+        assert (partial / "shard-1").read_text() == "whole"
+        (partial / ".shard-2").replace(partial / "shard-2")
+    assert names(tmp_path) == ["pruned"] and names(path) == ["shard-1", "shard-2"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_resumable_folder_of_other_work_begins_empty(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), resumable_folder(tmp_path / "pruned", "plan 1") as partial:
+        (partial / "shard-1").write_text("whole")
+        raise KeyboardInterrupt
+    capsys.readouterr()
+    with resumable_folder(tmp_path / "pruned", "plan 2") as partial:
+        assert names(partial) == [artifacts.KEY_FILE]
+    assert "was left behind by other work" in capsys.readouterr().err
+
+
+def test_a_resumable_folder_without_anything_finished_goes(tmp_path, capsys):
+    with pytest.raises(UserError), resumable_folder(tmp_path / "pruned", "plan 1") as partial:
+        (partial / ".shard-1").write_text("half")
+        raise UserError("no room")
+    assert names(tmp_path) == [] and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -89,7 +130,7 @@ def test_what_a_killed_process_left_behind_is_cleared(tmp_path):
         RuntimeError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
     ],
 )
-@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder, partial(resumable_folder, key="work")])
 def test_a_full_disk_is_one_sentence(tmp_path, atomic, error):
     path = tmp_path / "artefact"
     with pytest.raises(StageFailed) as failed, atomic(path):

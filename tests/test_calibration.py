@@ -1,6 +1,8 @@
 """Calibration: every sum against a slow walk through the layers that uses no hooks and runs each expert by hand."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,7 +104,8 @@ class Referee:
     def layer(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
         normed = self.norm(f"{name}.input_layernorm", layer.input_layernorm, x)
         if hasattr(layer, "linear_attn"):
-            x = x + layer.linear_attn(normed)
+            with self.heads(f"{name}.linear_attn.out_proj", layer.linear_attn.out_proj, dim=12):
+                x = x + layer.linear_attn(normed)
         else:
             positions = torch.arange(x.shape[1])[None]
             mask = create_causal_mask(
@@ -113,9 +116,22 @@ class Referee:
                 position_ids=positions,
             )
             rotary = self.decoder.rotary_emb(x, positions)
-            x = x + layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)[0]
+            with self.heads(f"{name}.self_attn.o_proj", layer.self_attn.o_proj, dim=8):
+                x = x + layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)[0]
         normed = self.norm(f"{name}.post_attention_layernorm", layer.post_attention_layernorm, x)
         return x + self.experts(name, layer.mlp, normed.flatten(0, 1)).view_as(x)
+
+    @contextmanager
+    def heads(self, name: str, projection: nn.Module, dim: int) -> Iterator[None]:
+        """The norms of what each of 2 x 2 heads hands to a projection, while it is open."""
+        seen: list[Tensor] = []
+        usual = projection.forward
+        projection.forward = lambda x: usual(seen.append(x) or x)  # type: ignore[func-returns-value]
+        yield
+        projection.forward = usual
+        heads = [seen[0][..., head * dim : (head + 1) * dim].double() for head in range(4)]
+        norms = torch.stack([head.pow(2).sum(-1).sqrt().sum() for head in heads])
+        self.sums[f"input/{name}.weight/norm_sums"] = norms.view(2, 2)
 
     def experts(self, name: str, mlp: nn.Module, tokens: Tensor) -> Tensor:
         """sum_{e in TopK} z_e E_e(x) + sigmoid(x w_sh) Shared(x), token by token (method.md 1)."""
@@ -126,8 +142,11 @@ class Referee:
             "gate_sums": torch.zeros(experts, dtype=torch.float64),
             "gated_norm_sums": torch.zeros(experts, dtype=torch.float64),
             "output_sums": torch.zeros(experts, tokens.shape[1], dtype=torch.float64),
+            "neuron_abs_sums": torch.zeros(experts, 16, dtype=torch.float64),
             "logit_gram": logits.double().T @ logits.double(),
         }
+        shared = F.silu(tokens @ mlp.shared_expert.gate_proj.weight.T) * (tokens @ mlp.shared_expert.up_proj.weight.T)
+        self.sums[f"input/{name}.mlp.shared_expert.down_proj.weight/abs_sums"] = shared.double().abs().sum(0)
         outputs = []
         for x, token_logits in zip(tokens, logits, strict=True):
             chosen = token_logits.argsort(descending=True)[:2].tolist()
@@ -135,11 +154,13 @@ class Referee:
             output = torch.sigmoid(mlp.shared_expert_gate.weight @ x) * mlp.shared_expert(x)
             for expert, z in zip(chosen, gates, strict=True):
                 gate, up = (mlp.experts.gate_up_proj[expert] @ x).split(16)
-                expert_output = mlp.experts.down_proj[expert] @ (F.silu(gate) * up)
+                neurons = F.silu(gate) * up
+                expert_output = mlp.experts.down_proj[expert] @ neurons
                 sums["assignments"][expert] += 1
                 sums["gate_sums"][expert] += z
                 sums["gated_norm_sums"][expert] += z * expert_output.norm()
                 sums["output_sums"][expert] += expert_output
+                sums["neuron_abs_sums"][expert] += neurons.abs()
                 output = output + z * expert_output
             outputs.append(output)
         self.sums |= {f"experts/{name}/{key}": value for key, value in sums.items()}
@@ -160,7 +181,7 @@ def test_every_sum_equals_the_referees(files: tuple[Path, Path]) -> None:
 
 
 def test_watching_does_not_change_the_forward_pass(files: tuple[Path, Path]) -> None:
-    source, model, rows = Checkpoint(files[0]), load(files[0]), tiny_tokens(rows=3, columns=17)
+    model, rows = load(files[0]), tiny_tokens(rows=3, columns=17)
     with torch.inference_mode():
         usual = model(rows)
         statistics = Statistics("", "", {TEXT: {"main": 0, "mtp": 0}})
@@ -203,12 +224,12 @@ def test_the_batch_size_does_not_matter(files: tuple[Path, Path], tmp_path: Path
         seed=3,
     )
     stream = TokenStream(PackedTokens(tokens / "train"), SEQUENCE_LENGTH, seed=3)
-    assert_same_sums(found.weighted(), observed(checkpoint, [stream.batch(0, 5)]).weighted(), relative=1e-6)
+    assert_same_sums(found.weighted(), observed(checkpoint, [stream.batch(0, 5).tokens]).weighted(), relative=1e-6)
     even, odd = Part("training", 0), Part("training", 1)
     assert found.tokens == {even: {"main": 48, "mtp": 48}, odd: {"main": 32, "mtp": 32}}
     for part in (even, odd):
-        rows = stream.batch(part.half, 3 - part.half, step=2)
-        assert rows.equal(stream.batch(0, 5)[part.half :: 2])
+        rows = stream.batch(part.half, 3 - part.half, step=2).tokens
+        assert rows.equal(stream.batch(0, 5).tokens[part.half :: 2])
         assert_same_sums(found.weighted(half=part.half), observed(checkpoint, [rows]).weighted(), relative=1e-6)
 
 
@@ -299,7 +320,7 @@ def test_sources_are_measured_apart(files: tuple[Path, Path], tmp_path: Path) ->
         Part("more", 1): 16,
     }
     stream = TokenStream(PackedTokens(tokens / "train"), SEQUENCE_LENGTH, seed=0)
-    more = observed(checkpoint, [stream.batch(0, 2)]).weighted()  # same text, so its first two rows
+    more = observed(checkpoint, [stream.batch(0, 2).tokens]).weighted()  # same text, so its first two rows
     only_more = found.weighted({"code": 0, "more": 1})
     assert_same_sums(only_more, scaled(more, 80 / 32), relative=1e-6)
     with pytest.raises(UserError, match="1 samples cannot be spread over 2 sources"):

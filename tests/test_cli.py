@@ -20,7 +20,20 @@ from slimqwen.cli import main
 from slimqwen.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("run", "demo", "recipe", "tokens", "calibrate", "plan", "prune", "distil", "evaluate", "report", "pretrain")
+COMMANDS = (
+    "run",
+    "demo",
+    "recipe",
+    "tokens",
+    "calibrate",
+    "plan",
+    "prune",
+    "check",
+    "distil",
+    "evaluate",
+    "report",
+    "pretrain",
+)
 
 
 @dataclass
@@ -215,6 +228,45 @@ def test_statistics_of_another_checkpoint(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "plan.json").exists()
 
 
+def test_sources_are_weighted_when_planning(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "data" / "tokens", tmp_path / "wiki")
+    code = f"code={world / 'data' / 'tokens'}"
+    options = ("--samples", 4, "--sequence-length", 16)
+    result = slimqwen("calibrate", world / "teacher", "--tokens", "wiki", "--tokens", code, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "target.yaml").write_text("num_experts: 4\n")
+    planned = ("plan", world / "teacher", "--target", "target.yaml", "--statistics", "statistics.safetensors")
+    weighted = (*planned, "--source-weight", "wiki=0.7", "--source-weight")
+    result = slimqwen(*weighted, "code=0.3", "--stability", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "even rows against odd rows: layer Jaccard 1.00; hidden Jaccard 1.00; expert mean" in result.stdout
+    assert "wiki against code: " in result.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["sources"] == {"wiki": 32, "code": 32} and len(plan["stability"]) == 2
+    assert plan["pruning"]["source_weights"] == {"wiki": 0.7, "code": 0.3}
+
+    assert_one_sentence(slimqwen(*weighted, "cod=0.3", cwd=tmp_path), 2, "'cod' (did you mean 'code'?)")
+    assert_one_sentence(slimqwen(*weighted, "code=much", cwd=tmp_path), 2, "NAME=WEIGHT")
+    assert_one_sentence(slimqwen(*planned, "--source-weight", "wiki=1", cwd=tmp_path), 2, "leave out code")
+    result = slimqwen("calibrate", world / "teacher", "--tokens", "wiki", "--tokens", "./wiki", *options, cwd=tmp_path)
+    assert_one_sentence(result, 2, "two sources are called 'wiki'")
+    assert_one_sentence(slimqwen("plan", world / "teacher", "--stability"), 2, "give --statistics")
+
+
+def test_calibration_sources_of_a_recipe_are_checked_first(world: Path, tmp_path: Path) -> None:
+    tokens = json.dumps(str(world / "data" / "tokens"))
+    assert_one_sentence(run_recipe(world, tmp_path, "calibration.sources={wiki: nowhere}"), 2, "nowhere")
+    sources = f"calibration.sources={{wiki: {tokens}, code: {tokens}}}"
+    assert_one_sentence(run_recipe(world, tmp_path, sources, "pruning.source_weights={wiki: 1}"), 2, "leave out code")
+    result = run_recipe(world, tmp_path, "calibration.sources.a/b=data/tokens")
+    assert_one_sentence(result, 2, "'a/b' cannot be the name")
+    assert not (tmp_path / "run").exists()
+    result = run_recipe(world, tmp_path, sources, "pruning.source_weights={wiki: 1, code: 3}")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((tmp_path / "run" / "stage-1" / "plan.json").read_text())
+    assert plan["sources"] == {"wiki": 16, "code": 16} and plan["pruning"]["source_weights"] == {"wiki": 1, "code": 3}
+
+
 def test_full_disk(world: Path, tmp_path: Path) -> None:
     """A file-size limit stands for the full disk: the write fails in the middle of a stage, with the library's own error."""
 
@@ -306,8 +358,9 @@ def test_readme_commands_run(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
     Only parsed: `make` (CI runs it), the 80B recipe (its checkpoint is 160 GB), whose keys and override are checked.
     """
     monkeypatch.setattr("slimqwen.builtin.TEACHER", world / "teacher")
-    (tmp_path / "Qwen3-Next-80B-A3B-Base").mkdir()
-    shutil.copy(world / "teacher" / "config.json", tmp_path / "Qwen3-Next-80B-A3B-Base")
+    shutil.copytree(world / "teacher", tmp_path / "Qwen3-Next-80B-A3B-Base")
+    for name in ("wiki-tokens", "code-tokens"):
+        (tmp_path / name).symlink_to(tmp_path / "tokens")  # which the first command writes
     (tmp_path / "target.yaml").write_text("num_experts: 4")
     (tmp_path / "distil.yaml").write_text("{tokens: 2048, batch_size: 4, warmup_steps: 0}")
     shutil.copy(world / "recipe.yaml", tmp_path / "my-recipe.yaml")
@@ -326,7 +379,7 @@ def test_readme_commands_run(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
         if program == "make":
             makefile = (ROOT / "Makefile").read_text()
             assert all(re.search(rf"^{target}:", makefile, flags=re.M) for target in arguments), command
-        elif "recipes/qwen3-next" in command:
+        elif arguments[:2] == ["run", "recipes/qwen3-next-80b-a3b-to-23b-a2b.yaml"]:
             recipe = load_recipe(ROOT / arguments[1], [arguments[3]])
             assert recipe.teacher == "/models/Qwen3-Next-80B-A3B-Base"
         else:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from slimqwen import progress
+from slimqwen.bytesize import bytes_of
+from slimqwen.errors import UserError
 from slimqwen.progress import Progress, duration, say
 
 
@@ -167,3 +169,32 @@ def test_no_color_is_respected(monkeypatch):
 )
 def test_duration(seconds, words):
     assert duration(seconds) == words
+
+
+def test_bytes_are_told_as_people_do(capsys):
+    clock = Clock()
+    with Progress("prune", total=160_000_000_000, unit="bytes", start=2_000_000_000, clock=clock) as bar:
+        clock.seconds += 10
+        bar.advance(8_500_000_000)
+    with Progress("read", total=None, unit="bytes", clock=clock) as bar:
+        clock.seconds += 10
+        bar.advance(850)
+    assert capsys.readouterr().err.splitlines() == [
+        "prune: 10.5/160.0 GB, 850.0 MB/s, 2 min 56 s left",
+        "prune: 10.5/160.0 GB, 850.0 MB/s, took 10 s",
+        "read: 850 B, 85 B/s",
+        "read: 850 B, 85 B/s, took 10 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 << 29), ("4096", 4096), ("1kB", 1000)]
+)
+def test_a_size_in_words(text, size):
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0GB", "5 parrots", "1e400", "nan", "9999999 TB"])
+def test_what_is_no_size_is_one_sentence(text):
+    with pytest.raises(UserError, match="is not a size in bytes"):
+        bytes_of(text)

@@ -14,14 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slimqwen.artifacts import MARKER
 from slimqwen.calibration.observe import observe
-from slimqwen.calibration.statistics import Statistics
+from slimqwen.calibration.statistics import Part, Statistics
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.families.family import Layout
-from slimqwen.modeling.model import MtpCausalLM, load, read_module_tensor
+from slimqwen.modeling.model import MtpCausalLM, load
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan, plan
-from slimqwen.pruning.prune import Cut, prune
+from slimqwen.pruning.cut import Cut
+from slimqwen.pruning.prune import prune
 from slimqwen.recipe import ExpertRecipe, PruningRecipe, Target
 
 TOKENS = tiny_tokens(rows=3, columns=21)
@@ -47,6 +48,13 @@ def logits(model: MtpCausalLM, tokens: Tensor = TOKENS) -> tuple[Tensor, Tensor]
 
 def difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def stacked(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a single-file checkpoint as Transformers' modules hold them: experts stacked."""
+    tensors = load_file(folder / "model.safetensors")
+    is_stacked = any(name.endswith("gate_up_proj") for name in tensors)
+    return tensors if is_stacked else fused(tensors, json.loads((folder / "config.json").read_text()))
 
 
 # --- permutations -----------------------------------------------------------------------------------------------------
@@ -128,12 +136,12 @@ def test_a_permutation_changes_nothing(tmp_path: Path, axis: str, layout: Layout
 @pytest.mark.parametrize("axis", [axis for axis in PERMUTATIONS if axis != "all at once"])
 def test_a_permutation_that_forgot_one_tensor_would_be_seen(tmp_path: Path, folder: Path, axis: str) -> None:
     """The sensitivity of the test above: each permuted tensor in turn is put back into the source's order."""
-    source = Checkpoint(folder)
+    originals = stacked(folder)
     model = load(cut_to(tmp_path / "permuted", folder, *PERMUTATIONS[axis]))
     expected = logits(load(folder))
     touched = 0
     for name, held in model.tensors().items():
-        original = read_module_tensor(source, name)
+        original = originals[name]
         permuted = held.detach().clone()
         if torch.equal(original, permuted):
             continue
@@ -161,8 +169,9 @@ def measured(folder: Path) -> Statistics:
     checkpoint, model = Checkpoint(folder), load(folder)
     rows = tiny_tokens(rows=8, columns=33, seed=1)
     tokens = rows[:, 1:].numel()
-    statistics = Statistics(checkpoint.fingerprint(), "tiny", {"main": tokens, "mtp": tokens}, {})
-    with observe(model, checkpoint.family, checkpoint.config, statistics), torch.inference_mode():
+    text = Part("text", 0)
+    statistics = Statistics(checkpoint.fingerprint(), "tiny", {text: {"main": tokens, "mtp": tokens}})
+    with observe(model, statistics), statistics.part(text), torch.inference_mode():
         model(rows)
     return statistics
 
@@ -265,10 +274,7 @@ def test_a_cut_checkpoint_is_the_model_sliced_by_hand(tmp_path: Path, layout: La
     source = write_tiny_checkpoint(tmp_path / "source", layout=layout)
     chosen = cut_by_plan(source, tmp_path, compression)
     config = json.loads((source / "config.json").read_text())
-    tensors = load_file(source / "model.safetensors")
-    tensors = tensors if layout == "fused" else fused(tensors, config)
-
-    expected = sliced_by_hand(tensors, chosen)
+    expected = sliced_by_hand(stacked(source), chosen)
     pruned = load(tmp_path / "pruned")
     held = pruned.tensors()
     assert held.keys() == expected.keys()
@@ -294,8 +300,8 @@ def test_both_layouts_are_cut_alike(tmp_path: Path) -> None:
         cut_by_plan(source, tmp_path / layout, "partial")
         cuts[layout] = Checkpoint(tmp_path / layout / "pruned")
         assert set(cuts[layout].layouts.values()) == {layout}
-    for name in load(tmp_path / "fused" / "pruned").tensors():
-        assert torch.equal(read_module_tensor(cuts["per_expert"], name), read_module_tensor(cuts["fused"], name)), name
+    one, other = stacked(tmp_path / "per_expert" / "pruned"), stacked(tmp_path / "fused" / "pruned")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert cuts["per_expert"].config == cuts["fused"].config
 
 
@@ -380,7 +386,9 @@ def test_other_axes_can_be_cut_too(tmp_path: Path, folder: Path) -> None:
     assert logits(load(out))[1].isfinite().all()
 
 
-def test_an_interrupted_cut_leaves_nothing(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_cut_leaves_nothing_that_looks_finished(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = plan(folder, tmp_path / "plan.json", statistics=measured(folder), target=Target())
 
     def interrupted(*_: object) -> None:
@@ -389,7 +397,7 @@ def test_an_interrupted_cut_leaves_nothing(tmp_path: Path, folder: Path, monkeyp
     monkeypatch.setattr("slimqwen.pruning.prune.copy_companions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(folder, tmp_path / "out", plan=whole)
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "plan.json"]
 
 
 def test_a_plan_for_another_checkpoint_is_refused(tmp_path: Path, folder: Path) -> None:

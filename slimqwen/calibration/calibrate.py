@@ -1,16 +1,19 @@
 """The stage `calibrate`: a checkpoint and tokens in, statistics out."""
 
+import time
 from pathlib import Path
 
 import torch
 
+from slimqwen.calibration.memory import allot, fits
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
+from slimqwen.calibration.walk import Walk, is_unfinished
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.modeling.model import load
-from slimqwen.progress import Progress
+from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.progress import Progress, say
 from slimqwen.recipe import CalibrationRecipe
 
 
@@ -31,7 +34,7 @@ def calibrate(
 
     The sequences are those of `CalibrationText`: of `recipe.sources`, or where it names none of the folder `tokens`.
     The MTP module is measured at the positions whose next token is known, i.e. all of them: rows carry one token more
-    than the model reads.
+    than the model reads. A model that does not fit into memory is measured layer by layer (`walk`).
     """
     source = Checkpoint(checkpoint)
     sources = recipe.sources
@@ -46,15 +49,49 @@ def calibrate(
         tokens={part: {"main": count, "mtp": count if source.has_mtp else 0} for part, count in text.tokens.items()},
     )
     torch_device = resolve_device(device)
-    model = load(checkpoint, resolve_dtype(dtype, torch_device), torch_device)
-    with (
-        reproducible(torch_device),
-        observe(model, statistics),
-        Progress(title, total=sum(text.tokens.values()), unit="tokens") as progress,
-    ):
-        for part, rows in text.batches(recipe.batch_size):
-            with statistics.part(part):
-                model(rows.to(torch_device))
-            progress.advance(rows[:, 1:].numel())
+    torch_dtype = resolve_dtype(dtype, torch_device)
+    streaming = recipe.streaming
+    if streaming is None:
+        streaming = is_unfinished(out) or not fits(
+            source,
+            parts=len(text.tokens),
+            budget_bytes=recipe.memory_budget_bytes,
+            dtype=torch_dtype,
+            device=torch_device,
+        )
+    with reproducible(torch_device):
+        if streaming:
+            allotment = allot(
+                source,
+                parts=len(text.tokens),
+                rows=max(text.tokens.values()) // sequence_length,
+                sequence_length=sequence_length,
+                batch_size=recipe.batch_size,
+                budget_bytes=recipe.memory_budget_bytes,
+                dtype=torch_dtype,
+                device=torch_device,
+            )
+            Walk(source, text, allotment, torch_dtype, torch_device).run(statistics, out, title)
+            return Statistics.load(out)
+        model = load(checkpoint, torch_dtype, torch_device)
+        _all_layers_at_once(model, text, recipe.batch_size, torch_device, statistics, title)
     statistics.save(out)
     return statistics
+
+
+def _all_layers_at_once(
+    model: MtpCausalLM,
+    text: CalibrationText,
+    batch_size: int,
+    device: torch.device,
+    statistics: Statistics,
+    title: str,
+) -> None:
+    total, started = sum(text.tokens.values()), time.perf_counter()
+    with observe(model, statistics) as measuring, Progress(title, total=total, unit="tokens") as progress:
+        for part, rows in text.batches(batch_size):
+            with statistics.part(part):
+                model(rows.to(device))
+            progress.advance(rows[:, 1:].numel())
+    own = 1 - measuring.seconds / (time.perf_counter() - started)
+    say(f"{title}: {own:.0%} of the time in the model's own forward pass, the rest measuring")

@@ -1,121 +1,121 @@
-"""Hooks and an experts function that gather statistics while Transformers' own forward pass runs."""
+"""Hooks that gather statistics while Transformers' own forward pass runs: everything in one pass, from the axis table."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from slimqwen.calibration.experts import OBSERVED_EXPERTS, ExpertsObserver
 from slimqwen.calibration.statistics import Statistics
-from slimqwen.families import Config, Family
+from slimqwen.calibration.stopwatch import Stopwatch
+from slimqwen.families.axes import Axis
+from slimqwen.families.family import Block
 from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.modeling.routing import Routing, module_of
-
-OBSERVED_EXPERTS = "slimqwen_observed"
-
-
-def observed_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Routed experts as usual, and `self.slimqwen_observer(outputs, top_k_index, top_k_weights)` told of each output.
-
-    Every (token, chosen expert) pair is handed to the grouped matrix product as a token of its own with weight 1, so
-    each expert's unweighted output comes back, and no expert runs on a token that was not routed to it.
-
-    Shapes: hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k]; outputs [tokens, k, hidden].
-    """
-    tokens, k = top_k_index.shape
-    pairs = hidden_states.repeat_interleave(k, dim=0)
-    ones = torch.ones_like(top_k_weights).reshape(-1, 1)
-    outputs = grouped_mm_experts_forward(self, pairs, top_k_index.reshape(-1, 1), ones).view(tokens, k, -1)
-    observer: Any = self.slimqwen_observer
-    observer(outputs, top_k_index, top_k_weights)
-    return (outputs * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
-
-
-ALL_EXPERTS_FUNCTIONS.register(OBSERVED_EXPERTS, observed_experts_forward)
+from slimqwen.modeling.routing import Routing
 
 
 @contextmanager
-def observe(model: MtpCausalLM, family: Family, config: Config, statistics: Statistics) -> Iterator[None]:
-    """While open, every forward pass of `model` adds to `statistics`. Rows must be free of padding."""
-    usual = model.backbone.config._experts_implementation
+def observe(model: MtpCausalLM, statistics: Statistics) -> Iterator[Stopwatch]:
+    """While open, every forward pass of `model` adds to the open part of `statistics`. Rows must be free of padding.
+
+    Yields a watch that counts the seconds this takes beside the model's own forward pass.
+    """
+    layers, watch = model.backbone.get_decoder().layers, Stopwatch()
+    with observe_blocks(model, model.family.blocks(model.config), statistics, watch), ExitStack() as hooks:
+        for number, layer in enumerate(layers):
+
+            def record(_module: nn.Module, inputs: Any, output: Tensor, number: int = number) -> None:
+                with watch:
+                    add_layer_sums(statistics, number, len(layers), inputs[0], output)
+
+            hooks.callback(layer.register_forward_hook(record).remove)
+        yield watch
+
+
+@contextmanager
+def observe_blocks(
+    model: MtpCausalLM, blocks: Collection[Block], statistics: Statistics, watch: Stopwatch
+) -> Iterator[None]:
+    """What can be seen inside these blocks: their norms, what they write into the residual stream, their experts."""
+    family, config = model.family, model.config
     with ExitStack() as hooks:
-        _observe_norms(hooks, model, family, config, statistics)
-        _observe_layers(hooks, model, statistics)
-        _observe_experts(hooks, model, family, config, statistics)
-        model.set_experts_implementation(OBSERVED_EXPERTS)
-        try:
-            yield
-        finally:
-            model.set_experts_implementation(usual)
+        for block, tensor in family.residual_norms(config):
+            if block in blocks:
+                hooks.callback(_observe_norm(model, tensor, statistics, watch).remove)
+        for block, tensor, axes in family.writers(config):
+            if block in blocks:
+                hooks.callback(_observe_writer(model, tensor, axes, statistics, watch).remove)
+        for block in family.moe_blocks(config):
+            if block in blocks:
+                hooks.enter_context(_observed_experts(model, block, statistics, watch))
+        yield
 
 
-def _observe_norms(
-    hooks: ExitStack, model: MtpCausalLM, family: Family, config: Config, statistics: Statistics
-) -> None:
-    """Every norm over the residual stream."""
-    for _, tensor in family.residual_norms(config):
+def add_layer_sums(statistics: Statistics, number: int, layers: int, before: Tensor, after: Tensor) -> None:
+    """The sums over the hidden states [batch, seq, hidden] before and after decoder layer `number` of `layers`."""
+    before, after = before.float(), after.float()
+    hidden = before.new_zeros(layers + 1, before.shape[-1])
+    hidden[number + 1] = after.sum(dim=(0, 1))
+    if number == 0:
+        hidden[0] = before.sum(dim=(0, 1))
+    cosine = before.new_zeros(layers)
+    cosine[number] = torch.cosine_similarity(before, after, dim=-1).sum()
+    statistics.add("layers/hidden_sums", hidden)
+    statistics.add("layers/cosine_sums", cosine)
 
-        def record(_module: nn.Module, _inputs: Any, output: torch.Tensor, tensor: str = tensor) -> None:
+
+def _observe_norm(model: MtpCausalLM, tensor: str, statistics: Statistics, watch: Stopwatch) -> RemovableHandle:
+    """The output of a norm over the residual stream, per channel."""
+
+    def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        with watch:
             statistics.add(f"norm/{tensor}/abs_sums", output.float().abs().sum(dim=(0, 1)))
 
-        hooks.callback(module_of(model, tensor).register_forward_hook(record).remove)
+    return model.module_of(tensor).register_forward_hook(record)
 
 
-def _observe_layers(hooks: ExitStack, model: MtpCausalLM, statistics: Statistics) -> None:
-    """Hidden states before and after each decoder layer of the backbone."""
-    layers = model.backbone.get_decoder().layers
-    pending: dict[str, list[torch.Tensor]] = {"hidden": [], "cosine": []}
+def _observe_writer(
+    model: MtpCausalLM, tensor: str, axes: tuple[Axis, ...], statistics: Statistics, watch: Stopwatch
+) -> RemovableHandle:
+    """What neurons, or heads within heads, hand to a projection into the residual stream: [..., columns] over `axes`."""
+    sizes = model.family.sizes(model.config)
 
-    def record(layer: int, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        before, after = inputs.float(), output.float()
-        if layer == 0:
-            pending["hidden"], pending["cosine"] = [before.sum(dim=(0, 1))], []
-        pending["hidden"].append(after.sum(dim=(0, 1)))
-        pending["cosine"].append(torch.cosine_similarity(before, after, dim=-1).sum())
-        if layer == len(layers) - 1:
-            statistics.add("layers/hidden_sums", torch.stack(pending["hidden"]))
-            statistics.add("layers/cosine_sums", torch.stack(pending["cosine"]))
+    def record(_module: nn.Module, inputs: Any) -> None:
+        with watch:
+            units = inputs[0].flatten(0, -2).float().unflatten(-1, [sizes[axis] for axis in axes])
+            if len(axes) == 1:
+                statistics.add(f"input/{tensor}/abs_sums", units.abs().sum(dim=0))
+            else:
+                statistics.add(f"input/{tensor}/norm_sums", units.norm(dim=-1).sum(dim=0))
 
-    for i, layer in enumerate(layers):
-        hook = layer.register_forward_hook(lambda _module, inputs, output, i=i: record(i, inputs[0], output))
-        hooks.callback(hook.remove)
+    return model.module_of(tensor).register_forward_pre_hook(record)
 
 
-def _observe_experts(
-    hooks: ExitStack, model: MtpCausalLM, family: Family, config: Config, statistics: Statistics
-) -> None:
-    """Router logits, assignments, gates and the outputs of the chosen experts, per block."""
-    for block in family.moe_blocks(config):
-        prefix = f"experts/{block.name}/"
+@contextmanager
+def _observed_experts(model: MtpCausalLM, block: Block, statistics: Statistics, watch: Stopwatch) -> Iterator[None]:
+    """The router's logits, and what `observed_experts_forward` tells of the experts."""
+    assert block.experts is not None
+    router = model.module_of(block.prefix + model.family.router)
+    experts: Any = model.module_of(block.prefix + next(iter(block.experts.fused)))
 
-        def record_logits(_module: nn.Module, _inputs: Any, output: Any, prefix: str = prefix) -> None:
+    def add(name: str, value: Tensor) -> None:
+        statistics.add(f"experts/{block.name}/{name}", value)
+
+    def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        with watch:
             logits = Routing(*output).logits.float()
-            statistics.add(prefix + "logit_gram", logits.T @ logits)
+            add("logit_gram", logits.T @ logits)
 
-        def record_outputs(
-            outputs: torch.Tensor, experts: torch.Tensor, gates: torch.Tensor, prefix: str = prefix
-        ) -> None:
-            num_experts = family.sizes(config)[family.expert]
-            flat = experts.flatten()
-            outputs = outputs.flatten(0, 1).float()  # [tokens * k, hidden]
-            gates = gates.float() / gates.float().sum(dim=-1, keepdim=True)
-            norms = outputs.norm(dim=-1)
-
-            def per_expert(values: torch.Tensor) -> torch.Tensor:
-                return values.new_zeros(num_experts, *values.shape[1:]).index_add_(0, flat, values)
-
-            statistics.add(prefix + "assignments", per_expert(torch.ones_like(norms)))
-            statistics.add(prefix + "gate_sums", per_expert(gates.flatten()))
-            statistics.add(prefix + "gated_norm_sums", per_expert(gates.flatten() * norms))
-            statistics.add(prefix + "output_sums", per_expert(outputs))
-
-        router = module_of(model, block.prefix + family.router)
-        hooks.callback(router.register_forward_hook(record_logits).remove)
-        assert block.experts is not None
-        experts_module = module_of(model, block.prefix + next(iter(block.experts.fused)))
-        experts_module.slimqwen_observer = record_outputs
-        hooks.callback(delattr, experts_module, "slimqwen_observer")
+    usual = experts.config._experts_implementation
+    hook = router.register_forward_hook(record)
+    experts.slimqwen_observer = ExpertsObserver(add, watch)
+    experts.config._experts_implementation = OBSERVED_EXPERTS  # blocks share a config: the last to leave restores it
+    try:
+        yield
+    finally:
+        experts.config._experts_implementation = usual
+        del experts.slimqwen_observer
+        hook.remove()

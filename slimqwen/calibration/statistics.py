@@ -87,14 +87,17 @@ class Statistics:
         experts/{block}/gate_sums          [experts]      sum over them of the gate weight, renormalised over the chosen
         experts/{block}/gated_norm_sums    [experts]      sum over them of gate weight x ||E(x)||_2
         experts/{block}/output_sums        [experts, H]   sum over them of E(x)
+        experts/{block}/neuron_abs_sums    [experts, neurons]  sum over them of |act(gate) x up|, what down_proj reads
         experts/{block}/logit_gram         [experts, experts]  sum over all tokens of logit_i x logit_j
+        input/{tensor}/abs_sums            [neurons]      sum over tokens of |x|, x what this (not routed) down_proj reads
+        input/{tensor}/norm_sums           [heads, heads within]  sum over tokens of ||x||_2, x what o_proj reads of a head
 
     `tokens` counts, per part, the tokens that its sums run over: "main" for the backbone, "mtp" for the MTP module.
     `checkpoint` and `data` are the fingerprints of what was measured on what.
 
     While it is measured it lies in memory; loaded from a file, only the names do, and each sum is read when it is asked
-    for. A part of Qwen3-Next-80B (49 MoE blocks, 512 experts) takes 0.5 GB, nearly all of it output_sums and logit_gram,
-    so a file with one source, two parts, takes 1 GB. Nothing narrower than float64 would add up exactly.
+    for. A part of Qwen3-Next-80B (49 MoE blocks, 512 experts) takes 0.6 GB, nearly all of it output_sums, logit_gram
+    and neuron_abs_sums, so a file with one source, two parts, takes 1.2 GB. Nothing narrower than float64 would add up exactly.
     """
 
     checkpoint: str

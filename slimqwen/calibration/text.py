@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from slimqwen.artifacts import fingerprint_value
 from slimqwen.calibration.statistics import HALVES, Part
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.packed import PackedTokens
-from slimqwen.data.stream import TokenStream
-from slimqwen.data.tokenize import check_vocabulary, load_manifest
+from slimqwen.data.store import check_vocabulary, load_manifest, training_stream
+from slimqwen.data.stream import RowStream
 from slimqwen.errors import UserError
 from slimqwen.progress import say
 
@@ -35,7 +34,7 @@ class CalibrationText:
     ) -> None:
         if samples < len(sources):
             raise UserError(f"{samples} samples cannot be spread over {len(sources)} sources: raise samples.")
-        self._streams: dict[str, TokenStream] = {}
+        self._streams: dict[str, RowStream] = {}
         self._rows: dict[str, int] = {}
         manifests = {}
         for number, (name, folder) in enumerate(sources.items()):
@@ -44,7 +43,7 @@ class CalibrationText:
             manifest = load_manifest(folder)
             check_vocabulary(manifest, folder, checkpoint.folder, checkpoint.config["vocab_size"])
             manifests[name] = manifest.model_dump(mode="json")
-            self._streams[name] = TokenStream(PackedTokens(folder / "train"), sequence_length, seed)
+            self._streams[name] = training_stream(folder, sequence_length, seed)
             self._rows[name] = samples // len(sources) + (number < samples % len(sources))
         self.fingerprint = fingerprint_value([manifests, self._rows, sequence_length, seed])
         self.tokens = {
@@ -60,7 +59,7 @@ class CalibrationText:
             rows = range(part.half, self._rows[part.source], 2)
             for first in range(0, len(rows), batch_size):
                 count = min(batch_size, len(rows) - first)
-                yield part, self._streams[part.source].batch(rows[first], count, step=2)
+                yield part, self._streams[part.source].batch(rows[first], count, step=2).tokens
 
     def say_what_is_short(self) -> None:
         """Tell the user where a source has fewer sequences than are measured."""

@@ -1,59 +1,156 @@
-"""Writing a Hugging Face checkpoint folder: shards that flush as they fill, the index and config last."""
+"""Writing a Hugging Face checkpoint folder: tensors straight to their place in the shards, index and config last."""
 
 import json
+import os
 import shutil
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 
 import torch
-from safetensors.torch import save_file
 
-from slimqwen.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from slimqwen.checkpoint.reader import INDEX_FILE
+from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES, Shard, TensorInfo, plan_shards
 from slimqwen.families import Config
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
+FLUSH_EVERY_BYTES = 256 << 20  # left alone, Linux gathers a tenth of its memory before it begins to write
 
 
 class CheckpointWriter:
-    """Collects tensors up to `shard_bytes`, writes a shard, goes on; `finish` names the shards and writes the index.
+    """Writes the tensors of a checkpoint into shards of at most `shard_bytes`; nothing of a shard is held in memory.
 
-    The folder must be a temporary one (`atomic_folder`): until `finish` it is not a checkpoint.
+        with CheckpointWriter(folder, [TensorInfo("lm_head.weight", torch.bfloat16, (1000, 64)), ...]) as writer:
+            for tensor in writer.missing():
+                writer.add(tensor.name, ...)
+            writer.finish(config)
+
+    The folder must be a temporary one (`atomic_folder`): until `finish` it is not a checkpoint. A shard has its own
+    name once it is complete and on the disk, and a hidden one before; shards that are there already, from an earlier
+    process with the same `tensors` and `shard_bytes` (`resumable_folder`), are kept.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, tensors: Iterable[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
         self.folder = folder
-        self.shard_bytes = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+        self.shards = plan_shards(tensors, shard_bytes)
+        self.found = [shard for shard in self.shards if _is_complete(folder / shard.file, shard)]
+        self._places: dict[str, tuple[_ShardFile, TensorInfo, int]] = {}
+        for shard in self.shards:
+            if shard not in self.found:
+                file = _ShardFile(folder, shard)
+                self._places |= {tensor.name: (file, tensor, place) for tensor, place in shard.places()}
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
-        self._total_bytes += size
+    def __enter__(self) -> "CheckpointWriter":
+        return self
 
-    def _flush(self) -> None:
-        save_file(self._pending, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Shards that are not complete go."""
+        self._flusher.shutdown()  # a shard whose last flush is on its way is complete
+        for file, _, _ in self._places.values():
+            file.abandon()
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(shard.tensor_bytes for shard in self.shards)
+
+    @property
+    def found_bytes(self) -> int:
+        """Size of the tensors in the shards that were there already."""
+        return sum(shard.tensor_bytes for shard in self.found)
+
+    @property
+    def missing_file_bytes(self) -> int:
+        """Size of the files that were not there, headers included."""
+        return sum(shard.nbytes for shard in self.shards if shard not in self.found)
+
+    def missing(self) -> list[TensorInfo]:
+        """The tensors of the shards that were not there, in the order of the files."""
+        return [tensor for _, tensor, _ in self._places.values()]
+
+    def add(self, name: str, rows: torch.Tensor, first_row: int = 0) -> None:
+        """Write a tensor, or a run of its rows: `rows` are number `first_row` and following.
+
+        A tensor of more than two dimensions also counts as the rows of its last ones: `[experts, rows, columns]` may
+        come as `[n, columns]`, row `expert * rows + row` first. Every row is written once, in any order, by any thread.
+        """
+        file, tensor, place = self._places[name]
+        assert rows.dtype == tensor.dtype and rows.shape[1:] == tensor.shape[len(tensor.shape) - rows.dim() + 1 :], name
+        data = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+        if file.write(data, place + first_row * (len(data) // len(rows))):
+            self._flushes.append(self._flusher.submit(file.flush))
 
     def finish(self, config: Config) -> None:
-        """Write the last shard, the index (where there is more than one shard), and config.json."""
-        self._flush()
-        if len(self._shards) == 1:
-            (self.folder / "shard-0").rename(self.folder / SINGLE_FILE)
-        else:
-            weight_map: dict[str, str] = {}
-            for i, names in enumerate(self._shards):
-                file = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-                (self.folder / f"shard-{i}").rename(self.folder / file)
-                weight_map |= dict.fromkeys(names, file)
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        """Write the index (where there is more than one shard) and config.json."""
+        for flush in self._flushes:
+            flush.result()
+        unfinished = [shard.file for shard in self.shards if not (self.folder / shard.file).exists()]
+        assert not unfinished, f"not every tensor of {unfinished} was added"
+        if len(self.shards) > 1:
+            weight_map = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class _ShardFile:
+    """A shard that is being written, by several threads; it gets its name with the last flush."""
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._path = folder / shard.file
+        self._partial = folder / f".{shard.file}.partial"
+        self._header = shard.header
+        self._bytes_left = shard.tensor_bytes
+        self._unflushed_bytes = 0
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+
+    def write(self, data: memoryview, place: int) -> bool:
+        """Whether it is time to flush."""
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                _write_all(self._descriptor, memoryview(self._header), 0)
+        _write_all(self._descriptor, data, place)
+        with self._lock:
+            self._bytes_left -= len(data)
+            self._unflushed_bytes += len(data)
+            is_time = self._unflushed_bytes >= FLUSH_EVERY_BYTES or not self._bytes_left
+            if is_time:
+                self._unflushed_bytes = 0
+        return is_time
+
+    def flush(self) -> None:
+        """Bring what was written to the disk; where that is everything, the shard is complete."""
+        if self._descriptor is None:  # the flush before this one came late, and found everything written
+            return
+        is_complete = not self._bytes_left
+        os.fsync(self._descriptor)
+        if is_complete:
+            os.close(self._descriptor)
+            self._descriptor = None
+            self._partial.rename(self._path)
+
+    def abandon(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            self._partial.unlink()
+
+
+def _is_complete(path: Path, shard: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == shard.nbytes
+
+
+def _write_all(descriptor: int, data: memoryview, place: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, place)  # at most 2 GiB at once on Linux
+        data, place = data[written:], place + written
 
 
 def copy_companions(source: Path, destination: Path) -> None:

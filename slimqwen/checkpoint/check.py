@@ -1,0 +1,266 @@
+"""The gate that a checkpoint passes before it counts as done, and the command `slimqwen check`, for any folder."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from slimqwen.checkpoint.config import read_config, read_json, sections
+from slimqwen.checkpoint.reader import INDEX_FILE, Checkpoint
+from slimqwen.checkpoint.serving import (
+    KERNEL_MULTIPLE,
+    Obstacles,
+    expert_parallel,
+    replicated_kv_heads,
+    slow_sizes,
+    tensor_parallel,
+)
+from slimqwen.errors import UserError, shown
+from slimqwen.families import Config
+
+SAMPLED_TENSORS = 16
+SAMPLED_BYTES = 1 << 30  # in all: a fused tensor of an 80B checkpoint alone has 2 GB
+CHUNK_BYTES = 1 << 24  # read at once: the gate must not need the memory that streaming saved
+MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
+
+class CheckResult(BaseModel):
+    """A checkpoint that loads: what is in it, and what its user should know.
+
+    `tensor_parallel`, `expert_parallel`: number of ranks -> the sizes that do not divide by it (empty: it works);
+    `replicated_kv_heads`: the numbers of ranks at which several hold the same KV head, and cache it several times.
+    `sampled`: tensor -> SHA-256 of its bytes, of the tensors that were read in full. `dtypes`: dtype -> tensors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str
+    model_type: str
+    files: int
+    tensors: int
+    weight_bytes: int
+    dtypes: dict[str, int]
+    layouts: dict[str, int]
+    has_mtp: bool
+    tensor_parallel: Obstacles
+    replicated_kv_heads: list[int]
+    expert_parallel: Obstacles
+    sampled: dict[str, str]
+    warnings: list[str]
+
+
+def check_checkpoint(folder: Path, *, expected: Mapping[str, str] | None = None) -> CheckResult:
+    """Whether a checkpoint folder is whole and loads in Transformers, vLLM and SGLang.
+
+    Every tensor that config.json implies must be there with its shape and nothing else, where the index says; the
+    config must agree with itself and with the MTP tensors; a sample of tensors is read in full and must be finite.
+
+    Args:
+        expected: tensor name -> `tensor_hash` of what was written: these tensors are the sample, and must be the same.
+
+    Raises UserError for what is broken; what merely narrows how the model can be served is in `warnings`.
+    """
+    checkpoint = Checkpoint(folder)
+    check_config(read_json(folder / "config.json"), str(folder))
+    _check_orphans(checkpoint)
+    _check_mtp(checkpoint)
+    names = _sample(checkpoint) if expected is None else list(expected)
+    sampled = {name: _hash_on_disk(checkpoint, name) for name in names}
+    for name, digest in (expected or {}).items():
+        if sampled[name] != digest:
+            raise UserError(
+                f"{folder}: {shown(name)} is not what was written (SHA-256 {sampled[name][:16]}, expected {digest[:16]}): "
+                "check the disk and write it again."
+            )
+    family, config = checkpoint.family, checkpoint.config
+    return CheckResult(
+        checkpoint=str(folder),
+        model_type=family.model_type,
+        files=len(checkpoint.files),
+        tensors=len(checkpoint.specs),
+        weight_bytes=sum(map(checkpoint.nbytes, checkpoint.specs)),
+        dtypes=dict(Counter(_word(checkpoint.dtype(name)) for name in checkpoint.specs).most_common()),
+        layouts=dict(Counter(checkpoint.layouts.values())),
+        has_mtp=checkpoint.has_mtp,
+        tensor_parallel=tensor_parallel(family, config),
+        replicated_kv_heads=replicated_kv_heads(config),
+        expert_parallel=expert_parallel(family, config),
+        sampled=sampled,
+        warnings=[*_warnings_of_files(checkpoint), *_warnings_of_sizes(checkpoint)],
+    )
+
+
+def check_config(on_disk: Config, where: str) -> None:
+    """Raise UserError where Transformers does not take a config.json: it checks the type of every field it knows."""
+    from transformers import AutoConfig  # a second to import
+
+    try:
+        AutoConfig.for_model(**on_disk)
+    except Exception as error:  # of any class: it is the library's verdict
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: Transformers does not accept config.json: {reason}.") from error
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes as safetensors writes them (contiguous, little-endian)."""
+    return _digest(_chunks(tensor))
+
+
+def _hash_on_disk(checkpoint: Checkpoint, name: str) -> str:
+    """The hash of a tensor that is there and finite."""
+    if name not in checkpoint.specs:
+        raise UserError(
+            f"{checkpoint.folder} lacks {shown(name)}, which was written: check the disk and write it again."
+        )
+
+    def finite(chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for chunk in chunks:
+            if not bool(chunk.isfinite().all()):
+                raise UserError(
+                    f"{checkpoint.folder}: '{name}' holds NaN or infinity: the file is damaged, or the training that "
+                    "wrote it diverged."
+                )
+            yield chunk
+
+    return _digest(finite(_chunks(checkpoint.read(name))))
+
+
+def _chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    flat = tensor.contiguous().reshape(-1)
+    chunks: tuple[torch.Tensor, ...] = flat.split(CHUNK_BYTES // flat.element_size())
+    return chunks
+
+
+def _digest(chunks: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _sample(checkpoint: Checkpoint) -> list[str]:
+    """Up to 16 tensors and 1 GiB, from as many files as there are; the same ones for the same names."""
+    by_file: dict[Path, list[str]] = {}
+    for name in sorted(checkpoint.specs, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        by_file.setdefault(checkpoint.file_of(name), []).append(name)
+    in_turn = [name for names in zip_longest(*by_file.values()) for name in names if name is not None]
+    chosen: list[str] = []
+    free = SAMPLED_BYTES
+    for name in in_turn:
+        if len(chosen) < SAMPLED_TENSORS and checkpoint.nbytes(name) <= free:
+            chosen.append(name)
+            free -= checkpoint.nbytes(name)
+    return chosen
+
+
+def _check_orphans(checkpoint: Checkpoint) -> None:
+    """Some engines load every *.safetensors of a folder."""
+    known = {file.name for file in checkpoint.files}
+    orphans = sorted(path.name for path in checkpoint.folder.glob("*.safetensors") if path.name not in known)
+    if orphans:
+        raise UserError(
+            f"{checkpoint.folder} has {shown(orphans[0])}, which does not belong to the checkpoint and which serving "
+            "engines may load: remove it."
+        )
+
+
+def _check_mtp(checkpoint: Checkpoint) -> None:
+    """What config.json says of the MTP module, in whichever words, must be true of the tensors."""
+    on_disk = read_json(checkpoint.folder / "config.json")
+    present = checkpoint.config["num_nextn_predict_layers"]
+    for section in sections(on_disk):
+        for key in MTP_KEYS:
+            if section.get(key) is not None and section[key] != present:
+                raise UserError(
+                    f"{checkpoint.folder}: config.json says {key} {shown(section[key])}, and the checkpoint's tensors "
+                    f"make {present}: add the MTP module's tensors or write {present}."
+                )
+
+
+def _warnings_of_files(checkpoint: Checkpoint) -> list[str]:
+    """The index's total, the dtypes, the MTP module."""
+    warnings = []
+    total = sum(map(checkpoint.nbytes, checkpoint.specs))
+    metadata = None if checkpoint.index is None else checkpoint.index.get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if said is not None and said != total:
+        warnings.append(f"{INDEX_FILE} says total_size {shown(said)}, the tensors have {total:,} bytes.")
+    sizes: Counter[str] = Counter()
+    for name in checkpoint.specs:
+        sizes[_word(checkpoint.dtype(name))] += checkpoint.nbytes(name)
+    if "float64" in sizes:
+        warnings.append("some tensors are float64, which serving engines do not hold.")
+    (usual, _), *_ = sizes.most_common(1)
+    if not checkpoint.config.get("architectures"):
+        warnings.append("config.json has no architectures, by which serving engines choose the model's code.")
+    dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if dtype is not None and dtype != usual:
+        warnings.append(
+            f"config.json says dtype {shown(dtype)}, the weights are mostly {usual}: engines will convert them."
+        )
+    if read_config(checkpoint.folder)[1]["num_nextn_predict_layers"] and not checkpoint.has_mtp:
+        warnings.append(
+            "there is no MTP module, and config.json does not say so: engines cannot draft with it (write "
+            "num_nextn_predict_layers 0)."
+        )
+    return warnings
+
+
+def _warnings_of_sizes(checkpoint: Checkpoint) -> list[str]:
+    """What the sizes and the layer pattern rule out, or make slow."""
+    family, config = checkpoint.family, checkpoint.config
+    warnings = []
+    parallel = {"tensor": tensor_parallel(family, config), "expert": expert_parallel(family, config)}
+    for kind, obstacles in parallel.items():
+        for ranks in (2, 4, 8):  # what people have; the other numbers are in the table
+            if obstacles[ranks]:
+                warnings.append(f"{kind} parallel {ranks} does not divide {', '.join(obstacles[ranks])}.")
+    if slow := slow_sizes(family, config):
+        warnings.append(
+            f"{', '.join(slow)}: not a multiple of {KERNEL_MULTIPLE}, which fast kernels and FP8 blocks want."
+        )
+    if not family.attention_layers(config):
+        warnings.append("no layer attends in full: Transformers cannot generate with a cache.")
+    note = family.serving_note(config)
+    return [*warnings, note] if note else warnings
+
+
+def describe(result: CheckResult) -> str:
+    """The result as a short list for a terminal."""
+    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in result.dtypes.items())
+    layouts = ", ".join(f"{layout} in {count} blocks" for layout, count in result.layouts.items())
+    files = f"{result.files} file" + "s" * (result.files > 1)
+    rows = {
+        "checkpoint": f"{result.checkpoint} ({result.model_type})",
+        "weights": f"{result.weight_bytes:,} bytes, {result.tensors:,} tensors in {files}: {dtypes}",
+        "experts": layouts,
+        "MTP module": "yes" if result.has_mtp else "no",
+        "tensor parallel": _divides(result.tensor_parallel, result.replicated_kv_heads),
+        "expert parallel": _divides(result.expert_parallel),
+        "read in full": f"{len(result.sampled)} tensors, all finite",
+        **{f"  {name}": f"sha256 {digest[:16]}" for name, digest in result.sampled.items()},
+    }
+    width = max(map(len, rows))
+    lines = [f"{name.ljust(width)}  {value}" for name, value in rows.items()]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in result.warnings), "loadable"])
+
+
+def _divides(obstacles: Obstacles, replicated: Iterable[int] = ()) -> str:
+    """`1, 2, 4 divide (4: KV heads replicated); 3, 5, 6, 7, 8 do not`"""
+    even = [ranks for ranks, sizes in obstacles.items() if not sizes]
+    uneven = [ranks for ranks, sizes in obstacles.items() if sizes]
+    copies = [ranks for ranks in replicated if ranks in even]
+    text = f"{_listed(even)} divide" + (f" ({_listed(copies)}: KV heads replicated)" if copies else "")
+    return text + (f"; {_listed(uneven)} do not" if uneven else "")
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,252 @@
+"""Streaming calibration: the same sums as in memory, in every family and layout; the same bits after any interruption."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tiny import write_tiny_checkpoint, write_tiny_tokens
+from tiny_families import FAMILIES_NATIVE
+from torch import Tensor
+from typer.testing import CliRunner
+
+from slimqwen.calibration import memory, walk, weights
+from slimqwen.calibration.calibrate import calibrate
+from slimqwen.calibration.memory import allot
+from slimqwen.calibration.observe import add_layer_sums
+from slimqwen.calibration.statistics import Statistics
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.cli import app
+from slimqwen.errors import UserError
+from slimqwen.families import FAMILIES
+from slimqwen.recipe import CalibrationRecipe
+
+SEQUENCE_LENGTH = 16
+SAMPLES = 10  # of two sources with two halves: parts of 3 and 2 rows
+BATCH_SIZE = 2
+
+
+class Texts(NamedTuple):
+    tokenizer: Path
+    sources: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    tokenizer, tokens = write_tiny_tokens(tmp_path_factory.mktemp("texts"))
+    return Texts(tokenizer, {"code": tokens, "prose": tokens})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("walk") / "checkpoint", tokenizer=texts.tokenizer)
+
+
+def measured(checkpoint: Path, out: Path, texts: Texts, **options: Any) -> Statistics:
+    recipe = CalibrationRecipe(sources=texts.sources, samples=SAMPLES, batch_size=BATCH_SIZE, **options)
+    return calibrate(checkpoint, out, recipe=recipe, sequence_length=SEQUENCE_LENGTH, device="cpu")
+
+
+def assert_same(found: Statistics, expected: Statistics, relative: float = 0.0) -> None:
+    """All sums, up to `relative` of the largest entry of each."""
+    assert found.sums.keys() == expected.sums.keys()
+    assert (found.checkpoint, found.data, found.tokens) == (expected.checkpoint, expected.data, expected.tokens)
+    for name, value in expected.sums.items():
+        tolerance = relative * value.abs().max().item()
+        torch.testing.assert_close(found.sums[name], value, rtol=0, atol=tolerance, msg=name)
+
+
+# --- the same sums ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_layer_by_layer_is_all_at_once(tmp_path: Path, texts: Texts, model_type: str) -> None:
+    """To the bit where the batches are the same, to float32 rounding where experts see more tokens at once."""
+    native = FAMILIES_NATIVE[model_type]
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", native=native, tokenizer=texts.tokenizer)
+    recipe = CalibrationRecipe(sources=texts.sources, samples=SAMPLES, batch_size=1, streaming=False)
+    at_once = calibrate(checkpoint, tmp_path / "at_once", recipe=recipe, sequence_length=SEQUENCE_LENGTH, device="cpu")
+    assert_same(measured(checkpoint, tmp_path / "tight", texts, streaming=True, memory_budget_bytes=1), at_once)
+    assert_same(measured(checkpoint, tmp_path / "wide", texts, streaming=True), at_once, relative=2e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "at_once", "tight", "wide"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layout_on_disk_does_not_matter(tmp_path: Path, texts: Texts, dtype: torch.dtype) -> None:
+    results = {}
+    for layout in ("per_expert", "fused"):
+        folder = tmp_path / layout
+        write_tiny_checkpoint(folder, tokenizer=texts.tokenizer, layout=layout, dtype=dtype)  # type: ignore[arg-type]
+        results[layout] = measured(folder, tmp_path / f"{layout}.safetensors", texts, streaming=True)
+    for name, value in results["fused"].sums.items():
+        assert torch.equal(results["per_expert"].sums[name], value), name
+    at_once = measured(tmp_path / "fused", tmp_path / "at_once", texts, streaming=False)
+    assert_same(results["fused"], at_once, relative=2e-6)
+
+
+def test_weights_come_and_go(checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's dense tensors are there while it runs, its experts never; nothing is before and after."""
+    models = []
+    weightless = weights.weightless
+
+    def seen(*arguments: Any) -> Any:
+        models.append(weightless(*arguments))
+        return models[-1]
+
+    def held(*arguments: Any) -> None:
+        names = {
+            name for module in models[0].modules() for name, value in vars(module).items() if isinstance(value, Tensor)
+        }
+        stacked = [value for value in models[0].tensors().values() if value.dim() == 3]
+        assert "weight" in names and all(value.is_meta for value in stacked)
+        add_layer_sums(*arguments)
+
+    monkeypatch.setattr(walk, "weightless", seen)
+    monkeypatch.setattr(walk, "add_layer_sums", held)
+    measured(checkpoint, tmp_path / "s", texts, streaming=True)
+    (model,) = models
+    assert all(tensor.is_meta for tensor in model.held().values())
+    lent = {path for path, module in model.named_modules() if any(isinstance(v, Tensor) for v in vars(module).values())}
+    assert lent == {"backbone.model.embed_tokens"}  # mapped from the file
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
+    def stop(statistics: Statistics, number: int, *rest: Any) -> None:
+        if number == layer:
+            raise KeyboardInterrupt
+        add_layer_sums(statistics, number, *rest)
+
+    monkeypatch.setattr(walk, "add_layer_sums", stop)
+
+
+def test_ctrl_c_loses_the_layer_under_way_and_nothing_else(
+    checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = measured(checkpoint, tmp_path / "uninterrupted", texts, streaming=True)
+    out = tmp_path / "statistics"
+    interrupting(monkeypatch, layer=2)
+    with pytest.raises(KeyboardInterrupt):
+        measured(checkpoint, out, texts, streaming=True)
+    assert not out.exists() and "the same command continues" in capsys.readouterr().err
+    (left,) = [path for path in tmp_path.iterdir() if path.name not in ("uninterrupted",)]
+    assert sorted(path.name for path in left.iterdir()) == [".key", "000", "001"]
+    assert [path.parent.name for path in left.glob("*/hidden_states")] == ["001"]
+
+    monkeypatch.undo()
+    again: list[int] = []
+    monkeypatch.setattr(walk, "add_layer_sums", lambda *a: again.append(a[1]) or add_layer_sums(*a))
+    assert_same(measured(checkpoint, out, texts), expected)  # without --streaming: what was begun is finished
+    assert set(again) == {2, 3}
+    assert {path.name for path in tmp_path.iterdir()} == {"uninterrupted", "statistics"}
+
+
+def test_other_settings_begin_again(
+    checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hidden states of other batches would be a mixture."""
+    out = tmp_path / "statistics"
+    with monkeypatch.context() as patch:
+        interrupting(patch, layer=2)
+        with pytest.raises(KeyboardInterrupt):
+            measured(checkpoint, out, texts, streaming=True)
+    tight = measured(checkpoint, out, texts, streaming=True, memory_budget_bytes=1)
+    assert "is removed" in capsys.readouterr().err
+    assert_same(tight, measured(checkpoint, tmp_path / "tight", texts, streaming=True, memory_budget_bytes=1))
+
+
+KILLED = """
+import os, signal, sys
+from slimqwen.calibration import walk
+from slimqwen.cli import main
+add = walk.add_layer_sums
+def fall(statistics, number, *rest):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(statistics, number, *rest)
+walk.add_layer_sums = fall
+main()
+"""
+
+
+def test_killed_and_called_again(checkpoint: Path, texts: Texts, tmp_path: Path) -> None:
+    out = tmp_path / "statistics"
+    options = ["--samples", str(SAMPLES), "--batch-size", str(BATCH_SIZE), "--sequence-length", str(SEQUENCE_LENGTH)]
+    for name, folder in texts.sources.items():
+        options += ["--tokens", f"{name}={folder}"]
+    command = ["calibrate", str(checkpoint), "--out", str(out), "--streaming", "--device", "cpu", *options]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 1
+
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
+    assert_same(Statistics.load(out), measured(checkpoint, tmp_path / "uninterrupted", texts, streaming=True))
+
+
+# --- how much at once -------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_shared_out(checkpoint: Path) -> None:
+    def allotted(budget_bytes: int) -> memory.Allotment:
+        return allot(
+            Checkpoint(checkpoint),
+            parts=2,
+            rows=64,
+            sequence_length=SEQUENCE_LENGTH,
+            batch_size=8,
+            budget_bytes=budget_bytes,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+
+    smallest, largest = allotted(1), allotted(10**9)
+    assert (smallest.rows_per_pass, smallest.rows_per_chunk) == (1, 1)
+    assert (largest.rows_per_pass, largest.rows_per_chunk) == (8, 64)
+    before = smallest
+    for budget in (200_000, 400_000, 800_000, 1_600_000):
+        some = allotted(budget)
+        assert some.activations_bytes <= budget and some.rows_per_pass <= some.rows_per_chunk
+        assert some.rows_per_pass >= before.rows_per_pass and some.rows_per_chunk >= before.rows_per_chunk
+        before = some
+    assert smallest.rows_per_chunk < before.rows_per_chunk < 64
+
+
+def test_what_does_not_fit_is_streamed(
+    checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = sum(torch.Size(spec.shape).numel() for spec in Checkpoint(checkpoint).specs.values())
+    sums = 4 * 5 * 8 * (32 + 16 + 8)  # parts x blocks x experts x (hidden + neurons + experts), of 8 bytes
+    budget = 1_000_000
+    for spare, streamed in ((0, False), (-1, True)):
+        monkeypatch.setattr(
+            memory, "available_bytes", lambda _, spare=spare: 4 * parameters + 8 * sums + budget + spare
+        )
+        measured(checkpoint, tmp_path / f"{streamed}", texts, memory_budget_bytes=budget)
+        assert ("layer by layer" in capsys.readouterr().err) is streamed
+
+
+def test_available_memory_is_told() -> None:
+    available = memory.available_bytes(torch.device("cpu"))
+    assert available is None or 1 << 20 < available < 1 << 50
+
+
+def test_a_disk_too_small(checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"1\.0 kB are free: make room"):
+        measured(checkpoint, tmp_path / "statistics", texts, streaming=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_that_is_no_size(checkpoint: Path, texts: Texts, tmp_path: Path) -> None:
+    command = ["calibrate", str(checkpoint), "--tokens", str(texts.sources["code"]), "--out", str(tmp_path / "s")]
+    result = CliRunner().invoke(app, [*command, "--memory-budget", "plenty"])
+    assert isinstance(result.exception, UserError) and "'plenty' is not a size in bytes" in str(result.exception)
