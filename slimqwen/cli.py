@@ -6,18 +6,31 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from typer.core import TyperGroup
 
 from slimqwen.errors import EXIT_FAILED, Interrupted, UserError, did_you_mean
+from slimqwen.families.family import Layout
 from slimqwen.progress import say
 from slimqwen.recipe import Dtype
 
 
 class Commands(TyperGroup):
-    """Turns Ctrl-C into a sentence and its exit code, which click would swallow ("Aborted!")."""
+    """Turns Ctrl-C into a sentence and its exit code, which click would swallow ("Aborted!").
+
+    Many processes, as torchrun starts them, can only do `distil` together.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name != "distil" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"'{name}' is work for one process, and torchrun has started {os.environ['WORLD_SIZE']}: run it without "
+                "torchrun, and only `slimqwen distil` with it."
+            )
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -54,6 +67,9 @@ RecipeFile = Annotated[
 CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
 TokensFolder = Annotated[Path, typer.Option("--tokens", metavar="DIR", help="Folder written by `slimqwen tokens`.")]
 SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens in one sequence.")]
+Isolated = Annotated[
+    bool, typer.Option("--isolated/--packed", help="One document to a sequence, padded, or documents back to back.")
+]
 Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")]
 DtypeOption = Annotated[str, typer.Option(help="'auto' (bfloat16 on a GPU, float32 on a CPU), 'float32', 'bfloat16'.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the data order.")]
@@ -115,7 +131,10 @@ def recipe(
 def tokens(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Files or folders of text, or 'python-stdlib', 'python-packages'."),
+        typer.Argument(
+            metavar="[NAME=]SOURCE...",
+            help="Files or folders of text, 'python-stdlib', 'python-packages', or the prefix of Megatron's .bin and .idx.",
+        ),
     ],
     tokenizer: Annotated[str, typer.Option(help="Checkpoint folder with the tokenizer, or 'builtin'.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -126,18 +145,35 @@ def tokens(
     heldout_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of documents held out where no --heldout is given.")
     ] = 0.05,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            metavar="NAME=WEIGHT",
+            help="Share of the training tokens to draw from a source, called NAME or as its folder or file; give one for each. "
+            "Default: each text once per epoch.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; 1 is this one. Default: one per usable core.", show_default=False),
+    ] = None,
 ) -> None:
-    """Turn text into packed tokens: train and held-out splits in Megatron's .bin/.idx format."""
+    """Turn text into packed tokens: train and held-out splits in Megatron's .bin/.idx format.
+
+    Sources with weights lie in a folder each, which `calibrate` takes for a source too.
+    """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.data.sources import source_named
+    from slimqwen.data.sources import named_sources, source_named
     from slimqwen.data.tokenize import tokenize
 
     manifest = tokenize(
-        [source_named(name, text_field) for name in sources],
+        named_sources(sources, text_field, _weights("--weight", weights or [])),
         checkpoint_folder(tokenizer),
         out,
         heldout_sources=[source_named(name, text_field) for name in heldout or []],
         heldout_fraction=heldout_fraction,
+        workers=workers,
     )
     typer.echo(f"{out}: {manifest.train.tokens:,} training and {manifest.heldout.tokens:,} held-out tokens")
 
@@ -145,25 +181,51 @@ def tokens(
 @app.command()
 def calibrate(
     checkpoint: CheckpointName,
-    tokens: TokensFolder,
+    tokens: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Folder written by `slimqwen tokens`. Repeatable: each is a source of its own, called NAME or as the folder.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Statistics file to write.")] = Path("statistics.safetensors"),
-    samples: Annotated[int, typer.Option(min=1, help="Sequences to measure on (the paper: 1,024).")] = 1024,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Sequences to measure on (the paper: 1,024), spread evenly over the sources.")
+    ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     sequence_length: SequenceLength = 256,
+    streaming: Annotated[
+        bool | None,
+        typer.Option(
+            "--streaming/--no-streaming",
+            help="Measure layer by layer, the other weights left on disk; interrupted, the same command continues. "
+            "Default: where the model does not fit into memory.",
+            show_default=False,
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for activations when measuring layer by layer.")
+    ] = "2GB",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Measure the importance of every layer, channel and expert in one forward pass over text."""
+    """Measure the importance of every layer, channel, expert, head and neuron in one forward pass over text."""
     from slimqwen.builtin import checkpoint_folder
+    from slimqwen.bytesize import bytes_of
     from slimqwen.calibration.calibrate import calibrate as run_stage
     from slimqwen.recipe import CalibrationRecipe
 
     run_stage(
         checkpoint_folder(checkpoint),
         out,
-        tokens=tokens,
-        recipe=CalibrationRecipe(samples=samples, batch_size=batch_size),
+        recipe=CalibrationRecipe(
+            sources=_sources(tokens),
+            samples=samples,
+            batch_size=batch_size,
+            streaming=streaming,
+            memory_budget_bytes=bytes_of(memory_budget),
+        ),
         sequence_length=sequence_length,
         seed=seed,
         device=device,
@@ -181,43 +243,112 @@ def plan(
         Path | None,
         typer.Option(
             metavar="TARGET.yaml",
-            help="The shape to reach: num_hidden_layers, hidden_size, num_experts, num_experts_per_tok.",
+            help="The shape to reach: num_hidden_layers, hidden_size, num_experts, num_experts_per_tok, ...",
         ),
     ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="BUDGETS",
+            help="List the best shapes for budgets: `total=23B,active=2B` or `checkpoint=40GB`; sizes can be pinned: "
+            "`total=23B,num_hidden_layers=36`. With --out one of them is written as a target.",
+        ),
+    ] = None,
+    align: Annotated[int, typer.Option(min=1, help="With --fit: hidden and expert size are multiples of this.")] = 128,
+    pick: Annotated[int, typer.Option(min=1, help="With --fit: number of the shape that --out gets.")] = 1,
+    context_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for cache and FLOPs.")] = 32_768,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that the predicted training is sharded over.")] = 8,
     statistics: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE", help="Written by `slimqwen calibrate`. With it, a plan is made and written to --out."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Plan to write (needs --statistics).")] = Path("plan.json"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --statistics the plan to write (plan.json), with --fit the target (none)."),
+    ] = None,
     pruning: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Criteria: the recipe's `pruning` section.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+    source_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source-weight",
+            metavar="NAME=WEIGHT",
+            help="What a source of the statistics counts for; give one for each. Default: as much as it has tokens.",
+        ),
+    ] = None,
+    stability: Annotated[
+        bool,
+        typer.Option(help="Say how far plans from two halves of the calibration text, and from each source, agree."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Count parameters before and after, from the config alone; with statistics, choose what to keep."""
-    from slimqwen.planning.counts import before_and_after, counts_table
+    """Parameters and costs before and after, from the config alone; with statistics, choose what to keep.
+
+    Costs: bytes on disk, KV cache and DeltaNet state, FLOPs, training memory. With --fit, search the shape itself.
+    """
+    from slimqwen.checkpoint.config import read_config
+    from slimqwen.planning.counts import compare, comparison_table
     from slimqwen.recipe import PruningRecipe, Target
     from slimqwen.recipe_file import load_recipe
 
     wanted = Target() if target is None else load_recipe(target, model=Target)
-    if statistics is None and pruning is not None:
-        raise UserError("--pruning chooses what to keep by statistics: give --statistics too.")
+    if statistics is None and (pruning is not None or source_weights or stability):
+        raise UserError("--pruning, --source-weight and --stability choose by statistics: give --statistics too.")
+    if budgets is not None:
+        if target is not None or statistics is not None:
+            raise UserError("--fit searches a target from the config alone: give it without --target and --statistics.")
+        return _fit(_config_path(checkpoint), budgets, align, pick, out, as_json)
     if statistics is None:
-        counts = before_and_after(_config_path(checkpoint), wanted)
+        if out is not None:
+            raise UserError("--out takes the plan of --statistics or the target of --fit: give one of these too.")
+        family, config = read_config(_config_path(checkpoint))
+        comparison = compare(family, config, wanted, context_length=context_length, gpus=gpus)
     else:
         from slimqwen.builtin import checkpoint_folder
+        from slimqwen.checkpoint.reader import Checkpoint
         from slimqwen.planning.plan import plan as run_stage
+        from slimqwen.planning.stability import stability_text
 
+        out = out or Path("plan.json")
         criteria = PruningRecipe() if pruning is None else load_recipe(pruning, model=PruningRecipe)
-        made = run_stage(checkpoint_folder(checkpoint), out, statistics=statistics, target=wanted, pruning=criteria)
-        counts = {"before": made.before, "after": made.after}
+        if source_weights:
+            criteria = criteria.model_copy(update={"source_weights": _weights("--source-weight", source_weights)})
+        made = run_stage(
+            checkpoint_folder(checkpoint),
+            out,
+            statistics=statistics,
+            target=wanted,
+            pruning=criteria,
+            stability=stability,
+        )
+        source = Checkpoint(checkpoint_folder(checkpoint))
+        comparison = compare(
+            source.family, source.config, made.target, made.kept_layers, context_length=context_length, gpus=gpus
+        )
+        if made.stability is not None and not as_json:
+            typer.echo(stability_text(made.stability))
         say(f"plan written to {out}")
+    typer.echo(comparison.model_dump_json(indent=2) if as_json else comparison_table(comparison))
+
+
+def _fit(config: Path, budgets: str, align: int, pick: int, out: Path | None, as_json: bool) -> None:
+    from slimqwen.checkpoint.config import read_config
+    from slimqwen.planning.fit import candidates_table, fit, write_target
+
+    candidates = fit(*read_config(config), budgets, align=align)
+    if pick > len(candidates):
+        raise UserError(f"--pick {pick}: the list has {len(candidates)} shapes.")
     if as_json:
-        typer.echo(json.dumps({name: value.model_dump() for name, value in counts.items()}, indent=2))
+        typer.echo(json.dumps([candidate.model_dump() for candidate in candidates], indent=2))
     else:
-        typer.echo(counts_table(counts))
+        typer.echo(candidates_table(candidates))
+    if out is not None:
+        write_target(candidates[pick - 1], out)
+        say(f"target {pick} written to {out}")
 
 
 @app.command()
@@ -225,12 +356,22 @@ def prune(
     checkpoint: CheckpointName,
     plan: Annotated[Path, typer.Option(metavar="FILE", help="Written by `slimqwen plan`.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file: 5GB, 500MB, 2GiB.")] = "5GB",
+    layout: Annotated[
+        str | None,
+        typer.Option(help="How experts lie in the result: 'per_expert' or 'fused'. Default: as in the checkpoint."),
+    ] = None,
 ) -> None:
-    """Write the checkpoint that a plan leaves, MTP module included."""
+    """Write the checkpoint that a plan leaves, MTP module included, in the memory of a few tensors.
+
+    Interrupted, even by a power cut, the same command continues with the first file that is not complete.
+    """
     from slimqwen.builtin import checkpoint_folder
+    from slimqwen.bytesize import bytes_of
     from slimqwen.pruning.prune import prune as run_stage
 
-    typer.echo(str(run_stage(checkpoint_folder(checkpoint), out, plan=plan)))
+    run_stage(checkpoint_folder(checkpoint), out, plan=plan, layout=_layout(layout), shard_bytes=bytes_of(shard_size))
+    typer.echo(str(out))
 
 
 @app.command()
@@ -245,12 +386,17 @@ def distil(
         str | None, typer.Option(help="Checkpoint folder, or 'builtin'. Not needed without kd terms.")
     ] = None,
     sequence_length: SequenceLength = 256,
+    isolated: Isolated = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
     overrides: Overrides = None,
 ) -> None:
-    """Train a student on text and a teacher's predictions. Continues where it was interrupted."""
+    """Train a student on text and a teacher's predictions. Continues where it was interrupted.
+
+    On many devices: `torchrun --nproc-per-node 8 -m slimqwen distil ...` (docs/multi-device.md). Exit code 75 after
+    SIGTERM: the training state is saved, the same command continues.
+    """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.distillation.distil import distil as run_stage
     from slimqwen.recipe import DistilRecipe
@@ -262,13 +408,15 @@ def distil(
         tokens=tokens,
         recipe=load_recipe(settings, overrides or [], model=DistilRecipe),
         sequence_length=sequence_length,
+        documents="isolated" if isolated else "packed",
         teacher=None if teacher is None else checkpoint_folder(teacher),
         seed=seed,
         device=device,
         dtype=_dtype(dtype),
         run=out.name,
     )
-    typer.echo(str(result))
+    if _rank() == 0:
+        typer.echo(str(result))
 
 
 @app.command()
@@ -281,6 +429,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("evaluation.json"),
     measured_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")] = 65_536,
     sequence_length: SequenceLength = 256,
+    isolated: Isolated = False,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -300,12 +449,26 @@ def evaluate(
         tokens=tokens,
         recipe=EvaluationRecipe(tokens=measured_tokens),
         sequence_length=sequence_length,
+        documents="isolated" if isolated else "packed",
         teacher=None if teacher is None else "teacher",
         device=device,
         dtype=_dtype(dtype),
     )
     print_table(result)
     typer.echo(str(out))
+
+
+@app.command()
+def check(
+    checkpoint: CheckpointName,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Tell whether a checkpoint is whole and loads in Transformers, vLLM and SGLang; reads headers and a sample."""
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.checkpoint.check import check_checkpoint, describe
+
+    result = check_checkpoint(checkpoint_folder(checkpoint))
+    typer.echo(result.model_dump_json(indent=2) if as_json else describe(result))
 
 
 @app.command()
@@ -334,6 +497,30 @@ def pretrain(
     typer.echo(str(run_stage(load_recipe(recipe, overrides or [], model=PretrainRecipe))))
 
 
+def _sources(folders: list[str]) -> dict[str, Path]:
+    """Token folders by the name of the source: `wiki=DIR`, or the folder's own name."""
+    sources: dict[str, Path] = {}
+    for given in folders:
+        name, named, folder = given.partition("=")
+        path = Path(folder if named else given)
+        name = name if named else path.resolve().name
+        if name in sources:
+            raise UserError(f"two sources are called '{name}': tell them apart, --tokens wiki={path}.")
+        sources[name] = path
+    return sources
+
+
+def _weights(option: str, given: list[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for text in given:
+        name, _, weight = text.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise UserError(f"{option} {text}: write it as NAME=WEIGHT, such as wiki=0.7.") from None
+    return weights
+
+
 def _config_path(name: str) -> Path:
     from slimqwen.builtin import TEACHER
     from slimqwen.recipe import BUILTIN_TEACHER
@@ -341,11 +528,28 @@ def _config_path(name: str) -> Path:
     return TEACHER if name == BUILTIN_TEACHER else Path(name)
 
 
+def _layout(name: str | None) -> Layout | None:
+    known = get_args(Layout)
+    if name is not None and name not in known:
+        raise UserError(f"--layout {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
+    return cast(Layout | None, name)
+
+
 def _dtype(name: str) -> str:
     known = get_args(Dtype)
     if name not in known:
         raise UserError(f"--dtype {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
     return name
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _speaker() -> str:
+    """What precedes an error where several processes may report one."""
+    return f"rank {_rank()}: " if "RANK" in os.environ else ""
 
 
 def _command() -> str:
@@ -357,9 +561,14 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at run time
     try:
         app()
+    except Interrupted as error:
+        if _rank() == 0:
+            say(str(error))
+        sys.exit(error.exit_code)
     except UserError as error:
-        say(str(error) if isinstance(error, Interrupted) else f"error: {error}")
+        say(f"{_speaker()}error: {error}")
         sys.exit(error.exit_code)
     except OSError as error:  # a path that is a file, not writable, gone: the system's own words and the name
-        say(f"error: {error.filename or 'a file'}: {error.strerror or error}. Check the path and its permissions.")
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+        say(f"{_speaker()}error: {problem}. Check the path and its permissions.")
         sys.exit(EXIT_FAILED)

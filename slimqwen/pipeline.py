@@ -15,7 +15,9 @@ from slimqwen.artifacts import atomic_folder, fingerprint, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.tokenize import load_manifest, tokenize
+from slimqwen.data.packed import bin_path, idx_path
+from slimqwen.data.store import load_manifest
+from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT, tokenize
 from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
 from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.pretrain import write_initial
@@ -28,7 +30,7 @@ from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import announce, check, stages_of
 from slimqwen.progress import duration, say
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import LossTerm, Recipe, Target
+from slimqwen.recipe import LossTerm, Recipe, Source, Target
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN
@@ -93,11 +95,13 @@ class Pipeline:
         data = self.recipe.data
         out = self.run_dir / "tokens"
         inputs = {
-            "data": data.model_dump(mode="json", exclude={"sequence_length"}),
+            "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
             "tokenizer": fingerprint(self.teacher / "tokenizer.json"),
             "python": platform.python_version(),  # whose standard library 'python-stdlib' is
             "packages": _installed_packages() if any(s.builtin == "python-packages" for s in data.sources) else None,
-            "text": [_text_state(source.path) for source in (*data.sources, *data.heldout_sources) if source.path],
+            "text": [
+                _text_state(source) for source in (*data.sources, *data.heldout_sources) if source.builtin is None
+            ],
         }
         tokens = self.steps.step(
             "tokens",
@@ -109,6 +113,7 @@ class Pipeline:
                 out,
                 heldout_sources=data.heldout_sources,
                 heldout_fraction=data.heldout_fraction,
+                workers=data.workers,
             ),
         )
         needed = max(data.sequence_length, self.recipe.evaluation.acceptance_prompt_tokens) + 1
@@ -122,10 +127,13 @@ class Pipeline:
 
     def calibrated(self, name: str, checkpoint: Path, out: Path) -> Path:
         recipe = self.recipe
+        tokens = self.run_dir / "tokens"
         inputs = {
             "checkpoint": fingerprint(checkpoint),
-            "tokens": fingerprint(self.run_dir / "tokens"),
-            "calibration": recipe.calibration.model_dump(mode="json", exclude={"batch_size"}),
+            "tokens": [fingerprint(folder) for folder in recipe.calibration.sources.values() or [tokens]],
+            "calibration": recipe.calibration.model_dump(
+                mode="json", exclude={"batch_size", "streaming", "memory_budget_bytes"}
+            ),
             "sequence_length": recipe.data.sequence_length,
             "seed": recipe.seed,
             "dtype": recipe.dtype,
@@ -137,7 +145,7 @@ class Pipeline:
             lambda: calibrate(
                 checkpoint,
                 out,
-                tokens=self.run_dir / "tokens",
+                tokens=tokens,
                 recipe=recipe.calibration,
                 sequence_length=recipe.data.sequence_length,
                 seed=recipe.seed,
@@ -178,6 +186,7 @@ class Pipeline:
             "tokens": fingerprint(self.run_dir / "tokens"),
             "distil": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
             "sequence_length": recipe.data.sequence_length,
+            "documents": recipe.data.documents,
             "span": [span.first_step, span.end_step, span.total_steps],
             "seed": recipe.seed,
             "dtype": recipe.dtype,
@@ -192,6 +201,7 @@ class Pipeline:
                 tokens=self.run_dir / "tokens",
                 recipe=settings,
                 sequence_length=recipe.data.sequence_length,
+                documents=recipe.data.documents,
                 teacher=self.teacher,
                 span=span,
                 seed=recipe.seed,
@@ -260,6 +270,7 @@ class Pipeline:
             "tokens": fingerprint(tokens),
             "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"batch_size"}),
             "sequence_length": recipe.data.sequence_length,
+            "documents": recipe.data.documents,
             "dtype": recipe.dtype,
         }
         self.steps.step(
@@ -272,6 +283,7 @@ class Pipeline:
                 tokens=tokens,
                 recipe=recipe.evaluation,
                 sequence_length=recipe.data.sequence_length,
+                documents=recipe.data.documents,
                 device=recipe.device,
                 dtype=recipe.dtype,
             ),
@@ -295,9 +307,13 @@ def _installed_packages() -> list[str]:
     return sorted(f"{d.metadata['Name']} {d.version}" for d in distributions())
 
 
-def _text_state(path: Path) -> list[list[Any]]:
-    """Names, sizes and times of the files of a text source: reading terabytes to see that they are unchanged is too much."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+def _text_state(source: Source) -> list[list[Any]]:
+    """Names, sizes and times of the files of a source: reading terabytes to see that they are unchanged is too much."""
+    if source.megatron is not None:
+        files = [bin_path(source.megatron), idx_path(source.megatron)]
+    else:
+        assert source.path is not None
+        files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

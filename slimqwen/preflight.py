@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from slimqwen.calibration.statistics import check_source_weights
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.sources import check_source
+from slimqwen.data.sources import check_sources
 from slimqwen.distillation.distil import check_terms, total_steps
 from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
@@ -32,8 +32,7 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     teacher = source.folder
     if not (teacher / "tokenizer.json").is_file():
         raise UserError(f"{teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it.")
-    for text in (*recipe.data.sources, *recipe.data.heldout_sources):
-        check_source(text)
+    check_sources(recipe.data.sources, recipe.data.heldout_sources)
     length, sources = recipe.data.sequence_length, recipe.calibration.sources
     if sources:
         CalibrationText(sources, source, samples=recipe.calibration.samples, sequence_length=length, seed=recipe.seed)
@@ -43,6 +42,12 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     if recipe.run_dir.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"run_dir {recipe.run_dir} holds the teacher {teacher}: choose another run_dir.")
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
+    random = recipe.init == "random" or "random_init" in recipe.baselines
+    if random and any(spec.part == "vision" for spec in source.specs.values()):
+        raise UserError(
+            f"random weights for the vision tower of {teacher} cannot be made: leave out init: random and the random_init "
+            "baseline, or use the text model."
+        )
 
 
 def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
@@ -57,7 +62,11 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
     else:
         assert recipe.target is not None
         final = completed(source.family, recipe.target, config)
-        targets = [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape_of(source.family, config), final)
+        targets = (
+            [final]
+            if recipe.init == "random"
+            else stage_targets(recipe.schedule, shape_of(source.family, config), final)
+        )
         first = recipe.first_stage_token_fraction
         fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
     if recipe.pruning.depth == "last" and recipe.init == "pruned":

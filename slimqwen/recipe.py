@@ -21,10 +21,12 @@ ExpertImportance = Literal["frequency", "soft_logits", "reap"]
 ExpertCompression = Literal["prune", "merge", "partial"]
 ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
 LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
 Schedule = Literal["one_shot", "depth_first", "width_first", "joint"]
 BuiltinSource = Literal["python-stdlib", "python-packages"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Baseline = Literal["pruned", "random_init", "lm_only"]
+DocumentBoundaries = Literal["packed", "isolated"]
 
 
 class Section(BaseModel):
@@ -34,7 +36,7 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """One source of text. Give exactly one of `builtin` and `path`."""
+    """One source of text. Give exactly one of `builtin`, `path` and `megatron`."""
 
     builtin: BuiltinSource | None = Field(
         None,
@@ -46,6 +48,20 @@ class Source(Section):
         description="A .txt file (one document), .jsonl or .parquet (one document per row), a source file, or a folder: "
         "all such files below it, each source file a document.",
     )
+    megatron: Path | None = Field(
+        None,
+        description="PREFIX of token ids made elsewhere, PREFIX.bin and PREFIX.idx, with the teacher's tokenizer. They are read "
+        "where they are, and all of them are for training: the held-out text comes from other sources.",
+    )
+    name: str | None = Field(
+        None,
+        description="What it is called in a mixture: its folder among the tokens. Default: the last part of its path.",
+    )
+    weight: PositiveFloat | None = Field(
+        None,
+        description="Share of the training tokens drawn from this source, beside the others' weights; its text is repeated "
+        "or left unused as that takes. Give every source a weight, or none: then each text is read once per epoch.",
+    )
     text_field: str = Field("text", description="The column that holds the text, in .jsonl and .parquet.")
     keep_fraction: PositiveFloat = Field(
         1.0, description="Share of this source's documents to keep, at most 1.", le=1.0
@@ -53,8 +69,12 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
-        if (self.builtin is None) == (self.path is None):
-            raise ValueError("give exactly one of 'builtin' and 'path'")
+        if [self.builtin, self.path, self.megatron].count(None) != 2:
+            raise ValueError("give exactly one of 'builtin', 'path' and 'megatron'")
+        if self.megatron is not None and self.keep_fraction < 1.0:
+            raise ValueError(
+                "keep_fraction chooses among documents of text, and 'megatron' is token ids: give a weight"
+            )
         return self
 
 
@@ -72,6 +92,15 @@ class DataRecipe(Section):
         0.05, description="Share of documents held out when `heldout_sources` is empty."
     )
     sequence_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens in one training sequence.")
+    documents: DocumentBoundaries = Field(
+        "packed",
+        description="How training and evaluation cut rows. 'packed': documents back to back, and a row's tokens see the document "
+        "before theirs. 'isolated': a row holds one document, or a piece of a long one, and padding, which distil.tokens "
+        "counts and no loss does. Calibration reads packed rows, which have no padding, in either case.",
+    )
+    workers: PositiveInt | None = Field(
+        None, description="Processes that tokenize. Changes speed, not the result. Default: one per usable core."
+    )
 
 
 class CalibrationRecipe(Section):
@@ -87,6 +116,13 @@ class CalibrationRecipe(Section):
     )
     batch_size: PositiveInt = Field(
         8, description="Sequences per forward pass. Changes speed and memory, not the result."
+    )
+    streaming: bool | None = Field(
+        None,
+        description="Measure layer by layer, the other weights left on disk. Default: where the model does not fit into memory.",
+    )
+    memory_budget_bytes: PositiveInt = Field(
+        2_000_000_000, description="Memory for activations when measuring layer by layer."
     )
 
 
@@ -200,6 +236,39 @@ class DistilRecipe(Section):
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
     save_every_steps: PositiveInt = Field(100, description="Steps between resumable training states.")
+    save_every_minutes: PositiveFloat | None = Field(
+        None, description="Also save when this long has passed since the last time. Default: by steps alone."
+    )
+    keep_states: PositiveInt = Field(2, description="Resumable training states to keep, the newest.")
+    on_bad_step: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What to do where a step's loss or gradient is not finite: stop, or leave the step out, which is logged; "
+        "more than ten in a row stop the training.",
+    )
+    shard_ranks: PositiveInt | None = Field(
+        None,
+        description="On many devices: ranks that share one copy of the models. Default: all. The GPUs of one node: weights are "
+        "gathered within a node, and only gradients cross between nodes.",
+    )
+    reshard_student: bool = Field(
+        True,
+        description="On many devices: drop each gathered layer after its forward pass. Without it the whole student stays in "
+        "bfloat16 on each device during a step, and less is sent.",
+    )
+    reshard_teacher: bool = Field(
+        True, description="The same of the teacher, which without it stays whole on each device from the first step on."
+    )
+    divergence: DivergenceName = Field(
+        "forward_kl",
+        description="What the KD terms minimise: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon "
+        "divergence. The reported kd is KL(teacher || student) in each case.",
+    )
+    temperature: PositiveFloat = Field(
+        1.0, description="Of teacher and student in the KD terms, which are multiplied by its square."
+    )
+    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="The teacher's share of the mixture that 'jsd' compares teacher and student with."
+    )
 
     @model_validator(mode="after")
     def _terms_are_distinct(self) -> "DistilRecipe":

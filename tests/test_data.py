@@ -1,10 +1,14 @@
 """Text to tokens to rows: the order is deterministic, the format is Megatron's, the cursor is one integer."""
 
 import json
+import shutil
 import struct
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +16,11 @@ import pytest
 from slimqwen.builtin import TEACHER
 from slimqwen.data.packed import MAGIC, PackedTokens, PackedWriter
 from slimqwen.data.sources import EXCLUDED_FOLDERS, documents, is_heldout
+from slimqwen.data.store import load_manifest
 from slimqwen.data.stream import TokenStream, shuffled
-from slimqwen.data.tokenize import load_manifest, tokenize
+from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer, train_tokenizer
-from slimqwen.errors import UserError
+from slimqwen.errors import StageFailed, UserError
 from slimqwen.recipe import Source
 
 CODE = (
@@ -356,15 +361,15 @@ def test_rows_overlap_by_one_token(tmp_path: Path) -> None:
     for count in (10, 11):
         stream = TokenStream(pack(tmp_path / "t", [range(4), range(4, count)]), sequence_length=3, seed=0)
         assert stream.rows_per_epoch == 3
-        assert stream.in_order(0, 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-        assert stream.in_order(1, 1).tolist() == [[3, 4, 5, 6]]
+        assert stream.in_order(range(3)).tokens.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+        assert stream.in_order([1]).tokens.tolist() == [[3, 4, 5, 6]]
     with pytest.raises(IndexError):
-        stream.in_order(3, 1)
+        stream.in_order([3])
 
 
 def test_every_epoch_visits_every_row_once_in_its_own_order(tmp_path: Path) -> None:
     stream = TokenStream(pack(tmp_path / "t", [range(601)]), sequence_length=6, seed=1)
-    epochs = [stream.batch(100 * epoch, 100)[:, 0].tolist() for epoch in range(3)]
+    epochs = [stream.batch(100 * epoch, 100).tokens[:, 0].tolist() for epoch in range(3)]
     assert all(sorted(epoch) == list(range(0, 600, 6)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
@@ -373,13 +378,13 @@ def test_any_cut_into_batches_sees_the_same_rows(tmp_path: Path) -> None:
     import torch
 
     tokens = pack(tmp_path / "t", [range(47)])
-    whole = TokenStream(tokens, sequence_length=5, seed=2).batch(0, 30)  # 9 rows an epoch: into the fourth
+    whole = TokenStream(tokens, sequence_length=5, seed=2).batch(0, 30).tokens  # 9 rows an epoch: into the fourth
     assert whole.shape == (30, 6) and whole.dtype == torch.int64
     again = TokenStream(tokens, sequence_length=5, seed=2)
     for cut in ([30], [1] * 30, [7, 8, 9, 6]):
         first, pieces = 0, []
         for rows in cut:
-            pieces.append(again.batch(first, rows))
+            pieces.append(again.batch(first, rows).tokens)
             first += rows
         assert torch.equal(torch.cat(pieces), whole)
     assert torch.equal(torch.from_numpy(again.row(29)), whole[29])
@@ -436,6 +441,133 @@ def test_batches_do_not_change_the_result(
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "many" / file).read_bytes()
 
 
+FILES = ("train.bin", "train.idx", "heldout.bin", "heldout.idx", "manifest.json")
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So small that a few files are worth other processes."""
+    monkeypatch.setattr("slimqwen.data.tokenize.BATCH_CHARACTERS", 50)
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Those that are started meanwhile."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    return started
+
+
+def test_any_number_of_processes_writes_the_same(
+    tokenizer: Path, corpus: Path, tmp_path: Path, small_batches: None, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    (corpus / "special.txt").write_text("before <|endoftext|> after\u2028\n\x00\n" + CODE)
+    for workers in (1, 2, 3):
+        out = tmp_path / str(workers)
+        tokenize([Source(path=corpus)], tokenizer, out, heldout_fraction=0.3, workers=workers)
+        assert [(out / file).read_bytes() for file in FILES] == [(tmp_path / "1" / file).read_bytes() for file in FILES]
+    assert len(processes) == 2 + 3 and all(process.poll() is not None for process in processes)
+
+
+def test_little_text_starts_no_process(
+    tokenizer: Path, corpus: Path, tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    tokenize([Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, workers=8)
+    assert processes == []
+
+
+def test_an_interrupt_leaves_neither_files_nor_processes(
+    tokenizer: Path,
+    corpus: Path,
+    tmp_path: Path,
+    small_batches: None,
+    processes: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add = PackedWriter.add
+
+    def interrupted(self: PackedWriter, ids: Any) -> None:
+        if self.total_tokens > 100:
+            raise KeyboardInterrupt
+        add(self, ids)
+
+    monkeypatch.setattr(PackedWriter, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize([Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, workers=2)
+    assert len(processes) == 2 and all(process.poll() is not None for process in processes)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_a_killed_process_is_explained(
+    tokenizer: Path,
+    corpus: Path,
+    tmp_path: Path,
+    small_batches: None,
+    processes: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add = PackedWriter.add
+
+    def add_and_kill(self: PackedWriter, ids: Any) -> None:
+        add(self, ids)
+        processes[1].kill()
+
+    monkeypatch.setattr(PackedWriter, "add", add_and_kill)
+    with pytest.raises(StageFailed, match="a process that tokenizes was killed"):
+        tokenize([Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_a_script_needs_no_guard(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    """multiprocessing would run it again, from its first line, in every process."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nimport slimqwen.data.tokenize as stage\nfrom slimqwen import Source\n"
+        "print('running')\nstage.BATCH_CHARACTERS = 50\ncorpus, tokenizer, out = map(Path, sys.argv[1:])\n"
+        "stage.tokenize([Source(path=corpus)], tokenizer, out, heldout_fraction=0.3, workers=2)\n"
+    )
+    paths = [corpus, tokenizer, tmp_path / "out"]
+    ran = subprocess.run([sys.executable, script, *paths], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert ran.stdout == "running\n"
+    assert load_manifest(tmp_path / "out").train.documents > 0
+
+
+def test_a_tokenizer_that_would_truncate_or_pad_does_not(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "bpe")
+    settings = json.loads((tokenizer / "tokenizer.json").read_text())
+    settings["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {"strategy": {"Fixed": 90}, "direction": "Right", "pad_to_multiple_of": None}
+    settings["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    (tmp_path / "bpe" / "tokenizer.json").write_text(json.dumps(settings))
+    for name, folder in (("one", tokenizer), ("other", tmp_path / "bpe")):
+        tokenize([Source(path=corpus)], folder, tmp_path / name, heldout_fraction=0.3)
+    assert (tmp_path / "one" / "train.bin").read_bytes() == (tmp_path / "other" / "train.bin").read_bytes()
+
+
+def test_progress_is_told_in_bytes_of_the_files(
+    tokenizer: Path, tmp_path: Path, small_batches: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file's bytes, of any kind, whether a document is kept or not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text("é" * 50)
+    (folder / "empty.txt").write_text("  ")
+    (folder / "rows.jsonl").write_text('{"text": "first"}\n\n{"text": "second"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {i}" for i in range(3000)]}), folder / "t.parquet")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    tokenize([Source(path=folder)], tokenizer, tmp_path / "out", heldout_fraction=0.3)
+    assert f"tokens: {size / 1000:.1f}/{size / 1000:.1f} kB" in capsys.readouterr().err
+
+
 def test_heldout_sources_leave_all_sources_to_training(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "held.txt").write_text("held out")
     manifest = tokenize(
@@ -448,7 +580,7 @@ def test_tokenize_explains_what_it_cannot_do(tokenizer: Path, corpus: Path, tmp_
     out, source = tmp_path / "out", Source(path=corpus)
     with pytest.raises(UserError, match="none falls into the held-out share"):
         tokenize([source], tokenizer, out, heldout_fraction=1e-9)
-    with pytest.raises(UserError, match="all 40 documents fall into the held-out share"):
+    with pytest.raises(UserError, match=r"all documents of .*corpus fall into the held-out share"):
         tokenize([source], tokenizer, out, heldout_fraction=1 - 1e-9)
     with pytest.raises(UserError, match="nowhere does not exist"):
         tokenize([source, Source(path=tmp_path / "nowhere")], tokenizer, out)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import canonical
 from torch import nn
 from transformers import GenerationConfig
 
 from slimqwen.data.packed import PackedWriter
-from slimqwen.data.tokenize import load_manifest, tokenize
+from slimqwen.data.store import load_manifest
+from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer, train_tokenizer
 from slimqwen.errors import StageFailed, UserError
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
@@ -25,33 +27,35 @@ from slimqwen.recipe import EvaluationRecipe, Source
 
 SEQUENCE_LENGTH = 16
 VOCAB_SIZE = 300
-CONFIG: Config = {
-    "model_type": "qwen3_next",
-    "architectures": ["Qwen3NextForCausalLM"],
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "intermediate_size": 32,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.3,  # far from uniform predictions, so that a wrong number is a visible one
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-    "tie_word_embeddings": False,
-    "num_nextn_predict_layers": 1,
-    "eos_token_id": 0,
-}
+CONFIG: Config = canonical(
+    {
+        "model_type": "qwen3_next",
+        "architectures": ["Qwen3NextForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "intermediate_size": 32,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.3,  # far from uniform predictions, so that a wrong number is a visible one
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        "tie_word_embeddings": False,
+        "num_nextn_predict_layers": 1,
+        "eos_token_id": 0,
+    }
+)
 FAMILY = family_of(CONFIG, "the test")
 RECIPE = EvaluationRecipe(
     tokens=6 * SEQUENCE_LENGTH,
@@ -143,24 +147,24 @@ def test_rows_are_evenly_spaced_over_the_held_out_stream(tmp_path):
         writer.add(list(range(31)))  # ten rows of 3 + 1 tokens
 
     def starts(wanted_tokens: int) -> list[int]:
-        return [int(row[0]) // 3 for row in heldout_rows(tmp_path, 3, wanted_tokens)]
+        return [int(row[0]) // 3 for row in heldout_rows(tmp_path, 3, wanted_tokens).tokens]
 
     assert starts(12) == [0, 2, 5, 7]
     assert starts(14) == [0, 2, 5, 7]  # 14 tokens do not pay for a fifth row
     assert starts(1000) == list(range(10))
     assert starts(2) == [0]
-    assert heldout_rows(tmp_path, 3, 6)[1].tolist() == [15, 16, 17, 18]
+    assert heldout_rows(tmp_path, 3, 6).tokens[1].tolist() == [15, 16, 17, 18]
 
 
 def test_fidelity_equals_the_full_logits(teacher, student, tokens):
     rows = heldout_rows(tokens, SEQUENCE_LENGTH, 5 * SEQUENCE_LENGTH)
     t, s = load(teacher), load(student)
-    (t_main, _), (s_main, s_mtp) = logits(t, rows), logits(s, rows)
+    (t_main, _), (s_main, s_mtp) = logits(t, rows.tokens), logits(s, rows.tokens)
     means = compare(*(record(m, FAMILY, config_of(m), rows, batch_size=2, title="") for m in (s, t)))
 
     with torch.no_grad():
-        plain_loss = s.backbone(input_ids=rows, labels=rows).loss
-    mtp_loss = nn.functional.cross_entropy(s_mtp.flatten(0, 1), rows[:, 2:].flatten())
+        plain_loss = s.backbone(input_ids=rows.tokens, labels=rows.tokens).loss
+    mtp_loss = nn.functional.cross_entropy(s_mtp.flatten(0, 1), rows.tokens[:, 2:].flatten())
     assert means["lm"] == pytest.approx(float(plain_loss), abs=1e-5)
     assert means["mtp_lm"] == pytest.approx(float(mtp_loss), abs=1e-5)
     assert means["kd"] == pytest.approx(kl(t_main, s_main), abs=1e-5)
@@ -188,7 +192,7 @@ def test_utilisation_counts_what_the_routers_chose(teacher, tokens):
 
     assert list(utilisation) == [f"model.layers.{i}" for i in range(4)] + ["mtp.layers.0"]
     with torch.no_grad():
-        output = model.backbone(rows[:, :-1], output_router_logits=True)
+        output = model.backbone(rows.tokens[:, :-1], output_router_logits=True)
     for layer, router_logits in enumerate(output.router_logits):
         chosen = router_logits.topk(2).indices.flatten()
         assert (

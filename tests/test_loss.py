@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimqwen.distillation import head
+from slimqwen.distillation.divergence import FORWARD_KL, Distribution, Divergence
 from slimqwen.distillation.loss import LossSums, LossWeights, TeacherSignal, align, chunked_loss, count_targets
 from slimqwen.recipe import LossTerm
 
@@ -46,6 +48,7 @@ class Case:
         chunk_tokens: int = 3,
         mtp_target: str | None = "main",
         rows: slice = slice(None),
+        divergence: Divergence = FORWARD_KL,
     ) -> tuple[Tensor, LossSums]:
         """`mtp_target` None: no teacher. `rows`: a micro-batch."""
         predictions = align(self.tokens[rows], self.hidden[rows], self.mtp_hidden[rows], self.mask[rows])
@@ -54,7 +57,9 @@ class Case:
             said = align(self.tokens[rows], self.teacher_hidden[rows], self.teacher_mtp_hidden[rows], self.mask[rows])
             own_mtp = said.mtp_hidden if mtp_target == "mtp" else None
             teacher = TeacherSignal(said.hidden, self.teacher_head, own_mtp)
-        return chunked_loss(predictions, self.head, weights, teacher=teacher, chunk_tokens=chunk_tokens)
+        return chunked_loss(
+            predictions, self.head, weights, teacher=teacher, divergence=divergence, chunk_tokens=chunk_tokens
+        )
 
     def plain(self, mtp_target: str | None = "main") -> dict[str, Tensor]:
         """Every sum, from the logits of the whole batch: position i predicts i + 1 (main) and i + 2 (MTP)."""
@@ -167,6 +172,19 @@ def test_chunked_is_plain(chunk_tokens: int, mtp_target: str) -> None:
     )
 
 
+@pytest.mark.parametrize("block_elements", [1, 2 * VOCAB, 3 * VOCAB + 1])
+def test_blocks_of_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch, block_elements: int) -> None:
+    """Chunks of 5 of the 11 predictions, in blocks of 1, 2 and 3 rows."""
+    case = Case()
+    expected_loss, expected_sums = case.chunked(chunk_tokens=5)
+    expected = torch.autograd.grad(expected_loss, case.leaves)
+    monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", block_elements)
+    loss, sums = case.chunked(chunk_tokens=5)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    assert sums.means() == pytest.approx(expected_sums.means(), rel=1e-12)
+    assert_gradients_equal(torch.autograd.grad(loss, case.leaves), expected)
+
+
 @pytest.mark.parametrize("term", ["lm", "kd", "mtp_lm", "mtp_kd"])
 def test_each_term_alone(term: str) -> None:
     case = Case()
@@ -211,6 +229,79 @@ def test_kd_with_itself_is_exactly_zero(dtype: torch.dtype, own_mtp: bool) -> No
     assert sums.kd == sums.mtp_kd == 0.0 and sums.top1_agreement == sums.main_tokens
     for gradient in torch.autograd.grad(loss, case.leaves):
         assert not gradient.any()
+
+
+def plain_divergence(teacher: Tensor, student: Tensor, divergence: Divergence) -> Tensor:
+    """Sum over rows of logits, by the definitions."""
+    t = divergence.temperature
+    log_p, log_q = (teacher / t).log_softmax(-1), (student / t).log_softmax(-1)
+    match divergence.name:
+        case "forward_kl":
+            return t**2 * kl(log_p, log_q)
+        case "reverse_kl":
+            return t**2 * kl(log_q, log_p)
+        case "jsd":
+            beta = divergence.jsd_beta
+            log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+            return t**2 * (beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m))
+
+
+DIVERGENCES = [
+    Divergence("forward_kl", temperature=2.0),
+    Divergence("reverse_kl"),
+    Divergence("reverse_kl", temperature=0.5),
+    Divergence("jsd"),
+    Divergence("jsd", temperature=1.5, jsd_beta=0.1),
+]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_other_divergences_are_autograd_of_their_definition(divergence: Divergence) -> None:
+    case = Case()
+    loss, sums = case.chunked(divergence=divergence)
+    plain = case.plain()
+    torch.testing.assert_close(sums.kd, plain["kd"].detach(), rtol=1e-12, atol=0)  # reported whatever is minimised
+    torch.testing.assert_close(sums.mtp_kd, plain["mtp_kd"].detach(), rtol=1e-12, atol=0)
+
+    main = case.mask[:, :-1] & case.mask[:, 1:]
+    mtp = main[:, :-1] & main[:, 1:]  # m_i learns from the teacher's main distribution one position later
+    target = case.teacher_hidden @ case.teacher_head.T
+    logits, mtp_logits = case.hidden @ case.head.T, case.mtp_hidden @ case.head.T
+    plain["kd"] = plain_divergence(target[main], logits[main], divergence)
+    plain["mtp_kd"] = plain_divergence(target[:, 1:][mtp], mtp_logits[:, :-1][mtp], divergence)
+    expected = weighted(plain, WEIGHTS)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert_gradients_equal(torch.autograd.grad(loss, case.leaves), torch.autograd.grad(expected, case.leaves))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_divergences_of_distributions_without_overlap_are_finite(name: Any) -> None:
+    """A probability of e^-300 is 0 in float32, its logarithm is not."""
+    teacher, student = torch.tensor([[0.0, -300.0]]), torch.tensor([[-300.0, 0.0]])
+    value, gradient = Divergence(name).value_and_gradient(Distribution.of(teacher), Distribution.of(student))
+    assert value.item() == pytest.approx(math.log(2.0) if name == "jsd" else 300.0, rel=1e-5)
+    assert gradient.isfinite().all()
+
+
+def test_gradcheck() -> None:
+    case = Case()
+
+    def loss(*leaves: Tensor) -> Tensor:
+        case.hidden, case.mtp_hidden, case.head = leaves
+        return case.chunked()[0]
+
+    assert torch.autograd.gradcheck(loss, tuple(case.leaves))
+
+
+def test_backward_twice_gives_twice_the_gradient() -> None:
+    """The first of the two may not scale or hand out what the second needs."""
+    case = Case()
+    loss, _ = case.chunked()
+    expected = torch.autograd.grad(loss, case.leaves, retain_graph=True)
+    expected = tuple(gradient.clone() for gradient in expected)
+    loss.backward(retain_graph=True)
+    loss.backward(torch.tensor(2.0, dtype=loss.dtype))
+    assert_gradients_equal([leaf.grad for leaf in case.leaves], [3.0 * gradient for gradient in expected])
 
 
 def test_garbage_in_masked_rows_does_not_leak() -> None:
@@ -314,6 +405,18 @@ def test_the_gradient_of_the_head_is_accumulated_in_float32() -> None:
     loss, _ = chunked_loss(predictions, head, LossWeights(1.0, 0.0, 0.0, 0.0), chunk_tokens=1)
     (gradient,) = torch.autograd.grad(loss, [head])
     assert gradient.flatten().tolist() == [-512.0, 512.0]  # softmax is (1/2, 1/2)
+
+
+def test_autocast_multiplies_in_its_dtype() -> None:
+    """Trained in float32 under bfloat16 autocast: the loss of the rounded weights, gradients in float32."""
+    case, rounded = Case(torch.float32), Case(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = case.chunked()
+    expected, _ = rounded.chunked()
+    assert loss.dtype == torch.float32 and loss == expected
+    gradients = torch.autograd.grad(loss, case.leaves), torch.autograd.grad(expected, rounded.leaves)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours.bfloat16(), theirs)
 
 
 def test_a_kd_weight_needs_a_teacher() -> None:

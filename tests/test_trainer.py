@@ -19,8 +19,8 @@ from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
 from slimqwen.distillation.distil import check_terms, distil, total_steps
 from slimqwen.distillation.loss import LossWeights, count_targets
-from slimqwen.distillation.trainer import Span, Student, Trainer
-from slimqwen.errors import StageFailed, UserError
+from slimqwen.distillation.trainer import MAX_SKIPPED_IN_A_ROW, Span, Student, Trainer
+from slimqwen.errors import Preempted, StageFailed, UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.modeling.model import MtpCausalLM, initialise, load
 from slimqwen.recipe import DistilRecipe
@@ -132,9 +132,9 @@ def test_activation_checkpointing_has_the_same_gradients(folder: Path) -> None:
         one.student.model.backbone.get_decoder().layers[0].mlp.register_forward_pre_hook(
             lambda *_, c=calls: c.append(1)
         )
-        tokens = one.stream.batch(0, BATCH_SIZE)
-        terms = LossWeights.from_terms(one.recipe.terms, 0.5, 0.3).per_token(*count_targets(tokens))
-        one.backward(tokens, terms, None, tokens[:, 1:].numel())
+        batch = one.stream.batch(0, BATCH_SIZE)
+        terms = LossWeights.from_terms(one.recipe.terms, 0.5, 0.3).per_token(*count_targets(batch.tokens))
+        one.backward(batch, terms, None, BATCH_SIZE * SEQUENCE_LENGTH)
         gradients.append({name: parameter.grad for name, parameter in one.parameters.items()})
         forwards.append(len(calls))
     assert forwards == [1, 2]  # the second did compute the layer again
@@ -229,7 +229,7 @@ def test_mtp_learns_the_token_after_next(tmp_path: Path) -> None:
     model.train()
     losses = [one.step(step) for step in range(60)]
 
-    rows = stream.in_order(20, 16)
+    rows = stream.in_order(range(20, 36)).tokens
     targets = rows[:, 2:]
     with torch.no_grad():
         hidden = model.eval()(rows).mtp
@@ -279,7 +279,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
     with pytest.raises(Killed):
         train(folder, tmp_path / "out")
     saved = [path.name for path in (tmp_path / ".out.state").glob("step-*")]
-    assert saved == ([] if step == 1 else ["step-000000004"])
+    assert sorted(saved) == ([] if step == 1 else ["step-000000002", "step-000000004"])
     assert not (tmp_path / "out").exists()
 
     # What a process that died in the middle of a write leaves behind.
@@ -316,6 +316,27 @@ def test_ctrl_c_saves_after_the_step_and_goes_on_from_there(
     train(folder, tmp_path / "out", terms=terms)  # how often states are saved is not part of what is trained
     assert same_weights(tmp_path / "out", expected)
     assert metrics(tmp_path) == metrics(expected.parent)
+
+
+def test_sigterm_saves_and_says_that_it_can_go_on(
+    folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        break_at(2, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Preempted, match="after step 3, state saved") as stopped:
+            train(folder, tmp_path / "out", save_every_steps=1000, keep_states=1)
+    assert stopped.value.exit_code == 75
+    assert [path.name for path in (tmp_path / ".out.state").glob("step-*")] == ["step-000000003"]
+    train(folder, tmp_path / "out")
+    assert same_weights(tmp_path / "out", uninterrupted)
+
+
+def test_states_are_saved_by_the_clock_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_at(4, monkeypatch, kill)
+    with pytest.raises(Killed):
+        train(folder, tmp_path / "out", save_every_steps=1000, save_every_minutes=1e-9, keep_states=3)
+    saved = sorted(path.name for path in (tmp_path / ".out.state").glob("step-*"))
+    assert saved == ["step-000000002", "step-000000003", "step-000000004"]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 2e-3}, {"teacher": "student"}])
@@ -380,6 +401,33 @@ def test_a_step_that_is_not_finite_stops_before_it_changes_anything(folder: Path
     assert error.value.exit_code == 1
     assert all(torch.equal(before[name], parameter) for name, parameter in one.parameters.items())
     assert all(torch.equal(a, b["exp_avg"]) for a, b in zip(moments, one.optimizer.state.values(), strict=True))
+
+
+def test_a_bad_step_is_skipped_where_the_recipe_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The optimiser has not seen it: the step after it is as if it had not been."""
+    one, other = trainer(folder, on_bad_step="skip"), trainer(folder)
+    one.step(0), other.step(0)
+    with monkeypatch.context() as patch:
+        original = Trainer.backward
+        patch.setattr(
+            Trainer, "backward", lambda self, *rest: (original(self, *rest)[0] * torch.nan, *original(self, *rest)[1:])
+        )
+        values = one.step(1)
+    assert values["skipped"] == 1 and "loss" not in values and values["lm"] > 0
+    assert "step 1 is left out: loss nan" in capsys.readouterr().err
+    assert one.step(2) == other.step(2)
+    assert all(torch.equal(one.parameters[name], parameter) for name, parameter in other.parameters.items())
+
+
+def test_skipping_has_an_end(folder: Path) -> None:
+    one = trainer(folder, on_bad_step="skip")
+    poison_weights(one.student.model)
+    assert all(one.step(step)["skipped"] for step in range(3))
+    one.skipped_in_a_row = MAX_SKIPPED_IN_A_ROW
+    with pytest.raises(StageFailed, match="before optimiser step 3"):
+        one.step(3)
 
 
 def test_training_that_is_not_finite_leaves_no_checkpoint(folder: Path, tmp_path: Path) -> None:

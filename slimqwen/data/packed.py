@@ -19,9 +19,10 @@ lengths [3, 1], pointers [0, 6], document indices [0, 1, 2].
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats: no token ids
 UINT16, INT32 = 8, 4
-CHECKED_AT_ONCE = 1 << 20  # sequences whose pointers are compared at one time
+CHECKED_AT_ONCE = 1 << 20  # sequences whose pointers, or tokens whose ids, are compared at one time
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -62,7 +63,7 @@ class PackedWriter:
         self._lengths = array("i")
         self._bin = bin_path(prefix).open("wb")
 
-    def add(self, token_ids: Sequence[int] | TokenIds) -> None:
+    def add(self, token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
         """Append one document's ids, [tokens]."""
         ids = np.asarray(token_ids, dtype=np.int64)
         assert ids.ndim == 1, f"one document is one row of ids, not an array of shape {ids.shape}"
@@ -112,7 +113,8 @@ class PackedTokens:
         code, sequences, indices = _read_header(idx_path(prefix))
         self.dtype = np.dtype(DTYPES[code])
         self.documents = indices - 1
-        self.total_tokens = _check_index(prefix, self.dtype.itemsize, sequences, indices)
+        self._index = _Index(idx_path(prefix), sequences, indices)
+        self.total_tokens = _check_index(prefix, self.dtype.itemsize, self._index)
         self._ids = np.memmap(bin_path(prefix), dtype=self.dtype, mode="r")
 
     def slice(self, start: int, stop: int) -> TokenIds:
@@ -120,6 +122,39 @@ class PackedTokens:
         if not 0 <= start <= stop <= self.total_tokens:
             raise IndexError(f"tokens {start}..{stop} of {self.prefix}, which has {self.total_tokens}")
         return np.asarray(self._ids[start:stop]).astype(np.int64)
+
+    def boundaries(self, first: int, stop: int) -> TokenIds:
+        """Where documents `first` to `stop` (exclusive) begin and the last one ends: int64 [stop - first + 1], in tokens."""
+        sequences = np.asarray(self._index.documents[first : stop + 1])
+        starts = np.full(len(sequences), self.total_tokens, dtype=np.int64)
+        inside = sequences < len(self._index.pointers)  # one after the last sequence ends the last document
+        starts[inside] = self._index.pointers[sequences[inside]] // self.dtype.itemsize
+        return starts
+
+    def check_ids(self, vocab_size: int, on_read: Callable[[int], None]) -> None:
+        """Read every id and raise `UserError` at one outside 0..vocab_size - 1. `on_read` is told the bytes as they go by."""
+        for first in range(0, self.total_tokens, CHECKED_AT_ONCE):
+            ids = self._ids[first : first + CHECKED_AT_ONCE]
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                place = first + int(np.argmax((ids < 0) | (ids >= vocab_size)))
+                raise UserError(
+                    f"{bin_path(self.prefix)} holds the id {self._ids[place]} (token {place:,}), and the tokenizer has "
+                    f"{vocab_size:,} tokens: it was made with another one."
+                )
+            on_read(ids.nbytes)
+
+
+class _Index:
+    """The arrays of an .idx file, memory-mapped. The int64 ones begin at odd offsets, which memmap allows."""
+
+    def __init__(self, path: Path, sequences: int, indices: int) -> None:
+        self.path = path
+        after = [HEADER.size, HEADER.size + 4 * sequences, HEADER.size + 12 * sequences]
+        if sequences == 0 or indices < 2:
+            raise UserError(f"{path} lists no document.")
+        self.lengths = np.memmap(path, "<i4", "r", offset=after[0], shape=(sequences,))  # tokens in each sequence
+        self.pointers = np.memmap(path, "<i8", "r", offset=after[1], shape=(sequences,))  # byte where each begins
+        self.documents = np.memmap(path, "<i8", "r", offset=after[2], shape=(indices,))  # first sequence of each
 
 
 def _read_header(path: Path) -> tuple[int, int, int]:
@@ -149,26 +184,20 @@ def _read_header(path: Path) -> tuple[int, int, int]:
     return code, sequences, indices
 
 
-def _check_index(prefix: Path, itemsize: int, sequences: int, indices: int) -> int:
+def _check_index(prefix: Path, itemsize: int, index: _Index) -> int:
     """Number of tokens, after checking that the sequences fill the .bin file one after the other without a gap."""
-    path = idx_path(prefix)
-    if sequences == 0 or indices < 2:
-        raise UserError(f"{path} lists no document.")
-    lengths = np.memmap(path, "<i4", "r", offset=HEADER.size, shape=(sequences,))
-    # The int64 arrays begin at odd offsets, which frombuffer and memmap both allow.
-    pointers = np.memmap(path, "<i8", "r", offset=HEADER.size + 4 * sequences, shape=(sequences,))
-    document_indices = np.memmap(path, "<i8", "r", offset=HEADER.size + 12 * sequences, shape=(indices,))
-
+    path, lengths, sequences = index.path, index.lengths, len(index.lengths)
     end_bytes = 0
     for first in range(0, sequences, CHECKED_AT_ONCE):
         block = slice(first, first + CHECKED_AT_ONCE)
         ends = end_bytes + np.cumsum(lengths[block], dtype=np.int64) * itemsize
         begins = np.concatenate(([end_bytes], ends[:-1]))
-        if lengths[block].min() < 0 or not np.array_equal(pointers[block], begins):
+        if lengths[block].min() < 0 or not np.array_equal(index.pointers[block], begins):
             raise UserError(f"{path} is corrupt: its sequences do not follow one another without gaps.")
         end_bytes = int(ends[-1])
     # The table must be read as the documents' boundaries, in order: 0, ..., sequences.
-    if document_indices[0] != 0 or document_indices[-1] != sequences or np.any(np.diff(document_indices) < 0):
+    firsts = index.documents
+    if firsts[0] != 0 or firsts[-1] != sequences or np.any(np.diff(firsts) < 0):
         raise UserError(f"{path} is corrupt: its document indices do not run from 0 to its {sequences} sequences.")
 
     data = bin_path(prefix)

@@ -1,23 +1,21 @@
-"""Text as a stream of named documents, always in the same order.
+"""Sources: text as a stream of named documents, always in the same order, and token ids made elsewhere.
 
 A document's name decides whether it is held out, so it must not depend on the machine: it is a path relative to the
 source's root, with forward slashes ("json/decoder.py"), and for a row of a table "<file>:<row>".
-
-Tables are read with `json` and `pyarrow` rather than `datasets`, which cannot stream .jsonl whose later rows have
-other keys than the first ones (CastError), takes brackets in a path for a pattern and leaves lock files in the
-user's cache.
 """
 
 import hashlib
-import json
 import logging
+import math
 import os
+import re
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+from slimqwen.data.documents import Document, OnRead, OnSkip, read_documents
+from slimqwen.data.packed import bin_path, idx_path
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import BuiltinSource, Source
 
@@ -39,20 +37,18 @@ EXCLUDED_FOLDERS = frozenset(
 
 BUILTIN_SOURCES = get_args(BuiltinSource)
 
-OnSkip = Callable[[str, str], None]  # called with a document's name and why it was left out
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
+NAME = re.compile(r"\w[\w.-]*")  # of a source in a mixture: its folder's name
 
 
 def log_skipped(name: str, reason: str) -> None:
     logging.getLogger(__name__).warning("skipped %s: %s", name, reason)
 
 
-def documents(source: Source, on_skip: OnSkip = log_skipped) -> Iterator[Document]:
+def untold(read_bytes: int) -> None:
+    """Where nobody wants to know how far it is."""
+
+
+def documents(source: Source, on_skip: OnSkip = log_skipped, on_read: OnRead = untold) -> Iterator[Document]:
     """The documents of `source`, sorted by file name and then by row, one at a time.
 
     Files below a folder are those that end in SUFFIXES; hidden ones and symbolic links are not read (what a link
@@ -61,13 +57,15 @@ def documents(source: Source, on_skip: OnSkip = log_skipped) -> Iterator[Documen
     documents is kept, by a hash of the name that is independent of `is_heldout`.
 
     Raises `UserError`, when the iteration gets there: a missing path, an unreadable file, a table without the
-    column `text_field`, a row that is not JSON, a source without any document.
+    column `text_field`, a row that is not JSON, a source without any document or without text at all.
     """
     check_source(source)
+    if source.megatron is not None:
+        raise UserError(f"the data source {source.megatron} is token ids, where text is needed: give a path.")
     files = _files(source)
     kept = 0
     for name, path in files:
-        for document in _read(name, path, source.text_field, on_skip):
+        for document in read_documents(name, path, source.text_field, on_skip, on_read):
             if source.keep_fraction < 1.0 and _hash_fraction("weight\0" + document.name) >= source.keep_fraction:
                 continue
             if not document.text.strip():
@@ -82,21 +80,99 @@ def documents(source: Source, on_skip: OnSkip = log_skipped) -> Iterator[Documen
         )
 
 
-def source_named(name: str, text_field: str = "text") -> Source:
-    """A source from one word of a command line: the name of a built-in one, or a path."""
-    if name in BUILTIN_SOURCES:
-        return Source(builtin=name, text_field=text_field)
-    return Source(path=Path(name), text_field=text_field)
+def source_named(text: str, text_field: str = "text") -> Source:
+    """A source from one word of a command line: NAME=SOURCE or SOURCE, a built-in one, a path, or Megatron's PREFIX."""
+    name, named, word = text.partition("=")
+    if not named or not NAME.fullmatch(name) or Path(text).exists():  # a folder may be called lang=en
+        name, word = "", text
+    path = Path(word)
+    origin: dict[str, Any] = {"path": path}
+    if word in BUILTIN_SOURCES:
+        origin = {"builtin": word}
+    elif not path.exists() and idx_path(path).exists():
+        origin = {"megatron": path}
+    return Source(name=name or None, text_field=text_field, **origin)
+
+
+def named_sources(words: Sequence[str], text_field: str, weights: Mapping[str, float]) -> list[Source]:
+    """The sources of a command line with their weights, which are by the names that they have in a mixture.
+
+    Raises `UserError` for a weight of no source, or one that is no share.
+    """
+    sources = [source_named(word, text_field) for word in words]
+    names = [name_of(source) for source in sources]
+    for name, weight in weights.items():
+        if name not in names:
+            raise UserError(
+                f"there is a weight for '{name}'{did_you_mean(name, names)}; the sources are {', '.join(names)}."
+            )
+        if not 0.0 < weight < math.inf:
+            raise UserError(f"the weight of '{name}' must be positive, not {weight:g}.")
+    return [s.model_copy(update={"weight": weights.get(name)}) for name, s in zip(names, sources, strict=True)]
 
 
 def check_source(source: Source) -> None:
-    """Raise `UserError` where the source's path does not exist: cheap, so that it can be asked before long work."""
+    """Raise `UserError` where the source's files do not exist: cheap, so that it can be asked before long work."""
     if source.path is not None and not source.path.exists():
         raise UserError(f"the data source {source.path} does not exist.")
+    if source.megatron is not None:
+        for path in (idx_path(source.megatron), bin_path(source.megatron)):
+            if not path.is_file():
+                raise UserError(
+                    f"the data source {source.megatron} has no {path}: give what both files' names begin with."
+                )
+
+
+def check_sources(sources: Sequence[Source], heldout_sources: Sequence[Source]) -> None:
+    """Raise `UserError` where the sources do not exist or do not go together."""
+    for source in (*sources, *heldout_sources):
+        check_source(source)
+    for source in heldout_sources:
+        if source.megatron is not None or source.weight is not None:
+            raise UserError(
+                f"the held-out source {describe(source)} must be text, and has no weight: all of it is held out."
+            )
+    if not is_mixture(sources):
+        return
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        without = describe(sources[weighted.index(False)])
+        raise UserError(
+            f"the data source {without} has no weight and others have one: give all of them weights, or none."
+        )
+    names = [name_of(source) for source in sources]
+    for name in names:
+        if not NAME.fullmatch(name) or name == "manifest.json":
+            raise UserError(f"'{name}' cannot be a source's name in a mixture: give `name`, a word without '/'.")
+        if names.count(name) > 1:
+            raise UserError(f"two data sources are called '{name}': tell them apart by `name`.")
+    if not heldout_sources and all(source.megatron is not None for source in sources):
+        raise UserError(
+            "all sources are token ids, of which nothing is held out: name held-out text in heldout_sources."
+        )
+
+
+def is_mixture(sources: Sequence[Source]) -> bool:
+    """Whether each source is kept apart, to be drawn from by weight or because its tokens are there already."""
+    return any(source.weight is not None or source.megatron is not None for source in sources)
+
+
+def name_of(source: Source) -> str:
+    """What the source is called in a mixture: "wiki" for data/wiki and data/wiki.jsonl."""
+    path = source.path or source.megatron
+    if path is None:
+        return source.name or source.builtin or ""
+    return source.name or (path.stem if path.suffix in SUFFIXES else path.name)
 
 
 def describe(source: Source) -> str:
-    return source.builtin or str(source.path)
+    return source.builtin or str(source.path or source.megatron)
+
+
+def size_bytes(source: Source) -> int:
+    """Of all files of the source: what `documents` will tell `on_read` in the end, but for a few bytes."""
+    files = [bin_path(source.megatron)] if source.megatron is not None else [path for _, path in _files(source)]
+    return sum(path.stat().st_size for path in files)
 
 
 def is_heldout(name: str, fraction: float) -> bool:
@@ -144,83 +220,3 @@ def _files_below(root: Path, suffixes: tuple[str, ...], excluded_folders: frozen
 
 def _unreadable(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
-
-
-def _read(name: str, path: Path, text_field: str, on_skip: OnSkip) -> Iterator[Document]:
-    """The documents of one file; those without text come out empty."""
-    try:
-        if path.suffix == ".jsonl":
-            yield from _jsonl_rows(name, path, text_field, on_skip)
-        elif path.suffix == ".parquet":
-            yield from _parquet_rows(name, path, text_field)
-        else:
-            yield Document(name, path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError:
-        on_skip(name, "not UTF-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _jsonl_rows(name: str, path: Path, text_field: str, on_skip: OnSkip) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for row, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                on_skip(f"{name}:{row}", "not UTF-8")
-                continue
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {row + 1} is not JSON.") from error
-            if not isinstance(value, dict):
-                raise UserError(f"{path} line {row + 1} is not a JSON object with a field {text_field!r}.")
-            if text_field not in value:
-                raise _no_such_column(f"{path} line {row + 1}", text_field, list(value))
-            text = _text_of_cell(value[text_field], f"{path} line {row + 1}", text_field)
-            if not _encodable(text):  # JSON can spell half of a surrogate pair, "\ud800", which no UTF-8 text holds
-                on_skip(f"{name}:{row}", "not UTF-8")
-                continue
-            yield Document(f"{name}:{row}", text)
-
-
-def _parquet_rows(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            if text_field not in table.schema_arrow.names:
-                raise _no_such_column(str(path), text_field, table.schema_arrow.names)
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
-                    yield Document(f"{name}:{row}", _text_of_cell(value, f"{path} row {row}", text_field))
-                    row += 1
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({error}).") from error
-
-
-def _text_of_cell(value: object, where: str, text_field: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: {text_field!r} holds {type(value).__name__}, not text: set text_field to the text's column."
-        )
-    return value
-
-
-def _no_such_column(where: str, text_field: str, columns: list[str]) -> UserError:
-    known = ", ".join(repr(column) for column in columns)
-    return UserError(
-        f"{where} has no column {text_field!r}{did_you_mean(text_field, columns)}; it has {known}: set text_field."
-    )
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

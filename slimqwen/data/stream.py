@@ -1,11 +1,14 @@
-"""Packed tokens as rows of training data, in an order that one integer, the number of rows seen, describes fully."""
+"""Tokens as rows of training data, in an order that one integer, the number of rows seen, describes fully."""
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slimqwen.data.packed import PackedTokens, TokenIds
+from slimqwen.data.packed import PackedTokens, TokenIds, bin_path
 from slimqwen.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,7 +17,93 @@ if TYPE_CHECKING:
 ROUNDS = 4  # of the Feistel network; four make it a strong pseudo-random permutation (Luby and Rackoff, 1988)
 
 
-class TokenStream:
+@dataclass(frozen=True)
+class Batch:
+    """Rows of training data.
+
+    tokens: int64 [rows, sequence_length + 1]. mask: True at real tokens, of the same shape; None where all are real.
+    Padding stands at the right end of a row, and the models are causal: no real token sees it. So they read `tokens` as
+    they are, and the mask is for what is summed over positions: losses, targets, the experts' assignments.
+    """
+
+    tokens: "torch.Tensor"
+    mask: "torch.Tensor | None" = None
+
+    def to(self, device: "torch.device") -> "Batch":
+        return Batch(self.tokens.to(device), None if self.mask is None else self.mask.to(device))
+
+    def split(self, rows: int) -> "list[Batch]":
+        """Batches of `rows` rows, the last of what is left."""
+        tokens = self.tokens.split(rows)
+        masks = [None] * len(tokens) if self.mask is None else self.mask.split(rows)
+        return [Batch(*pair) for pair in zip(tokens, masks, strict=True)]
+
+
+class RowStream(ABC):
+    """Rows in the order of training. `row(i)` counts from the beginning of training, across epochs, and depends on nothing
+    else: a run resumes exactly from the number of rows seen, and any cut of a batch into micro-batches or ranks sees the
+    same data.
+
+    rows_per_epoch: rows before one of them comes again. padding_fraction: share of the positions that a model reads and
+    that have no token to predict.
+    """
+
+    sequence_length: int
+    rows_per_epoch: int
+    padding_fraction: float
+
+    @abstractmethod
+    def row(self, index: int) -> TokenIds:
+        """Row `index` of the training order without its padding, int64 [at most sequence_length + 1]."""
+
+    def batch(self, first_row: int, rows: int, step: int = 1) -> Batch:
+        """`rows` rows of the training order from `first_row` on, every `step`-th."""
+        return self._padded([self.row(first_row + i * step) for i in range(rows)])
+
+    def _padded(self, rows: list[TokenIds]) -> Batch:
+        import torch
+
+        columns = self.sequence_length + 1
+        lengths = np.array([len(row) for row in rows])
+        # 0 is a token of every vocabulary; which one it is makes no difference to a masked position.
+        tokens = np.zeros((len(rows), columns), dtype=np.int64)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
+        mask = None if lengths.min() == columns else torch.from_numpy(np.arange(columns) < lengths[:, None])
+        return Batch(torch.from_numpy(tokens), mask)
+
+
+class StoredRows(RowStream):
+    """Rows cut from one pair of files, visited in an order shuffled anew for each epoch by (seed, epoch).
+
+    targets_per_epoch: tokens that are predicted in an epoch.
+    """
+
+    def __init__(self, tokens: PackedTokens, sequence_length: int, seed: int) -> None:
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.rows_per_epoch, self.targets_per_epoch = self._count()
+        self.padding_fraction = 1 - self.targets_per_epoch / (self.rows_per_epoch * sequence_length)
+
+    @abstractmethod
+    def _count(self) -> tuple[int, int]:
+        """Rows and targets of an epoch; `UserError` where there is no row."""
+
+    @abstractmethod
+    def _stored_row(self, row: int) -> TokenIds:
+        """Row `row` in the order of the files."""
+
+    def row(self, index: int) -> TokenIds:
+        epoch, position = divmod(index, self.rows_per_epoch)
+        return self._stored_row(shuffled(position, self.rows_per_epoch, self.seed, epoch))
+
+    def in_order(self, rows: Sequence[int]) -> Batch:
+        """These rows as they are stored, for evaluation. Raises IndexError at `rows_per_epoch` and beyond."""
+        return self._padded([self._stored_row(row) for row in rows])
+
+
+class TokenStream(StoredRows):
     """All documents back to back, cut into rows of `sequence_length` + 1 tokens that overlap by one.
 
     With S = sequence_length, row r covers stream[r S : r S + S + 1]: S inputs and, shifted by one, S targets, so every
@@ -25,45 +114,19 @@ class TokenStream:
         row 1         3 4 5 6
         row 2               6 7 8 9
 
-    Document boundaries: a row may span several documents, and a document several rows. The eos token that ends each
-    document is the only mark: neither attention nor the DeltaNet state is reset there, and the model learns from the
-    eos that what follows is new.
-
-    Training visits the rows in an order shuffled anew for each epoch by (seed, epoch). `row(i)` counts from the
-    beginning of training, across epochs, and depends on nothing else: a run resumes exactly from the number of rows
-    seen, and any cut of a batch into micro-batches or ranks sees the same data.
+    A row may span several documents, and a document several rows. The eos token that ends each document is the only
+    mark: neither attention nor the DeltaNet state is reset there, and the model learns from the eos that what follows
+    is new.
     """
 
-    def __init__(self, tokens: PackedTokens, sequence_length: int, seed: int) -> None:
-        self.tokens = tokens
-        self.sequence_length = sequence_length
-        self.seed = seed
-        self.rows_per_epoch = (tokens.total_tokens - 1) // sequence_length
-        if self.rows_per_epoch < 1:
+    def _count(self) -> tuple[int, int]:
+        rows = (self.tokens.total_tokens - 1) // self.sequence_length
+        if rows < 1:
             raise UserError(
-                f"{tokens.prefix}.bin has {tokens.total_tokens} tokens, fewer than the {sequence_length + 1} "
-                "of one row: add text or lower sequence_length."
+                f"{bin_path(self.tokens.prefix)} has {self.tokens.total_tokens} tokens, fewer than the "
+                f"{self.sequence_length + 1} of one row: add text or lower sequence_length."
             )
-
-    def row(self, index: int) -> TokenIds:
-        """Row `index` of the training order, int64 [sequence_length + 1]."""
-        epoch, position = divmod(index, self.rows_per_epoch)
-        return self._stored_row(shuffled(position, self.rows_per_epoch, self.seed, epoch))
-
-    def batch(self, first_row: int, rows: int, step: int = 1) -> "torch.Tensor":
-        """`rows` rows of the training order from `first_row` on, every `step`-th, int64 [rows, sequence_length + 1]."""
-        import torch
-
-        return torch.from_numpy(np.stack([self.row(first_row + i * step) for i in range(rows)]))
-
-    def in_order(self, first_row: int, rows: int) -> "torch.Tensor":
-        """`rows` rows as they are stored, for evaluation, int64 [rows, sequence_length + 1].
-
-        Raises IndexError beyond `rows_per_epoch`.
-        """
-        import torch
-
-        return torch.from_numpy(np.stack([self._stored_row(first_row + i) for i in range(rows)]))
+        return rows, rows * self.sequence_length
 
     def _stored_row(self, row: int) -> TokenIds:
         start = row * self.sequence_length

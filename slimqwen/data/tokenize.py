@@ -1,55 +1,27 @@
-"""The tokens stage: text in, a folder of packed tokens out.
+"""The tokens stage: text in, a folder of packed tokens out (`slimqwen.data.store` says what is in it)."""
 
-train.bin, train.idx        training documents, each followed by one end-of-text token
-heldout.bin, heldout.idx    documents that no training ever sees
-manifest.json               what the folder holds and what it was made from: `TokenManifest`
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint, write_json
-from slimqwen.data.packed import PackedWriter
-from slimqwen.data.sources import OnSkip, check_source, documents, is_heldout
+from slimqwen.data.encode import Text, TextBatch, encode_in_order, usable_cores
+from slimqwen.data.packed import PackedTokens, PackedWriter, bin_path, idx_path
+from slimqwen.data.sources import check_sources, describe, documents, is_heldout, is_mixture, name_of, size_bytes
+from slimqwen.data.store import FORMAT, MANIFEST, SplitCounts, TokenManifest
 from slimqwen.data.tokenizer import load_tokenizer
+from slimqwen.data.worker import Ids
 from slimqwen.errors import UserError
 from slimqwen.progress import Progress
 from slimqwen.recipe import Source
 
-FORMAT = "slimqwen.tokens/1"
-BATCH_CHARACTERS = 2_000_000  # text encoded at one time; the encoder needs about 100 bytes per token meanwhile
+BATCH_CHARACTERS = 1_000_000  # text encoded at one time; the encoder needs about 100 bytes per token meanwhile
+HELDOUT = "heldout"
 
-Split = Literal["train", "heldout"]
-
-
-class SplitCounts(BaseModel):
-    """The size of one split."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    documents: int = 0
-    tokens: int = 0  # one end-of-text token per document included
-    text_bytes: int = 0  # UTF-8, end-of-text not counted: what bits per byte divide by
-
-
-class TokenManifest(BaseModel):
-    """What a folder of tokens holds, and what it was made from."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal["slimqwen.tokens/1"]
-    tokenizer_fingerprint: str  # of tokenizer.json: the model must have been trained with the same one
-    vocab_size: int  # largest id the tokenizer can produce, plus one
-    eos_token_id: int
-    train: SplitCounts
-    heldout: SplitCounts
-    skipped_documents: int  # empty or not UTF-8
-    sources: list[Source]
-    heldout_sources: list[Source]
-    heldout_fraction: float
+# Fields of DataRecipe that do not change what is written.
+FIELDS_WITHOUT_EFFECT = {"sequence_length", "documents", "workers"}
 
 
 def tokenize(
@@ -59,132 +31,167 @@ def tokenize(
     *,
     heldout_sources: Sequence[Source] = (),
     heldout_fraction: float = 0.05,
+    workers: int | None = None,
     title: str = "tokens",
 ) -> TokenManifest:
     """Encode every document with the tokenizer in the folder `tokenizer` and write the folder `out`, all or nothing.
 
     Held out are the documents of `heldout_sources`; where there are none, the share `heldout_fraction` of `sources`,
     by a hash of each document's name. No special tokens are added but one eos after each document; special tokens
-    that the text itself spells out are recognised, as in text rendered with a chat template. Memory is bounded
-    by BATCH_CHARACTERS or the largest document, whichever is more.
+    that the text itself spells out are recognised, as in text rendered with a chat template.
 
-    Raises `UserError`: what `documents` and `load_tokenizer` raise, a tokenizer without eos, an empty split.
+    Sources with weights, and token ids made elsewhere, are kept apart in folders of their own, and the manifest says how
+    they are mixed. Token ids made elsewhere are read once, to compare them with the vocabulary, and linked to.
+
+    Memory is bounded by two batches of BATCH_CHARACTERS, or of one larger document, for each of the `workers`: processes,
+    one per usable core by default. What is written does not depend on their number.
+
+    Raises `UserError`: what `check_sources`, `documents` and `load_tokenizer` raise, a tokenizer without eos, an empty
+    split, token ids outside the vocabulary.
     """
-    for source in [*sources, *heldout_sources]:
-        check_source(source)
-    check_replaceable(out, tokenizer, *(s.path for s in [*sources, *heldout_sources] if s.path is not None))
+    check_sources(sources, heldout_sources)
+    everything = [*sources, *heldout_sources]
+    check_replaceable(out, tokenizer, *(path for s in everything if (path := s.path or s.megatron) is not None))
     encoder = load_tokenizer(tokenizer)
     if encoder.eos_token_id is None:
         raise UserError(f"the tokenizer in {tokenizer} has no eos token, which must separate documents: set eos_token.")
     eos_token_id = int(encoder.eos_token_id)
     vocab_size = max(encoder.get_vocab().values()) + 1
+    encoder.backend_tokenizer.no_truncation()  # which a tokenizer.json may ask for
+    encoder.backend_tokenizer.no_padding()
 
-    counts = {"train": SplitCounts(), "heldout": SplitCounts()}
-    skipped = 0
-
-    def count_skipped(name: str, reason: str) -> None:
-        nonlocal skipped
-        skipped += 1
-
-    texts = _texts(sources, heldout_sources, heldout_fraction, count_skipped)
+    prefixes = [f"{name_of(source)}/train" if is_mixture(sources) else "train" for source in sources]
+    reader = _Reader(zip(prefixes, sources, strict=True), heldout_sources, heldout_fraction)
+    encoded = encode_in_order(reader.batches(), encoder.backend_tokenizer, eos_token_id, workers or usable_cores())
     with atomic_folder(out) as folder:
-        with (
-            Progress(title, total=None, unit="tokens") as progress,
-            PackedWriter(folder / "train", vocab_size) as train,
-            PackedWriter(folder / "heldout", vocab_size) as heldout,
-        ):
-            writers = {"train": train, "heldout": heldout}
-            for batch in _batches(texts):
-                batch_ids = encoder([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
-                for (split, text), ids in zip(batch, batch_ids, strict=True):
-                    writers[split].add([*ids, eos_token_id])
-                    counts[split].documents += 1
-                    counts[split].tokens += len(ids) + 1
-                    counts[split].text_bytes += len(text.encode("utf-8"))
-                tokens_done = sum(len(ids) + 1 for ids in batch_ids)
-                progress.advance(tokens_done, documents=sum(split.documents for split in counts.values()))
-        _check_not_empty(counts["train"], counts["heldout"], heldout_fraction)
+        for prefix in prefixes:
+            (folder / prefix).parent.mkdir(exist_ok=True)
+        with Progress(title, total=sum(map(size_bytes, everything)), unit="bytes") as progress, closing(encoded):
+            counts = {
+                prefix: _link(source.megatron, folder / prefix, vocab_size, progress)
+                for prefix, source in zip(prefixes, sources, strict=True)
+                if source.megatron is not None
+            }
+            text_prefixes = [prefix for prefix in (*prefixes, HELDOUT) if prefix not in counts]
+            counts |= _pack(encoded, folder, text_prefixes, vocab_size, progress)
+        trains = [counts[prefix] for prefix in dict.fromkeys(prefixes)]
+        _check_not_empty(sources, trains, counts[HELDOUT], heldout_fraction)
         manifest = TokenManifest(
             format=FORMAT,
             tokenizer_fingerprint=fingerprint(tokenizer / "tokenizer.json"),
             vocab_size=vocab_size,
             eos_token_id=eos_token_id,
-            train=counts["train"],
-            heldout=counts["heldout"],
-            skipped_documents=skipped,
+            train=sum(trains, SplitCounts()),
+            heldout=counts[HELDOUT],
+            skipped_documents=reader.skipped.total(),
             sources=list(sources),
             heldout_sources=list(heldout_sources),
             heldout_fraction=heldout_fraction,
+            mixture=_weights(sources, trains) if is_mixture(sources) else {},
         )
-        write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+        write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+        for name, source, train in zip(manifest.mixture, sources, trains, strict=False):
+            own = {"train": train, "heldout": SplitCounts(), "sources": [source], "mixture": {}}
+            own |= {"skipped_documents": reader.skipped[f"{name}/train"]}
+            write_json(folder / name / MANIFEST, manifest.model_copy(update=own).model_dump(mode="json"))
     return manifest
 
 
-def load_manifest(folder: Path) -> TokenManifest:
-    """The manifest of a folder of tokens; `UserError` where it is missing or not one."""
-    path = folder / "manifest.json"
-    try:
-        return TokenManifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): is {folder} a folder of tokens?") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is not a manifest of {FORMAT} ({where or 'whole file'}: {first['msg']}).") from error
+class _Reader:
+    """The text of all sources that are text, and what was left out of it so far.
+
+    sources: with the prefix of the files that each belongs into.
+    """
+
+    def __init__(
+        self, sources: Iterable[tuple[str, Source]], heldout_sources: Sequence[Source], heldout_fraction: float
+    ) -> None:
+        self.skipped: Counter[str] = Counter()  # documents by prefix
+        self._read_bytes = 0
+        self._sources = [(prefix, source) for prefix, source in sources if source.megatron is None]
+        self._heldout_sources = heldout_sources
+        self._heldout_fraction = heldout_fraction
+
+    def batches(self) -> Iterator[TextBatch]:
+        """Every document, BATCH_CHARACTERS of text at a time or more, but for the last batch."""
+        texts: list[Text] = []
+        characters = 0
+        for text in self._texts():
+            texts.append(text)
+            characters += len(text.text)
+            if characters >= BATCH_CHARACTERS:
+                yield TextBatch(texts, self._read_bytes)
+                texts, characters = [], 0
+        yield TextBatch(texts, self._read_bytes)
+
+    def _texts(self) -> Iterator[Text]:
+        for prefix, source in self._sources:
+            for document in documents(source, partial(self._skip, prefix), self._read):
+                heldout = not self._heldout_sources and is_heldout(document.name, self._heldout_fraction)
+                yield Text(HELDOUT if heldout else prefix, document.text)
+        for source in self._heldout_sources:
+            for document in documents(source, partial(self._skip, HELDOUT), self._read):
+                yield Text(HELDOUT, document.text)
+
+    def _skip(self, prefix: str, name: str, reason: str) -> None:
+        self.skipped[prefix] += 1
+
+    def _read(self, size_bytes: int) -> None:
+        self._read_bytes += size_bytes
 
 
-def check_vocabulary(manifest: TokenManifest, tokens: Path, checkpoint: Path, vocab_size: int) -> None:
-    """Raise `UserError` unless the tokens in the folder `tokens` were made with the checkpoint's tokenizer."""
-    if manifest.vocab_size > vocab_size:
-        raise UserError(
-            f"{tokens} was made with a tokenizer of {manifest.vocab_size:,} tokens, but {checkpoint} has "
-            f"{vocab_size:,}: run `slimqwen tokens` again with this checkpoint's tokenizer."
-        )
-    tokenizer = checkpoint / "tokenizer.json"
-    if tokenizer.is_file() and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
-        raise UserError(
-            f"{tokens} was made with another tokenizer than the one in {checkpoint}: run `slimqwen tokens` again with it."
-        )
+def _pack(
+    encoded: Iterator[tuple[TextBatch, list[Ids]]],
+    folder: Path,
+    prefixes: Sequence[str],
+    vocab_size: int,
+    progress: Progress,
+) -> dict[str, SplitCounts]:
+    """Write each document into the files that it belongs into; the size of each by prefix."""
+    counts = {prefix: SplitCounts() for prefix in prefixes}
+    shown_bytes = 0
+    with ExitStack() as files:
+        writers = {prefix: files.enter_context(PackedWriter(folder / prefix, vocab_size)) for prefix in counts}
+        for batch, batch_ids in encoded:
+            for (prefix, text), ids in zip(batch.texts, batch_ids, strict=True):
+                writers[prefix].add(ids)
+                counts[prefix].documents += 1
+                counts[prefix].tokens += len(ids)
+                counts[prefix].text_bytes += len(text.encode("utf-8"))
+            total = sum(counts.values(), SplitCounts())
+            progress.advance(batch.read_bytes - shown_bytes, documents=total.documents, tokens=total.tokens)
+            shown_bytes = batch.read_bytes
+    return counts
 
 
-def _texts(
-    sources: Iterable[Source],
-    heldout_sources: Sequence[Source],
-    heldout_fraction: float,
-    on_skip: OnSkip,
-) -> Iterator[tuple[Split, str]]:
-    """Every document's text with the split it belongs to."""
-    for source in sources:
-        for document in documents(source, on_skip):
-            heldout = not heldout_sources and is_heldout(document.name, heldout_fraction)
-            yield ("heldout" if heldout else "train"), document.text
-    for source in heldout_sources:
-        for document in documents(source, on_skip):
-            yield "heldout", document.text
+def _link(megatron: Path, prefix: Path, vocab_size: int, progress: Progress) -> SplitCounts:
+    """Token ids made elsewhere, checked and linked to from `prefix`."""
+    tokens = PackedTokens(megatron)
+    tokens.check_ids(vocab_size, progress.advance)
+    for path_of in (bin_path, idx_path):
+        path_of(prefix).symlink_to(path_of(megatron).resolve())
+    return SplitCounts(documents=tokens.documents, tokens=tokens.total_tokens)
 
 
-def _batches(texts: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
-    """Lists of at least BATCH_CHARACTERS of text, the last one excepted."""
-    batch: list[tuple[Split, str]] = []
-    characters = 0
-    for split, text in texts:
-        batch.append((split, text))
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _weights(sources: Sequence[Source], trains: Sequence[SplitCounts]) -> Mapping[str, float]:
+    """By name; where no weights are given, as many tokens as there are."""
+    return {
+        name_of(source): source.weight or float(train.tokens) for source, train in zip(sources, trains, strict=True)
+    }
 
 
-def _check_not_empty(train: SplitCounts, heldout: SplitCounts, heldout_fraction: float) -> None:
+def _check_not_empty(
+    sources: Sequence[Source], trains: Sequence[SplitCounts], heldout: SplitCounts, heldout_fraction: float
+) -> None:
     if heldout.documents == 0:
         raise UserError(
-            f"of {train.documents} documents none falls into the held-out share {heldout_fraction:g}: "
+            f"of {sum(trains, SplitCounts()).documents} documents none falls into the held-out share {heldout_fraction:g}: "
             "name held-out text in heldout_sources, or raise heldout_fraction."
         )
-    if train.documents == 0:
-        raise UserError(
-            f"all {heldout.documents} documents fall into the held-out share {heldout_fraction:g}: "
-            "name held-out text in heldout_sources, or lower heldout_fraction."
-        )
+    for number, train in enumerate(trains):
+        if train.documents == 0:
+            whose = describe(sources[number]) if len(trains) > 1 else ", ".join(map(describe, sources))
+            raise UserError(
+                f"all documents of {whose} fall into the held-out share {heldout_fraction:g}: "
+                "name held-out text in heldout_sources, or lower heldout_fraction."
+            )

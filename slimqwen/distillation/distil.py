@@ -9,19 +9,30 @@ from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint_val
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
-from slimqwen.data.packed import PackedTokens
-from slimqwen.data.stream import TokenStream
-from slimqwen.data.tokenize import check_vocabulary, load_manifest
+from slimqwen.data.store import announce, check_vocabulary, load_manifest, training_stream
 from slimqwen.distillation.metrics import MetricsLog
+from slimqwen.distillation.parallel import Ranks, join_ranks
+from slimqwen.distillation.sharded import export, load_sharded
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import UserError
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.modeling.model import load, save
+from slimqwen.modeling.model import MtpCausalLM, load
 from slimqwen.progress import say
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import DistilRecipe, DocumentBoundaries
 
 # What changes speed, memory or bookkeeping, and the result by no more than rounding: a run resumes after changing them.
-SETTINGS_WITHOUT_EFFECT = {"save_every_steps", "micro_batch_size", "loss_chunk_tokens", "activation_checkpointing"}
+SETTINGS_WITHOUT_EFFECT = {
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_states",
+    "on_bad_step",  # what happens at a step that would otherwise have stopped the run
+    "micro_batch_size",
+    "loss_chunk_tokens",
+    "activation_checkpointing",
+    "shard_ranks",
+    "reshard_student",
+    "reshard_teacher",
+}
 
 
 def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
@@ -42,6 +53,7 @@ def distil(
     tokens: Path,
     recipe: DistilRecipe,
     sequence_length: int,
+    documents: DocumentBoundaries = "packed",
     teacher: Path | None = None,
     span: Span | None = None,
     seed: int = 0,
@@ -55,10 +67,14 @@ def distil(
 ) -> Path:
     """Train `student` and write the trained checkpoint to `out`; resumes its own interrupted work.
 
+    Called by every process that torchrun started, it trains one student on all of them (parallel.py), and resumes on
+    another number of them; all need to see the same files.
+
     Args:
         student: checkpoint folder; its layout and dtypes are kept. Trained in float32.
         tokens: folder written by `tokenize`, made with the student's tokenizer.
         sequence_length: tokens of a training sequence.
+        documents: whether a sequence may hold several documents, which then see each other.
         teacher: checkpoint folder; needed by the terms kd and mtp_kd, ignored without them.
         span: the steps of the whole run that this call trains; all of them by default.
         seed: of the data order.
@@ -81,34 +97,64 @@ def distil(
         steps = total_steps(recipe, sequence_length)
         span = Span(0, steps, steps)
 
-    state_folder = claim_state_folder(
-        out,
-        student=checkpoint.fingerprint(),
-        teacher=None if teacher_checkpoint is None else teacher_checkpoint.fingerprint(),
-        tokens=manifest.model_dump(mode="json"),
-        recipe=recipe.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
-        dtype=dtype,
-        sequence_length=sequence_length,
-        span=[span.first_step, span.end_step, span.total_steps],
-        seed=seed,
-    )
     torch_device = resolve_device(device)
-    model = load(student, torch.float32, torch_device)
-    teacher_model = None
-    if teacher_checkpoint is not None:
-        teacher_model = load(teacher_checkpoint.folder, resolve_dtype(dtype, torch_device), torch_device)
-    stream = TokenStream(PackedTokens(tokens / "train"), sequence_length, seed)
-    trainer = Trainer(Student(model, checkpoint.family, checkpoint.config), teacher_model, stream, recipe, span)
-    log = MetricsLog(metrics or out.parent / "metrics.jsonl", run, stage)
-    with reproducible(torch_device):
-        trainer.train(state_folder, log, title)
+    with join_ranks(torch_device, recipe.shard_ranks) as ranks:
+        check_batch(recipe, ranks)
+        stream = training_stream(tokens, sequence_length, seed, documents)
+        if ranks.is_first:
+            claim_state_folder(
+                out,
+                student=checkpoint.fingerprint(),
+                teacher=None if teacher_checkpoint is None else teacher_checkpoint.fingerprint(),
+                tokens=manifest.model_dump(mode="json"),
+                recipe=recipe.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
+                dtype=dtype,
+                sequence_length=sequence_length,
+                documents=documents,
+                span=[span.first_step, span.end_step, span.total_steps],
+                seed=seed,
+            )
+            announce(stream, (span.end_step - span.first_step) * recipe.batch_size, torch_device.type)
+        ranks.wait()
+        model = load_student(checkpoint, torch_device, recipe, ranks)
+        teacher_model = None
+        if teacher_checkpoint is not None:
+            teacher_model = load_teacher(teacher_checkpoint, dtype, torch_device, recipe, ranks)
+        trained = Student(model, checkpoint.family, checkpoint.config)
+        trainer = Trainer(trained, teacher_model, stream, recipe, span, ranks)
+        log = MetricsLog(metrics or out.parent / "metrics.jsonl", run, stage)
+        with reproducible(torch_device):
+            trainer.train(state_folder_of(out), log, title)
 
-    with atomic_folder(out) as folder:
-        save(model, folder, checkpoint, checkpoint.config)
-        copy_companions(student, folder)
-    if not keep_state:
-        remove_state(out)
+        if ranks.is_first:
+            with atomic_folder(out) as folder:
+                export(model, folder, checkpoint)
+                copy_companions(student, folder)
+            if not keep_state:
+                remove_state(out)
+        else:
+            export(model, None, checkpoint)
+        ranks.wait()
     return out
+
+
+def load_student(checkpoint: Checkpoint, device: torch.device, recipe: DistilRecipe, ranks: Ranks) -> MtpCausalLM:
+    """In float32, whole or sharded."""
+    if ranks.mesh is None:
+        return load(checkpoint.folder, torch.float32, device)
+    reshard = recipe.reshard_student
+    return load_sharded(checkpoint, ranks, torch.float32, device, trains=True, reshard_after_forward=reshard)
+
+
+def load_teacher(
+    checkpoint: Checkpoint, dtype: str, device: torch.device, recipe: DistilRecipe, ranks: Ranks
+) -> MtpCausalLM:
+    """Whole or sharded."""
+    compute_dtype = resolve_dtype(dtype, device)
+    if ranks.mesh is None:
+        return load(checkpoint.folder, compute_dtype, device)
+    reshard = recipe.reshard_teacher
+    return load_sharded(checkpoint, ranks, compute_dtype, device, trains=False, reshard_after_forward=reshard)
 
 
 def state_folder_of(out: Path) -> Path:
@@ -120,8 +166,8 @@ def remove_state(out: Path) -> None:
     shutil.rmtree(state_folder_of(out), ignore_errors=True)
 
 
-def claim_state_folder(out: Path, **inputs: object) -> Path:
-    """The folder for `out`'s training state; emptied if what lies there came from other inputs."""
+def claim_state_folder(out: Path, **inputs: object) -> None:
+    """Make the folder for `out`'s training state, or empty it if what lies there came from other inputs."""
     folder = state_folder_of(out)
     identity = {"inputs": fingerprint_value(inputs)}
     marker = folder / "inputs.json"
@@ -130,7 +176,14 @@ def claim_state_folder(out: Path, **inputs: object) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(marker, identity)
-    return folder
+
+
+def check_batch(recipe: DistilRecipe, ranks: Ranks) -> None:
+    """Raise UserError where the ranks cannot share a batch evenly."""
+    if recipe.batch_size % ranks.size:
+        raise UserError(
+            f"distil.batch_size {recipe.batch_size} cannot be shared by {ranks.size} ranks: make it a multiple of {ranks.size}."
+        )
 
 
 def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint | None) -> None:

@@ -5,26 +5,32 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from slimqwen.distillation.parallel import Ranks
 from slimqwen.progress import say
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether a signal has come. A second Ctrl-C interrupts at once, as usual."""
+def deferred_interrupts(ranks: Ranks) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the signal that has come, SIGINT or SIGTERM, and 0 before.
+
+    A second Ctrl-C interrupts at once, as usual; but not one of many ranks, which a terminal and torchrun both signal.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
-        yield lambda: False
+        yield lambda: 0
         return
     received: list[int] = []
 
     def note(number: int, _frame: object) -> None:
-        if received:
+        if received and ranks.size == 1:
             raise KeyboardInterrupt
+        if not received and ranks.is_first:
+            again = " (Ctrl-C again stops at once, without saving)" if ranks.size == 1 else ""
+            say(f"interrupted: finishing this step and saving{again}")
         received.append(number)
-        say("interrupted: finishing this step and saving (Ctrl-C again stops at once, without saving)")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -9,7 +9,7 @@ weights (`LossWeights.per_token`), so that micro-batches and ranks add up to the
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from slimqwen.distillation.divergence import FORWARD_KL, Divergence
+from slimqwen.distillation.head import HeadSums, Logits, softmax_dtype, zero_where_not
 from slimqwen.recipe import LossTerm
 
 
@@ -166,23 +168,25 @@ def chunked_loss(
     weights: LossWeights,
     *,
     teacher: TeacherSignal | None = None,
+    divergence: Divergence = FORWARD_KL,
     chunk_tokens: int,
 ) -> tuple[Tensor, LossSums]:
     """The weighted sum of the four terms over the predictions that count, and the unweighted sums.
 
-        loss = lm * sum CE(labels, student) + kd * sum KL(teacher || student) + the same two of the MTP head
+        loss = lm * sum CE(labels, student) + kd * sum divergence(teacher, student) + the same two of the MTP head
 
-    KL has the gradient of the cross entropy with the teacher: they differ by the teacher's entropy. Only `chunk_tokens`
-    rows of logits exist at one time, and their gradient is taken while they do, (lm + kd) softmax(student) - lm
-    onehot(label) - kd softmax(teacher), so no [N, vocab] tensor is ever made. One softmax of the teacher serves both
-    heads. Matrix products are in the weights' dtype; softmax and the accumulated gradient of the head are in float32
-    (float64 where the head is float64), sums in float64.
+    Only `chunk_tokens` rows of a model's logits exist at one time, and their gradient is taken while they do and in
+    their place, so no [N, vocab] tensor is ever made. With the forward KL it is, per row,
+    lm (softmax(student) - onehot(label)) + kd (softmax(student) - softmax(teacher)).
+    The teacher's logits serve both heads. Matrix products are in the weights' dtype, or in autocast's where that is on;
+    softmax and the accumulated gradient of the head are in float32 (float64 where the head is float64), sums in float64.
 
     Args:
         predictions: the student's, from `align`.
         head: [vocab, hidden], the student's lm_head, which the MTP head shares.
         weights: coefficients of sums, hence already divided: `LossWeights.per_token`. kd terms need a teacher.
         teacher: over the same vocabulary as `head`; None trains on the data alone.
+        divergence: what the kd terms minimise; what is reported as kd is KL(teacher || student) whatever is minimised.
         chunk_tokens: changes memory and speed, not the result (beyond rounding).
 
     Returns:
@@ -194,8 +198,15 @@ def chunked_loss(
 
     inputs = (predictions.hidden, predictions.mtp_hidden, head)
     needs_gradient = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    device = head.device.type
     with torch.no_grad():
-        loss, sums, gradients = _sum_chunks(predictions, head, weights, teacher, chunk_tokens, needs_gradient)
+        if torch.is_autocast_enabled(device):
+            head = head.to(torch.get_autocast_dtype(device))
+            teacher = None if teacher is None else replace(teacher, head=teacher.head.to(head.dtype))
+        with torch.autocast(device, enabled=False):
+            loss, sums, gradients = _sum_chunks(
+                predictions, head, weights, teacher, divergence, chunk_tokens, needs_gradient
+            )
     return _WithGradients.apply(loss, *gradients, *inputs) if any(needs_gradient) else loss, sums
 
 
@@ -210,9 +221,12 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        # Training's case. A product would be a second tensor of the head's size; the question waits for the device once.
+        if upstream != 1.0:
+            gradients = [None if gradient is None else gradient * upstream for gradient in gradients]
         # Autograd casts each gradient to its input's dtype.
-        scaled = (None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)
-        return None, None, None, None, *scaled
+        return None, None, None, None, *gradients
 
 
 def _sum_chunks(
@@ -220,117 +234,47 @@ def _sum_chunks(
     head: Tensor,
     weights: LossWeights,
     teacher: TeacherSignal | None,
+    divergence: Divergence,
     chunk_tokens: int,
     needs_gradient: list[bool],
 ) -> tuple[Tensor, LossSums, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Loss, sums, and the gradients of hidden, mtp_hidden and head (None where not needed)."""
     main_needs, mtp_needs, head_needs = needs_gradient
-    grad_head = torch.zeros_like(head, dtype=_softmax_dtype(head)) if head_needs else None
-    main = _HeadSums(predictions.hidden, head, weights.lm, weights.kd, main_needs, grad_head)
+    counted = predictions.main_mask.nonzero().squeeze(1)
+    chunk_tokens = max(min(chunk_tokens, counted.numel()), 1)
+    student = Logits(head, chunk_tokens)
+    teacher_logits = None if teacher is None else Logits(teacher.head, chunk_tokens)
+
+    grad_head = torch.zeros_like(head, dtype=softmax_dtype(head)) if head_needs else None
+    shared = (student, teacher_logits, divergence, grad_head)
+    main = HeadSums(*shared, predictions.hidden, weights.lm, weights.kd, main_needs, measures_top1=True)
     mtp = None
     if predictions.mtp_hidden is not None:
-        mtp = _HeadSums(predictions.mtp_hidden, head, weights.mtp_lm, weights.mtp_kd, mtp_needs, grad_head)
+        mtp = HeadSums(*shared, predictions.mtp_hidden, weights.mtp_lm, weights.mtp_kd, mtp_needs, measures_top1=False)
 
-    for rows in predictions.main_mask.nonzero().squeeze(1).split(chunk_tokens):
+    for rows in counted.split(chunk_tokens):
         labels = predictions.labels[rows]
-        target = None if teacher is None else _log_probs(teacher.hidden[rows], teacher.head)
-        main.add(rows, predictions.main_mask[rows], labels, target)
+        if teacher is not None and teacher_logits is not None:
+            teacher_logits.project(teacher.hidden[rows])
+        main.add(rows, predictions.main_mask[rows], labels)
         if mtp is not None:
             counts = predictions.mtp_mask[rows]
-            if teacher is not None and teacher.mtp_hidden is not None:
-                target = _log_probs(_zero_where_not(counts, teacher.mtp_hidden[rows]), teacher.head)
-            mtp.add(rows, counts, labels, target)
+            if teacher_logits is not None and teacher is not None and teacher.mtp_hidden is not None:
+                teacher_logits.project(zero_where_not(counts, teacher.mtp_hidden[rows]))
+            mtp.add(rows, counts, labels)
 
+    has_teacher = teacher is not None
+    lm, kd, _, top1_agreement = main.sums
+    mtp_lm, mtp_kd, _, _ = (None,) * 4 if mtp is None else mtp.sums
     sums = LossSums(
-        lm=main.lm,
-        kd=None if teacher is None else main.kd,
-        mtp_lm=None if mtp is None else mtp.lm,
-        mtp_kd=None if mtp is None or teacher is None else mtp.kd,
-        top1_agreement=None if teacher is None else main.top1_agreement,
+        lm=lm,
+        kd=kd if has_teacher else None,
+        mtp_lm=mtp_lm,
+        mtp_kd=mtp_kd if has_teacher else None,
+        top1_agreement=top1_agreement if has_teacher else None,
         main_tokens=main.tokens,
         mtp_tokens=None if mtp is None else mtp.tokens,
     )
     loss = main.loss() if mtp is None else main.loss() + mtp.loss()
     gradients = (main.grad_hidden, None if mtp is None else mtp.grad_hidden, grad_head)
-    return loss.to(_softmax_dtype(head)), sums, gradients
-
-
-class _HeadSums:
-    """One head's sums and gradients over the chunks added so far; `grad_head` is shared by main and MTP."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        lm_weight: float,
-        kd_weight: float,
-        needs_grad_hidden: bool,
-        grad_head: Tensor | None,
-    ) -> None:
-        self.hidden = hidden
-        self.head = head
-        self.lm_weight = lm_weight
-        self.kd_weight = kd_weight
-        self.grad_hidden = torch.zeros_like(hidden) if needs_grad_hidden else None
-        self.grad_head = grad_head
-        self.has_gradient = (needs_grad_hidden or grad_head is not None) and (lm_weight != 0.0 or kd_weight != 0.0)
-        self.lm, self.kd, self.top1_agreement, self.tokens = torch.zeros(4, dtype=torch.float64, device=head.device)
-
-    def add(self, rows: Tensor, counts: Tensor, labels: Tensor, target: Tensor | None) -> None:
-        """Add a chunk.
-
-        Args:
-            rows: [chunk] int64, which rows of `hidden`.
-            counts: [chunk] bool; the few rows that do not count are computed and weighted 0, because leaving them out
-                would copy the chunk's teacher distribution and wait for the device.
-            labels: [chunk] int64.
-            target: [chunk, vocab], the teacher's log-probabilities, or None.
-        """
-        hidden = _zero_where_not(counts, self.hidden[rows]).to(self.head.dtype)
-        log_probs = _log_probs(hidden, self.head)
-        self.tokens += counts.sum()
-        self.lm -= _sum(log_probs.gather(1, labels[:, None]).squeeze(1), counts)
-        if target is not None:
-            self.kd += _sum((target.exp() * (target - log_probs)).sum(1), counts)
-            self.top1_agreement += _sum(log_probs.argmax(1) == target.argmax(1), counts)
-        if self.has_gradient:
-            self._add_gradient(rows, counts, labels, target, hidden, log_probs)
-
-    def _add_gradient(
-        self, rows: Tensor, counts: Tensor, labels: Tensor, target: Tensor | None, hidden: Tensor, log_probs: Tensor
-    ) -> None:
-        weight = counts[:, None].to(log_probs.dtype)  # [chunk, 1]
-        probs = log_probs.exp()
-        grad_logits = probs * (weight * self.lm_weight)
-        grad_logits.scatter_add_(1, labels[:, None], -weight * self.lm_weight)
-        if target is not None:
-            # The difference first: it is exactly 0 where student and teacher agree, however the product is rounded.
-            grad_logits += probs.sub_(target.exp()) * (weight * self.kd_weight)
-        grad_logits = grad_logits.to(self.head.dtype)
-        if self.grad_hidden is not None:
-            self.grad_hidden[rows] = (grad_logits @ self.head).to(self.grad_hidden.dtype)
-        if self.grad_head is not None:
-            self.grad_head += grad_logits.T @ hidden
-
-    def loss(self) -> Tensor:
-        return self.lm_weight * self.lm + self.kd_weight * self.kd
-
-
-def _log_probs(hidden: Tensor, head: Tensor) -> Tensor:
-    """Log-softmax over the vocabulary, [chunk, vocab]; one function for both models, so that equal means equal."""
-    logits = hidden.to(head.dtype) @ head.T
-    return torch.log_softmax(logits, dim=-1, dtype=_softmax_dtype(head))
-
-
-def _softmax_dtype(head: Tensor) -> torch.dtype:
-    return torch.promote_types(head.dtype, torch.float32)
-
-
-def _zero_where_not(counts: Tensor, rows: Tensor) -> Tensor:
-    """`rows` [chunk, hidden] with zeros, not garbage times zero, where `counts` [chunk] is False."""
-    return torch.where(counts[:, None], rows, 0)
-
-
-def _sum(values: Tensor, counts: Tensor) -> Tensor:
-    """Sum of `values` [chunk] where `counts` [chunk], in float64."""
-    return torch.where(counts, values, 0).sum(dtype=torch.float64)
+    return loss.to(softmax_dtype(head)), sums, gradients

@@ -9,8 +9,8 @@ import torch
 from slimqwen.artifacts import atomic_folder, fingerprint
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
-from slimqwen.data.sources import check_source, documents, is_heldout
-from slimqwen.data.tokenize import tokenize
+from slimqwen.data.sources import check_sources, documents, is_heldout
+from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT, tokenize
 from slimqwen.data.tokenizer import train_tokenizer
 from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
 from slimqwen.families import Config, family_of
@@ -29,8 +29,7 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
     family = family_of(recipe.config, "the recipe's config")
     config = family.normalise(recipe.config)
     vocab_size = family.sizes(config)[family.vocab]
-    for source in (*data.sources, *data.heldout_sources):
-        check_source(source)
+    check_sources(data.sources, data.heldout_sources)
     resolve_device(recipe.device)
 
     steps = Steps(run_dir, command)
@@ -38,7 +37,10 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
     tokenizer, tokens, initial, trained, final = (
         run_dir / name for name in ("tokenizer", "tokens", "initial", "trained", "final")
     )
-    text = {"data": data.model_dump(mode="json", exclude={"sequence_length"}), "documents": recipe.tokenizer_documents}
+    text = {
+        "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
+        "documents": recipe.tokenizer_documents,
+    }
     steps.step(
         "tokenizer",
         tokenizer,
@@ -55,6 +57,7 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
             tokens,
             heldout_sources=data.heldout_sources,
             heldout_fraction=data.heldout_fraction,
+            workers=data.workers,
         ),
     )
     steps.step(
@@ -71,6 +74,7 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
             "tokens": fingerprint(tokens),
             "training": training.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
             "sequence_length": data.sequence_length,
+            "documents": data.documents,
             "seed": recipe.seed,
         },
         lambda: distil(
@@ -79,6 +83,7 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
             tokens=tokens,
             recipe=training,
             sequence_length=data.sequence_length,
+            documents=data.documents,
             seed=recipe.seed,
             device=recipe.device,
             run=recipe.name,

@@ -1,17 +1,19 @@
 """The training loop: pretraining, distillation and the LM-only baseline are this one loop with other loss terms."""
 
 import math
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from slimqwen.data.stream import TokenStream
+from slimqwen.data.stream import Batch, RowStream
 from slimqwen.distillation import schedules
 from slimqwen.distillation.balance import expert_counts, load_balancing_loss
+from slimqwen.distillation.divergence import Divergence
 from slimqwen.distillation.interrupt import deferred_interrupts
 from slimqwen.distillation.loss import (
     LossSums,
@@ -23,13 +25,17 @@ from slimqwen.distillation.loss import (
     count_targets,
 )
 from slimqwen.distillation.metrics import MetricsLog
+from slimqwen.distillation.parallel import ALONE, Ranks
+from slimqwen.distillation.sharded import whole
 from slimqwen.distillation.state import load_state, save_state
-from slimqwen.errors import StageFailed
+from slimqwen.errors import Preempted, StageFailed
 from slimqwen.families import Config, Family
 from slimqwen.modeling.model import MtpCausalLM
 from slimqwen.modeling.routing import Routing, observe_routing
-from slimqwen.progress import Progress
+from slimqwen.progress import Progress, say
 from slimqwen.recipe import DistilRecipe
+
+MAX_SKIPPED_IN_A_ROW = 10  # more is no bad batch but a model that is lost
 
 
 @dataclass(frozen=True)
@@ -58,17 +64,27 @@ class Trainer:
     """Trains one student over one span of steps.
 
     teacher: None trains on the data alone (pretraining, the LM-only baseline).
+    ranks: the processes that train it together, each on rows of its own; student and teacher are sharded over them.
     """
 
     def __init__(
-        self, student: Student, teacher: MtpCausalLM | None, stream: TokenStream, recipe: DistilRecipe, span: Span
+        self,
+        student: Student,
+        teacher: MtpCausalLM | None,
+        stream: RowStream,
+        recipe: DistilRecipe,
+        span: Span,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.stream = stream
         self.recipe = recipe
         self.span = span
+        self.ranks = ranks
+        self.skipped_in_a_row = 0
         self.micro_batch_size = recipe.micro_batch_size or recipe.batch_size
+        self.divergence = Divergence(recipe.divergence, recipe.temperature, recipe.jsd_beta)
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
         # Without an MTP term the module gets no gradient: it stays as it is, and has no optimiser state.
         self.parameters = student.model.tensors(with_mtp=self.with_mtp)
@@ -81,34 +97,49 @@ class Trainer:
     def train(self, state_folder: Path, metrics: MetricsLog, title: str) -> None:
         """Train to the end of the span, from the saved state if there is one.
 
-        Ctrl-C and SIGTERM are answered between two steps: the state is saved, then KeyboardInterrupt is raised.
+        Ctrl-C and SIGTERM, to whichever rank, are answered between two steps: the state is saved, then all of them
+        raise KeyboardInterrupt or Preempted.
         """
-        model, recipe, span = self.student.model, self.recipe, self.span
-        step = load_state(state_folder, self.parameters, self.optimizer) or span.first_step
-        metrics.rewind(step)
+        model, recipe, span, ranks = self.student.model, self.recipe, self.span, self.ranks
+        step = load_state(state_folder, self.parameters, self.optimizer, ranks) or span.first_step
+        if ranks.is_first:
+            metrics.rewind(step)
         step_tokens = recipe.batch_size * self.stream.sequence_length
         total, done = (span.end_step - span.first_step) * step_tokens, (step - span.first_step) * step_tokens
         model.train()
-        with deferred_interrupts() as interrupted, Progress(title, total=total, unit="tokens", start=done) as progress:
+        saved_at = time.monotonic()
+        progress = Progress(title, total=total, unit="tokens", start=done) if ranks.is_first else None
+        with deferred_interrupts(ranks) as interrupted, progress or nullcontext():
             while step < span.end_step:
                 started = time.perf_counter()
                 values = self.step(step)
                 step += 1
                 seconds = time.perf_counter() - started
                 values |= {"tokens": step * step_tokens, "tokens_per_second": step_tokens / seconds}
-                metrics.append(step - 1, values)
-                shown = {name: values[name] for name in ("lm", "kd", "mtp_lm", "mtp_kd") if name in values}
-                progress.advance(step_tokens, **shown)
-                if interrupted() or step % recipe.save_every_steps == 0 or step == span.end_step:
-                    save_state(state_folder, step, self.parameters, self.optimizer)
-                if interrupted():
+                if progress is not None:
+                    metrics.append(step - 1, values)
+                    shown = {name: values[name] for name in ("lm", "kd", "mtp_lm", "mtp_kd") if name in values}
+                    progress.advance(step_tokens, **shown)
+                stop, is_due = ranks.largest(interrupted()), ranks.largest(self.is_due(saved_at))
+                if stop or is_due or step % recipe.save_every_steps == 0 or step == span.end_step:
+                    save_state(state_folder, step, self.parameters, self.optimizer, ranks, recipe.keep_states)
+                    saved_at = time.monotonic()
+                if stop == signal.SIGTERM:
+                    raise Preempted(f"stopped by SIGTERM after step {step}, state saved: the same command continues.")
+                if stop:
                     raise KeyboardInterrupt
         model.eval()
+
+    def is_due(self, saved_at: float) -> bool:
+        """Whether it is time to save, by this process's clock."""
+        minutes = self.recipe.save_every_minutes
+        return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step over `batch_size` rows; returns the means of its loss terms and its settings.
 
-        Raises StageFailed before the optimiser moves if the loss or the gradient is not finite.
+        If the loss or the gradient is not finite the optimiser does not move: the step is left out, or StageFailed is
+        raised, as `on_bad_step` says.
         """
         recipe = self.recipe
         progress = step / max(self.span.total_steps - 1, 1)
@@ -120,79 +151,100 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-        tokens = self.stream.batch(step * recipe.batch_size, recipe.batch_size).to(self.device)
-        main_targets, mtp_targets = count_targets(tokens)
+        rows = recipe.batch_size // self.ranks.size
+        batch = self.stream.batch(step * recipe.batch_size + self.ranks.rank * rows, rows).to(self.device)
+        targets = self.ranks.total(torch.tensor(count_targets(batch.tokens, batch.mask)))
+        main_targets, mtp_targets = targets.tolist()
         weights = LossWeights.from_terms(recipe.terms, kd_weight, mtp_weight).per_token(main_targets, mtp_targets)
-        micro_batches = tokens.split(self.micro_batch_size)
+        micro_batches = batch.split(self.micro_batch_size)
         balances = recipe.load_balancing_coefficient > 0.0 and len(micro_batches) > 1
         counts = self.global_expert_counts(micro_batches) if balances else None
 
         self.optimizer.zero_grad(set_to_none=True)
         sums: LossSums | None = None
-        loss = balance = 0.0
+        losses = torch.zeros(2, device=self.device)  # the loss and, before its coefficient, its load-balancing part
         for micro_batch in micro_batches:
-            micro_loss, micro_sums, micro_balance = self.backward(micro_batch, weights, counts, tokens[:, 1:].numel())
-            loss, balance = loss + micro_loss, balance + micro_balance
+            if self.ranks.mesh is not None:  # between copies of the model (`shard_ranks`) gradients cross once a step
+                self.student.model.set_requires_all_reduce(micro_batch is micro_batches[-1])
+            loss, micro_sums, balance = self.backward(micro_batch, weights, counts, main_targets)
+            losses += torch.stack([loss, balance])
             sums = micro_sums if sums is None else sums + micro_sums
         assert sums is not None
 
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.max_grad_norm))
-        loss, balance = float(loss), float(balance)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise StageFailed(
-                f"training stopped before optimiser step {step}: loss {loss:g}, gradient norm {grad_norm:g}. "
-                "The last saved state is intact; lower distil.learning_rate or look at the data of this step."
-            )
-        self.optimizer.step()
-        return {
-            "loss": loss,
-            **sums.means(),
-            "load_balancing": balance,
+        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.max_grad_norm)))
+        loss_value, balance_value = self.ranks.total(losses).tolist()
+        values = {
+            "loss": loss_value,
+            **self.total_sums(sums).means(),
+            "load_balancing": balance_value,
             "lambda": kd_weight,
             "beta": mtp_weight,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
         }
+        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            return values
+        self.leave_out(step, f"loss {loss_value:g}, gradient norm {grad_norm:g}")
+        return {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": 1}
+
+    def leave_out(self, step: int, problem: str) -> None:
+        """Say that a step is skipped. Raises StageFailed where it must not be, or too many were before it."""
+        if self.recipe.on_bad_step == "stop" or self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise StageFailed(
+                f"training stopped before optimiser step {step}: {problem}. "
+                "The last saved state is intact; lower distil.learning_rate or look at the data of this step."
+            )
+        self.skipped_in_a_row += 1
+        if self.ranks.is_first:
+            say(f"optimiser step {step} is left out: {problem}")
 
     def backward(
-        self, tokens: torch.Tensor, weights: LossWeights, counts: list[torch.Tensor] | None, step_tokens: int
+        self, batch: Batch, weights: LossWeights, counts: list[torch.Tensor] | None, step_tokens: int
     ) -> tuple[torch.Tensor, LossSums, torch.Tensor]:
-        """Forward and backward of one micro-batch, [rows, seq + 1]: (loss, sums, load balancing), all detached.
+        """Forward and backward of one micro-batch: (loss, sums, load balancing), all detached.
 
-        counts: expert assignments of the whole step per block; None where this micro-batch is the whole step.
+        counts: expert assignments of the whole step per block; None where each rank has this one micro-batch.
+        step_tokens: predictions of the whole step that count; padding is routed too, and its routing does not.
         """
-        signal = self.teacher_signal(tokens)
-        predictions, routing = self.forward(tokens)
-        loss, sums = chunked_loss(
-            predictions, self.student.model.head, weights, teacher=signal, chunk_tokens=self.recipe.loss_chunk_tokens
-        )
-        logits = [seen.logits for seen in routing]
-        mask = torch.ones(logits[0].shape[0], dtype=torch.bool, device=self.device)
+        signal = self.teacher_signal(batch)
+        predictions, routing = self.forward(batch)
+        with self.mixed_precision():
+            loss, sums = chunked_loss(
+                predictions,
+                self.student.model.head,
+                weights,
+                teacher=signal,
+                divergence=self.divergence,
+                chunk_tokens=self.recipe.loss_chunk_tokens,
+            )
+        logits, mask = [seen.logits for seen in routing], predictions.main_mask
         if counts is None:
-            counts = [expert_counts(seen.experts, mask, seen.logits.shape[-1]) for seen in routing]
+            counts = self.over_ranks([expert_counts(seen.experts, mask, seen.logits.shape[-1]) for seen in routing])
         balance = load_balancing_loss(logits, mask, counts, step_tokens, self.student.family.router_scores)
         (loss + self.recipe.load_balancing_coefficient * balance).backward()
         return loss.detach(), sums, balance.detach()
 
-    def forward(self, tokens: torch.Tensor) -> tuple[Predictions, list[Routing]]:
+    def forward(self, batch: Batch) -> tuple[Predictions, list[Routing]]:
         """The student's predictions and its routing, per MoE block."""
         model = self.student.model
-        with observe_routing(model, self.blocks) as seen, mixed_precision(self.device):
-            hidden = model(tokens, with_mtp=self.with_mtp)
-        return align(tokens, hidden.main, hidden.mtp), [seen[block.name] for block in self.blocks]
+        with observe_routing(model, self.blocks) as seen, self.mixed_precision():
+            hidden = model(batch.tokens, with_mtp=self.with_mtp)
+        return align(batch.tokens, hidden.main, hidden.mtp, batch.mask), [seen[block.name] for block in self.blocks]
 
-    def teacher_signal(self, tokens: torch.Tensor) -> TeacherSignal | None:
+    def teacher_signal(self, batch: Batch) -> TeacherSignal | None:
         """The teacher's final hidden states and head; its logits exist only a chunk at a time, inside the loss."""
         if self.teacher is None:
             return None
         teaches_mtp = self.with_mtp and self.recipe.mtp_target == "mtp"
         with torch.no_grad():
-            hidden = self.teacher(tokens, with_mtp=teaches_mtp)
-            aligned = align(tokens, hidden.main, hidden.mtp)
+            hidden = self.teacher(batch.tokens, with_mtp=teaches_mtp)
+            aligned = align(batch.tokens, hidden.main, hidden.mtp, batch.mask)
         return TeacherSignal(aligned.hidden, self.teacher.head, aligned.mtp_hidden)
 
     @torch.no_grad()
-    def global_expert_counts(self, micro_batches: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    def global_expert_counts(self, micro_batches: list[Batch]) -> list[torch.Tensor]:
         """Expert assignments of the whole step, per block, by a forward pass without gradient.
 
         The load-balancing loss multiplies each micro-batch's probabilities with the counts of ALL of them
@@ -200,13 +252,32 @@ class Trainer:
         forward, and only where a step has several micro-batches; it makes any cut of the batch the same step.
         """
         totals: list[torch.Tensor] | None = None
-        for tokens in micro_batches:
-            _, routing = self.forward(tokens)
-            mask = torch.ones(routing[0].logits.shape[0], dtype=torch.bool, device=self.device)
-            counts = [expert_counts(seen.experts, mask, seen.logits.shape[-1]) for seen in routing]
+        for batch in micro_batches:
+            predictions, routing = self.forward(batch)
+            counts = [expert_counts(seen.experts, predictions.main_mask, seen.logits.shape[-1]) for seen in routing]
             totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
         assert totals is not None
-        return totals
+        return self.over_ranks(totals)
+
+    def over_ranks(self, counts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Expert assignments per block, of all ranks."""
+        return list(self.ranks.total(torch.stack(counts)).unbind())
+
+    def total_sums(self, sums: LossSums) -> LossSums:
+        """The sums over all ranks' predictions. What was measured on one rank was measured on each."""
+        measured = {f.name: getattr(sums, f.name) for f in fields(sums) if getattr(sums, f.name) is not None}
+        totals = self.ranks.total(torch.stack(list(measured.values())))
+        return replace(sums, **dict(zip(measured, totals.unbind(), strict=True)))
+
+    @contextmanager
+    def mixed_precision(self) -> Iterator[None]:
+        """bfloat16 matrix products over float32 weights on a GPU; plain float32 on a CPU, where bfloat16 is slower.
+
+        Sharded parameters come as bfloat16 already (`parallel.shard`).
+        """
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.ranks.mesh is None):
+            yield
 
 
 def build_optimizer(parameters: dict[str, torch.Tensor], recipe: DistilRecipe) -> torch.optim.AdamW:
@@ -218,10 +289,3 @@ def build_optimizer(parameters: dict[str, torch.Tensor], recipe: DistilRecipe) -
     ]
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=1e-8, fused=True)
-
-
-@contextmanager
-def mixed_precision(device: torch.device) -> Iterator[None]:
-    """bfloat16 matrix products over float32 weights on a GPU; plain float32 on a CPU, where bfloat16 is slower."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        yield

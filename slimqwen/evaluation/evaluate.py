@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from slimqwen.artifacts import write_json
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.tokenize import TokenManifest, check_vocabulary, load_manifest
+from slimqwen.data.store import TokenManifest, check_vocabulary, load_manifest
 from slimqwen.data.tokenizer import load_tokenizer
+from slimqwen.distillation.loss import count_targets
 from slimqwen.errors import StageFailed, UserError, did_you_mean
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
@@ -19,7 +20,7 @@ from slimqwen.families.count import count
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import MtpCausalLM, load
 from slimqwen.progress import Progress
-from slimqwen.recipe import EvaluationRecipe
+from slimqwen.recipe import DocumentBoundaries, EvaluationRecipe
 
 LARGEST_LOSS = 700.0  # e^710 is beyond float64
 
@@ -32,6 +33,7 @@ def evaluate(
     tokens: Path,
     recipe: EvaluationRecipe,
     sequence_length: int,
+    documents: DocumentBoundaries = "packed",
     teacher: str | None = "teacher",
     device: str = "auto",
     dtype: str = "auto",
@@ -46,6 +48,7 @@ def evaluate(
         tokens: folder written by `tokenize`, made with the models' tokenizer.
         recipe: how much is measured.
         sequence_length: tokens of context.
+        documents: whether a row may hold several documents, which then see each other.
         teacher: the name in `models` that all are compared with; None leaves the comparisons out.
         dtype: of the forward passes, for all models: 'auto' is bfloat16 on a GPU and float32 on a CPU.
         title: shown with the progress.
@@ -55,9 +58,13 @@ def evaluate(
         StageFailed: a model whose loss is not finite.
     """
     manifest = load_manifest(tokens)
+    if manifest.heldout.documents == 0:
+        raise UserError(
+            f"{tokens} holds no held-out text: it is a source of the mixture in {tokens.parent}, which has it."
+        )
     checkpoints = _open(models, teacher, tokens, manifest)
     tokenizer = load_tokenizer(next(iter(checkpoints.values())).folder)
-    rows = heldout_rows(tokens, sequence_length, recipe.tokens)
+    rows = heldout_rows(tokens, sequence_length, recipe.tokens, documents)
     prompts = heldout_prompts(tokens, recipe.acceptance_prompts, recipe.acceptance_prompt_tokens)
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
@@ -77,9 +84,8 @@ def evaluate(
         evaluations[name] = _summary(
             name, models[name], checkpoint, manifest, means, recording.utilisation, acceptance, sample
         )
-    evaluation = Evaluation(
-        format=FORMAT, tokens=rows[:, 1:].numel(), sequence_length=sequence_length, models=evaluations
-    )
+    predicted, _ = count_targets(rows.tokens, rows.mask)
+    evaluation = Evaluation(format=FORMAT, tokens=predicted, sequence_length=sequence_length, models=evaluations)
     write_json(out, evaluation.model_dump(mode="json"))
     return evaluation
 

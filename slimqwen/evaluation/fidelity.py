@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimqwen.data.packed import PackedTokens
-from slimqwen.data.stream import TokenStream
+from slimqwen.data.store import heldout_stream
+from slimqwen.data.stream import Batch
 from slimqwen.distillation.balance import expert_counts
 from slimqwen.distillation.loss import LossWeights, Predictions, TeacherSignal, align, chunked_loss
 from slimqwen.families import Config, Family
 from slimqwen.modeling.model import MtpCausalLM
 from slimqwen.modeling.routing import observe_routing
 from slimqwen.progress import Progress
+from slimqwen.recipe import DocumentBoundaries
 
 CHUNK_TOKENS = 1024  # tokens whose logits exist at one time: 0.6 GiB in float32 for a vocabulary of 152k
 ONLY_MEASURED = LossWeights(lm=0.0, kd=0.0, mtp_lm=0.0, mtp_kd=0.0)
@@ -36,21 +37,24 @@ class Recording:
     utilisation: dict[str, list[float]]
 
 
-def heldout_rows(tokens: Path, sequence_length: int, wanted_tokens: int) -> Tensor:
-    """Rows of held-out text for `wanted_tokens` predictions, at least one row, at most all: [rows, sequence_length + 1].
+def heldout_rows(
+    tokens: Path, sequence_length: int, wanted_tokens: int, documents: DocumentBoundaries = "packed"
+) -> Batch:
+    """Rows of held-out text for about `wanted_tokens` predictions, at least one row, at most all.
 
     Of 10 rows, 4 are rows 0, 2, 5, 7: evenly spaced, so that each kind of document is represented.
     """
-    stream = TokenStream(PackedTokens(tokens / "heldout"), sequence_length, seed=0)
-    rows = min(max(wanted_tokens // sequence_length, 1), stream.rows_per_epoch)
-    return torch.cat([stream.in_order(i * stream.rows_per_epoch // rows, 1) for i in range(rows)])
+    stream = heldout_stream(tokens, sequence_length, documents)
+    wanted_rows = wanted_tokens * stream.rows_per_epoch // stream.targets_per_epoch
+    rows = min(max(wanted_rows, 1), stream.rows_per_epoch)
+    return stream.in_order([i * stream.rows_per_epoch // rows for i in range(rows)])
 
 
 @torch.inference_mode()
 def record(
-    model: MtpCausalLM, family: Family, config: Config, rows: Tensor, *, batch_size: int, title: str
+    model: MtpCausalLM, family: Family, config: Config, rows: Batch, *, batch_size: int, title: str
 ) -> Recording:
-    """Run `model` over `rows` [rows, seq + 1], `batch_size` rows at a time."""
+    """Run `model` over `rows`, `batch_size` of them at a time."""
     head = model.head.detach()
     blocks = family.moe_blocks(config)
     num_experts = family.sizes(config)[family.expert]
@@ -58,15 +62,14 @@ def record(
     predictions = []
     with (
         observe_routing(model, blocks) as seen,
-        Progress(title, total=rows[:, 1:].numel(), unit="tokens") as progress,
+        Progress(title, total=rows.tokens[:, 1:].numel(), unit="tokens") as progress,
     ):
         for batch in rows.to(head.device).split(batch_size):
-            hidden = model(batch)
-            predictions.append(align(batch, hidden.main, hidden.mtp))
-            routed = torch.ones(batch[:, 1:].numel(), dtype=torch.bool, device=batch.device)
+            hidden = model(batch.tokens)
+            predictions.append(align(batch.tokens, hidden.main, hidden.mtp, batch.mask))
             for name in counts:
-                counts[name] += expert_counts(seen[name].experts, routed, num_experts)
-            progress.advance(batch[:, 1:].numel())
+                counts[name] += expert_counts(seen[name].experts, predictions[-1].main_mask, num_experts)
+            progress.advance(batch.tokens[:, 1:].numel())
     utilisation = {name: (c.double() / c.sum()).tolist() for name, c in counts.items()}
     return Recording(predictions, head, utilisation)
 

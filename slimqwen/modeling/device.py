@@ -1,5 +1,6 @@
 """Which device and dtype to compute on, from the recipe's words."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,9 +10,14 @@ from slimqwen.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """'auto' is a GPU if there is one. Raises UserError for a device that this machine or PyTorch lacks."""
+    """'auto' is a GPU if there is one; of the processes that torchrun starts on a machine, each has the GPU of its number.
+
+    Raises UserError for a device that this machine or PyTorch lacks.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

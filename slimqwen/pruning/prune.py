@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slimqwen.artifacts import check_replaceable, fingerprint_value, resumable_folder
 from slimqwen.bytesize import bytes_in_words
-from slimqwen.checkpoint.check import check_checkpoint, tensor_hash
+from slimqwen.checkpoint.check import check_checkpoint, check_config, tensor_hash
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
@@ -50,6 +50,7 @@ def prune(
     if chosen.checkpoint != source.fingerprint():
         raise UserError(f"the plan was not made for {checkpoint}: run `slimqwen plan` on it first.")
     cut = planned_cut(source, chosen, layout)
+    check_config(cut.family.to_disk(cut.config), str(checkpoint))
     made_from = {
         "version": version("slimqwen"),
         "plan": chosen.model_dump(mode="json"),

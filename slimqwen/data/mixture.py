@@ -1,0 +1,75 @@
+"""Several streams as one, by weights."""
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from math import lcm
+
+from slimqwen.data.packed import TokenIds
+from slimqwen.data.stream import RowStream, StoredRows
+
+
+class MixedStream(RowStream):
+    """Rows of several sources: of any number of rows from the beginning, each source gives its share of the tokens.
+
+    Which source row n comes from, and which of its rows it is, are functions of n and the weights (`drawn_from`); within
+    a source the rows follow one another in its own shuffled order, epoch after epoch, however often the weights
+    repeat it. So the number of rows seen is the whole cursor, as for one source.
+
+    weights: shares of the predicted tokens, of any sum. A source whose rows hold more padding gives more rows for them.
+    """
+
+    def __init__(self, streams: Mapping[str, StoredRows], weights: Mapping[str, float]) -> None:
+        assert streams.keys() == weights.keys(), "every source has its weight"
+        self.streams = dict(streams)
+        self.sequence_length = next(iter(self.streams.values())).sequence_length
+        rows = {
+            name: Fraction(weights[name]) * stream.rows_per_epoch / stream.targets_per_epoch
+            for name, stream in self.streams.items()
+        }
+        self.row_shares = {name: float(share / sum(rows.values())) for name, share in rows.items()}
+        self.token_shares = {name: weights[name] / sum(weights.values()) for name in self.streams}
+        self.rows_per_epoch = int(min(s.rows_per_epoch / self.row_shares[name] for name, s in self.streams.items()))
+        self.padding_fraction = sum(self.row_shares[name] * s.padding_fraction for name, s in self.streams.items())
+        whole = lcm(*(share.denominator for share in rows.values()))
+        self._ends = list(accumulate(int(share * whole) for share in rows.values()))
+        self._in_order = list(self.streams.values())
+
+    def row(self, index: int) -> TokenIds:
+        source, position = drawn_from(index, self._ends)
+        return self._in_order[source].row(position)
+
+
+def drawn_from(row: int, ends: Sequence[int]) -> tuple[int, int]:
+    """(source, which of its rows) of row `row` of a mixture; no table is built and nothing before it is counted.
+
+    The sources are halved again and again. Of the first n rows, round(n x share) belong to the left half, so row n does
+    if that number grows from n to n + 1, and its place there is the number; the rest belong to the right half, and so on.
+    After any number of rows a source has given its share of them to within half a row for each halving: 1/2 for two
+    sources, 3/2 for eight. All in whole numbers, so exact however far training goes.
+
+    Example, weights 3 and 1 (ends 3, 4): of the first 0, 1, 2, 3, 4, ... rows 0, 1, 2, 2, 3, 4, ... belong to source 0, so
+
+        row             0  1  2  3  4  5  6  7
+        source          0  0  1  0  0  0  1  0
+        which of its    0  1  0  2  3  4  1  5
+
+    Args:
+        ends: the weights as whole numbers, each added to those before it.
+    """
+    first, stop = 0, len(ends)
+    while stop - first > 1:
+        middle = (first + stop + 1) // 2
+        before = ends[first - 1] if first else 0
+        left, both = ends[middle - 1] - before, ends[stop - 1] - before
+        in_left, in_left_then = _rounded(row * left, both), _rounded((row + 1) * left, both)
+        if in_left_then > in_left:
+            row, stop = in_left, middle
+        else:
+            row, first = row - in_left, middle
+    return first, row
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    """The nearest whole number, halves up."""
+    return (2 * numerator + denominator) // (2 * denominator)

@@ -1,0 +1,129 @@
+"""A folder of tokens, as `tokenize` writes it and the other stages read it.
+
+manifest.json               what the folder holds and what it was made from: `TokenManifest`
+train.bin, train.idx        training documents, each followed by one end-of-text token
+heldout.bin, heldout.idx    documents that no training ever sees
+
+A mixture has the training documents of each source in a folder of its own, NAME/train.bin, NAME/train.idx and
+NAME/manifest.json, which is a folder of tokens too, but for held-out ones: these are together, above.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slimqwen.artifacts import fingerprint
+from slimqwen.data.isolated import DocumentStream
+from slimqwen.data.mixture import MixedStream
+from slimqwen.data.packed import PackedTokens
+from slimqwen.data.sources import NAME
+from slimqwen.data.stream import RowStream, StoredRows, TokenStream
+from slimqwen.errors import UserError
+from slimqwen.progress import say
+from slimqwen.recipe import DocumentBoundaries, PositiveFloat, Source
+
+FORMAT = "slimqwen.tokens/1"
+MANIFEST = "manifest.json"
+
+
+class SplitCounts(BaseModel):
+    """The size of one split."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: int = 0
+    tokens: int = 0  # one end-of-text token per document included
+    text_bytes: int = 0  # UTF-8, end-of-text not counted: what bits per byte divide by; 0 for token ids made elsewhere
+
+    def __add__(self, other: "SplitCounts") -> "SplitCounts":
+        return SplitCounts(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            text_bytes=self.text_bytes + other.text_bytes,
+        )
+
+
+class TokenManifest(BaseModel):
+    """What a folder of tokens holds, and what it was made from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["slimqwen.tokens/1"]
+    tokenizer_fingerprint: str  # of tokenizer.json: the model must have been trained with the same one
+    vocab_size: int  # largest id the tokenizer can produce, plus one
+    eos_token_id: int
+    train: SplitCounts
+    heldout: SplitCounts
+    skipped_documents: int  # empty or not UTF-8
+    sources: list[Source]
+    heldout_sources: list[Source]
+    heldout_fraction: float
+    # Of a mixture: the folder of each of `sources`, in their order, and its share of the training tokens, of any sum.
+    mixture: dict[Annotated[str, Field(pattern=f"^{NAME.pattern}$")], PositiveFloat] = {}
+
+
+def load_manifest(folder: Path) -> TokenManifest:
+    """The manifest of a folder of tokens; `UserError` where it is missing or not one."""
+    path = folder / MANIFEST
+    try:
+        return TokenManifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): is {folder} a folder of tokens?") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} is not a manifest of {FORMAT} ({where or 'whole file'}: {first['msg']}).") from error
+
+
+def check_vocabulary(manifest: TokenManifest, tokens: Path, checkpoint: Path, vocab_size: int) -> None:
+    """Raise `UserError` unless the tokens in the folder `tokens` were made with the checkpoint's tokenizer."""
+    if manifest.vocab_size > vocab_size:
+        raise UserError(
+            f"{tokens} was made with a tokenizer of {manifest.vocab_size:,} tokens, but {checkpoint} has "
+            f"{vocab_size:,}: run `slimqwen tokens` again with this checkpoint's tokenizer."
+        )
+    tokenizer = checkpoint / "tokenizer.json"
+    if tokenizer.is_file() and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
+        raise UserError(
+            f"{tokens} was made with another tokenizer than the one in {checkpoint}: run `slimqwen tokens` again with it."
+        )
+
+
+def training_stream(
+    folder: Path, sequence_length: int, seed: int, documents: DocumentBoundaries = "packed"
+) -> RowStream:
+    """The training text of a folder of tokens, mixed by its weights where it has several sources."""
+    mixture = load_manifest(folder).mixture
+    if not mixture:
+        return _rows(folder / "train", sequence_length, seed, documents)
+    streams = {name: _rows(folder / name / "train", sequence_length, seed, documents) for name in mixture}
+    return MixedStream(streams, mixture)
+
+
+def heldout_stream(folder: Path, sequence_length: int, documents: DocumentBoundaries = "packed") -> StoredRows:
+    """The held-out text of a folder of tokens, to be read in order."""
+    return _rows(folder / "heldout", sequence_length, 0, documents)
+
+
+def _rows(prefix: Path, sequence_length: int, seed: int, documents: DocumentBoundaries) -> StoredRows:
+    stream = DocumentStream if documents == "isolated" else TokenStream
+    return stream(PackedTokens(prefix), sequence_length, seed)
+
+
+def announce(stream: RowStream, rows: int, device_type: str) -> None:
+    """Say what training on the first `rows` rows draws from each source, and what padding costs."""
+    if isinstance(stream, MixedStream):
+        for name, part in stream.streams.items():
+            epochs = rows * stream.row_shares[name] / part.rows_per_epoch
+            say(f"{name}: {stream.token_shares[name]:.1%} of the training tokens, {epochs:.3g} times its text")
+    if stream.padding_fraction > 0:
+        say(
+            f"data.documents is 'isolated': one document to a row, so {stream.padding_fraction:.1%} of the positions are "
+            "padding, which is computed and counts for nothing"
+        )
+        if device_type == "cuda" and find_spec("fla") is not None:
+            say(
+                "flash-linear-attention could keep packed documents apart without padding; slimqwen doesn't do that yet"
+            )

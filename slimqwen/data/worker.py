@@ -1,0 +1,62 @@
+"""A process that encodes texts: `python -m slimqwen.data.worker`, with pipes for its input and its output.
+
+In come lines of JSON, first [the tokenizer's tokenizer.json, eos_token_id], then a list of texts again and again. Out come, for
+each list, little-endian: the number of texts, int64; the number of ids of each, int64; all ids, uint32. When the input
+ends, so does the process: nobody has to kill it, not even where its parent was killed.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+Ids = npt.NDArray[np.uint32]
+
+
+def encode(tokenizer: Tokenizer, eos_token_id: int, texts: Sequence[str]) -> list[Ids]:
+    """Each text's ids and eos, without the tokenizer's own special tokens; those that a text spells out are recognised."""
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array([*encoding.ids, eos_token_id], dtype=np.uint32) for encoding in encodings]
+
+
+def write_line(stream: IO[bytes], value: object) -> None:
+    stream.write(json.dumps(value).encode() + b"\n")
+    stream.flush()
+
+
+def write_ids(stream: IO[bytes], ids: Sequence[Ids]) -> None:
+    lengths = [len(text_ids) for text_ids in ids]
+    stream.write(np.array([len(ids), *lengths], dtype="<i8").tobytes())
+    stream.write(b"".join(text_ids.astype("<u4", copy=False).tobytes() for text_ids in ids))
+    stream.flush()
+
+
+def read_ids(stream: IO[bytes]) -> list[Ids]:
+    """What `write_ids` wrote; EOFError where the stream ends before."""
+    (texts,) = np.frombuffer(_read(stream, 8), dtype="<i8")
+    lengths = np.frombuffer(_read(stream, 8 * int(texts)), dtype="<i8")
+    ids = np.frombuffer(_read(stream, 4 * int(lengths.sum())), dtype="<u4")
+    return np.split(ids, np.cumsum(lengths)[:-1]) if texts else []
+
+
+def _read(stream: IO[bytes], size_bytes: int) -> bytes:
+    content = stream.read(size_bytes)
+    if len(content) < size_bytes:
+        raise EOFError
+    return content
+
+
+def main() -> None:
+    lines = sys.stdin.buffer
+    tokenizer_json, eos_token_id = json.loads(lines.readline())
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    for line in lines:
+        write_ids(sys.stdout.buffer, encode(tokenizer, eos_token_id, json.loads(line)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Checkpoints in and out of a sharded model: a rank reads its own rows only, and no rank ever holds the whole model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.checkpoint.shards import TensorInfo, plan_shards
+from slimqwen.checkpoint.writer import CheckpointWriter
+from slimqwen.distillation.parallel import Ranks, shard
+from slimqwen.families.family import Block
+from slimqwen.modeling.model import MtpCausalLM, disk_tensor
+from slimqwen.modeling.mtp import MtpModule
+
+
+def load_sharded(
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trains: bool,
+    reshard_after_forward: bool,
+) -> MtpCausalLM:
+    """`modeling.model.load`, sharded over the ranks: built without weights, then each rank reads its own rows.
+
+    trains: False freezes the parameters. True on a GPU computes in bfloat16 on parameters in `dtype`.
+    """
+    native = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(native, dtype=dtype)
+        mtp = MtpModule(backbone, checkpoint.family) if checkpoint.has_mtp else None
+    for parameter in mtp.parameters() if mtp is not None else ():
+        parameter.data = parameter.data.to(dtype)
+    decoder = backbone.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)  # its table is computed, not stored
+    model = MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config)
+    model.requires_grad_(trains)
+    mixed_precision = trains and device.type == "cuda"
+    shard(model, ranks, mixed_precision=mixed_precision, reshard_after_forward=reshard_after_forward)
+    _allocate(model, device)
+    _fill(model, checkpoint)
+    return model.eval()
+
+
+def _allocate(model: MtpCausalLM, device: torch.device) -> None:
+    """Memory for every tensor on the meta device. `to_empty` would part tied tensors."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.device.type != "meta":
+                continue
+            if id(tensor) not in made:
+                empty = torch.empty_like(tensor, device=device)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            setattr(module, name, made[id(tensor)])
+
+
+@torch.no_grad()
+def _fill(model: MtpCausalLM, checkpoint: Checkpoint) -> None:
+    family, config = checkpoint.family, checkpoint.config
+    held = model.held()
+    filled = set()
+    for block in family.blocks(config):
+        for name in block.module_tensors():
+            own = family.module_name(name, config)
+            if own in held:  # the vision tower is not
+                _fill_rows(held[own], checkpoint, block, name)
+                filled.add(id(held[own]))
+    unfilled = [name for name, tensor in held.items() if id(tensor) not in filled]
+    assert not unfilled, f"{family.model_type}: no tensor fills {unfilled}"
+
+
+def _fill_rows(tensor: Tensor, checkpoint: Checkpoint, block: Block, name: str) -> None:
+    """Copy this rank's rows out of a checkpoint tensor, or out of the experts that the module holds stacked."""
+    local, first = _own_rows(tensor)
+    if name in checkpoint.specs:
+        local.copy_(checkpoint.read_slice(name, slice(first, first + len(local))))
+        return
+    assert block.experts is not None
+    joined = block.experts.fused[name.removeprefix(block.prefix)]
+    for row, expert in zip(local, range(first, first + len(local)), strict=True):
+        row.copy_(torch.cat([checkpoint.read(block.prefix + part.format(expert=expert)) for part in joined]))
+
+
+def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows and the number of the first of them."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all its shards put together (or, of a norm, added up): asked for by all ranks at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Gathered(Mapping[str, Tensor]):
+    """Sharded tensors by name; one that is asked for is gathered, and there until two others have been.
+
+    Two, because a layer's experts, which lie on the disk one by one, come by turns out of two stacks.
+    """
+
+    def __init__(self, sharded: Mapping[str, Tensor]) -> None:
+        self._sharded = sharded
+        self._gathered: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._gathered:
+            if len(self._gathered) == 2:
+                del self._gathered[next(iter(self._gathered))]
+            self._gathered[name] = whole(self._sharded[name].detach())
+        return self._gathered[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sharded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sharded)
+
+    def __len__(self) -> int:
+        return len(self._sharded)
+
+
+@torch.no_grad()
+def export(model: MtpCausalLM, folder: Path | None, like: Checkpoint) -> None:
+    """`modeling.model.save` of a sharded model, in the layout and dtypes of `like`; called by all ranks.
+
+    folder: where the first rank writes; None on the others, which only give their shards.
+    """
+    family, config = like.family, like.config
+    sizes = family.sizes(config)
+    gathered = Gathered(model.held())
+    planned = [TensorInfo(name, like.dtype(name), spec.shape) for name, spec in like.specs.items()]
+    with CheckpointWriter(folder, planned) if folder is not None else nullcontext() as writer:
+        for name, dtype, _ in (tensor for file in plan_shards(planned) for tensor in file.tensors):
+            if like.specs[name].part == "vision":  # carried along: the language model does not hold it
+                tensor = like.read(name)
+            else:
+                tensor = disk_tensor(like.specs[name], family, config, gathered, sizes)
+            if writer is not None:
+                writer.add(name, tensor.cpu().to(dtype))
+        if writer is not None:
+            stored = like.dtype(next(iter(like.specs)))
+            writer.finish(family.to_disk({**config, "dtype": str(stored).removeprefix("torch.")}))
