@@ -41,7 +41,7 @@ class Logits:
 
     def softmax(self, block: slice) -> Distribution:
         """Of a block of the chunk."""
-        logits = self.chunk[block].to(self.block.probs.dtype)
+        logits = self.chunk[block]
         return Distribution.of(logits, out=self.block.rows(logits.shape[0]))
 
 
