@@ -40,7 +40,7 @@ from slimqwen.calibration.observe import add_layer_sums, observe_blocks
 from slimqwen.calibration.statistics import Part, Statistics
 from slimqwen.calibration.step import Step, steps_of
 from slimqwen.calibration.stopwatch import Stopwatch
-from slimqwen.calibration.weights import ExpertsOnDisk, weightless, weights_of
+from slimqwen.calibration.weights import ExpertsOnDisk, weights_of, without_weights
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.modeling.device import reproducible
@@ -104,7 +104,7 @@ def seconds(action: Callable[[], object]) -> float:
 @torch.inference_mode()
 def by_layer(checkpoint: Checkpoint, rows: int, few_rows: int, sequence_length: int, repeats: int) -> dict[str, float]:
     """Sums over the layers of the median seconds of each way, by name."""
-    model = weightless(checkpoint, torch.float32, CPU)
+    model = without_weights(checkpoint, torch.float32, CPU)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, sequence_length, checkpoint.config["hidden_size"], generator=generator)
     tokens = torch.zeros(rows, sequence_length + 1, dtype=torch.int64)

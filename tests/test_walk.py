@@ -91,10 +91,10 @@ def test_the_layout_on_disk_does_not_matter(tmp_path: Path, texts: Texts, dtype:
 def test_weights_come_and_go(checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's dense tensors are there while it runs, its experts never; nothing is before and after."""
     models = []
-    weightless = weights.weightless
+    without_weights = weights.without_weights
 
     def seen(*arguments: Any) -> Any:
-        models.append(weightless(*arguments))
+        models.append(without_weights(*arguments))
         return models[-1]
 
     def held(*arguments: Any) -> None:
@@ -105,7 +105,7 @@ def test_weights_come_and_go(checkpoint: Path, texts: Texts, tmp_path: Path, mon
         assert "weight" in names and all(value.is_meta for value in stacked)
         add_layer_sums(*arguments)
 
-    monkeypatch.setattr(walk, "weightless", seen)
+    monkeypatch.setattr(walk, "without_weights", seen)
     monkeypatch.setattr(walk, "add_layer_sums", held)
     measured(checkpoint, tmp_path / "s", texts, streaming=True)
     (model,) = models

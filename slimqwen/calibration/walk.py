@@ -23,7 +23,7 @@ from slimqwen.calibration.statistics import FORMAT, Statistics
 from slimqwen.calibration.step import Step, embeddings, steps_of
 from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.calibration.text import CalibrationText
-from slimqwen.calibration.weights import weightless, weights_of
+from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.progress import Progress, say
@@ -60,7 +60,7 @@ class Walk:
     ) -> None:
         self._checkpoint, self._text, self._allotment = checkpoint, text, allotment
         self._dtype, self._device = dtype, device
-        self._model = weightless(checkpoint, dtype, device)
+        self._model = without_weights(checkpoint, dtype, device)
         self._steps = steps_of(self._model)
         self._tokens = sum(text.tokens.values())
         self._hidden_size = checkpoint.config["hidden_size"]

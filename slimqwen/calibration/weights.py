@@ -6,37 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families.axes import size
 from slimqwen.families.family import Block
-from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.modeling.mtp import MtpModule
+from slimqwen.modeling.model import MtpCausalLM, weightless
 
 ELSEWHERE = ("embedding", "vision")  # parts that no layer needs: embeddings are looked up in the file, row by row
 
 
-def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> MtpCausalLM:
-    """The checkpoint's model as `modeling.model.load` builds it, on the meta device: every module, no weights.
-
-    The rotary table, which is computed and not stored, is on `device`; the embedding is the file's, memory-mapped.
-    """
-    native = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        backbone = AutoModelForCausalLM.from_config(native, dtype=dtype)
-        mtp = MtpModule(backbone, checkpoint.family) if checkpoint.has_mtp else None
-    model = MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config)
-    decoder = backbone.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)
+def without_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> MtpCausalLM:
+    """The checkpoint's model without weights but for the embedding, which is the file's, memory-mapped."""
+    model = weightless(checkpoint, dtype, device)
+    decoder = model.backbone.get_decoder()
     table = next(
         spec
         for spec in checkpoint.specs.values()
         if spec.part == "embedding" and model.module_of(spec.name) is decoder.embed_tokens
     )
     vars(decoder.embed_tokens)["weight"] = checkpoint.read(table.name)
-    return model.eval()
+    return model
 
 
 @contextmanager

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo, plan_shards
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.distillation.parallel import Ranks, shard
 from slimqwen.families.family import Block
-from slimqwen.modeling.model import MtpCausalLM, disk_tensor
-from slimqwen.modeling.mtp import MtpModule
+from slimqwen.modeling.model import MtpCausalLM, disk_tensor, weightless
 
 
 def load_sharded(
@@ -32,21 +30,13 @@ def load_sharded(
 
     trains: False freezes the parameters. True on a GPU computes in bfloat16 on parameters in `dtype`.
     """
-    native = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        backbone = AutoModelForCausalLM.from_config(native, dtype=dtype)
-        mtp = MtpModule(backbone, checkpoint.family) if checkpoint.has_mtp else None
-    for parameter in mtp.parameters() if mtp is not None else ():
-        parameter.data = parameter.data.to(dtype)
-    decoder = backbone.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)  # its table is computed, not stored
-    model = MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config)
+    model = weightless(checkpoint, dtype, device)
     model.requires_grad_(trains)
     mixed_precision = trains and device.type == "cuda"
     shard(model, ranks, mixed_precision=mixed_precision, reshard_after_forward=reshard_after_forward)
     _allocate(model, device)
     _fill(model, checkpoint)
-    return model.eval()
+    return model
 
 
 def _allocate(model: MtpCausalLM, device: torch.device) -> None:

@@ -106,6 +106,22 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
     return model
 
 
+def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> MtpCausalLM:
+    """What `load` builds, on the meta device: every module, no weights, parameters in `dtype`.
+
+    The rotary table, which is computed and not stored, is on `device`.
+    """
+    native = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(native, dtype=dtype)
+        mtp = MtpModule(backbone, checkpoint.family) if checkpoint.has_mtp else None
+    for parameter in mtp.parameters() if mtp is not None else ():
+        parameter.data = parameter.data.to(dtype)
+    decoder = backbone.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)
+    return MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).eval()
+
+
 @torch.no_grad()
 def fill(module: nn.Module, prefix: str, checkpoint: Checkpoint, blocks: list[Block]) -> None:
     """Copy the tensors of some blocks into the module whose names begin with `prefix` in the model; others are left."""
