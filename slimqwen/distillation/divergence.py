@@ -9,6 +9,11 @@ from torch import Tensor
 from slimqwen.recipe import DivergenceName
 
 
+def softmax_dtype(logits: Tensor) -> torch.dtype:
+    """float32, or float64 where the logits are; the gradient of the head is summed in it too."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 class Distribution(NamedTuple):
     """A softmax over the vocabulary, as its logarithm and itself: both [rows, vocab]."""
 
@@ -17,10 +22,9 @@ class Distribution(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, out: "Distribution | None" = None) -> "Distribution":
-        """Of [rows, vocab] logits, in float32 (float64 where they are); `out` is overwritten."""
+        """Of [rows, vocab] logits, in `softmax_dtype`; `out` is overwritten."""
         log_probs, probs = out or (None, None)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        log_probs = torch.log_softmax(logits, dim=1, dtype=dtype, out=log_probs)
+        log_probs = torch.log_softmax(logits, dim=1, dtype=softmax_dtype(logits), out=log_probs)
         return cls(log_probs, torch.exp(log_probs, out=probs))
 
     def rows(self, count: int) -> "Distribution":

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from slimqwen.distillation.divergence import FORWARD_KL, Divergence
-from slimqwen.distillation.head import HeadSums, Logits, softmax_dtype, zero_where_not
+from slimqwen.distillation.divergence import FORWARD_KL, Divergence, softmax_dtype
+from slimqwen.distillation.head import HeadSums, Logits, zero_where_not
 from slimqwen.recipe import LossTerm
 
 
