@@ -19,6 +19,7 @@ from slimqwen.data.stream import Batch, TokenStream
 from slimqwen.distillation.balance import expert_counts
 from slimqwen.distillation.distil import distil
 from slimqwen.distillation.loss import LossWeights, count_targets
+from slimqwen.distillation.teacher import LiveTeacher
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
@@ -165,7 +166,8 @@ def trainer(folder: Path, tmp_path: Path, documents: list[list[int]], **changes:
     stream = DocumentStream(pack(tmp_path / "train", documents), sequence_length=20, seed=0)
     student = Student(load(folder / "student"), checkpoint.family, checkpoint.config)
     student.model.train()
-    return Trainer(student, load(folder / "teacher"), stream, DistilRecipe(**(usual | changes)), Span(0, 3, 3))
+    teacher = LiveTeacher(load(folder / "teacher"), teaches_mtp=False)
+    return Trainer(student, teacher, stream, DistilRecipe(**(usual | changes)), Span(0, 3, 3))
 
 
 def test_the_loss_of_a_padded_batch_is_the_mean_over_its_documents_alone(folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
 from slimqwen.distillation.distil import check_terms, distil, total_steps
 from slimqwen.distillation.loss import LossWeights, count_targets
+from slimqwen.distillation.teacher import LiveTeacher
 from slimqwen.distillation.trainer import MAX_SKIPPED_IN_A_ROW, Span, Student, Trainer
 from slimqwen.errors import Preempted, StageFailed, UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
@@ -74,7 +75,8 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     stream = TokenStream(PackedTokens(folder / "tokens" / "train"), SEQUENCE_LENGTH, seed=0)
     student = Student(load(folder / "student"), checkpoint.family, checkpoint.config)
     student.model.train()
-    return Trainer(student, load(folder / "teacher"), stream, recipe(**changes), Span(0, STEPS, STEPS))
+    teacher = LiveTeacher(load(folder / "teacher"), teaches_mtp=False)
+    return Trainer(student, teacher, stream, recipe(**changes), Span(0, STEPS, STEPS))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -10,9 +10,11 @@ from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.store import announce, check_vocabulary, load_manifest, training_stream
+from slimqwen.distillation.loop import train
 from slimqwen.distillation.metrics import MetricsLog
 from slimqwen.distillation.parallel import Ranks, join_ranks
 from slimqwen.distillation.sharded import export, load_sharded
+from slimqwen.distillation.teacher import LiveTeacher
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import UserError
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
@@ -117,14 +119,16 @@ def distil(
             announce(stream, (span.end_step - span.first_step) * recipe.batch_size, torch_device.type)
         ranks.wait()
         model = load_student(checkpoint, torch_device, recipe, ranks)
-        teacher_model = None
+        live_teacher = None
         if teacher_checkpoint is not None:
+            teaches_mtp = recipe.mtp_target == "mtp" and "mtp_kd" in recipe.terms and checkpoint.has_mtp
             teacher_model = load_teacher(teacher_checkpoint, dtype, torch_device, recipe, ranks)
+            live_teacher = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
         trained = Student(model, checkpoint.family, checkpoint.config)
-        trainer = Trainer(trained, teacher_model, stream, recipe, span, ranks)
+        trainer = Trainer(trained, live_teacher, stream, recipe, span, ranks)
         log = MetricsLog(metrics or out.parent / "metrics.jsonl", run, stage)
         with reproducible(torch_device):
-            trainer.train(state_folder_of(out), log, title)
+            train(trainer, state_folder_of(out), log, title)
 
         if ranks.is_first:
             with atomic_folder(out) as folder:

@@ -1,12 +1,9 @@
-"""The training loop: pretraining, distillation and the LM-only baseline are this one loop with other loss terms."""
+"""One optimiser step: pretraining, distillation and the LM-only baseline are the same step with other loss terms."""
 
 import math
-import signal
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 
@@ -14,25 +11,23 @@ from slimqwen.data.stream import Batch, RowStream
 from slimqwen.distillation import schedules
 from slimqwen.distillation.balance import expert_counts, load_balancing_loss
 from slimqwen.distillation.divergence import Divergence
-from slimqwen.distillation.interrupt import deferred_interrupts
 from slimqwen.distillation.loss import (
     LossSums,
     LossWeights,
     Predictions,
-    TeacherSignal,
     align,
     chunked_loss,
     count_targets,
 )
-from slimqwen.distillation.metrics import MetricsLog
+from slimqwen.distillation.optimizer import build_optimizer
 from slimqwen.distillation.parallel import ALONE, Ranks
 from slimqwen.distillation.sharded import whole
-from slimqwen.distillation.state import load_state, save_state
-from slimqwen.errors import Preempted, StageFailed
+from slimqwen.distillation.teacher import Teacher
+from slimqwen.errors import StageFailed
 from slimqwen.families import Config, Family
 from slimqwen.modeling.model import MtpCausalLM
 from slimqwen.modeling.routing import Routing, observe_routing
-from slimqwen.progress import Progress, say
+from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe
 
 MAX_SKIPPED_IN_A_ROW = 10  # more is no bad batch but a model that is lost
@@ -70,7 +65,7 @@ class Trainer:
     def __init__(
         self,
         student: Student,
-        teacher: MtpCausalLM | None,
+        teacher: Teacher | None,
         stream: RowStream,
         recipe: DistilRecipe,
         span: Span,
@@ -93,47 +88,6 @@ class Trainer:
         self.blocks = [b for b in student.family.moe_blocks(student.config) if self.with_mtp or not b.is_mtp]
         if recipe.activation_checkpointing:
             student.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def train(self, state_folder: Path, metrics: MetricsLog, title: str) -> None:
-        """Train to the end of the span, from the saved state if there is one.
-
-        Ctrl-C and SIGTERM, to whichever rank, are answered between two steps: the state is saved, then all of them
-        raise KeyboardInterrupt or Preempted.
-        """
-        model, recipe, span, ranks = self.student.model, self.recipe, self.span, self.ranks
-        step = load_state(state_folder, self.parameters, self.optimizer, ranks) or span.first_step
-        if ranks.is_first:
-            metrics.rewind(step)
-        step_tokens = recipe.batch_size * self.stream.sequence_length
-        total, done = (span.end_step - span.first_step) * step_tokens, (step - span.first_step) * step_tokens
-        model.train()
-        saved_at = time.monotonic()
-        progress = Progress(title, total=total, unit="tokens", start=done) if ranks.is_first else None
-        with deferred_interrupts(ranks) as interrupted, progress or nullcontext():
-            while step < span.end_step:
-                started = time.perf_counter()
-                values = self.step(step)
-                step += 1
-                seconds = time.perf_counter() - started
-                values |= {"tokens": step * step_tokens, "tokens_per_second": step_tokens / seconds}
-                if progress is not None:
-                    metrics.append(step - 1, values)
-                    shown = {name: values[name] for name in ("lm", "kd", "mtp_lm", "mtp_kd") if name in values}
-                    progress.advance(step_tokens, **shown)
-                stop, is_due = ranks.largest(interrupted()), ranks.largest(self.is_due(saved_at))
-                if stop or is_due or step % recipe.save_every_steps == 0 or step == span.end_step:
-                    save_state(state_folder, step, self.parameters, self.optimizer, ranks, recipe.keep_states)
-                    saved_at = time.monotonic()
-                if stop == signal.SIGTERM:
-                    raise Preempted(f"stopped by SIGTERM after step {step}, state saved: the same command continues.")
-                if stop:
-                    raise KeyboardInterrupt
-        model.eval()
-
-    def is_due(self, saved_at: float) -> bool:
-        """Whether it is time to save, by this process's clock."""
-        minutes = self.recipe.save_every_minutes
-        return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step over `batch_size` rows; returns the means of its loss terms and its settings.
@@ -208,7 +162,7 @@ class Trainer:
         counts: expert assignments of the whole step per block; None where each rank has this one micro-batch.
         step_tokens: predictions of the whole step that count; padding is routed too, and its routing does not.
         """
-        signal = self.teacher_signal(batch)
+        signal = None if self.teacher is None else self.teacher.signal(batch)
         predictions, routing = self.forward(batch)
         with self.mixed_precision():
             loss, sums = chunked_loss(
@@ -232,16 +186,6 @@ class Trainer:
         with observe_routing(model, self.blocks) as seen, self.mixed_precision():
             hidden = model(batch.tokens, with_mtp=self.with_mtp)
         return align(batch.tokens, hidden.main, hidden.mtp, batch.mask), [seen[block.name] for block in self.blocks]
-
-    def teacher_signal(self, batch: Batch) -> TeacherSignal | None:
-        """The teacher's final hidden states and head; its logits exist only a chunk at a time, inside the loss."""
-        if self.teacher is None:
-            return None
-        teaches_mtp = self.with_mtp and self.recipe.mtp_target == "mtp"
-        with torch.no_grad():
-            hidden = self.teacher(batch.tokens, with_mtp=teaches_mtp)
-            aligned = align(batch.tokens, hidden.main, hidden.mtp, batch.mask)
-        return TeacherSignal(aligned.hidden, self.teacher.head, aligned.mtp_hidden)
 
     @torch.no_grad()
     def global_expert_counts(self, micro_batches: list[Batch]) -> list[torch.Tensor]:
@@ -278,14 +222,3 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.ranks.mesh is None):
             yield
-
-
-def build_optimizer(parameters: dict[str, torch.Tensor], recipe: DistilRecipe) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on norms, biases, A_log and dt_bias, which are all vectors."""
-    trained = [p for p in parameters.values() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=1e-8, fused=True)
