@@ -497,6 +497,35 @@ def pretrain(
     typer.echo(str(run_stage(load_recipe(recipe, overrides or [], model=PretrainRecipe))))
 
 
+@app.command()
+def study(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="init, experts, losses, mtp, schedules, depth or width.")
+    ],
+    scale: Annotated[
+        str, typer.Option(metavar="cpu|gpu|RECIPE.yaml", help="The recipe that is varied: built in, or your own.")
+    ] = "cpu",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per arm; with one there are no intervals.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of results.json and index.html; docs/study/NAME-SCALE by default.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Repeat one of the paper's comparisons: every arm on the same tokens, several seeds, verdicts from the numbers.
+
+    Work is shared between studies and continues where it was interrupted; it lies in the recipe's run_dir.
+    """
+    from slimqwen.study.scales import load_scale
+    from slimqwen.study.study import study as run_study
+
+    recipe = load_scale(scale, overrides or [])
+    folder = out or Path("docs") / "study" / f"{name}-{recipe.name}"
+    result = run_study(name, recipe, folder, seeds=seeds, command=_command())
+    for verdict in result.verdicts:
+        typer.echo(verdict.sentence)
+    typer.echo(str(folder / "index.html"))
+
+
 def _sources(folders: list[str]) -> dict[str, Path]:
     """Token folders by the name of the source: `wiki=DIR`, or the folder's own name."""
     sources: dict[str, Path] = {}

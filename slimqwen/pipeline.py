@@ -4,10 +4,8 @@ Progressive schedules are a loop over calibrate, plan, prune and distil in this 
 nothing of one another and meet in the artefacts of the run directory.
 """
 
-import platform
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ from slimqwen.artifacts import atomic_folder, fingerprint, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.packed import bin_path, idx_path
+from slimqwen.data.identity import text_identity
 from slimqwen.data.store import load_manifest
-from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT, tokenize
+from slimqwen.data.tokenize import tokenize
 from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
 from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.pretrain import write_initial
@@ -30,7 +28,7 @@ from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import announce, check, stages_of
 from slimqwen.progress import duration, say
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import LossTerm, Recipe, Source, Target
+from slimqwen.recipe import LossTerm, Recipe, Target
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN
@@ -94,19 +92,10 @@ class Pipeline:
     def tokens(self) -> Path:
         data = self.recipe.data
         out = self.run_dir / "tokens"
-        inputs = {
-            "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
-            "tokenizer": fingerprint(self.teacher / "tokenizer.json"),
-            "python": platform.python_version(),  # whose standard library 'python-stdlib' is
-            "packages": _installed_packages() if any(s.builtin == "python-packages" for s in data.sources) else None,
-            "text": [
-                _text_state(source) for source in (*data.sources, *data.heldout_sources) if source.builtin is None
-            ],
-        }
         tokens = self.steps.step(
             "tokens",
             out,
-            inputs,
+            text_identity(data, self.teacher),
             lambda: tokenize(
                 data.sources,
                 self.teacher,
@@ -301,20 +290,6 @@ class Pipeline:
                 write_text(folder / "README.md", card)
 
         return self.steps.step("final", out, {"trained": fingerprint(trained), "card": card}, assemble)
-
-
-def _installed_packages() -> list[str]:
-    return sorted(f"{d.metadata['Name']} {d.version}" for d in distributions())
-
-
-def _text_state(source: Source) -> list[list[Any]]:
-    """Names, sizes and times of the files of a source: reading terabytes to see that they are unchanged is too much."""
-    if source.megatron is not None:
-        files = [bin_path(source.megatron), idx_path(source.megatron)]
-    else:
-        assert source.path is not None
-        files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def summary(run_dir: Path, seconds: float) -> str:

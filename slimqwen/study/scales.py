@@ -1,0 +1,30 @@
+"""The recipes that studies vary, by the name of their scale."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slimqwen.distillation.pretrain import pretrain
+from slimqwen.errors import UserError, did_you_mean
+from slimqwen.recipe import PretrainRecipe, Recipe
+from slimqwen.recipe_file import load_recipe
+
+FOLDER = Path(__file__).parent
+SCALES = {"cpu": FOLDER / "cpu.yaml", "gpu": FOLDER / "gpu.yaml"}
+TEACHERS = {"gpu": FOLDER / "gpu-teacher.yaml"}
+"""Scales whose teacher is pretrained first, by these recipes; it lies where the scale's recipe names its teacher."""
+
+
+def load_scale(scale: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a built-in scale or of a file, and its teacher where that is pretrained and not there yet.
+
+    Raises UserError where `scale` is neither.
+    """
+    path = SCALES.get(scale, Path(scale))
+    if scale not in SCALES and not path.is_file():
+        raise UserError(
+            f"--scale {scale}{did_you_mean(scale, SCALES)}: give one of {', '.join(SCALES)}, or the path of a recipe."
+        )
+    recipe = load_recipe(path, overrides)
+    if scale in TEACHERS and not Path(recipe.teacher).is_dir():
+        pretrain(load_recipe(TEACHERS[scale], model=PretrainRecipe), command=f"slimqwen study --scale {scale}")
+    return recipe

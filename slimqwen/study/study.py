@@ -1,0 +1,154 @@
+"""The command `study`: every arm with every seed, then results.json and a page."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from slimqwen.artifacts import write_json
+from slimqwen.builtin import checkpoint_folder
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.store import load_manifest
+from slimqwen.errors import UserError, did_you_mean
+from slimqwen.evaluation.result import ModelEvaluation
+from slimqwen.progress import duration, say
+from slimqwen.recipe import Recipe
+from slimqwen.study.catalogue import STUDIES
+from slimqwen.study.page import write_page
+from slimqwen.study.result import Arm, CurvePoint, Run, Study
+from slimqwen.study.variation import Variation, changed
+from slimqwen.study.verdict import judged
+from slimqwen.study.workshop import Made, Workshop
+
+CURVE_POINTS = 40
+
+
+def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "slimqwen study") -> Study:
+    """Run the study `name` of variations of `recipe`, and write `out`/results.json and `out`/index.html.
+
+    Artefacts lie in the recipe's run_dir, which studies share: what another study or an interrupted one has made is not
+    made again. Seeds are recipe.seed, recipe.seed + 1, ..: of the calibration text, the data order and random weights.
+
+    Raises UserError for an unknown study, or a recipe that has no target to vary.
+    """
+    if name not in STUDIES:
+        raise UserError(f"there is no study '{name}'{did_you_mean(name, STUDIES)}: choose one of {', '.join(STUDIES)}.")
+    if recipe.target is None or recipe.init != "pruned":
+        raise UserError("a study varies a recipe with a `target` and `init: pruned`: give these and no `stages`.")
+    definition, started, clock = STUDIES[name], datetime.now(UTC), time.monotonic()
+    teacher = Checkpoint(checkpoint_folder(recipe.teacher))
+    all_seeds = [recipe.seed + number for number in range(seeds)]
+    plans = [
+        (arm, changed(recipe, {**arm.changes_to(recipe, teacher), "seed": seed}))
+        for seed in all_seeds
+        for arm in definition.arms
+    ]
+    workshop = Workshop(recipe.run_dir, command)
+    workshop.steps.begin(recipe)
+    made = []
+    for number, (arm, varied) in enumerate(plans, start=1):
+        passed = time.monotonic() - clock
+        left = f", {duration(passed / (number - 1) * (len(plans) - number + 1))} left" if number > 1 else ""
+        say(f"study {name}: {arm.title}, seed {varied.seed} ({number} of {len(plans)}{left})")
+        made.append(workshop.build(varied, trains=arm.trains))
+
+    teacher_numbers, *numbers = workshop.evaluated(recipe, [teacher.folder, *_checkpoints(made)])
+    evaluations = dict(zip(_checkpoints(made), numbers, strict=True))
+    runs = [
+        _run(arm, varied, arm.changes_to(recipe, teacher), result, evaluations)
+        for (arm, varied), result in zip(plans, made, strict=True)
+    ]
+    by_seed = [{run.arm: run for run in runs if run.seed == seed} for seed in all_seeds]
+    manifest = load_manifest(workshop.tokens(recipe))
+    result = Study(
+        name=name,
+        title=definition.title,
+        scale=recipe.name,
+        paper_source=definition.paper_source,
+        command=command,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - clock, 1),
+        machine=_machine(),
+        commit=_commit(),
+        versions={package: version(package) for package in ("slimqwen", "torch", "transformers")},
+        recipe=recipe.model_dump(mode="json"),
+        text={"training_tokens": manifest.train.tokens, "heldout_tokens": manifest.heldout.tokens},
+        seeds=all_seeds,
+        baseline=definition.baseline,
+        arms=[Arm(name=arm.name, title=arm.title, paper=dict(arm.paper)) for arm in definition.arms],
+        teacher=_numbers(teacher_numbers),
+        runs=runs,
+        verdicts=[judged(finding, by_seed) for finding in definition.findings],
+    )
+    write_json(out / "results.json", result.model_dump(mode="json"))
+    write_page(result, out / "index.html")
+    return result
+
+
+def _checkpoints(made: Iterable[Made]) -> list[Path]:
+    """What is to be measured, each checkpoint once."""
+    paths = (path for result in made for path in (result.start, result.trained))
+    return list(dict.fromkeys(path for path in paths if path is not None))
+
+
+def _run(
+    arm: Variation, varied: Recipe, changes: dict[str, Any], made: Made, evaluations: dict[Path, ModelEvaluation]
+) -> Run:
+    start = None if made.start is None else evaluations[made.start]
+    trained = None if made.trained is None else evaluations[made.trained]
+    model = trained or start
+    assert model is not None
+    return Run(
+        arm=arm.name,
+        seed=varied.seed,
+        changes=changes,
+        training_tokens=varied.distil.tokens if arm.trains else 0,
+        total_parameters=model.total_parameters,
+        active_parameters=model.active_parameters,
+        one_shot=None if start is None else _numbers(start),
+        metrics=None if trained is None else _numbers(trained),
+        curve=_curve(made.metrics),
+    )
+
+
+def _numbers(model: ModelEvaluation) -> dict[str, float]:
+    """The numbers of evaluation.json that were measured, by name; acceptance by depth."""
+    names = ("loss", "bits_per_byte", "kl_to_teacher", "top1_agreement", "mtp_loss", "mtp_kl_to_teacher")
+    numbers = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+    return numbers | {f"acc_{depth}": share for depth, share in enumerate(model.mtp_acceptance)}
+
+
+def _curve(logs: list[Path]) -> list[CurvePoint]:
+    """The training loss over all stages, in at most CURVE_POINTS means over consecutive steps."""
+    steps = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [step for step in steps if "lm" in step and "tokens" in step]
+    size = max(1, -(-len(steps) // CURVE_POINTS))
+    points = []
+    for begin in range(0, len(steps), size):
+        group = steps[begin : begin + size]
+        kd = [step["kd"] for step in group if "kd" in step]
+        points.append(
+            CurvePoint(tokens=group[-1]["tokens"], lm=fmean(step["lm"] for step in group), kd=fmean(kd) if kd else None)
+        )
+    return points
+
+
+def _machine() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}"
+
+
+def _commit() -> str:
+    """The commit of the code that ran, where it runs from a git checkout; else empty."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
