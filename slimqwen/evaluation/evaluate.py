@@ -9,11 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from slimqwen.artifacts import write_json
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.packed import bin_path
 from slimqwen.data.store import TokenManifest, check_vocabulary, load_manifest
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.distillation.loss import count_targets
 from slimqwen.errors import StageFailed, UserError, did_you_mean
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
+from slimqwen.evaluation.breakdown import Breakdown, breakdown, token_ranks
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.evaluation.result import FORMAT, Evaluation, ModelEvaluation, Sample
 from slimqwen.families.count import count
@@ -69,6 +71,8 @@ def evaluate(
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
 
+    text = tokens / "train" if bin_path(tokens / "train").exists() else tokens / "heldout"  # a mixture's lie deeper
+    ranks = token_ranks(text, next(iter(checkpoints.values())).config["vocab_size"])
     teacher_recording: Recording | None = None
     evaluations = {}
     for name, checkpoint in checkpoints.items():
@@ -81,8 +85,10 @@ def evaluate(
         if name == teacher:
             teacher_recording = recording
         means = compare(recording, teacher_recording)
+        _check_loss(name, models[name], means["lm"])
+        where = breakdown(recording, sequence_length, ranks)
         evaluations[name] = _summary(
-            name, models[name], checkpoint, manifest, means, recording.utilisation, acceptance, sample
+            models[name], checkpoint, manifest, means, where, recording.utilisation, acceptance, sample
         )
     predicted, _ = count_targets(rows.tokens, rows.mask)
     evaluation = Evaluation(format=FORMAT, tokens=predicted, sequence_length=sequence_length, models=evaluations)
@@ -136,21 +142,25 @@ def _generate(
     return acceptance, Sample(prompt=tokenizer.decode(prompt), completion=tokenizer.decode(completion))
 
 
+def _check_loss(name: str, path: Path, loss: float) -> None:
+    """Raise StageFailed where a model says nothing that could be measured further."""
+    if not loss < LARGEST_LOSS:  # false for NaN too
+        raise StageFailed(
+            f"'{name}' ({path}) has a loss of {loss:g} nats per token on held-out text: its weights are broken; make it again."
+        )
+
+
 def _summary(
-    name: str,
     path: Path,
     checkpoint: Checkpoint,
     manifest: TokenManifest,
     means: Mapping[str, float],
+    where: Breakdown,
     utilisation: dict[str, list[float]],
     acceptance: list[float],
     sample: Sample,
 ) -> ModelEvaluation:
     loss = means["lm"]
-    if not loss < LARGEST_LOSS:  # false for NaN too
-        raise StageFailed(
-            f"'{name}' ({path}) has a loss of {loss:g} nats per token on held-out text: its weights are broken; make it again."
-        )
     counts = count(checkpoint.family, checkpoint.config)
     return ModelEvaluation(
         checkpoint=str(path),
@@ -165,6 +175,9 @@ def _summary(
         mtp_loss=means.get("mtp_lm"),
         mtp_kl_to_teacher=means.get("mtp_kd"),
         mtp_acceptance=acceptance,
+        loss_by_position=where.loss_by_position,
+        loss_by_frequency=where.loss_by_frequency,
+        calibration_error=where.calibration_error,
         expert_utilisation=utilisation,
         sample=sample,
     )

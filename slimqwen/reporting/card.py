@@ -1,27 +1,55 @@
 """The model card, README.md of the final checkpoint: parents, shapes, evaluation, and how it was made."""
 
-import yaml
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from slimqwen.checkpoint.config import read_json
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.recipe import BUILTIN_TEACHER, Recipe
 from slimqwen.reporting.titles import MAIN_RUN, title_of
 
 
-def model_card(recipe: Recipe, evaluation: Evaluation, command: str) -> str:
-    """Markdown with Hugging Face front matter. Every number comes from `evaluation`."""
+def model_card(
+    recipe: Recipe, teacher: Path, evaluation: Evaluation, command: str, made_from: Mapping[str, str]
+) -> str:
+    """Markdown with Hugging Face front matter. Every number comes from `evaluation`.
+
+    teacher: its folder, whose licence, language and hub name the card takes over where they are known there.
+    made_from: what the model was made from -> fingerprint.
+    """
     models = evaluation.models
     this = models[MAIN_RUN]
     teacher_name = "the built-in teacher of slimqwen" if recipe.teacher == BUILTIN_TEACHER else f"`{recipe.teacher}`"
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["slimqwen", "moe", "pruned", "distilled"],
-    }
+    base_model = hub_name(teacher)
+    front = ModelCardData(
+        model_name=recipe.name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model,
+        base_model_relation=None if base_model is None else "finetune",
+        tags=["slimqwen", "moe", "pruned", "distilled"],
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"held-out text, {evaluation.tokens:,} tokens",
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in (("loss", this.loss), ("perplexity", this.perplexity))
+        ],
+        **inherited(teacher),
+    )
     start = "Pruned from" if recipe.init == "pruned" else "Randomly initialised at a shape cut from"
     training = "with knowledge distillation" if {"kd", "mtp_kd"} & set(recipe.distil.terms) else "on text alone"
     rows = "\n".join(_row(title_of(name), models[name]) for name in models)
+    hashes = "\n".join(f"- {what}: `{fingerprint}`" for what, fingerprint in made_from.items())
     return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
+{front.to_yaml()}
 ---
 
 # {recipe.name}
@@ -56,7 +84,34 @@ The MTP module's tensors (`mtp.*`) are in the checkpoint for serving engines; Tr
 ```yaml
 {yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip()}
 ```
+
+Made from (SHA-256; of files over 64 MiB, of their size and 16 samples):
+
+{hashes}
 """
+
+
+def hub_name(teacher: Path) -> str | None:
+    """The teacher's name on the hub, if its folder tells: a snapshot in the hub's cache, or config.json's _name_or_path."""
+    cached = [part.split("--") for part in teacher.resolve().parts if part.startswith("models--")]
+    if cached and len(cached[-1]) == 3:
+        return "/".join(cached[-1][1:])
+    name = str(read_json(teacher / "config.json").get("_name_or_path", ""))
+    return name if name.count("/") == 1 and not name.startswith((".", "/")) else None
+
+
+def inherited(teacher: Path) -> dict[str, Any]:
+    """What the teacher's own card says of its licence and language, which hold for what is made of it."""
+    card = teacher / "README.md"
+    parts = card.read_text(encoding="utf-8").split("---", 2) if card.is_file() else []
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    known = ("license", "license_name", "license_link", "language")
+    return {key: front[key] for key in known if key in front} if isinstance(front, dict) else {}
 
 
 def _row(title: str, model: ModelEvaluation) -> str:

@@ -1,0 +1,208 @@
+"""The command `bench`: how fast checkpoints read a prompt and generate, and how much memory that takes.
+
+The protocol is the paper's (Table 11): prompts of 128 tokens, 128 generated, 10 runs after 3 for warming up. Each
+checkpoint is measured in a process of its own, so that none inherits another's memory or warm caches.
+"""
+
+import importlib.util
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig
+
+from slimqwen.bytesize import bytes_in_words
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.errors import StageFailed, UserError
+from slimqwen.modeling.device import resolve_device, resolve_dtype
+from slimqwen.modeling.model import load
+from slimqwen.progress import Progress
+
+Engine = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is timed. Prompts are random tokens by `seed`: to a kernel one text is as long as another."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 128
+    batch_size: int = 1
+    runs: int = 10
+    warmups: int = 3
+    engine: Engine = "transformers"
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One checkpoint's numbers, a value per run.
+
+    prefill_seconds: reading the prompts up to the first token. decode_tokens_per_second: of all sequences together,
+    after the first token. peak_memory_bytes: on a GPU what PyTorch had allocated at most, on a CPU the process's
+    largest resident memory, interpreter and libraries included. weight_bytes: of the checkpoint as it is computed with.
+    """
+
+    checkpoint: str
+    prefill_seconds: list[float]
+    decode_tokens_per_second: list[float]
+    peak_memory_bytes: int
+    weight_bytes: int
+
+
+def bench(checkpoints: list[Path], protocol: Protocol) -> list[Speed]:
+    """Measure each checkpoint. Raises UserError for one that cannot be loaded or is too small, or a missing engine."""
+    if protocol.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError("--engine vllm needs vLLM, which is not installed here: pip install vllm, or leave it out.")
+    for folder in checkpoints:
+        limit = Checkpoint(folder).config["max_position_embeddings"]
+        if protocol.prompt_tokens + protocol.new_tokens > limit:
+            raise UserError(
+                f"{folder} takes {limit:,} tokens at most, prompt {protocol.prompt_tokens:,} and {protocol.new_tokens:,} new "
+                "ones are more: ask for fewer."
+            )
+    results = []
+    for folder in checkpoints:
+        receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=_measure, args=(folder, protocol, sender))
+        process.start()
+        sender.close()
+        try:
+            answer = json.loads(receiver.recv())
+        except EOFError:
+            process.join()
+            raise StageFailed(
+                f"measuring {folder} ended without a result (exit code {process.exitcode}): see what it said above; out of "
+                "memory, perhaps."
+            ) from None
+        process.join()
+        if "error" in answer:
+            raise UserError(answer["error"])
+        results.append(Speed(**answer))
+    return results
+
+
+def _measure(folder: Path, protocol: Protocol, sender: Any) -> None:
+    """In a process of its own: the numbers, or one sentence about what is wrong, as JSON."""
+    try:
+        measure = {"transformers": _with_transformers, "vllm": _with_vllm}[protocol.engine]
+        sender.send(json.dumps(asdict(measure(folder, protocol))))
+    except UserError as error:
+        sender.send(json.dumps({"error": str(error)}))
+
+
+@torch.inference_mode()
+def _with_transformers(folder: Path, protocol: Protocol) -> Speed:
+    device = resolve_device(protocol.device)
+    model = load(folder, resolve_dtype(protocol.dtype, device), device).backbone
+    model.generation_config = GenerationConfig()  # nothing of the checkpoint's own: no early stop, no penalties
+    prompts = _prompts(folder, protocol).to(device)
+    mask = torch.ones_like(prompts)
+    new_tokens = protocol.new_tokens
+
+    def seconds(work: Callable[[], object]) -> float:
+        _wait_for(device)
+        started = time.perf_counter()
+        work()
+        _wait_for(device)
+        return time.perf_counter() - started
+
+    def generate(tokens: int) -> object:
+        return model.generate(
+            prompts, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+
+    prefill, decode = [], []
+    with Progress(f"bench {folder.name}", total=protocol.warmups + protocol.runs, unit="runs") as progress:
+        for run in range(protocol.warmups + protocol.runs):
+            first = seconds(lambda: generate(1))
+            rest = seconds(lambda: generate(new_tokens)) - first
+            if run >= protocol.warmups:
+                prefill.append(first)
+                decode.append(protocol.batch_size * (new_tokens - 1) / rest)
+            progress.advance(1)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return Speed(str(folder), prefill, decode, _peak_memory(device), weights)
+
+
+def _with_vllm(folder: Path, protocol: Protocol) -> Speed:
+    """The same through vLLM's offline API, which takes all the GPU memory it may: its peak says nothing of the model."""
+    from vllm import LLM, SamplingParams
+
+    limit = protocol.prompt_tokens + protocol.new_tokens
+    engine = LLM(str(folder), max_model_len=limit, skip_tokenizer_init=True, seed=protocol.seed)
+    prompts = [{"prompt_token_ids": row} for row in _prompts(folder, protocol).tolist()]
+
+    def seconds(tokens: int) -> float:
+        parameters = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0, detokenize=False)
+        started = time.perf_counter()
+        engine.generate(prompts, parameters, use_tqdm=False)
+        return time.perf_counter() - started
+
+    prefill, decode = [], []
+    for run in range(protocol.warmups + protocol.runs):
+        first = seconds(1)
+        rest = seconds(protocol.new_tokens) - first
+        if run >= protocol.warmups:
+            prefill.append(first)
+            decode.append(protocol.batch_size * (protocol.new_tokens - 1) / rest)
+    return Speed(str(folder), prefill, decode, _peak_memory(torch.device("cuda")), Checkpoint(folder).bytes())
+
+
+def _prompts(folder: Path, protocol: Protocol) -> torch.Tensor:
+    """Random token ids, int64 [batch, prompt]."""
+    vocab_size = Checkpoint(folder).config["vocab_size"]
+    generator = torch.Generator().manual_seed(protocol.seed)
+    return torch.randint(vocab_size, (protocol.batch_size, protocol.prompt_tokens), generator=generator)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def print_speeds(speeds: list[Speed], protocol: Protocol) -> None:
+    """The table on stdout: mean and standard deviation over runs, and each checkpoint against the first."""
+    title = (
+        f"{protocol.engine}, batch {protocol.batch_size}, {protocol.prompt_tokens} tokens read and {protocol.new_tokens} "
+        f"generated, {protocol.runs} runs"
+    )
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("checkpoint")
+    for column in ("prefill, ms", "decode, tokens/s", "against the first", "peak memory", "weights"):
+        table.add_column(column, justify="right")
+    for speed in speeds:
+        table.add_row(
+            speed.checkpoint,
+            _mean_and_spread([1000 * seconds for seconds in speed.prefill_seconds]),
+            _mean_and_spread(speed.decode_tokens_per_second),
+            f"{fmean(speed.decode_tokens_per_second) / fmean(speeds[0].decode_tokens_per_second):.2f} x",
+            bytes_in_words(speed.peak_memory_bytes),
+            bytes_in_words(speed.weight_bytes),
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a log file or pipe has no width to fold a table to
+    console.print(table)
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    mean = f"{fmean(values):,.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):,.2f}"

@@ -1,0 +1,133 @@
+"""Studies: verdicts by hand, every arm of every study a valid recipe, and one whole study on a tiny random model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pipeline import tiny_recipe
+
+from slimqwen.builtin import checkpoint_folder
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.errors import UserError
+from slimqwen.families.count import count
+from slimqwen.planning.shapes import target_config
+from slimqwen.preflight import stages_of
+from slimqwen.recipe import Recipe
+from slimqwen.study.catalogue import STUDIES, tokens_to_reach
+from slimqwen.study.result import CurvePoint, Run, Study
+from slimqwen.study.scales import load_scale
+from slimqwen.study.study import study
+from slimqwen.study.variation import changed
+from slimqwen.study.verdict import Finding, interval, judged, lower
+
+
+def a_run(arm: str, seed: int, loss: float, **changes: Any) -> Run:
+    fields: dict[str, Any] = {
+        "arm": arm,
+        "seed": seed,
+        "changes": {},
+        "training_tokens": 10,
+        "total_parameters": 1,
+        "active_parameters": 1,
+        "one_shot": None,
+        "metrics": {"loss": loss},
+        "curve": [],
+    }
+    return Run(**(fields | changes))
+
+
+def verdict_of(*gaps: float) -> Any:
+    finding = Finding("a_beats_b", "A beats B", "loss saved", lower("loss", "a", "b"))
+    by_seed = [{"a": a_run("a", seed, 1.0), "b": a_run("b", seed, 1.0 + gap)} for seed, gap in enumerate(gaps)]
+    return judged(finding, by_seed)
+
+
+def test_interval_is_students() -> None:
+    low, high = interval([1.0, 2.0, 3.0]) or (0, 0)
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))  # t(0.975, 2) = 4.302653
+    assert interval([1.0]) is None
+
+
+def test_a_finding_is_judged_by_where_its_interval_lies() -> None:
+    assert verdict_of(0.5, 0.6, 0.7).judgement == "confirmed"
+    assert verdict_of(-0.5, -0.6, -0.7).judgement == "contradicted"
+    assert verdict_of(-0.5, 0.6, 0.1).judgement == "not distinguishable"
+    assert verdict_of(0.5).judgement == "not distinguishable"  # one seed has no interval
+    assert verdict_of(0.5, 0.6, 0.7).sentence == (
+        "A beats B: confirmed. loss saved: +0.600 (95 % interval +0.352 to +0.848, 3 seeds)."
+    )
+
+
+def test_tokens_to_reach_a_loss() -> None:
+    curve = [CurvePoint(tokens=tokens, lm=lm) for tokens, lm in ((10, 5.0), (20, 4.0), (40, 3.0))]
+    run = a_run("a", 0, 3.0, curve=curve)
+    assert [tokens_to_reach(run, loss) for loss in (6.0, 4.5, 3.0, 2.0)] == [0.25, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_is_a_recipe_that_can_be_cut(name: str) -> None:
+    recipe = load_scale("cpu")
+    teacher = Checkpoint(checkpoint_folder(recipe.teacher))
+    definition = STUDIES[name]
+    assert definition.baseline in {arm.name for arm in definition.arms}
+    seen = []
+    for arm in definition.arms:
+        varied = changed(recipe, arm.changes_to(recipe, teacher))
+        assert varied not in seen, f"{arm.name} is another arm again"
+        seen.append(varied)
+        stages = stages_of(varied, teacher)
+        assert stages[-1].span.end_step == varied.distil.tokens // (varied.distil.batch_size * 256)
+
+
+def test_axes_are_compared_at_equal_parameters() -> None:
+    recipe = load_scale("cpu")
+    teacher = Checkpoint(checkpoint_folder(recipe.teacher))
+    left = {}
+    for arm in STUDIES["width"].arms:
+        target = stages_of(changed(recipe, arm.changes_to(recipe, teacher)), teacher)[-1].target
+        left[arm.name] = count(teacher.family, target_config(teacher.family, teacher.config, target)).total_parameters
+    one_expert = count(teacher.family, teacher.config).total_parameters / 32
+    assert abs(left["experts_alone"] - left["norm_activation"]) < one_expert
+    assert abs(left["layers_alone"] - left["norm_activation"]) < 0.1 * left["norm_activation"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("study")
+    return tiny_recipe(folder, folder / "runs", schedule="one_shot", baselines=[])
+
+
+def test_a_study_from_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = study("init", recipe, tmp_path / "init", seeds=2)
+    assert Study.load(tmp_path / "init" / "results.json") == result
+    assert [(run.arm, run.seed) for run in result.runs] == [
+        (arm, seed) for seed in (0, 1) for arm in ("random_lm", "random_kd", "pruned_lm", "pruned_kd")
+    ]
+    by_arm = {run.arm: run for run in result.runs if run.seed == 0}
+    # Cut alike, trained differently; the same text in the same order for every arm.
+    assert by_arm["pruned_lm"].one_shot == by_arm["pruned_kd"].one_shot != by_arm["random_kd"].one_shot
+    assert by_arm["pruned_lm"].metrics != by_arm["pruned_kd"].metrics
+    assert [point.tokens for point in by_arm["random_lm"].curve] == [
+        point.tokens for point in by_arm["pruned_kd"].curve
+    ]
+    assert result.teacher["kl_to_teacher"] == 0.0
+    page = (tmp_path / "init" / "index.html").read_text()
+    assert all(verdict.quantity in page for verdict in result.verdicts)
+    assert "http" not in page.split("<script>")[0].replace("http-equiv", "")
+
+    # A second time, and for a study with an arm in common, nothing is made again.
+    capsys.readouterr()
+    again = study("init", recipe, tmp_path / "again", seeds=2)
+    assert [run.model_dump() for run in again.runs] == [run.model_dump() for run in result.runs]
+    study("losses", recipe, tmp_path / "losses", seeds=1)
+    shared = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distilled/")]
+    assert sum("done already" in line for line in shared) == 8 + 1
+
+
+def test_what_cannot_be_studied_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'depth'"):
+        study("dept", recipe, tmp_path, seeds=1)
+    with pytest.raises(UserError, match="`target` and `init: pruned`"):
+        study("init", recipe.model_copy(update={"init": "random"}), tmp_path, seeds=1)
+    with pytest.raises(UserError, match="--scale cpi \\(did you mean 'cpu'"):
+        load_scale("cpi")
