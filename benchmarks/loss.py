@@ -1,11 +1,15 @@
 """The distillation loss against plain PyTorch, a public chunked or fused loss, and the matrix products inside it.
 
     python benchmarks/loss.py [--json] [--tokens N] [--rounds N]
+    python benchmarks/loss.py --memory-only [--json] [--tokens N]
 
 Forward and backward of LM + KD on the main and the MTP head, at Qwen3-Next's vocabulary and hidden size and the 23A2B
 student's: float32 on a CPU, bfloat16 on a GPU. Variants take turns in one process; every ratio is the median of the
 rounds' ratios. On a CPU set OMP_NUM_THREADS to the cores at hand and leave them idle: a loaded machine slows the many
 small parallel steps more than the few large products. Needs about 13 GB at 2,048 tokens, 8 GB at 1,024.
+
+With --memory-only nothing is computed and nothing allocated: the same code runs on tensors that have a shape and no
+numbers (PyTorch's meta device), with a GPU's block size and in bfloat16, and the bytes alive at one time are counted.
 
     memory_over_plain   peak memory beyond the inputs, gradients included, over the same of plain PyTorch
     time_over_plain     over full logits, log_softmax, F.cross_entropy, F.kl_div and autograd
@@ -21,14 +25,18 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimqwen.distillation.loss import LossWeights, Predictions, TeacherSignal, chunked_loss
+from slimqwen.distillation.loss import LossWeights, Predictions, chunked_loss
+from slimqwen.distillation.signal import LiveSignal
+from slimqwen.modeling.live_bytes import LiveStorages
 
 VOCAB, TEACHER_HIDDEN, STUDENT_HIDDEN = 151_936, 2048, 1536
 WEIGHTS = LossWeights(lm=0.25, kd=0.75, mtp_lm=0.05, mtp_kd=0.15)
@@ -62,7 +70,7 @@ def ours(case: Case) -> None:
         predictions,
         case.head,
         WEIGHTS.per_token(case.tokens, case.tokens),
-        teacher=TeacherSignal(case.teacher_hidden, case.teacher_head),
+        teacher=LiveSignal(case.teacher_hidden, case.teacher_head),
         chunk_tokens=case.chunk_tokens,
     )
     loss.backward()
@@ -178,6 +186,27 @@ def _anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+class _Shapes(LiveStorages):
+    """Counts tensors without numbers; a question for a number (is the upstream gradient other than 1?) is answered 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def counted_extra_bytes(run: Callable[[Case], None], tokens: int, vocab: int, chunk_tokens: int) -> int:
+    """`peak_extra_bytes` of `run` on a GPU, without one."""
+    case = Case(tokens, vocab, "meta", torch.bfloat16, chunk_tokens)
+    with ExitStack() as stack:
+        stack.enter_context(patch("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True))
+        stack.enter_context(patch("torch.is_autocast_enabled", lambda device: False))  # which the meta device lacks
+        stack.enter_context(patch("torch.autocast", lambda *_, **__: nullcontext()))
+        shapes = stack.enter_context(_Shapes())
+        run(case)
+    return shapes.most
+
+
 def gradient_errors(case: Case) -> list[float]:
     """Of ours against plain PyTorch, per leaf: the largest difference of an entry over the largest entry."""
     seconds(plain, case)
@@ -191,19 +220,31 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="End with one line of JSON.")
-    parser.add_argument("--tokens", type=int, default=4096 if on_gpu else 2048)
-    parser.add_argument("--chunk-tokens", type=int, default=1024 if on_gpu else 256, help="Of ours and the products.")
+    parser.add_argument("--tokens", type=int, help="Default: 4,096; on a CPU 2,048.")
+    parser.add_argument("--chunk-tokens", type=int, help="Of ours and the products. Default: 1,024; on a CPU 256.")
     parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--rounds", type=int, default=20 if on_gpu else 3)
+    parser.add_argument(
+        "--memory-only", action="store_true", help="Count the bytes of a GPU's tensors, and run nothing."
+    )
     options = parser.parse_args()
 
+    if options.memory_only:
+        tokens, chunk_tokens = options.tokens or 4096, options.chunk_tokens or 1024
+        bytes_of = {
+            run.__name__: counted_extra_bytes(run, tokens, options.vocab, chunk_tokens) for run in (ours, plain)
+        }
+        print(", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in bytes_of.items()))
+        result = {"memory_over_plain": bytes_of["ours"] / bytes_of["plain"]}
+        print(json.dumps(result) if options.json else f"memory_over_plain  {result['memory_over_plain']:.3f}")
+        return
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    case = Case(options.tokens, options.vocab, device, dtype, options.chunk_tokens)
+    tokens = options.tokens or (4096 if on_gpu else 2048)
+    chunk_tokens = options.chunk_tokens or (1024 if on_gpu else 256)
+    case = Case(tokens, options.vocab, device, dtype, chunk_tokens)
     others = {"plain": plain, "public": public_on_gpu if on_gpu else public_on_cpu, "matmuls": Products(case)}
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{where}, {dtype}, {options.tokens:,} tokens in chunks of {options.chunk_tokens:,}, vocabulary {options.vocab:,}"
-    )
+    print(f"{where}, {dtype}, {tokens:,} tokens in chunks of {chunk_tokens:,}, vocabulary {options.vocab:,}")
     errors = ", ".join(f"{error:.1e}" for error in gradient_errors(case))
     print(f"largest error of the gradients of hidden, mtp_hidden and head against plain: {errors}", flush=True)
 

@@ -206,6 +206,13 @@ def calibrate(
     memory_budget: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for activations when measuring layer by layer.")
     ] = "2GB",
+    second_moments: Annotated[
+        bool,
+        typer.Option(
+            "--second-moments",
+            help="Also measure what a plan with pruning.width rotation needs: a matrix per norm, hidden size x hidden size.",
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
@@ -230,6 +237,7 @@ def calibrate(
         seed=seed,
         device=device,
         dtype=_dtype(dtype),
+        second_moments=second_moments,
     )
     typer.echo(str(out))
 
@@ -284,6 +292,10 @@ def plan(
         bool,
         typer.Option(help="Say how far plans from two halves of the calibration text, and from each source, agree."),
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page with sliders for the sizes, which computes all of this in the browser."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Parameters and costs before and after, from the config alone; with statistics, choose what to keep.
@@ -296,6 +308,8 @@ def plan(
     from slimqwen.recipe_file import load_recipe
 
     wanted = Target() if target is None else load_recipe(target, model=Target)
+    if html is not None and (statistics is not None or budgets is not None):
+        raise UserError("--html is a page for choosing a target: give it without --statistics and --fit.")
     if statistics is None and (pruning is not None or source_weights or stability):
         raise UserError("--pruning, --source-weight and --stability choose by statistics: give --statistics too.")
     if budgets is not None:
@@ -307,6 +321,11 @@ def plan(
             raise UserError("--out takes the plan of --statistics or the target of --fit: give one of these too.")
         family, config = read_config(_config_path(checkpoint))
         comparison = compare(family, config, wanted, context_length=context_length, gpus=gpus)
+        if html is not None:
+            from slimqwen.planning.page import write_planner_page
+
+            write_planner_page(family, config, wanted, html)
+            say(f"planner page written to {html}")
     else:
         from slimqwen.builtin import checkpoint_folder
         from slimqwen.checkpoint.reader import Checkpoint
@@ -375,6 +394,119 @@ def prune(
 
 
 @app.command()
+def repair(
+    student: CheckpointName,
+    teacher: Annotated[str, typer.Option(help="The checkpoint that was pruned: a folder, or 'builtin'.")],
+    tokens: TokensFolder,
+    plan: Annotated[Path, typer.Option(metavar="FILE", help="The plan that the student was pruned by.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    samples: Annotated[int, typer.Option(min=1, help="Sequences to fit on.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    sequence_length: SequenceLength = 256,
+    memory_budget: Annotated[str, typer.Option(metavar="SIZE", help="Memory for activations.")] = "2GB",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Refit the experts of a freshly pruned checkpoint so that each layer ends where the teacher's does. No training.
+
+    Ridge regression of the experts' output matrices, layer by layer on the student's own stream; docs/repair.md says what
+    it gains. Interrupted, the same command continues with the layer under way.
+    """
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.bytesize import bytes_of
+    from slimqwen.repair.repair import repair as run_stage
+
+    run_stage(
+        checkpoint_folder(student),
+        out,
+        teacher=checkpoint_folder(teacher),
+        plan=plan,
+        tokens=tokens,
+        samples=samples,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        memory_budget_bytes=bytes_of(memory_budget),
+        seed=seed,
+        device=device,
+        dtype=_dtype(dtype),
+    )
+    typer.echo(str(out))
+
+
+@app.command()
+def teacher_cache(
+    checkpoint: CheckpointName,
+    tokens: TokensFolder,
+    out: Annotated[Path, typer.Option(help="Folder to write; of a mixture, a folder for each source.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Most likely tokens to keep, beside the sum of the others.")] = 64,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Keep what the MTP head says too, for distil.mtp_target: mtp.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Log-probabilities as float32 instead of 16 bits.")] = False,
+    sequences: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Only the first so many of the training order of --seed. Default: the whole text, for any seed.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    sequence_length: SequenceLength = 256,
+    isolated: Isolated = False,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Size of a file, which is what an interruption costs.")
+    ] = "256MB",
+    streaming: Annotated[
+        bool | None,
+        typer.Option(
+            "--streaming/--no-streaming",
+            help="Run the teacher layer by layer, the other weights left on disk, once for each file. "
+            "Default: where it does not fit into memory.",
+            show_default=False,
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for activations when running layer by layer.")
+    ] = "2GB",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Run a teacher once and keep its most likely tokens, so that `distil` needs it no more.
+
+    Interrupted, the same command continues with the first file that is not complete.
+    """
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.bytesize import bytes_of
+    from slimqwen.recipe import TeacherCacheRecipe
+    from slimqwen.teacher_cache.write import write_teacher_cache
+
+    write_teacher_cache(
+        checkpoint_folder(checkpoint),
+        out,
+        tokens=tokens,
+        recipe=TeacherCacheRecipe(
+            top_k=top_k,
+            exact=exact,
+            batch_size=batch_size,
+            shard_bytes=bytes_of(shard_size),
+            streaming=streaming,
+            memory_budget_bytes=bytes_of(memory_budget),
+        ),
+        sequence_length=sequence_length,
+        documents="isolated" if isolated else "packed",
+        with_mtp=mtp,
+        sequences=sequences,
+        seed=seed,
+        device=device,
+        dtype=_dtype(dtype),
+    )
+    typer.echo(str(out))
+
+
+@app.command()
 def distil(
     student: CheckpointName,
     tokens: TokensFolder,
@@ -384,6 +516,13 @@ def distil(
     ],
     teacher: Annotated[
         str | None, typer.Option(help="Checkpoint folder, or 'builtin'. Not needed without kd terms.")
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Written by `slimqwen teacher-cache`; no teacher is loaded, and --teacher only compared with it.",
+        ),
     ] = None,
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
@@ -402,14 +541,16 @@ def distil(
     from slimqwen.recipe import DistilRecipe
     from slimqwen.recipe_file import load_recipe
 
+    recipe = load_recipe(settings, overrides or [], model=DistilRecipe)
     result = run_stage(
         checkpoint_folder(student),
         out,
         tokens=tokens,
-        recipe=load_recipe(settings, overrides or [], model=DistilRecipe),
+        recipe=recipe if teacher_cache is None else recipe.model_copy(update={"teacher": "cache"}),
         sequence_length=sequence_length,
         documents="isolated" if isolated else "packed",
         teacher=None if teacher is None else checkpoint_folder(teacher),
+        teacher_cache=teacher_cache,
         seed=seed,
         device=device,
         dtype=_dtype(dtype),
@@ -459,6 +600,62 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    checkpoint: CheckpointName,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    draft: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens that the MTP module drafts before each verification; 0 is plain decoding. Default: 3 with an MTP module.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the most likely token; more is more random.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that together have this probability."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers of sampling.")] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode plainly too, in turns, and say how much faster drafting is.")
+    ] = False,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print text and numbers as JSON.")] = False,
+) -> None:
+    """Continue a prompt, the checkpoint's own MTP module drafting: the backbone's text in fewer passes of the backbone.
+
+    The text goes to stdout as it comes; acceptance by depth and tokens/s go to stderr (docs/generation.md).
+    """
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.generation.generate import describe
+    from slimqwen.generation.generate import generate as run_stage
+    from slimqwen.generation.sampling import Sampling
+
+    result = run_stage(
+        checkpoint_folder(checkpoint),
+        prompt,
+        draft=draft,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_p),
+        seed=seed,
+        device=device,
+        dtype=_dtype(dtype),
+        compare=compare,
+        write=None if as_json else lambda piece: typer.echo(piece, nl=False),
+    )
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        typer.echo()
+        say(describe(result))
+
+
+@app.command()
 def check(
     checkpoint: CheckpointName,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -469,6 +666,44 @@ def check(
 
     result = check_checkpoint(checkpoint_folder(checkpoint))
     typer.echo(result.model_dump_json(indent=2) if as_json else describe(result))
+
+
+@app.command()
+def bench(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or 'builtin'.")
+    ],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after each prompt.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 10,
+    warmups: Annotated[int, typer.Option(min=0, help="Runs before them.")] = 3,
+    engine: Annotated[str, typer.Option(help="'transformers', or 'vllm' where it is installed.")] = "transformers",
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print every run as JSON.")] = False,
+) -> None:
+    """Speed of reading and generating, and peak memory, of several checkpoints; each in a process of its own.
+
+    The defaults are the paper's protocol (Table 11).
+    """
+    from dataclasses import asdict
+
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.evaluation.speed import Engine, Protocol, print_speeds
+    from slimqwen.evaluation.speed import bench as run_stage
+
+    known = get_args(Engine)
+    if engine not in known:
+        raise UserError(f"--engine {engine}{did_you_mean(engine, known)}: must be one of {', '.join(known)}.")
+    protocol = Protocol(
+        prompt_tokens, new_tokens, batch_size, runs, warmups, cast(Engine, engine), device, _dtype(dtype)
+    )
+    speeds = run_stage([checkpoint_folder(name) for name in checkpoints], protocol)
+    if as_json:
+        typer.echo(json.dumps({"protocol": asdict(protocol), "speeds": [asdict(speed) for speed in speeds]}, indent=2))
+    else:
+        print_speeds(speeds, protocol)
 
 
 @app.command()
@@ -499,9 +734,7 @@ def pretrain(
 
 @app.command()
 def study(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="init, experts, losses, mtp, schedules, depth or width.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="init, experts, losses, mtp, schedules, depth or width.")],
     scale: Annotated[
         str, typer.Option(metavar="cpu|gpu|RECIPE.yaml", help="The recipe that is varied: built in, or your own.")
     ] = "cpu",

@@ -16,7 +16,9 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.identity import text_identity
 from slimqwen.data.store import load_manifest
 from slimqwen.data.tokenize import tokenize
-from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
+from slimqwen.distillation.carry import carry
+from slimqwen.distillation.course import course_of
+from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state, state_folder_of
 from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.distillation.trainer import Span
@@ -33,6 +35,7 @@ from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.steps import Steps
+from slimqwen.teacher_cache.write import write_teacher_cache
 
 
 def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
@@ -47,6 +50,8 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     pipeline.steps.begin(recipe)
     pipeline.forget_other_schedules()
     tokens = pipeline.tokens()
+    if recipe.distil.teacher == "cache":
+        pipeline.teacher_cache(tokens)
     models = {"teacher": pipeline.teacher}
     models[MAIN_RUN] = (
         pipeline.initialised() if recipe.init == "random" else pipeline.progressive(MAIN_RUN, recipe.distil.terms)
@@ -114,9 +119,45 @@ class Pipeline:
             )
         return tokens
 
+    def teacher_cache(self, tokens: Path) -> Path:
+        """What the teacher says about the text that the run trains on, for every stage and baseline."""
+        recipe = self.recipe
+        out = self.run_dir / "teacher_cache"
+        settings: dict[str, Any] = {
+            "sequence_length": recipe.data.sequence_length,
+            "documents": recipe.data.documents,
+            "with_mtp": recipe.distil.mtp_target == "mtp",
+            "sequences": course_of(recipe.distil, recipe.data.sequence_length).first_row(
+                self.stages[-1].span.total_steps
+            ),
+            "seed": recipe.seed,
+            "dtype": recipe.dtype,
+        }
+        inputs = {
+            "teacher": fingerprint(self.teacher),
+            "tokens": fingerprint(tokens),
+            "teacher_cache": recipe.teacher_cache.model_dump(include={"top_k", "exact"}),
+            **settings,
+        }
+        return self.steps.step(
+            "teacher_cache",
+            out,
+            inputs,
+            lambda: write_teacher_cache(
+                self.teacher,
+                out,
+                tokens=tokens,
+                recipe=recipe.teacher_cache,
+                device=recipe.device,
+                title="teacher_cache",
+                **settings,
+            ),
+        )
+
     def calibrated(self, name: str, checkpoint: Path, out: Path) -> Path:
         recipe = self.recipe
         tokens = self.run_dir / "tokens"
+        second_moments = recipe.pruning.width == "rotation"
         inputs = {
             "checkpoint": fingerprint(checkpoint),
             "tokens": [fingerprint(folder) for folder in recipe.calibration.sources.values() or [tokens]],
@@ -125,6 +166,7 @@ class Pipeline:
             ),
             "sequence_length": recipe.data.sequence_length,
             "seed": recipe.seed,
+            "second_moments": second_moments,
             "dtype": recipe.dtype,
         }
         return self.steps.step(
@@ -140,6 +182,7 @@ class Pipeline:
                 seed=recipe.seed,
                 device=recipe.device,
                 dtype=recipe.dtype,
+                second_moments=second_moments,
                 title=name,
             ),
         )
@@ -165,8 +208,19 @@ class Pipeline:
         )
 
     def distilled(
-        self, name: str, student: Path, out: Path, run: str, number: int, span: Span, terms: list[LossTerm]
+        self,
+        name: str,
+        student: Path,
+        out: Path,
+        run: str,
+        number: int,
+        span: Span,
+        terms: list[LossTerm],
+        *,
+        carry_from: Path | None = None,
+        keep_state: bool = False,
     ) -> Path:
+        """carry_from: the checkpoint that `student` was cut from, whose kept state gives the optimiser its moments."""
         recipe = self.recipe
         settings = recipe.distil.model_copy(update={"terms": terms})
         inputs = {
@@ -180,11 +234,17 @@ class Pipeline:
             "seed": recipe.seed,
             "dtype": recipe.dtype,
         }
-        trained = self.steps.step(
-            name,
-            out,
-            inputs,
-            lambda: distil(
+        cache = self.run_dir / "teacher_cache" if settings.teacher == "cache" else None
+        if cache is not None:
+            inputs["teacher_cache"] = recipe.teacher_cache.model_dump(include={"top_k", "exact"})
+        if carry_from is not None:
+            inputs["carry_from"] = fingerprint(carry_from)
+        moments = out.parent / "moments"
+
+        def train() -> None:
+            if carry_from is not None:
+                self.carried(carry_from, student.parent / "plan.json", moments)
+            distil(
                 student,
                 out,
                 tokens=self.run_dir / "tokens",
@@ -192,6 +252,7 @@ class Pipeline:
                 sequence_length=recipe.data.sequence_length,
                 documents=recipe.data.documents,
                 teacher=self.teacher,
+                teacher_cache=cache,
                 span=span,
                 seed=recipe.seed,
                 device=recipe.device,
@@ -201,10 +262,25 @@ class Pipeline:
                 stage=number,
                 title=name,
                 keep_state=True,
-            ),
-        )
-        remove_state(out)
+                moments=None if carry_from is None else moments,
+            )
+
+        trained = self.steps.step(name, out, inputs, train)
+        if carry_from is not None:
+            remove_state(carry_from)
+            shutil.rmtree(moments, ignore_errors=True)
+        if not keep_state:
+            remove_state(out)
         return trained
+
+    def carried(self, trained: Path, plan_file: Path, out: Path) -> None:
+        """The moments that `trained`'s training ended with, cut by the plan. Its training state is then no longer needed."""
+        label = out.relative_to(self.run_dir).as_posix()
+        inputs = {"trained": fingerprint(trained), "plan": fingerprint(plan_file)}
+        self.steps.step(
+            label, out, inputs, lambda: carry(state_folder_of(trained), trained, out, plan=plan_file, title=label)
+        )
+        remove_state(trained)
 
     def progressive(self, run: str, terms: list[LossTerm]) -> Path:
         """The schedule: measure, plan, cut and train, stage after stage. Returns the last trained checkpoint.
@@ -213,6 +289,7 @@ class Pipeline:
         """
         folder = self.run_dir if run == MAIN_RUN else self.run_dir / run
         checkpoint = self.teacher
+        carries = self.recipe.distil.optimizer_state == "carry"
         for stage in self.stages:
             name = f"stage-{stage.number}"
             shared = self.run_dir / name if stage.number == 1 else folder / name
@@ -221,7 +298,17 @@ class Pipeline:
             pruned = self.cut(label, checkpoint, shared, statistics, stage.target)
             out = folder / name / "distilled"
             label = out.relative_to(self.run_dir).as_posix()
-            checkpoint = self.distilled(label, pruned, out, run, stage.number, stage.span, terms)
+            checkpoint = self.distilled(
+                label,
+                pruned,
+                out,
+                run,
+                stage.number,
+                stage.span,
+                terms,
+                carry_from=checkpoint if carries and stage.number > 1 else None,
+                keep_state=carries and stage is not self.stages[-1],
+            )
         return checkpoint
 
     def one_shot(self) -> Path:
@@ -281,7 +368,12 @@ class Pipeline:
 
     def final(self, trained: Path, evaluation: Evaluation) -> Path:
         """`final/`: the trained checkpoint with its model card."""
-        card = model_card(self.recipe, evaluation, self.command)
+        made_from = {
+            "teacher": fingerprint(self.teacher),
+            "tokens": fingerprint(self.run_dir / "tokens"),
+            "trained checkpoint": fingerprint(trained),
+        }
+        card = model_card(self.recipe, self.teacher, evaluation, self.command, made_from)
         out = self.run_dir / "final"
 
         def assemble() -> None:

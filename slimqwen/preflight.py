@@ -6,7 +6,11 @@ from slimqwen.calibration.statistics import check_source_weights
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.sources import check_sources
+from slimqwen.distillation.cached_teacher import check_temperature
+from slimqwen.distillation.course import course_of
 from slimqwen.distillation.distil import check_terms, total_steps
+from slimqwen.distillation.loggers import check_loggers
+from slimqwen.distillation.optimizer import check_optimizer
 from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
 from slimqwen.families.count import Counts, count
@@ -16,6 +20,7 @@ from slimqwen.planning.progressive import stage_steps, stage_targets
 from slimqwen.planning.shapes import completed, shape_of, size_of, target_config
 from slimqwen.progress import say
 from slimqwen.recipe import Recipe, Target
+from slimqwen.teacher_cache.write import check_teacher
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,16 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     resolve_device(recipe.device)
     if recipe.run_dir.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"run_dir {recipe.run_dir} holds the teacher {teacher}: choose another run_dir.")
+    check_loggers(recipe.distil.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
+    check_optimizer(recipe.distil, source)
+    if recipe.distil.optimizer_state == "carry" and recipe.pruning.width == "rotation":
+        raise UserError(
+            "moments cannot follow a rotation of the weights: set distil.optimizer_state: reset or another pruning.width."
+        )
+    if recipe.distil.teacher == "cache":
+        check_teacher(recipe.teacher_cache, source, with_mtp=recipe.distil.mtp_target == "mtp")
+        check_temperature(recipe.distil, recipe.teacher_cache.top_k, source.config["vocab_size"])
     random = recipe.init == "random" or "random_init" in recipe.baselines
     if random and any(spec.part == "vision" for spec in source.specs.values()):
         raise UserError(
@@ -72,6 +86,7 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
     if recipe.pruning.depth == "last" and recipe.init == "pruned":
         check_depth(source, targets)
     total = total_steps(recipe.distil, recipe.data.sequence_length)
+    fractions = course_of(recipe.distil, recipe.data.sequence_length).step_fractions(fractions)
     stages, done = [], 0
     for number, (target, steps) in enumerate(zip(targets, stage_steps(fractions, total), strict=True), start=1):
         stages.append(Stage(number, target, Span(done, done + steps, total)))
@@ -92,17 +107,22 @@ def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:
     """Say what was derived from the recipe before hours are spent on it."""
     family, config = source.family, source.config
     before = count(family, config)
-    step_tokens = recipe.distil.batch_size * recipe.data.sequence_length
+    course = course_of(recipe.distil, recipe.data.sequence_length)
     say(f"teacher   {source.folder}: {_shape(shape_of(source.family, config), before)}")
     for stage in stages:
         after = count(family, target_config(family, config, stage.target))
-        tokens = (stage.span.end_step - stage.span.first_step) * step_tokens
+        tokens = course.tokens(stage.span.end_step) - course.tokens(stage.span.first_step)
         share = after.total_parameters / before.total_parameters
         say(f"stage {stage.number}   {_shape(stage.target, after)} ({share:.1%} of the teacher), {tokens:,} tokens")
-    if recipe.distil.warmup_steps >= stages[-1].span.total_steps:
+    if course.warmup_steps >= course.total_steps:
         say(
-            f"note: distil.warmup_steps {recipe.distil.warmup_steps:,} is not less than the run's "
-            f"{stages[-1].span.total_steps:,} steps: the learning rate only rises."
+            f"note: the warm-up of {course.warmup_steps:,} steps is not shorter than the run's {course.total_steps:,}: "
+            "the learning rate only rises."
+        )
+    if course.rows(course.total_steps - 1) < recipe.distil.batch_size:
+        say(
+            f"note: the run ends before distil.batch_size_ramp does, with {course.rows(course.total_steps - 1)} of "
+            f"{recipe.distil.batch_size} sequences per step."
         )
 
 

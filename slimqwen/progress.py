@@ -92,6 +92,12 @@ class Progress:
             self._shown_at = now
             self._show(self._status())
 
+    def go_back(self, amount: int) -> None:
+        """`amount` units that were done are to be done again."""
+        self._done -= amount
+        self._start -= amount  # they count for the rate
+        self._window = deque([(self._clock(), self._done)])
+
     def _show(self, status: str) -> None:
         if self._bar is None:
             say(f"{self._title}: {status}")

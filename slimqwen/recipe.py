@@ -16,17 +16,31 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 DepthCriterion = Literal["last", "similarity", "block_influence"]
-WidthCriterion = Literal["norm_activation"]
+WidthCriterion = Literal["norm_activation", "rotation"]
 ExpertImportance = Literal["frequency", "soft_logits", "reap"]
 ExpertCompression = Literal["prune", "merge", "partial"]
 ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
 LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+OnBadStep = Literal["stop", "skip", "roll_back"]
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
 Schedule = Literal["one_shot", "depth_first", "width_first", "joint"]
 BuiltinSource = Literal["python-stdlib", "python-packages"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Baseline = Literal["pruned", "random_init", "lm_only"]
 DocumentBoundaries = Literal["packed", "isolated"]
+OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
+TrainedPart = Literal[
+    "embedding",
+    "norm",
+    "attention",
+    "deltanet",
+    "dense_mlp",
+    "router",
+    "routed_experts",
+    "shared_experts",
+    "mtp_projection",
+]
 
 
 class Section(BaseModel):
@@ -168,11 +182,29 @@ class PruningRecipe(Section):
     depth: DepthCriterion = Field(
         "last", description="Which layers go: the last ones (the paper's choice), or by a score."
     )
-    width: WidthCriterion = Field("norm_activation", description="Which residual channels stay.")
+    width: WidthCriterion = Field(
+        "norm_activation",
+        description="What stays of the residual stream: the channels with the largest norm outputs (the paper's choice), or, after "
+        "one rotation of the whole model, its principal directions. Rotation needs statistics with second moments.",
+    )
+    compensate: bool = Field(
+        False,
+        description="Multiply the gain of each norm by sqrt(hidden size before / after): its mean is over fewer channels.",
+    )
+    repair: bool = Field(
+        False,
+        description="With `width: rotation`: refit every matrix that reads a norm to what is left, by least squares.",
+    )
     experts: ExpertRecipe = Field(ExpertRecipe(), description="Which experts stay.")
     source_weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
         None, description="What each of calibration.sources counts for. Default: as much as it has tokens."
     )
+
+    @model_validator(mode="after")
+    def _repair_knows_what_is_left(self) -> "PruningRecipe":
+        if self.repair and self.width != "rotation":
+            raise ValueError("repair rewrites the readers of rotated channels: set width: rotation too")
+        return self
 
 
 class StageRecipe(Section):
@@ -191,11 +223,25 @@ class Ramp(Section):
     end: Fraction = Field(description="At the last step of the run.")
 
 
+class BatchSizeRamp(Section):
+    """A batch that grows at the beginning of the run: `start` sequences, 2 x `start` and so on, to batch_size.
+
+    Each size lasts for the same number of tokens, or the step that passes it.
+    """
+
+    start: PositiveInt = Field(description="Sequences of the first optimiser step; divides batch_size.")
+    tokens: PositiveInt = Field(description="Training tokens before the batch has batch_size sequences.")
+
+
 class DistilRecipe(Section):
     """Training: loss (method.md section 5), optimiser and learning rate (section 6)."""
 
     tokens: PositiveInt = Field(description="Training tokens of the whole run, over all stages.")
     batch_size: PositiveInt = Field(8, description="Sequences per optimiser step.")
+    batch_size_ramp: BatchSizeRamp | None = Field(
+        None,
+        description="Begin with fewer sequences per step. What moves over the run, and the stages' shares of it, goes by tokens.",
+    )
     micro_batch_size: PositiveInt | None = Field(
         None, description="Sequences per forward pass; must divide batch_size. Default: batch_size."
     )
@@ -204,6 +250,11 @@ class DistilRecipe(Section):
         min_length=1,
         description="Terms of the loss. Without 'kd' and 'mtp_kd' no teacher is loaded: [lm, mtp_lm] is the LM-only baseline. "
         "Where a head has only one of its two terms, that term has its full weight.",
+    )
+    teacher: Literal["live", "cache"] = Field(
+        "live",
+        description="'live': the teacher runs beside the student. 'cache': what it said is read from disk, where `slimqwen "
+        "teacher-cache` has written it, and the teacher itself is not loaded.",
     )
     kd_weight: Ramp = Field(
         Ramp(start=1.0, end=0.75), description="lambda: weight of KD against LM, linear over the run."
@@ -222,9 +273,41 @@ class DistilRecipe(Section):
     final_learning_rate: Annotated[float, Field(ge=0.0)] = Field(
         3e-5, description="Learning rate at the end of the cosine."
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(2000, description="Steps of linear warm-up, once per run.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Steps of linear warm-up, once per run. Default: 2,000, where warmup_tokens is not given."
+    )
+    warmup_tokens: PositiveInt | None = Field(
+        None, description="The warm-up in tokens, instead of warmup_steps: it takes the steps that train on as many."
+    )
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="'muon': PyTorch's Muon for the two-dimensional weights of attention, DeltaNet, dense and shared MLPs and the "
+        "MTP projection, its updates scaled to AdamW's (arXiv 2502.16982), and AdamW for all else: vectors, embeddings, routers, "
+        "and the routed experts, which are too many small matrices to orthogonalise one by one. "
+        "'adamw_8bit': moments in 8 bits, by torchao. Both are for one device.",
+    )
+    optimizer_state: Literal["reset", "carry"] = Field(
+        "reset",
+        description="What becomes of AdamW's moments at a stage's cut: they start anew, or they are cut as the weights are and "
+        "go on. Carrying takes 8 bytes of disk per parameter while the next stage trains.",
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
         0.1, description="AdamW's decay, on matrices only (not norms, biases, A_log, dt_bias)."
+    )
+    weight_decay_exempt: list[TrainedPart] = Field(
+        [], description="Parts of the model whose matrices do not decay either, e.g. [router, embedding]."
+    )
+    learning_rate_scale: dict[TrainedPart, Annotated[float, Field(ge=0.0)]] = Field(
+        {},
+        description="Factors on the learning rate by part of the model, e.g. {router: 0.1}; 0 freezes the part. Weight decay, "
+        "which AdamW multiplies by the learning rate, follows. 'embedding' is lm_head too, 'norm' the norms around the layers' "
+        "mixers and MLPs.",
+    )
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="Also keep an exponential moving average of the weights, in float32: average = decay x average + "
+        "(1 - decay) x weights after each step. The average is then what a stage writes, and what the next stage is cut from. "
+        "After t steps of a stage the decay is at most (1 + t) / (10 + t), so that the beginning is forgotten. Default: none.",
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW's first moment decay.")
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW's second moment decay.")
@@ -236,19 +319,48 @@ class DistilRecipe(Section):
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
     save_every_steps: PositiveInt = Field(100, description="Steps between resumable training states.")
+    save_every_tokens: PositiveInt | None = Field(
+        None, description="Also save when these many more tokens were trained on. Default: by steps alone."
+    )
     save_every_minutes: PositiveFloat | None = Field(
         None, description="Also save when this long has passed since the last time. Default: by steps alone."
     )
     keep_states: PositiveInt = Field(2, description="Resumable training states to keep, the newest.")
-    on_bad_step: Literal["stop", "skip"] = Field(
+    async_save: bool | None = Field(
+        None,
+        description="Train on while a state is written, from a copy of it in the host's memory: parameters and optimiser state once "
+        "more, shared among the ranks. Default: on GPUs.",
+    )
+    on_bad_step: OnBadStep = Field(
         "stop",
-        description="What to do where a step's loss or gradient is not finite: stop, or leave the step out, which is logged; "
-        "more than ten in a row stop the training.",
+        description="What to do where a step's loss or gradient is not finite, or its loss a spike: stop; leave the step out, where "
+        "more than ten in a row stop the training; or go back to the last saved state and leave out the rows of all steps "
+        "since, at most ten times. All of it is logged.",
+    )
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(
+        None,
+        description="A loss is a spike if it is more than so many times the median of the last 64. Default: no loss is.",
+    )
+    evaluate_every_tokens: PositiveInt | None = Field(
+        None,
+        description="Measure the student on held-out text each time that these many more tokens were trained on: loss, KL to a live "
+        "teacher, MTP acceptance. Training is not changed by it. Default: only at the end, by the evaluation.",
+    )
+    evaluate_tokens: PositiveInt = Field(65_536, description="Held-out tokens of each such measurement.")
+    loggers: list[LoggerName] = Field(
+        [],
+        description="Where the metrics go beside metrics.jsonl: any of tensorboard, wandb, trackio. Each needs its library: "
+        "pip install 'slimqwen[tensorboard]'.",
     )
     shard_ranks: PositiveInt | None = Field(
         None,
         description="On many devices: ranks that share one copy of the models. Default: all. The GPUs of one node: weights are "
         "gathered within a node, and only gradients cross between nodes.",
+    )
+    expert_ranks: PositiveInt | None = Field(
+        None,
+        description="On many devices: ranks that share the routed experts of each layer between them and send each other "
+        "tokens, instead of gathering all experts. Divides shard_ranks and both models' experts. Default: none do.",
     )
     reshard_student: bool = Field(
         True,
@@ -289,6 +401,54 @@ class DistilRecipe(Section):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
+
+    @model_validator(mode="after")
+    def _the_ramp_ends_at_the_batch(self) -> "DistilRecipe":
+        ramp = self.batch_size_ramp
+        if ramp is not None and (ramp.start == self.batch_size or self.batch_size % ramp.start):
+            raise ValueError(
+                f"batch_size_ramp.start must be a divisor of batch_size {self.batch_size} below it, is {ramp.start}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "DistilRecipe":
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            raise ValueError("give the warm-up as warmup_steps or as warmup_tokens, not as both")
+        return self
+
+    @model_validator(mode="after")
+    def _carries_what_it_can(self) -> "DistilRecipe":
+        if self.optimizer_state == "carry" and self.optimizer != "adamw":
+            raise ValueError(f"optimizer_state: carry is for the optimizer adamw, not for {self.optimizer}")
+        return self
+
+
+class TeacherCacheRecipe(Section):
+    """What is kept of the teacher for `distil.teacher: cache`."""
+
+    top_k: PositiveInt = Field(
+        64, description="Most likely tokens to keep of each prediction, beside the sum of the others."
+    )
+    exact: bool = Field(
+        False,
+        description="Log-probabilities as float32 instead of 16 bits. With top_k of the whole vocabulary: the live teacher.",
+    )
+    batch_size: PositiveInt = Field(
+        8, description="Sequences per forward pass. Changes speed and memory, not the result."
+    )
+    shard_bytes: PositiveInt = Field(
+        256_000_000,
+        description="Size of a file: what an interruption costs. Layer by layer the checkpoint is read once for each, and the hidden "
+        "states of its tokens are in memory.",
+    )
+    streaming: bool | None = Field(
+        None,
+        description="Run the teacher layer by layer, the other weights left on disk. Default: where it does not fit into memory.",
+    )
+    memory_budget_bytes: PositiveInt = Field(
+        2_000_000_000, description="Memory for activations when running layer by layer."
+    )
 
 
 class EvaluationRecipe(Section):
@@ -340,6 +500,7 @@ class Recipe(Section):
     )
     data: DataRecipe = Field(DataRecipe(), description="Text.")
     calibration: CalibrationRecipe = Field(CalibrationRecipe(), description="Measuring importance.")
+    teacher_cache: TeacherCacheRecipe = Field(TeacherCacheRecipe(), description="With `distil.teacher: cache`.")
     distil: DistilRecipe = Field(description="Training.")
     baselines: list[Baseline] = Field(
         [],

@@ -19,7 +19,7 @@ from slimqwen.families import FAMILIES, Config
 from slimqwen.families.count import count, tally
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.planning.counts import Comparison, compare, comparison_table
-from slimqwen.planning.footprint import dtype_of, footprint, forward_flops
+from slimqwen.planning.footprint import TrainingSettings, dtype_of, footprint, forward_flops
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
 from slimqwen.recipe_file import load_recipe
@@ -102,7 +102,7 @@ def test_a_grid_of_shapes_is_counted_like_each_of_them() -> None:
 
 def test_costs_of_the_80b_by_hand() -> None:
     config = paper_config("80B-A3B")
-    costs = footprint(QWEN3_NEXT, config, config, context_length=32_768, gpus=8)
+    costs = footprint(QWEN3_NEXT, config, config, context_length=32_768, settings=TrainingSettings())
     assert costs.dtype == "bfloat16"
     assert costs.checkpoint_bytes == 2 * (79_674_391_296 + 1_650_471_424)
     assert costs.kv_cache_bytes == 12 * 2 * 2 * 256 * 2 * 32_768  # layers, keys and values, KV heads, head_dim, bytes
@@ -125,7 +125,7 @@ def test_cache_bytes_equal_transformers_cache(model_type: str) -> None:
             kept["state"] += layer.recurrent_states[0].nbytes + layer.conv_states[0].nbytes
         else:
             kept["kv"] += layer.keys.nbytes + layer.values.nbytes
-    costs = footprint(family, config, config, context_length=11, gpus=1)
+    costs = footprint(family, config, config, context_length=11, settings=TrainingSettings())
     assert kept == {"kv": costs.kv_cache_bytes, "state": costs.state_bytes}
     assert costs.kv_cache_bytes > 0
 
@@ -154,25 +154,32 @@ def test_tied_embeddings_multiply_once() -> None:
 
 def test_training_memory_by_hand() -> None:
     teacher, student = paper_config("80B-A3B"), paper_config("23A2B")
-    memory = footprint(QWEN3_NEXT, student, teacher, context_length=4096, gpus=64).training
-    assert memory.student_bytes == 16 * (23_176_328_256 + 631_907_840) // 64
+    costs = footprint(QWEN3_NEXT, student, teacher, context_length=4096, settings=TrainingSettings(gpus=64))
+    memory = costs.training
+    assert memory.student_bytes == 12 * (23_176_328_256 + 631_907_840) // 64
+    assert 3 * memory.gradient_bytes == memory.student_bytes
     assert memory.teacher_bytes == 2 * (79_674_391_296 + 1_650_471_424) // 64
     linear_layer = (count(QWEN3_NEXT, teacher).parts["deltanet"] // 36) + 2 * 2048  # mixer and norms
     linear_layer += 512 * 2048 + (3 * 512 + 1) * 2048 + 512 * 3 * 512 * 2048  # router, shared, routed
     assert memory.gathered_bytes == 2 * 2 * linear_layer
-    assert memory.loss_bytes == 4 * 151936 * (5 * 1024 + 1536)
-    parts = memory.student_bytes + memory.teacher_bytes + memory.gathered_bytes + memory.loss_bytes
-    assert memory.total_bytes == parts
-    assert memory.checkpointed_activation_bytes_per_token < memory.activation_bytes_per_token / 10
-    alone = footprint(QWEN3_NEXT, student, teacher, context_length=4096, gpus=1).training
+    logits = 2 * 2 * 1024 + 4 * 6 * (2**24 // 151936)  # two chunks in bfloat16, six blocks in float32, per word
+    states = 4096 * (4 * 4 * 1536 + 2 * 2048)
+    assert memory.loss_bytes == 151936 * (logits + (4 + 2 * 2) * 1536) + states
+    held = memory.student_bytes + memory.teacher_bytes + memory.gathered_bytes
+    assert memory.peak_bytes == held + memory.activation_bytes + memory.loss_bytes
+    less = costs.checkpointed_training
+    assert less.activation_bytes < memory.activation_bytes / 5
+    assert less.layer_inputs_bytes == 36 * 4096 * 4 * 1536
+    alone = footprint(QWEN3_NEXT, student, teacher, 4096, TrainingSettings(gpus=1)).training
     assert alone.student_bytes == 64 * memory.student_bytes
-    assert alone.activation_bytes_per_token == memory.activation_bytes_per_token
+    assert alone.gathered_bytes == 2 * (23_176_328_256 + 631_907_840)
+    assert alone.activation_bytes == memory.activation_bytes
 
 
 def test_dtypes() -> None:
     config = tiny_config()
-    half = footprint(QWEN3_NEXT, config | {"dtype": "float16"}, config, 16, 1)
-    full = footprint(QWEN3_NEXT, config | {"dtype": "float32"}, config, 16, 1)
+    half = footprint(QWEN3_NEXT, config | {"dtype": "float16"}, config, 16, TrainingSettings())
+    full = footprint(QWEN3_NEXT, config | {"dtype": "float32"}, config, 16, TrainingSettings())
     assert full.checkpoint_bytes == 2 * half.checkpoint_bytes
     assert full.kv_cache_bytes == 2 * half.kv_cache_bytes
     assert half.state_bytes < full.state_bytes < 2 * half.state_bytes  # the recurrent state is float32 in both
@@ -213,9 +220,11 @@ def test_plan_prints_all_of_it_without_torch() -> None:
     result = subprocess.run([sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)
-    assert printed["footprint"]["after"]["training"]["total_bytes"] > 0
+    assert printed["footprint"]["after"]["training"]["peak_bytes"] > 0
     for side in ("before", "after"):
-        printed["footprint"][side]["training"].pop("total_bytes")  # derived
+        for training in ("training", "checkpointed_training"):
+            for derived in ("activation_bytes", "peak_bytes"):
+                printed["footprint"][side][training].pop(derived)
     again = Comparison.model_validate(printed)
     assert again.after.total_parameters == 5_866_292_800
     assert again.footprint.after.context_length == 32_768

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimqwen.distillation import head
 from slimqwen.distillation.divergence import FORWARD_KL, Distribution, Divergence
-from slimqwen.distillation.loss import LossSums, LossWeights, TeacherSignal, align, chunked_loss, count_targets
+from slimqwen.distillation.loss import LossSums, LossWeights, align, chunked_loss, count_targets
+from slimqwen.distillation.signal import LiveSignal
 from slimqwen.recipe import LossTerm
 
 BATCH, SEQ, HIDDEN, TEACHER_HIDDEN, VOCAB = 3, 5, 4, 6, 11
@@ -56,7 +57,7 @@ class Case:
         if mtp_target is not None:
             said = align(self.tokens[rows], self.teacher_hidden[rows], self.teacher_mtp_hidden[rows], self.mask[rows])
             own_mtp = said.mtp_hidden if mtp_target == "mtp" else None
-            teacher = TeacherSignal(said.hidden, self.teacher_head, own_mtp)
+            teacher = LiveSignal(said.hidden, self.teacher_head, own_mtp)
         return chunked_loss(
             predictions, self.head, weights, teacher=teacher, divergence=divergence, chunk_tokens=chunk_tokens
         )
@@ -446,7 +447,7 @@ def test_the_logits_of_the_batch_never_exist() -> None:
     hidden = torch.randn(4, tokens_per_row, hidden_size, generator=g, requires_grad=True)
     mtp_hidden = torch.randn(4, tokens_per_row, hidden_size, generator=g, requires_grad=True)
     head = torch.randn(vocab, hidden_size, generator=g, requires_grad=True)
-    teacher = TeacherSignal(torch.randn(4 * tokens_per_row, 2, generator=g), torch.randn(vocab, 2, generator=g))
+    teacher = LiveSignal(torch.randn(4 * tokens_per_row, 2, generator=g), torch.randn(vocab, 2, generator=g))
     with MadeTensors() as made:
         predictions = align(tokens, hidden, mtp_hidden)
         loss, _ = chunked_loss(predictions, head, WEIGHTS, teacher=teacher, chunk_tokens=chunk_tokens)

@@ -80,9 +80,10 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without the one value that measures time."""
+    """The lines of metrics.jsonl, without what measures time and memory."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(line.pop("tokens_per_second") > 0 for line in lines)
+    for name in ("seconds", "tokens_per_second", "memory_bytes"):
+        assert all(line.pop(name) > 0 for line in lines)
     return lines
 
 
@@ -162,6 +163,21 @@ def test_a_step_reports_what_was_asked_for(folder: Path, tmp_path: Path) -> None
     combined = first["kd"] + 0.3 * first["mtp_kd"]  # lambda is 1 at the first step
     assert first["loss"] == pytest.approx(combined, rel=1e-6)
     assert lines[-1]["kd"] < first["kd"]
+
+
+def test_a_growing_batch_reads_each_row_once(folder: Path, tmp_path: Path) -> None:
+    """2 rows for 64 tokens (2 steps), then 4: the rows in order, and lambda by the tokens before each step."""
+    original, read = TokenStream.batch, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            TokenStream, "batch", lambda self, first, rows: (read.append((first, rows)), original(self, first, rows))[1]
+        )
+        ramp = {"start": 2, "tokens": 64}
+        train(folder, tmp_path / "out", teacher=None, terms=["lm"], tokens=12 * 16, batch_size_ramp=ramp)
+    assert read == [(0, 2), (2, 2), (4, 4), (8, 4)]
+    lines = metrics(tmp_path)
+    assert [line["tokens"] for line in lines] == [32, 64, 128, 192]
+    assert [line["lambda"] for line in lines] == pytest.approx([1 - 0.25 * row / 8 for row in (0, 2, 4, 8)])
 
 
 # --- what learns and what does not ------------------------------------------------------------------------------------
@@ -371,7 +387,8 @@ def test_two_spans_share_data_and_schedules_but_not_moments(folder: Path, tmp_pa
 
 
 def test_other_runs_lines_survive(folder: Path, tmp_path: Path) -> None:
-    other = json.dumps({"run": "other", "stage": 1, "step": 5, "tokens_per_second": 1.0})
+    costs = {"seconds": 1.0, "tokens_per_second": 1.0, "memory_bytes": 1}
+    other = json.dumps({"run": "other", "stage": 1, "step": 5, **costs})
     (tmp_path / "metrics.jsonl").write_text(other + "\n")
     train(folder, tmp_path / "out")
     train(folder, tmp_path / "out")  # trained anew: its lines are replaced, not repeated
@@ -427,7 +444,7 @@ def test_skipping_has_an_end(folder: Path) -> None:
     one = trainer(folder, on_bad_step="skip")
     poison_weights(one.student.model)
     assert all(one.step(step)["skipped"] for step in range(3))
-    one.skipped_in_a_row = MAX_SKIPPED_IN_A_ROW
+    one.guard.skipped_in_a_row = MAX_SKIPPED_IN_A_ROW
     with pytest.raises(StageFailed, match="before optimiser step 3"):
         one.step(3)
 

@@ -6,7 +6,7 @@ from itertools import accumulate
 from math import lcm
 
 from slimqwen.data.packed import TokenIds
-from slimqwen.data.stream import RowStream, StoredRows
+from slimqwen.data.stream import Place, RowStream, StoredRows
 
 
 class MixedStream(RowStream):
@@ -33,11 +33,20 @@ class MixedStream(RowStream):
         self.padding_fraction = sum(self.row_shares[name] * s.padding_fraction for name, s in self.streams.items())
         whole = lcm(*(share.denominator for share in rows.values()))
         self._ends = list(accumulate(int(share * whole) for share in rows.values()))
-        self._in_order = list(self.streams.values())
+        self._names = list(self.streams)
 
-    def row(self, index: int) -> TokenIds:
-        source, position = drawn_from(index, self._ends)
-        return self._in_order[source].row(position)
+    def rows_of_sources(self, rows: int) -> dict[str, int]:
+        """How many of the first `rows` rows each source gives."""
+        return dict(zip(self._names, shares_of(rows, self._ends), strict=True))
+
+    def place(self, index: int) -> Place:
+        number, position = drawn_from(index, self._ends)
+        source = self._names[number]
+        return Place(self.streams[source].place(position).row, source)
+
+    def stored(self, place: Place) -> TokenIds:
+        assert place.source is not None, "a row of a mixture belongs to one of its sources"
+        return self.streams[place.source].stored(place)
 
 
 def drawn_from(row: int, ends: Sequence[int]) -> tuple[int, int]:
@@ -68,6 +77,26 @@ def drawn_from(row: int, ends: Sequence[int]) -> tuple[int, int]:
         else:
             row, first = row - in_left, middle
     return first, row
+
+
+def shares_of(rows: int, ends: Sequence[int]) -> list[int]:
+    """How many of the first `rows` rows `drawn_from` gives to each source: of 6 with weights 3 and 1, 5 and 1."""
+    counts = [rows] * len(ends)
+
+    def halve(first: int, stop: int) -> None:
+        if stop - first == 1:
+            return
+        middle = (first + stop + 1) // 2
+        before = ends[first - 1] if first else 0
+        in_left = _rounded(counts[first] * (ends[middle - 1] - before), ends[stop - 1] - before)
+        in_right = counts[first] - in_left
+        counts[first:middle] = [in_left] * (middle - first)
+        counts[middle:stop] = [in_right] * (stop - middle)
+        halve(first, middle)
+        halve(middle, stop)
+
+    halve(0, len(ends))
+    return counts
 
 
 def _rounded(numerator: int, denominator: int) -> int:

@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 ROUNDS = 4  # of the Feistel network; four make it a strong pseudo-random permutation (Luby and Rackoff, 1988)
 
 
+class Place(NamedTuple):
+    """Where a row lies in the stored text, whatever the order of training: its number, and the source in a mixture."""
+
+    row: int
+    source: str | None = None
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of training data.
@@ -24,19 +31,22 @@ class Batch:
     tokens: int64 [rows, sequence_length + 1]. mask: True at real tokens, of the same shape; None where all are real.
     Padding stands at the right end of a row, and the models are causal: no real token sees it. So they read `tokens` as
     they are, and the mask is for what is summed over positions: losses, targets, the experts' assignments.
+    places: of each row, where a stream has cut it from.
     """
 
     tokens: "torch.Tensor"
     mask: "torch.Tensor | None" = None
+    places: tuple[Place, ...] = ()
 
     def to(self, device: "torch.device") -> "Batch":
-        return Batch(self.tokens.to(device), None if self.mask is None else self.mask.to(device))
+        return Batch(self.tokens.to(device), None if self.mask is None else self.mask.to(device), self.places)
 
     def split(self, rows: int) -> "list[Batch]":
         """Batches of `rows` rows, the last of what is left."""
         tokens = self.tokens.split(rows)
         masks = [None] * len(tokens) if self.mask is None else self.mask.split(rows)
-        return [Batch(*pair) for pair in zip(tokens, masks, strict=True)]
+        places = [self.places[first : first + rows] for first in range(0, len(self.tokens), rows)]
+        return [Batch(*parts) for parts in zip(tokens, masks, places, strict=True)]
 
 
 class RowStream(ABC):
@@ -53,24 +63,32 @@ class RowStream(ABC):
     padding_fraction: float
 
     @abstractmethod
+    def place(self, index: int) -> Place:
+        """Where row `index` of the training order is stored."""
+
+    @abstractmethod
+    def stored(self, place: Place) -> TokenIds:
+        """The row at a place without its padding, int64 [at most sequence_length + 1]. Raises IndexError beyond the text."""
+
     def row(self, index: int) -> TokenIds:
-        """Row `index` of the training order without its padding, int64 [at most sequence_length + 1]."""
+        """Row `index` of the training order, as `stored`."""
+        return self.stored(self.place(index))
 
     def batch(self, first_row: int, rows: int, step: int = 1) -> Batch:
         """`rows` rows of the training order from `first_row` on, every `step`-th."""
-        return self._padded([self.row(first_row + i * step) for i in range(rows)])
+        return self._padded([self.place(first_row + i * step) for i in range(rows)])
 
-    def _padded(self, rows: list[TokenIds]) -> Batch:
+    def _padded(self, places: Sequence[Place]) -> Batch:
         import torch
 
-        columns = self.sequence_length + 1
+        rows, columns = [self.stored(place) for place in places], self.sequence_length + 1
         lengths = np.array([len(row) for row in rows])
         # 0 is a token of every vocabulary; which one it is makes no difference to a masked position.
         tokens = np.zeros((len(rows), columns), dtype=np.int64)
         for padded, row in zip(tokens, rows, strict=True):
             padded[: len(row)] = row
         mask = None if lengths.min() == columns else torch.from_numpy(np.arange(columns) < lengths[:, None])
-        return Batch(torch.from_numpy(tokens), mask)
+        return Batch(torch.from_numpy(tokens), mask, tuple(places))
 
 
 class StoredRows(RowStream):
@@ -94,13 +112,16 @@ class StoredRows(RowStream):
     def _stored_row(self, row: int) -> TokenIds:
         """Row `row` in the order of the files."""
 
-    def row(self, index: int) -> TokenIds:
+    def place(self, index: int) -> Place:
         epoch, position = divmod(index, self.rows_per_epoch)
-        return self._stored_row(shuffled(position, self.rows_per_epoch, self.seed, epoch))
+        return Place(shuffled(position, self.rows_per_epoch, self.seed, epoch))
+
+    def stored(self, place: Place) -> TokenIds:
+        return self._stored_row(place.row)
 
     def in_order(self, rows: Sequence[int]) -> Batch:
-        """These rows as they are stored, for evaluation. Raises IndexError at `rows_per_epoch` and beyond."""
-        return self._padded([self._stored_row(row) for row in rows])
+        """These rows as they are stored. Raises IndexError at `rows_per_epoch` and beyond."""
+        return self._padded([Place(row) for row in rows])
 
 
 class TokenStream(StoredRows):

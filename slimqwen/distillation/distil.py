@@ -5,19 +5,28 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint_value, write_json
+from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint, fingerprint_value, write_json
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.store import announce, check_vocabulary, load_manifest, training_stream
+from slimqwen.distillation.cached_teacher import CachedTeacher, open_teacher_cache
+from slimqwen.distillation.carry import take_moments
+from slimqwen.distillation.course import course_of
+from slimqwen.distillation.dry_run import dry_run
+from slimqwen.distillation.expert_parallel import check_expert_ranks
+from slimqwen.distillation.heldout import HeldOut
+from slimqwen.distillation.loggers import Logger, check_loggers, open_loggers
 from slimqwen.distillation.loop import train
 from slimqwen.distillation.metrics import MetricsLog
+from slimqwen.distillation.optimizer import check_optimizer
 from slimqwen.distillation.parallel import Ranks, join_ranks
 from slimqwen.distillation.sharded import export, load_sharded
-from slimqwen.distillation.teacher import LiveTeacher
+from slimqwen.distillation.teacher import LiveTeacher, Teacher
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import UserError
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.modeling.kernels import announce_slow
 from slimqwen.modeling.model import MtpCausalLM, load
 from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries
@@ -25,13 +34,20 @@ from slimqwen.recipe import DistilRecipe, DocumentBoundaries
 # What changes speed, memory or bookkeeping, and the result by no more than rounding: a run resumes after changing them.
 SETTINGS_WITHOUT_EFFECT = {
     "save_every_steps",
+    "save_every_tokens",
     "save_every_minutes",
     "keep_states",
+    "async_save",
     "on_bad_step",  # what happens at a step that would otherwise have stopped the run
+    "spike_factor",
+    "evaluate_every_tokens",
+    "evaluate_tokens",
+    "loggers",
     "micro_batch_size",
     "loss_chunk_tokens",
     "activation_checkpointing",
     "shard_ranks",
+    "expert_ranks",
     "reshard_student",
     "reshard_teacher",
 }
@@ -39,13 +55,13 @@ SETTINGS_WITHOUT_EFFECT = {
 
 def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
     """Optimiser steps that the recipe's tokens pay for. Raises UserError if they do not fill one."""
-    steps = recipe.tokens // (recipe.batch_size * sequence_length)
-    if steps == 0:
+    course = course_of(recipe, sequence_length)
+    if course.total_steps == 0:
         raise UserError(
-            f"distil.tokens = {recipe.tokens:,} is less than one step of {recipe.batch_size} sequences of {sequence_length}: "
+            f"distil.tokens = {recipe.tokens:,} is less than one step of {course.rows(0)} sequences of {sequence_length}: "
             "raise tokens or lower batch_size or sequence_length."
         )
-    return steps
+    return course.total_steps
 
 
 def distil(
@@ -57,6 +73,7 @@ def distil(
     sequence_length: int,
     documents: DocumentBoundaries = "packed",
     teacher: Path | None = None,
+    teacher_cache: Path | None = None,
     span: Span | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -66,6 +83,7 @@ def distil(
     stage: int = 1,
     title: str = "distil",
     keep_state: bool = False,
+    moments: Path | None = None,
 ) -> Path:
     """Train `student` and write the trained checkpoint to `out`; resumes its own interrupted work.
 
@@ -77,13 +95,16 @@ def distil(
         tokens: folder written by `tokenize`, made with the student's tokenizer.
         sequence_length: tokens of a training sequence.
         documents: whether a sequence may hold several documents, which then see each other.
-        teacher: checkpoint folder; needed by the terms kd and mtp_kd, ignored without them.
+        teacher: checkpoint folder; needed by the terms kd and mtp_kd, ignored without them. Of `teacher: cache` it is only
+            compared with the one that the cache is of.
+        teacher_cache: folder written by `write_teacher_cache`, for `teacher: cache`.
         span: the steps of the whole run that this call trains; all of them by default.
         seed: of the data order.
         metrics: the metrics.jsonl to append to; `out`'s sibling by default. `run` and `stage` label its lines.
         title: shown with the progress.
         keep_state: leave the training state in place, for a caller that removes it (`remove_state`) only after it has
             noted that `out` is done: a kill in between then costs nothing.
+        moments: folder written by `carry`, with which AdamW begins; zeros by default.
 
     Returns:
         `out`.
@@ -93,21 +114,41 @@ def distil(
     manifest = load_manifest(tokens)
     check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
     teaches = {"kd", "mtp_kd"} & set(recipe.terms)
-    teacher_checkpoint = Checkpoint(teacher) if teaches and teacher is not None else None
+    is_live = teaches and recipe.teacher == "live"
+    teacher_checkpoint = Checkpoint(teacher) if is_live and teacher is not None else None
     check_terms(recipe, checkpoint, teacher_checkpoint)
+    check_loggers(recipe.loggers)
+    heldout = HeldOut.of(recipe, tokens, sequence_length, documents)
     if span is None:
         steps = total_steps(recipe, sequence_length)
         span = Span(0, steps, steps)
 
     torch_device = resolve_device(device)
-    with join_ranks(torch_device, recipe.shard_ranks) as ranks:
+    with join_ranks(torch_device, recipe.shard_ranks, recipe.expert_ranks) as ranks:
         check_batch(recipe, ranks)
+        check_optimizer(recipe, checkpoint, ranks.size)
+        for read in (checkpoint, teacher_checkpoint):
+            if read is not None and ranks.experts_mesh is not None:
+                check_expert_ranks(read, ranks.experts_mesh["expert"].size())
         stream = training_stream(tokens, sequence_length, seed, documents)
+        course = course_of(recipe, sequence_length, span.total_steps)
+        cached_teacher: CachedTeacher | None = None
+        if teaches and not is_live:
+            cached_teacher = open_teacher_cache(
+                teacher_cache,
+                stream,
+                rows=course.first_row(span.end_step),
+                recipe=recipe,
+                documents=documents,
+                student=checkpoint,
+                teacher=teacher,
+            )
         if ranks.is_first:
             claim_state_folder(
                 out,
                 student=checkpoint.fingerprint(),
                 teacher=None if teacher_checkpoint is None else teacher_checkpoint.fingerprint(),
+                teacher_cache=None if cached_teacher is None else cached_teacher.identity,
                 tokens=manifest.model_dump(mode="json"),
                 recipe=recipe.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
                 dtype=dtype,
@@ -115,20 +156,33 @@ def distil(
                 documents=documents,
                 span=[span.first_step, span.end_step, span.total_steps],
                 seed=seed,
+                moments=None if moments is None else fingerprint(moments),
             )
-            announce(stream, (span.end_step - span.first_step) * recipe.batch_size, torch_device.type)
+            announce(stream, course.first_row(span.end_step) - course.first_row(span.first_step), torch_device.type)
+            announce_slow(checkpoint.family, checkpoint.config, torch_device)
         ranks.wait()
         model = load_student(checkpoint, torch_device, recipe, ranks)
-        live_teacher = None
+        taught_by: Teacher | None = cached_teacher
         if teacher_checkpoint is not None:
             teaches_mtp = recipe.mtp_target == "mtp" and "mtp_kd" in recipe.terms and checkpoint.has_mtp
             teacher_model = load_teacher(teacher_checkpoint, dtype, torch_device, recipe, ranks)
-            live_teacher = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
+            taught_by = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
         trained = Student(model, checkpoint.family, checkpoint.config)
-        trainer = Trainer(trained, live_teacher, stream, recipe, span, ranks)
-        log = MetricsLog(metrics or out.parent / "metrics.jsonl", run, stage)
+        trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
+        begun = ranks.largest(int(any(state_folder_of(out).glob("step-*"))))
+        if moments is not None and not begun:
+            take_moments(moments, trainer.parameters, trainer.optimizer)
+        path = metrics or out.parent / "metrics.jsonl"
+        loggers: list[Logger] = []
+        if ranks.is_first:
+            settings = recipe.model_dump(mode="json")
+            loggers = open_loggers(recipe.loggers, path.parent, state_folder_of(out), f"{run}-stage-{stage}", settings)
+        if torch_device.type == "cuda":  # a CPU does not refuse memory: it swaps, or the system kills
+            dry_run(trainer)
         with reproducible(torch_device):
-            train(trainer, state_folder_of(out), log, title)
+            train(trainer, state_folder_of(out), MetricsLog(path, run, stage, loggers), title, heldout)
+        if trainer.average is not None:
+            trainer.average.take()
 
         if ranks.is_first:
             with atomic_folder(out) as folder:
@@ -184,20 +238,23 @@ def claim_state_folder(out: Path, **inputs: object) -> None:
 
 def check_batch(recipe: DistilRecipe, ranks: Ranks) -> None:
     """Raise UserError where the ranks cannot share a batch evenly."""
-    if recipe.batch_size % ranks.size:
+    name, rows = "batch_size", recipe.batch_size
+    if recipe.batch_size_ramp is not None:  # whose batches are multiples of the first
+        name, rows = "batch_size_ramp.start", recipe.batch_size_ramp.start
+    if rows % ranks.size:
         raise UserError(
-            f"distil.batch_size {recipe.batch_size} cannot be shared by {ranks.size} ranks: make it a multiple of {ranks.size}."
+            f"distil.{name} {rows} cannot be shared by {ranks.size} ranks: make it a multiple of {ranks.size}."
         )
 
 
 def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint | None) -> None:
-    """Raise UserError where the terms of the loss ask for what student or teacher does not have."""
+    """Raise UserError where the terms of the loss ask for what student or live teacher does not have."""
     terms = set(recipe.terms)
     if not student.has_mtp and not terms & {"lm", "kd"}:
         raise UserError(
             f"{student.folder} has no MTP module, and distil.terms has nothing else to train: add lm or kd."
         )
-    if not terms & {"kd", "mtp_kd"}:
+    if not terms & {"kd", "mtp_kd"} or recipe.teacher == "cache":  # which `open_teacher_cache` checks
         return
     if teacher is None:
         raise UserError(

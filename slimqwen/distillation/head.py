@@ -1,5 +1,6 @@
 """One output head, a chunk of tokens at a time: logits, losses and gradients over the vocabulary (see loss.py)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -46,6 +47,26 @@ class Logits:
         return Distribution.of(logits, out=self.block.rows(logits.shape[0]))
 
 
+class TeacherChunk(ABC):
+    """A teacher's distributions over the predictions of one chunk at a time."""
+
+    @abstractmethod
+    def turn_to(self, rows: Tensor) -> None:
+        """Take up these predictions, [chunk] int64: what the main head learns from."""
+
+    @abstractmethod
+    def turn_to_mtp(self, rows: Tensor, counts: Tensor) -> None:
+        """What the MTP head learns from, after `turn_to` the same rows; those not in `counts`, [chunk] bool, may be garbage."""
+
+    @abstractmethod
+    def distribution(self, block: slice, student: Distribution) -> Distribution:
+        """Of a block of the chunk, [rows, vocab], valid until the next; `student`: what the student says there."""
+
+    @abstractmethod
+    def favourites(self, block: slice, distribution: Distribution) -> Tensor:
+        """The most likely tokens, [rows, 1]; `distribution`: of this block."""
+
+
 class HeadSums:
     """One head's sums and gradients over the chunks added so far.
 
@@ -58,7 +79,7 @@ class HeadSums:
     def __init__(
         self,
         student: Logits,
-        teacher: Logits | None,
+        teacher: TeacherChunk | None,
         divergence: Divergence,
         grad_head: Tensor | None,
         hidden: Tensor,
@@ -82,7 +103,7 @@ class HeadSums:
         self.tokens = torch.zeros((), dtype=torch.float64, device=hidden.device)
 
     def add(self, rows: Tensor, counts: Tensor, labels: Tensor) -> None:
-        """Add a chunk, for which the teacher's logits are there already.
+        """Add a chunk, which the teacher has turned to already.
 
         Args:
             rows: [chunk] int64, which rows of `hidden`.
@@ -119,13 +140,13 @@ class HeadSums:
         kd = distance = top1 = torch.zeros_like(lm)
         kd_gradient = None
         if self.teacher is not None:
-            teacher = self.teacher.softmax(block)
+            teacher = self.teacher.distribution(block, student)
             scratch = self.scratch[: labels.shape[0]]
             kd = teacher.kl(student, scratch)
             if self.kd_weight != 0.0:
                 distance, kd_gradient = self.divergence.value_and_gradient(teacher, student, scratch)
             if self.measures_top1:
-                favourite = teacher.log_probs.argmax(1, keepdim=True)
+                favourite = self.teacher.favourites(block, teacher)
                 top1 = (student.log_probs.gather(1, favourite).squeeze(1) == student.log_probs.amax(1)).to(lm.dtype)
         if self.has_gradient:
             gradient = student.probs.mul_(self.lm_weight)

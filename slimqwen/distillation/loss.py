@@ -9,7 +9,7 @@ weights (`LossWeights.per_token`), so that micro-batches and ranks add up to the
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from slimqwen.distillation.divergence import FORWARD_KL, Divergence, softmax_dtype
-from slimqwen.distillation.head import HeadSums, Logits, zero_where_not
+from slimqwen.distillation.head import HeadSums, Logits
+from slimqwen.distillation.signal import TeacherSignal
 from slimqwen.recipe import LossTerm
 
 
@@ -94,15 +95,6 @@ def _target_masks(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class TeacherSignal:
-    """What the teacher says about the same N predictions as the student's `Predictions` (made with `align` too)."""
-
-    hidden: Tensor  # [N, teacher_hidden]
-    head: Tensor  # [vocab, teacher_hidden], the teacher's lm_head
-    mtp_hidden: Tensor | None = None  # [N, teacher_hidden]; None: the student's MTP head learns from `hidden` too
-
-
-@dataclass(frozen=True)
 class LossWeights:
     """The coefficients of the four terms."""
 
@@ -139,7 +131,9 @@ class LossSums:
     """
 
     lm: Tensor  # cross entropy with the data
-    kd: Tensor | None  # KL(teacher || student): 0 means equal to the teacher
+    # KL(teacher || student): 0 means equal to the teacher. Of a teacher's most likely tokens (`StoredSignal`) it is the
+    # part that they and their tail show, which is never more.
+    kd: Tensor | None
     mtp_lm: Tensor | None
     mtp_kd: Tensor | None
     top1_agreement: Tensor | None  # predictions whose most likely token is the teacher's, main head
@@ -178,14 +172,14 @@ def chunked_loss(
     Only `chunk_tokens` rows of a model's logits exist at one time, and their gradient is taken while they do and in
     their place, so no [N, vocab] tensor is ever made. With the forward KL it is, per row,
     lm (softmax(student) - onehot(label)) + kd (softmax(student) - softmax(teacher)).
-    The teacher's logits serve both heads. Matrix products are in the weights' dtype, or in autocast's where that is on;
+    A live teacher's logits serve both heads. Matrix products are in the weights' dtype, or in autocast's where that is on;
     softmax and the accumulated gradient of the head are in float32 (float64 where the head is float64), sums in float64.
 
     Args:
         predictions: the student's, from `align`.
         head: [vocab, hidden], the student's lm_head, which the MTP head shares.
         weights: coefficients of sums, hence already divided: `LossWeights.per_token`. kd terms need a teacher.
-        teacher: over the same vocabulary as `head`; None trains on the data alone.
+        teacher: over the same vocabulary as `head`, live or stored; None trains on the data alone.
         divergence: what the kd terms minimise; what is reported as kd is KL(teacher || student) whatever is minimised.
         chunk_tokens: changes memory and speed, not the result (beyond rounding).
 
@@ -194,7 +188,6 @@ def chunked_loss(
         Under `torch.no_grad()` no gradient work is done.
     """
     assert teacher is not None or weights.kd == weights.mtp_kd == 0.0, "a KD term needs a teacher"
-    assert teacher is None or teacher.head.shape[0] == head.shape[0], "student and teacher must share a vocabulary"
 
     inputs = (predictions.hidden, predictions.mtp_hidden, head)
     needs_gradient = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
@@ -202,7 +195,7 @@ def chunked_loss(
     with torch.no_grad():
         if torch.is_autocast_enabled(device):
             head = head.to(torch.get_autocast_dtype(device))
-            teacher = None if teacher is None else replace(teacher, head=teacher.head.to(head.dtype))
+            teacher = None if teacher is None else teacher.cast(head.dtype)
         with torch.autocast(device, enabled=False):
             loss, sums, gradients = _sum_chunks(
                 predictions, head, weights, teacher, divergence, chunk_tokens, needs_gradient
@@ -243,10 +236,10 @@ def _sum_chunks(
     counted = predictions.main_mask.nonzero().squeeze(1)
     chunk_tokens = max(min(chunk_tokens, counted.numel()), 1)
     student = Logits(head, chunk_tokens)
-    teacher_logits = None if teacher is None else Logits(teacher.head, chunk_tokens)
+    taught = None if teacher is None else teacher.chunks(student)
 
     grad_head = torch.zeros_like(head, dtype=softmax_dtype(head)) if head_needs else None
-    shared = (student, teacher_logits, divergence, grad_head)
+    shared = (student, taught, divergence, grad_head)
     main = HeadSums(*shared, predictions.hidden, weights.lm, weights.kd, main_needs, measures_top1=True)
     mtp = None
     if predictions.mtp_hidden is not None:
@@ -254,13 +247,13 @@ def _sum_chunks(
 
     for rows in counted.split(chunk_tokens):
         labels = predictions.labels[rows]
-        if teacher is not None and teacher_logits is not None:
-            teacher_logits.project(teacher.hidden[rows])
+        if taught is not None:
+            taught.turn_to(rows)
         main.add(rows, predictions.main_mask[rows], labels)
         if mtp is not None:
             counts = predictions.mtp_mask[rows]
-            if teacher_logits is not None and teacher is not None and teacher.mtp_hidden is not None:
-                teacher_logits.project(zero_where_not(counts, teacher.mtp_hidden[rows]))
+            if taught is not None:
+                taught.turn_to_mtp(rows, counts)
             mtp.add(rows, counts, labels)
 
     has_teacher = teacher is not None

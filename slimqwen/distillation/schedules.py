@@ -2,6 +2,7 @@
 
 import math
 
+from slimqwen.distillation.course import Course
 from slimqwen.recipe import Ramp
 
 
@@ -18,11 +19,12 @@ def mtp_weight(progress: float, ramp: Ramp) -> float:
     return ramp.end + (ramp.start - ramp.end) * _cosine(progress)
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
+def learning_rate(step: int, course: Course, peak: float, final: float) -> float:
     """Learning rate of optimiser step `step`, counted from 0 over all stages of the run.
 
     Linear warm-up, in which step 0 already learns at peak / warmup_steps, to `peak` at the last warm-up step (the first
-    step if there is no warm-up); then half a cosine to `final` at the last step of the run, total_steps - 1:
+    step if there is no warm-up); then half a cosine, over the tokens that remain, to `final` at the last step of the
+    run, total_steps - 1:
 
         step               0                     warmup_steps - 1    total_steps - 1
         learning rate      peak / warmup_steps   peak                final
@@ -30,13 +32,14 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, f
     A run no longer than its warm-up only warms up: it stops on the way to `peak`, or at it, without decay. That
     keeps a short trial of a long recipe at the learning rates which the long run starts with.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    peak_step = max(warmup_steps - 1, 0)
-    decay_steps = total_steps - 1 - peak_step
-    if decay_steps <= 0:
+    if step < course.warmup_steps:
+        return peak * (step + 1) / course.warmup_steps
+    peak_step, last_step = max(course.warmup_steps - 1, 0), course.total_steps - 1
+    if last_step <= peak_step:
         return peak
-    return final + (peak - final) * _cosine((step - peak_step) / decay_steps)
+    peak_row = course.first_row(peak_step)
+    done = (course.first_row(step) - peak_row) / (course.first_row(last_step) - peak_row)
+    return final + (peak - final) * _cosine(done)
 
 
 def _cosine(progress: float) -> float:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from slimqwen.checkpoint.reader import Checkpoint
@@ -35,7 +36,7 @@ def load_sharded(
     mixed_precision = trains and device.type == "cuda"
     shard(model, ranks, mixed_precision=mixed_precision, reshard_after_forward=reshard_after_forward)
     _allocate(model, device)
-    _fill(model, checkpoint)
+    fill(model.held(), checkpoint)
     return model
 
 
@@ -54,9 +55,9 @@ def _allocate(model: MtpCausalLM, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _fill(model: MtpCausalLM, checkpoint: Checkpoint) -> None:
+def fill(held: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint into tensors that go by their names in the model, whole or sharded: each rank its own rows."""
     family, config = checkpoint.family, checkpoint.config
-    held = model.held()
     filled = set()
     for block in family.blocks(config):
         for name in block.module_tensors():
@@ -89,8 +90,22 @@ def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all its shards put together (or, of a norm, added up): asked for by all ranks at once."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The tensor itself, or all its shards put together: asked for by all ranks at once.
+
+    `expert_ranks` cut a stack of experts before FSDP, whose dimension is the mesh's first, cuts what each rank has. This
+    undoes one after the other, FSDP's first; `DTensor.full_tensor` fails where that cut is uneven.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh, rows = tensor.device_mesh, tensor.to_local()
+    dims = [dim for dim, placement in enumerate(tensor.placements) if placement != Replicate()]
+    for position, dim in enumerate(dims):
+        parts = prod(mesh.size(later) for later in dims[position + 1 :])
+        assert mesh.mesh_dim_names is not None
+        part = torch.empty(tensor.shape[0] // parts, *tensor.shape[1:], device="meta")
+        line = mesh[mesh.mesh_dim_names[dim]]
+        rows = DTensor.from_local(rows, line, [Shard(0)], shape=part.shape, stride=part.stride()).full_tensor()
+    return rows
 
 
 class Gathered(Mapping[str, Tensor]):

@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 
 from slimqwen.data.stream import Batch
-from slimqwen.distillation.loss import TeacherSignal, align
+from slimqwen.distillation.loss import align
+from slimqwen.distillation.signal import LiveSignal, TeacherSignal
 from slimqwen.modeling.model import MtpCausalLM
 
 
@@ -26,8 +27,8 @@ class LiveTeacher:
         self.teaches_mtp = teaches_mtp
 
     @torch.no_grad()
-    def signal(self, batch: Batch) -> TeacherSignal:
+    def signal(self, batch: Batch) -> LiveSignal:
         """Its final hidden states and head; its logits exist only a chunk at a time, inside the loss."""
         hidden = self.model(batch.tokens, with_mtp=self.teaches_mtp)
         aligned = align(batch.tokens, hidden.main, hidden.mtp, batch.mask)
-        return TeacherSignal(aligned.hidden, self.model.head, aligned.mtp_hidden)
+        return LiveSignal(aligned.hidden, self.model.head, aligned.mtp_hidden)

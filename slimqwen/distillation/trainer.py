@@ -9,8 +9,11 @@ import torch
 
 from slimqwen.data.stream import Batch, RowStream
 from slimqwen.distillation import schedules
+from slimqwen.distillation.average import Average
 from slimqwen.distillation.balance import expert_counts, load_balancing_loss
+from slimqwen.distillation.course import course_of
 from slimqwen.distillation.divergence import Divergence
+from slimqwen.distillation.guard import Guard
 from slimqwen.distillation.loss import (
     LossSums,
     LossWeights,
@@ -19,18 +22,23 @@ from slimqwen.distillation.loss import (
     chunked_loss,
     count_targets,
 )
-from slimqwen.distillation.optimizer import build_optimizer
-from slimqwen.distillation.parallel import ALONE, Ranks
-from slimqwen.distillation.sharded import whole
+from slimqwen.distillation.optimizer import build_optimizer, parts_of, set_learning_rate, trained_parameters
+from slimqwen.distillation.parallel import ALONE, Ranks, clip_grad_norm
 from slimqwen.distillation.teacher import Teacher
 from slimqwen.errors import StageFailed
 from slimqwen.families import Config, Family
+from slimqwen.modeling.kernels import BATCHED_EXPERTS
 from slimqwen.modeling.model import MtpCausalLM
 from slimqwen.modeling.routing import Routing, observe_routing
 from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe
 
 MAX_SKIPPED_IN_A_ROW = 10  # more is no bad batch but a model that is lost
+MAX_ROLLBACKS = 10  # of one training
+
+
+class BadStep(Exception):
+    """A step that must not count, in words; the recipe says to go back to the last saved state."""
 
 
 @dataclass(frozen=True)
@@ -76,37 +84,41 @@ class Trainer:
         self.stream = stream
         self.recipe = recipe
         self.span = span
+        self.course = course_of(recipe, stream.sequence_length, span.total_steps)
         self.ranks = ranks
-        self.skipped_in_a_row = 0
+        self.guard = Guard(recipe.spike_factor)
         self.micro_batch_size = recipe.micro_batch_size or recipe.batch_size
         self.divergence = Divergence(recipe.divergence, recipe.temperature, recipe.jsd_beta)
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
         # Without an MTP term the module gets no gradient: it stays as it is, and has no optimiser state.
-        self.parameters = student.model.tensors(with_mtp=self.with_mtp)
+        parts = parts_of(student.family, student.config)
+        self.parameters = trained_parameters(student.model, parts, recipe, with_mtp=self.with_mtp)
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = build_optimizer(self.parameters, recipe)
+        self.optimizer = build_optimizer(self.parameters, parts, recipe)
+        self.average: Average | None = None
+        if recipe.ema_decay is not None:
+            self.average = Average(self.parameters.values(), self.optimizer, recipe.ema_decay)
         self.blocks = [b for b in student.family.moe_blocks(student.config) if self.with_mtp or not b.is_mtp]
+        student.model.set_experts_implementation(BATCHED_EXPERTS)
         if recipe.activation_checkpointing:
             student.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimiser step over `batch_size` rows; returns the means of its loss terms and its settings.
+        """One optimiser step over its rows (`Course`); returns the means of its loss terms and its settings.
 
-        If the loss or the gradient is not finite the optimiser does not move: the step is left out, or StageFailed is
-        raised, as `on_bad_step` says.
+        The optimiser does not move in a bad step (`Guard`): it is left out, or StageFailed or BadStep is raised, as
+        `on_bad_step` says.
         """
         recipe = self.recipe
-        progress = step / max(self.span.total_steps - 1, 1)
+        progress = self.course.progress(step)
         kd_weight = schedules.kd_weight(progress, recipe.kd_weight)
         mtp_weight = schedules.mtp_weight(progress, recipe.mtp_weight)
-        learning_rate = schedules.learning_rate(
-            step, self.span.total_steps, recipe.warmup_steps, recipe.learning_rate, recipe.final_learning_rate
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        learning_rate = schedules.learning_rate(step, self.course, recipe.learning_rate, recipe.final_learning_rate)
+        set_learning_rate(self.optimizer, learning_rate)
 
-        rows = recipe.batch_size // self.ranks.size
-        batch = self.stream.batch(step * recipe.batch_size + self.ranks.rank * rows, rows).to(self.device)
+        rows = self.course.rows(step) // self.ranks.size
+        first_row = self.course.first_row(step) + self.guard.rows_left_out(step)
+        batch = self.stream.batch(first_row + self.ranks.rank * rows, rows).to(self.device)
         targets = self.ranks.total(torch.tensor(count_targets(batch.tokens, batch.mask)))
         main_targets, mtp_targets = targets.tolist()
         weights = LossWeights.from_terms(recipe.terms, kd_weight, mtp_weight).per_token(main_targets, mtp_targets)
@@ -125,7 +137,7 @@ class Trainer:
             sums = micro_sums if sums is None else sums + micro_sums
         assert sums is not None
 
-        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.max_grad_norm)))
+        grad_norm = clip_grad_norm(self.parameters.values(), recipe.max_grad_norm)
         loss_value, balance_value = self.ranks.total(losses).tolist()
         values = {
             "loss": loss_value,
@@ -136,21 +148,28 @@ class Trainer:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
         }
-        if math.isfinite(loss_value) and math.isfinite(grad_norm):
+        problem = self.guard.problem(loss_value, grad_norm)
+        if problem is None:
             self.optimizer.step()
-            self.skipped_in_a_row = 0
+            if self.average is not None:
+                self.average.update(step - self.span.first_step)
+            self.guard.accept(loss_value)
             return values
-        self.leave_out(step, f"loss {loss_value:g}, gradient norm {grad_norm:g}")
+        self.leave_out(step, problem)
         return {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": 1}
 
     def leave_out(self, step: int, problem: str) -> None:
-        """Say that a step is skipped. Raises StageFailed where it must not be, or too many were before it."""
-        if self.recipe.on_bad_step == "stop" or self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        """Say that a step is skipped. Raises StageFailed where it must not be, or too many were before it, and BadStep
+        where training goes back."""
+        too_many = len(self.guard.rollbacks) == MAX_ROLLBACKS or self.guard.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
+        if self.recipe.on_bad_step == "stop" or too_many:
             raise StageFailed(
                 f"training stopped before optimiser step {step}: {problem}. "
                 "The last saved state is intact; lower distil.learning_rate or look at the data of this step."
             )
-        self.skipped_in_a_row += 1
+        if self.recipe.on_bad_step == "roll_back":
+            raise BadStep(problem)
+        self.guard.skipped_in_a_row += 1
         if self.ranks.is_first:
             say(f"optimiser step {step} is left out: {problem}")
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from slimqwen.data.store import heldout_stream
 from slimqwen.data.stream import Batch
 from slimqwen.distillation.balance import expert_counts
-from slimqwen.distillation.loss import LossWeights, Predictions, TeacherSignal, align, chunked_loss
+from slimqwen.distillation.loss import LossWeights, Predictions, align, chunked_loss
+from slimqwen.distillation.signal import LiveSignal
 from slimqwen.families import Config, Family
 from slimqwen.modeling.model import MtpCausalLM
 from slimqwen.modeling.routing import observe_routing
@@ -86,7 +87,7 @@ def compare(model: Recording, teacher: Recording | None) -> dict[str, float]:
     signals = (
         [None] * len(model.predictions)
         if teacher is None
-        else [TeacherSignal(said.hidden, teacher.head) for said in teacher.predictions]
+        else [LiveSignal(said.hidden, teacher.head) for said in teacher.predictions]
     )
     sums = [
         chunked_loss(predictions, model.head, ONLY_MEASURED, teacher=signal, chunk_tokens=CHUNK_TOKENS)[1]

@@ -9,7 +9,7 @@ from copy import deepcopy
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from slimqwen.families import Family
@@ -46,6 +46,7 @@ class MtpModule(nn.Module):
         next_embeddings: torch.Tensor,
         rotary: nn.Module,
         attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         """One prediction step for every position.
 
@@ -54,19 +55,27 @@ class MtpModule(nn.Module):
             next_embeddings: Emb(t_{i+1}), [batch, seq, hidden].
             rotary: the backbone's rotary embedding.
             attention_mask: 1 for real tokens, [batch, seq]; None where there is no padding.
+            past_key_values: this module's own cache of the positions before these, which gets these too; None: no such.
         Returns:
             Hidden state for lm_head that predicts t_{i+2}, [batch, seq, hidden].
         """
         joined = torch.cat([self.pre_fc_norm_embedding(next_embeddings), self.pre_fc_norm_hidden(hidden)], dim=-1)
         x = self.fc(joined)
-        position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=None,
+            past_key_values=past_key_values,
             position_ids=position_ids,
         )
         for layer in self.layers:
-            x = layer(x, position_embeddings=rotary(x, position_ids), attention_mask=mask, position_ids=position_ids)
+            x = layer(
+                x,
+                position_embeddings=rotary(x, position_ids),
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+            )
         return self.norm(x)

@@ -9,7 +9,7 @@ from rich.table import Table
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.families import Config, Family
 from slimqwen.families.count import Counts, count
-from slimqwen.planning.footprint import Footprint, footprint
+from slimqwen.planning.footprint import Footprint, TrainingSettings, footprint
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
 
@@ -45,12 +45,13 @@ def compare(
     Raises UserError for a target larger than the source.
     """
     after = target_config(family, config, completed(family, target, config), layers)
+    training = TrainingSettings(gpus=gpus)
     return Comparison(
         before=count(family, config),
         after=count(family, after),
         footprint=Footprints(
-            before=footprint(family, config, config, context_length, gpus),
-            after=footprint(family, after, config, context_length, gpus),
+            before=footprint(family, config, config, context_length, training),
+            after=footprint(family, after, config, context_length, training),
         ),
     )
 
@@ -83,23 +84,19 @@ def comparison_table(comparison: Comparison) -> str:
     row(f"forward FLOPs per token at {tokens} [4]", old.forward_flops_per_token, new.forward_flops_per_token, _in_flops)
 
     train, trained = old.training, new.training
-    row(f"training, per GPU of {train.gpus} [5]", train.total_bytes, trained.total_bytes, bytes_in_words)
-    row("  student, gradients, AdamW", train.student_bytes, trained.student_bytes, bytes_in_words)
-    row("  teacher", train.teacher_bytes, trained.teacher_bytes, bytes_in_words)
-    row("  gathered layers", train.gathered_bytes, trained.gathered_bytes, bytes_in_words)
-    row("  loss", train.loss_bytes, trained.loss_bytes, bytes_in_words)
-    row(
-        "  + activations per token",
-        train.activation_bytes_per_token,
-        trained.activation_bytes_per_token,
-        bytes_in_words,
-    )
-    row(
-        "  + or, with checkpointing",
-        train.checkpointed_activation_bytes_per_token,
-        trained.checkpointed_activation_bytes_per_token,
-        bytes_in_words,
-    )
+    settings = train.settings
+    row(f"training, per GPU of {settings.gpus} [5]", train.peak_bytes, trained.peak_bytes, bytes_in_words)
+    for name, field in (
+        ("student and AdamW's moments", "student_bytes"),
+        ("gradients", "gradient_bytes"),
+        ("teacher", "teacher_bytes"),
+        ("gathered layers", "gathered_bytes"),
+        ("loss", "loss_bytes"),
+        (f"activations of {settings.tokens:,} tokens", "activation_bytes"),
+    ):
+        row(f"  {name}", getattr(train, field), getattr(trained, field), bytes_in_words)
+    peaks = (old.checkpointed_training.peak_bytes, new.checkpointed_training.peak_bytes)
+    row("  with activation_checkpointing", *peaks, bytes_in_words)
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table)
@@ -117,8 +114,9 @@ def footnotes(costs: Footprint) -> str:
             f"[3] One sequence; {costs.dtype}, but DeltaNet's recurrent state in float32, as Transformers keeps it; without MTP.",
             "[4] Mean over a prefill of that length: 2 per multiply-add of a matrix with a token (embedding looked up), of",
             "    attention with the past, and 4 multiply-adds per element of the recurrent state; without MTP.",
-            "[5] Predicted, not measured: distilling from the model before, sharded (FSDP2), MTP included. Student in float32",
-            "    (16 bytes per parameter), teacher in bfloat16; activations come on top, per token of a GPU's micro-batch.",
+            "[5] Predicted (not measured on a GPU): the peak of distilling from the model before, one row per forward pass and GPU,",
+            "    sharded (FSDP2), MTP included; student in float32 (16 bytes per parameter), teacher in bfloat16. Gradients and",
+            "    activations peak at different moments: the parts add up to more.",
         )
     )
 

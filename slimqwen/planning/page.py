@@ -62,7 +62,7 @@ def formulas(family: Family, config: Config) -> dict[str, Any]:
     blocks: the distinct kinds of block, each a mapping of quantities to polynomials, [[axis names], coefficient]. layers:
     the kind of each decoder layer; the first ones stay. around and mtp: kinds of the blocks beside the layers.
     """
-    axes = {axis: Polynomial.unknown(axis.name) for axis in family.sizes(config)}
+    axes: dict[Axis, Any] = {axis: Polynomial.unknown(axis.name) for axis in family.sizes(config)}
     kinds: list[dict[str, Any]] = []
 
     def kind(block: Block) -> int:
@@ -103,7 +103,7 @@ def _sliders(family: Family, config: Config) -> dict[str, dict[str, int]]:
     return sliders
 
 
-def _block_formulas(block: Block, axes: dict[Axis, Polynomial]) -> dict[str, Any]:
+def _block_formulas(block: Block, axes: dict[Axis, Any]) -> dict[str, Any]:
     """A block's quantities: parameters, matrices that a token multiplies with, what is remembered (`footprint`)."""
     parts, met = parameters([block], axes), parameters([block], axes, min_dims=2)
     state = state_elements([block], axes)

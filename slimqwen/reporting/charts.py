@@ -75,7 +75,10 @@ def part_colours(parts: Sequence[str]) -> dict[str, str]:
 
 
 def learning_curves(runs: Mapping[str, Steps], field: str, quantity: str, *, logarithmic: bool = False) -> go.Figure:
-    """One logged quantity of every run against tokens: a light moving mean, the raw values faint behind it."""
+    """One logged quantity of every run against tokens: a moving mean, the raw values faint behind it.
+
+    Diamonds: the same on held-out text, where it was measured during training.
+    """
     figure = go.Figure()
     for run, steps in runs.items():
         if not steps.has(field):
@@ -100,6 +103,17 @@ def learning_curves(runs: Mapping[str, Steps], field: str, quantity: str, *, log
             name=escape(title_of(run)),
             hovertemplate="%{y:.3f}",
         )
+        heldout = steps.values.get(f"heldout_{field}")
+        if heldout is not None and np.isfinite(heldout).any():
+            measured = np.flatnonzero(np.isfinite(heldout))
+            figure.add_scatter(
+                x=steps.tokens[measured],
+                y=heldout[measured].astype(np.float32),
+                mode="markers",
+                marker=line | {"size": 6, "symbol": "diamond"},
+                name=f"{escape(title_of(run))}, held-out",
+                hovertemplate="%{y:.3f}",
+            )
     _mark_stages(figure, runs)
     figure.update_xaxes(title="training tokens", tickformat="~s", rangemode="tozero")
     figure.update_yaxes(title=quantity)

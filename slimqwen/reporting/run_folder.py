@@ -33,6 +33,9 @@ class StepMetrics(Line):
     lm: float | None = None
     kd: float | None = None
     mtp_kd: float | None = None
+    heldout_lm: float | None = None  # these where it was measured on the way
+    heldout_kd: float | None = None
+    heldout_mtp_kd: float | None = None
     kd_weight: float | None = Field(None, alias="lambda")
     mtp_weight: float | None = Field(None, alias="beta")
     learning_rate: float | None = None
@@ -155,6 +158,7 @@ def _columns(lines: list[StepMetrics]) -> dict[str, Steps]:
         runs.setdefault(line.run, []).append(line)
     fields = {"lm": "lm", "kd": "kd", "mtp_kd": "mtp_kd", "lambda": "kd_weight", "beta": "mtp_weight"}
     fields["learning_rate"] = "learning_rate"
+    fields |= {f"heldout_{field}": f"heldout_{field}" for field in ("lm", "kd", "mtp_kd")}
 
     def column(entries: list[StepMetrics], name: str) -> charts.Column:
         return np.array([getattr(entry, name) for entry in entries], dtype=np.float64)  # None becomes NaN

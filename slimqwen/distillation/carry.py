@@ -1,0 +1,115 @@
+"""AdamW's moments carried over a stage's cut: cut by the same plan and table as the weights that they belong to.
+
+A cut selects, and so do the moments, index by index. Where experts are merged, E~ = sum_i w_i E_i, both moments are
+merged with the same weights w_i. Of the first, a mean of gradients, that is the same linear map. Of the second, a mean of
+squared gradients, it is an upper bound whatever the correlation of the members' gradients, since a square is convex:
+(sum_i w_i g_i)^2 <= sum_i w_i g_i^2. So no merged update is larger than those it comes from; with w_i^2, right for
+independent gradients, one could be.
+"""
+
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor
+
+from slimqwen.artifacts import atomic_folder, write_json
+from slimqwen.checkpoint.config import read_json
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.distillation.sharded import fill
+from slimqwen.errors import UserError
+from slimqwen.planning.plan import Plan
+from slimqwen.pruning.planned import planned_cut
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEPS_FILE = "steps.json"
+
+
+class Moments(Checkpoint):
+    """One moment of a saved training state, read as if it were a checkpoint: float32, experts stacked.
+
+    What was not trained (a frozen part, a vision tower, a buffer) has no moment and reads as zeros.
+
+    Args:
+        state: the folder of one state, `.NAME.state/step-N`.
+        trained: the checkpoint that the training wrote, whose tensors it has.
+    """
+
+    def __init__(self, state: Path, moment: str, trained: Checkpoint) -> None:
+        # Not Checkpoint's own beginning: the names are the module's, and a tensor may lie in the files of many ranks.
+        self.folder = state
+        self.moment = moment
+        self.family, self.config = trained.family, trained.config
+        self.layouts = dict.fromkeys(trained.layouts, "fused")
+        self.specs = {spec.name: spec for spec in self.family.tensors(self.config, self.layouts)}
+        self._pieces: dict[str, list[tuple[int, Path]]] = {}
+        for index, where in dcp.HuggingFaceStorageReader(str(state)).read_metadata().storage_data.items():
+            first_row = index.offset[0] if index.offset else 0
+            self._pieces.setdefault(index.fqn, []).append((first_row, Path(where.relative_path)))
+        files = {file for pieces in self._pieces.values() for _, file in pieces}
+        self._handles = {file: safe_open(file, framework="pt") for file in files}
+        self._joined = lru_cache(maxsize=2)(self._join)  # a layer's experts come by turns out of two stacks
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> Tensor:
+        """The moment of one weight; a view of the mapped file where one process saved it."""
+        key = f"{self.moment}.{self.family.module_name(name, self.config)}"
+        if key not in self._pieces:
+            return torch.zeros(self.specs[name].shape)
+        with self._lock:
+            return self._joined(key)
+
+    def steps(self) -> float:
+        """Steps that AdamW has made: the same of every parameter."""
+        return float(self._join(next(key for key in self._pieces if key.startswith("step."))))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def _join(self, key: str) -> Tensor:
+        """The pieces of all ranks, which have rows each."""
+        pieces: list[Tensor] = [self._handles[file].get_tensor(key) for _, file in sorted(self._pieces[key])]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "moments") -> Path:
+    """Cut the moments that a training ended with as `plan` cuts its result; `out` is for `distil(moments=...)`.
+
+    It holds `exp_avg` and `exp_avg_sq`, each in the form of a checkpoint of the cut model, and the number of steps.
+    Streamed, like a cut of weights.
+
+    Args:
+        states: the folder of the training's saved states, `.NAME.state`.
+        trained: the checkpoint that it wrote.
+
+    Raises UserError where the states are gone.
+    """
+    saved = sorted(states.glob("step-*"))
+    if not saved:
+        raise UserError(
+            f"{states} has no training state, whose moments distil.optimizer_state carry takes along: remove {trained} to train "
+            "it again, or set optimizer_state: reset."
+        )
+    source = Checkpoint(trained)
+    with atomic_folder(out) as folder:
+        for name in MOMENTS:
+            moments = Moments(saved[-1], name, source)
+            (folder / name).mkdir()
+            planned_cut(moments, Plan.load(plan)).write(folder / name, f"{title}/{name}")
+        write_json(folder / STEPS_FILE, {"steps": moments.steps()})
+    return out
+
+
+@torch.no_grad()
+def take_moments(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Put carried moments into AdamW, each rank its own rows."""
+    for name in MOMENTS:
+        fill(
+            {own: optimizer.state[parameter][name] for own, parameter in parameters.items()}, Checkpoint(folder / name)
+        )
+    for parameter in parameters.values():
+        optimizer.state[parameter]["step"].fill_(read_json(folder / STEPS_FILE)["steps"])

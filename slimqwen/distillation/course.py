@@ -1,0 +1,104 @@
+"""The course of a run: how many sequences each optimiser step trains on, and how far that brings it."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from math import ceil, floor
+
+from slimqwen.recipe import DistilRecipe
+
+DEFAULT_WARMUP_STEPS = 2000  # the paper's
+
+
+@dataclass(frozen=True)
+class Level:
+    """Steps of `rows` rows (sequences) each, from `first_step` on, which begins with row `first_row`."""
+
+    first_step: int
+    first_row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """Steps, rows and tokens of a whole run, over all its stages. Rows are numbered in the order of the training data.
+
+    A batch that grows from 1 row to 3 over 8 tokens, in a run of 20 tokens and rows of 2:
+
+        step     0    1    2    3      4
+        rows     0    1    2 3  4 5 6  7 8 9
+    """
+
+    levels: tuple[Level, ...]
+    sequence_length: int
+    total_steps: int
+    warmup_steps: int
+
+    def rows(self, step: int) -> int:
+        """Number of rows that a step trains on."""
+        return self._level(step).rows
+
+    def first_row(self, step: int) -> int:
+        """The first of them; so many there are before the step."""
+        level = self._level(step)
+        return level.first_row + (step - level.first_step) * level.rows
+
+    def tokens(self, step: int) -> int:
+        """Tokens trained on before a step."""
+        return self.first_row(step) * self.sequence_length
+
+    def progress(self, step: int) -> float:
+        """How far the run is at a step, by tokens: 0 at its first step, 1 at its last."""
+        return self.first_row(step) / max(self.first_row(self.total_steps - 1), 1)
+
+    def passes(self, step: int, tokens: int) -> bool:
+        """Whether the tokens trained on reach a multiple of `tokens` in a step."""
+        return self.tokens(step + 1) // tokens > self.tokens(step) // tokens
+
+    def step_fractions(self, token_fractions: Sequence[float]) -> list[float]:
+        """Shares of the run's tokens, one after another, as shares of its steps."""
+        if len(self.levels) == 1:
+            return list(token_fractions)
+        rows = self.first_row(self.total_steps)
+        ends = [float(_steps_to(self.levels, share * rows)) / self.total_steps for share in accumulate(token_fractions)]
+        return [end - start for start, end in pairwise([0.0, *ends])]
+
+    def _level(self, step: int) -> Level:
+        return self.levels[bisect_right(self.levels, step, key=lambda level: level.first_step) - 1]
+
+
+def course_of(recipe: DistilRecipe, sequence_length: int, total_steps: int | None = None) -> Course:
+    """The course that a recipe describes. total_steps: None for the whole steps that its tokens pay for."""
+    levels = _levels(recipe, sequence_length)
+    if total_steps is None:
+        total_steps = floor(_steps_to(levels, recipe.tokens // sequence_length))
+    if recipe.warmup_tokens is not None:
+        warmup_steps = ceil(_steps_to(levels, Fraction(recipe.warmup_tokens, sequence_length)))
+    else:
+        warmup_steps = DEFAULT_WARMUP_STEPS if recipe.warmup_steps is None else recipe.warmup_steps
+    return Course(levels, sequence_length, total_steps, warmup_steps)
+
+
+def _levels(recipe: DistilRecipe, sequence_length: int) -> tuple[Level, ...]:
+    """The sizes of the batch: multiples of the ramp's start, each until its part of the ramp's tokens is passed."""
+    ramp = recipe.batch_size_ramp
+    if ramp is None:
+        return (Level(0, 0, recipe.batch_size),)
+    levels, step, row = [], 0, 0
+    increments = recipe.batch_size // ramp.start - 1
+    for number in range(1, increments + 1):
+        rows = number * ramp.start
+        end = Fraction(ramp.tokens * number, increments * sequence_length)
+        steps = max(ceil((end - row) / rows), 0)
+        if steps:  # a step may pass the end of more than one part
+            levels.append(Level(step, row, rows))
+        step, row = step + steps, row + steps * rows
+    return (*levels, Level(step, row, recipe.batch_size))
+
+
+def _steps_to(levels: Sequence[Level], row: Fraction | float) -> Fraction:
+    """How many steps train on the rows before `row`."""
+    level = levels[bisect_right(levels, row, key=lambda level: level.first_row) - 1]
+    return level.first_step + (Fraction(row) - level.first_row) / level.rows

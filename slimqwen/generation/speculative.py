@@ -1,0 +1,215 @@
+"""Self-speculative decoding: the MTP module drafts a few tokens, the backbone verifies them in one forward pass."""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+from transformers import DynamicCache
+
+from slimqwen.errors import StageFailed, UserError
+from slimqwen.generation.sampling import GREEDY, Sampling, accept, draw
+from slimqwen.generation.state import Reader
+from slimqwen.modeling.model import MtpCausalLM
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens, and how they came about. Lists by depth have one entry for each draft in a row, the first first.
+
+    tokens: what follows the prompt; the last is an end-of-text token if `stopped` says so. verifications: forward
+    passes of the backbone after the prompt's. proposed_by_depth: verifications in which the MTP module drafted that
+    far. reached_by_depth: those in which all earlier drafts were accepted. accepted_by_depth: those in which this one
+    was, too. prompt_seconds: until the first token. seconds: from the first token to the last, drafting included, the
+    MTP module's own pass over the prompt too.
+    """
+
+    tokens: list[int]
+    stopped: Literal["end_of_text", "max_new_tokens", "context"]
+    verifications: int
+    proposed_by_depth: list[int]
+    reached_by_depth: list[int]
+    accepted_by_depth: list[int]
+    prompt_seconds: float
+    seconds: float
+
+    @property
+    def cumulative_acceptance(self) -> list[float]:
+        """acc_k: share of verifications that accepted the first k + 1 drafts, of those that had so many."""
+        return _shares(self.accepted_by_depth, self.proposed_by_depth)
+
+    @property
+    def conditional_acceptance(self) -> list[float]:
+        """Share of drafts accepted at depth k, of those whose earlier drafts all were."""
+        return _shares(self.accepted_by_depth, self.reached_by_depth)
+
+    @property
+    def tokens_per_verification(self) -> float | None:
+        """Tokens that a forward pass of the backbone yields: 1 in plain decoding. None where the prompt's was enough."""
+        return (len(self.tokens) - 1) / self.verifications if self.verifications else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """After the first token. None where there is only that."""
+        return (len(self.tokens) - 1) / self.seconds if self.verifications else None
+
+
+def _shares(counts: list[int], of: list[int]) -> list[float]:
+    """Up to the first depth that never came about."""
+    return [count / total for count, total in zip(counts, of, strict=True) if total]
+
+
+@torch.inference_mode()
+def speculate(
+    model: MtpCausalLM,
+    prompt: Tensor,
+    *,
+    draft: int,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    end_of_text: Collection[int] = (),
+    emit: Callable[[list[int]], None] | None = None,
+) -> Generation:
+    """Continue one prompt; with the same distribution, and greedily the same tokens, whatever `draft` is.
+
+    Each round, with the tokens up to t_n chosen and those before t_n read: the MTP module drafts d_1 .. d_draft, the
+    backbone reads t_n d_1 .. d_draft at once, the first drafts that `accept` lets pass are kept, with one more token
+    from the backbone itself, and everything behind is forgotten. draft 0 is plain decoding, one token per pass.
+
+    Exact but for rounding: a forward pass of several tokens sums in another order than one of a single token, and
+    where two logits differ by less than that (below 1e-4 in float32, far more in bfloat16) the greedy choice can flip.
+
+    Args:
+        prompt: int64 [prompt], on the model's device.
+        draft: tokens to draft before each verification; 0 without an MTP module.
+        max_new_tokens: how many to generate at most; fewer where the context ends, or at end-of-text.
+        seed: of the random numbers, which temperature 0 does without.
+        end_of_text: ids after which generation stops.
+        emit: is given the new tokens as soon as they are certain.
+    Raises:
+        UserError: a prompt that is empty or leaves no room in the context; drafts asked of a model without MTP.
+        StageFailed: logits that are not finite.
+    """
+    room = min(max_new_tokens, _context_left(model, prompt))
+    if draft > 0 and model.mtp is None:
+        raise UserError("this checkpoint has no MTP module to draft with: use a draft of 0, which is plain decoding.")
+    generator = Generator(prompt.device).manual_seed(seed)
+    drafter = Drafter(model, sampling, generator)
+    reader = Reader(model.backbone)
+    proposed, reached, accepted_at = [0] * draft, [0] * draft, [0] * draft
+    tokens: list[int] = []
+    verifications = 0
+
+    started = time.perf_counter()
+    hidden = reader.read(prompt[None])
+    logits = hidden[0, -1] @ model.head.T
+    if not logits.isfinite().all():
+        raise StageFailed("the model's logits after the prompt are not finite: its weights are broken.")
+    new = [int(draw(sampling.probabilities(logits), generator))]
+    following = torch.cat([prompt[1:], prompt.new_tensor(new)])
+    first_token = time.perf_counter()
+    while True:
+        new = _up_to_end(new, end_of_text)
+        tokens += new
+        if emit is not None:
+            emit(new)
+        if new[-1] in end_of_text or len(tokens) == room:
+            break
+
+        depth = min(draft, room - len(tokens) - 1)  # the backbone always adds one token of its own
+        drafts, drafted = drafter.draft(hidden, following, depth)
+        piece = torch.cat([following[-1:], drafts])[None]
+        hidden = reader.read_revocably(piece) if draft else reader.read(piece)
+        accepted, own = accept(sampling.probabilities(hidden[0] @ model.head.T), drafted, drafts, generator)
+        if draft:
+            reader.forget(depth - accepted)
+        hidden = hidden[:, : accepted + 1]
+        following = torch.cat([drafts[:accepted], drafts.new_tensor([own])])
+        new = following.tolist()
+
+        verifications += 1
+        for k in range(depth):
+            proposed[k] += 1
+            reached[k] += k <= accepted
+            accepted_at[k] += k < accepted
+    ended = time.perf_counter()
+    return Generation(
+        tokens=tokens,
+        stopped=_reason(tokens, end_of_text, max_new_tokens),
+        verifications=verifications,
+        proposed_by_depth=proposed,
+        reached_by_depth=reached,
+        accepted_by_depth=accepted_at,
+        prompt_seconds=first_token - started,
+        seconds=ended - first_token,
+    )
+
+
+class Drafter:
+    """The MTP module with its own key-value cache, so that a draft costs one step of one layer.
+
+    The recursion is that of serving engines (vLLM, SGLang). The cache holds what the module makes of the backbone's own
+    hidden states: entry i of (h_i, t_{i+1}), with which depth 0 drafts t_{i+2}. Deeper drafts run the newest token alone
+    through it, with the module's own last output in place of h:
+
+        m^0 = mtp(h_i, Emb(t_{i+1})),  m^k = mtp(m^{k-1}, Emb(d_k)) at position i + k  ->  d_{k+1}
+
+    The entries of deeper drafts are dropped again: the next round makes these positions from the backbone's hidden
+    states. acceptance.accepted_drafts differs at depth 1 and beyond, where it attends to depth k's own outputs at all
+    earlier positions; depth 0 is the same.
+    """
+
+    def __init__(self, model: MtpCausalLM, sampling: Sampling, generator: Generator) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._generator = generator
+        self._cache = DynamicCache()
+
+    def draft(self, hidden: Tensor, following: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The next `count` drafts, int64 [count], and the distributions they were drawn from, [count, vocab].
+
+        hidden: the backbone's hidden states that were not given before, [1, seq, hidden]; following: the token after
+        each of them, int64 [seq].
+        """
+        head = self._model.head
+        if count == 0:
+            return following[:0], head.new_empty(0, len(head), dtype=torch.float32)
+        mtp, decoder = self._model.mtp, self._model.backbone.get_decoder()
+        assert mtp is not None, "there is no MTP module to draft with"
+        drafts, drafted = [], []
+        for _ in range(count):
+            embeddings = decoder.embed_tokens(following)[None]
+            hidden = mtp(hidden, embeddings, decoder.rotary_emb, past_key_values=self._cache)[:, -1:]
+            drafted.append(self._sampling.probabilities(hidden[0, 0] @ head.T))
+            following = draw(drafted[-1], self._generator)
+            drafts.append(following)
+        self._cache.crop(1 - count)
+        return torch.cat(drafts), torch.stack(drafted)
+
+
+def _context_left(model: MtpCausalLM, prompt: Tensor) -> int:
+    context: int = model.backbone.get_decoder().config.max_position_embeddings
+    if len(prompt) == 0:
+        raise UserError("the prompt has no tokens: give at least one character to continue.")
+    if len(prompt) >= context:
+        raise UserError(
+            f"the prompt has {len(prompt):,} tokens and the model a context of {context:,}: shorten the prompt to "
+            f"fewer than {context:,} tokens."
+        )
+    return context - len(prompt)
+
+
+def _up_to_end(new: list[int], end_of_text: Collection[int]) -> list[int]:
+    ends = (i for i, token in enumerate(new) if token in end_of_text)
+    return new[: next(ends, len(new)) + 1]
+
+
+def _reason(
+    tokens: list[int], end_of_text: Collection[int], max_new_tokens: int
+) -> Literal["end_of_text", "max_new_tokens", "context"]:
+    if tokens[-1] in end_of_text:
+        return "end_of_text"
+    return "max_new_tokens" if len(tokens) == max_new_tokens else "context"

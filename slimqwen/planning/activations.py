@@ -1,0 +1,110 @@
+"""What the backward pass needs of one token in one block, from the axis table: bytes that autograd keeps.
+
+Counted after what PyTorch saves of Transformers' layers (5.23), operation by operation; tests/test_training_memory.py
+holds the sums to the tensors that are really alive.
+"""
+
+from dataclasses import dataclass
+
+from slimqwen.families.axes import Axis, Read, Sizes, Term, size
+from slimqwen.families.family import Block, Table
+
+FLOAT32 = 4
+CHUNK_TOKENS = 64  # of the chunked delta rule, in Transformers' reference and in flash-linear-attention
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a device computes.
+
+    compute_bytes: of a matrix product's operands. casts: each product gets a copy of its input in that dtype (autocast
+    over a float32 residual stream); without it the products of one input share it. fused_deltanet: the delta rule runs
+    in flash-linear-attention's kernels, which keep their inputs, and not in the reference, which keeps float32 chunks.
+    """
+
+    compute_bytes: int
+    casts: bool
+    fused_deltanet: bool
+
+
+CPU = Precision(compute_bytes=4, casts=False, fused_deltanet=False)
+GPU = Precision(compute_bytes=2, casts=True, fused_deltanet=True)
+
+
+def saved_bytes(block: Block, sizes: Sizes, hidden: Axis, num_experts_per_tok: int, precision: Precision) -> int:
+    """Bytes of one token that a block keeps for its backward pass, in order of its parts:
+
+    norms over the residual stream: input and normalised input in float32; output once, or cast for each matrix that reads it
+    the token mixer: `_attention` or `_deltanet`
+    the MTP module's projection: its input
+    SwiGLU networks: outputs of gate and up, the activated gate, the product
+    router: a score per expert in float32; per chosen expert the indices that sort tokens to experts and back (40 bytes)
+    routed experts, per chosen one: the token itself, what a SwiGLU network keeps, the output
+    """
+    h, c = sizes[hidden], precision.compute_bytes
+    tables = block.tables
+    norms = sum(dims == (hidden,) for dims in tables.get("norm", {}).values())
+    readers = sum(_reads(dims[-1]) for table in tables.values() for dims in table.values())
+    total = norms * 2 * h * FLOAT32 + (readers if precision.casts else norms) * h * c
+    if "attention" in tables:
+        total += _attention(block, sizes, precision)
+    if "deltanet" in tables:
+        total += _deltanet(block, sizes, precision)
+    total += c * sum(size(dims[1], sizes) for dims in tables.get("mtp_projection", {}).values() if len(dims) == 2)
+    for part in ("dense_mlp", "shared_experts"):
+        total += c * _swiglu(tables.get(part, {}), sizes, hidden)
+    if any(dims[0] == 1 for dims in tables.get("shared_experts", {}).values()):
+        total += c * h  # what the shared expert says, before its gate
+    if block.experts is not None:
+        total += FLOAT32 * sizes[block.experts.axis] + 40 * num_experts_per_tok
+        total += c * num_experts_per_tok * (2 * h + _swiglu(block.experts.per_expert, sizes, hidden))
+    return total
+
+
+def _reads(columns: Term) -> bool:
+    """Whether a matrix of these columns reads the residual stream by way of a norm."""
+    return isinstance(columns, Read)
+
+
+def _swiglu(table: Table, sizes: Sizes, hidden: Axis) -> int:
+    """Elements: rows of the matrices that read the residual stream, twice the columns of the one that writes to it."""
+    reads = sum(size(dims[0], sizes) for dims in table.values() if _reads(dims[-1]))
+    writes = sum(size(dims[1], sizes) for dims in table.values() if len(dims) == 2 and dims[0] == hidden)
+    return reads + 2 * writes
+
+
+def _attention(block: Block, sizes: Sizes, precision: Precision) -> int:
+    """Queries, keys, values, output; with norms per head what these read and their normalised input, in float32; with an
+    output gate (more rows in q_proj than queries) the gate and the gated output.
+    """
+    assert block.recall is not None
+    table, c = block.tables["attention"], precision.compute_bytes
+    queries = size(block.recall.read["scores"], sizes)
+    keys = size(block.recall.cached["keys"], sizes)
+    projected = size(table["self_attn.q_proj.weight"][0], sizes)
+    total = c * (2 * queries + 2 * keys)
+    if "self_attn.q_norm.weight" in table:
+        normed = queries if precision.casts else projected  # a cast copies the queries alone
+        total += FLOAT32 * (normed + queries + 2 * keys)
+    if projected > queries:
+        total += c * 3 * queries
+    return total
+
+
+def _deltanet(block: Block, sizes: Sizes, precision: Precision) -> int:
+    """The convolution's input and output, what the delta rule keeps, and the gated norm's five stages.
+
+    With H value heads, their keys and values K and V wide together, and chunks of C tokens, the reference keeps in float32,
+    per token: 12 K (queries and keys: as they come, normalised, scaled, decayed, solved), 3 V, 5 C x C matrices per head and
+    chunk (5 C H), one state per chunk. The fused kernel keeps normalised queries and keys, values, and one C x C matrix.
+    """
+    assert block.recall is not None
+    heads, key_dim, value_dim = (size(term, sizes) for term in block.recall.state["recurrent"])
+    convolved = size(block.recall.state["convolution"][0], sizes)
+    c, keys, values = precision.compute_bytes, heads * key_dim, heads * value_dim
+    norm = FLOAT32 * 4 * values + c * 2 * values
+    if precision.fused_deltanet:
+        return c * (2 * convolved + convolved + CHUNK_TOKENS * heads) + FLOAT32 * 6 * heads + norm
+    states = heads * key_dim * value_dim // CHUNK_TOKENS
+    rule = 12 * keys + 3 * values + (5 * CHUNK_TOKENS + 10) * heads + states
+    return c * 2 * convolved + FLOAT32 * rule + norm

@@ -1,0 +1,150 @@
+"""The teacher's hidden states of many sequences: with all its weights in memory, or layer by layer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimqwen.bytesize import bytes_in_words
+from slimqwen.calibration.experts import OBSERVED_EXPERTS, ExpertsObserver
+from slimqwen.calibration.memory import allot, available_bytes
+from slimqwen.calibration.step import Step, embeddings, steps_of
+from slimqwen.calibration.stopwatch import Stopwatch
+from slimqwen.calibration.weights import weights_of, without_weights
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.stream import Batch
+from slimqwen.modeling.model import HiddenStates, load
+from slimqwen.progress import say
+
+Advance = Callable[[int], None]
+
+
+class Predictor(ABC):
+    """A teacher that runs on the sequences of one shard after another.
+
+    head: lm_head's weight, [vocab, hidden]. passes: how often it goes over each token.
+    """
+
+    head: Tensor
+    passes: int
+
+    @abstractmethod
+    def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
+        """Pieces of the shard in its order, each with what goes into `head`; `advance` is told the positions done."""
+
+
+class InMemory(Predictor):
+    """All weights at once."""
+
+    passes = 1
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, with_mtp: bool, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._model = load(checkpoint.folder, dtype, device)
+        self._with_mtp, self._batch_size, self._device = with_mtp, batch_size, device
+        self.head = self._model.head
+
+    def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
+        for batch in shard.split(self._batch_size):
+            yield batch, self._model(batch.tokens.to(self._device), with_mtp=self._with_mtp)
+            advance(batch.tokens[:, 1:].numel())
+
+
+class LayerByLayer(Predictor):
+    """One layer's weights at a time, each layer on all sequences of a shard, whose hidden states are in memory meanwhile.
+
+    So the checkpoint is read once per shard: larger shards read less. On a CPU no more than one expert is in memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        with_mtp: bool,
+        batch_size: int,
+        sequences: int,
+        sequence_length: int,
+        budget_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """sequences: of a shard. budget_bytes: memory for activations beside the hidden states."""
+        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._model = without_weights(checkpoint, dtype, device)
+        self._steps = [step for step in steps_of(self._model) if with_mtp or step.number is not None]
+        self.passes = len(self._steps)
+        self._batch_size = batch_size
+        self._allotment = allot(
+            checkpoint,
+            parts=0,
+            rows=sequences,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            budget_bytes=budget_bytes,
+            dtype=dtype,
+            device=device,
+        )
+        self.head = checkpoint.read(_head_name(checkpoint, self._model)).to(device, dtype)
+        self._take_experts_one_by_one()
+        held = (1 + with_mtp) * sequences * sequence_length * checkpoint.config["hidden_size"] * dtype.itemsize
+        say(
+            f"layer by layer: the checkpoint is read once for every {sequences:,} sequences; it takes "
+            f"{bytes_in_words(self._allotment.total_bytes + held)} of memory, {bytes_in_words(held)} of it for hidden states"
+        )
+
+    def _take_experts_one_by_one(self) -> None:
+        """By calibration's experts function, told to no sums: Transformers' own wants all experts of a layer at once."""
+        family, config = self._checkpoint.family, self._checkpoint.config
+        self._model.set_experts_implementation(OBSERVED_EXPERTS)
+        for block in family.moe_blocks(config):
+            assert block.experts is not None
+            experts: Any = self._model.module_of(block.prefix + next(iter(block.experts.fused)))
+            experts.slimqwen_observer = ExpertsObserver(lambda _name, _sums: None, Stopwatch())
+
+    def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
+        hidden = embeddings(self._model, shard.tokens[:, :-1], self._dtype, torch.device("cpu"))
+        mtp = None
+        for step in self._steps:
+            if step.number is None:
+                mtp = hidden.clone()
+                self._take(step, mtp, shard.tokens, advance)
+            else:
+                self._take(step, hidden, shard.tokens, advance)
+        main = hidden.split(self._batch_size)
+        drafts = [None] * len(main) if mtp is None else mtp.split(self._batch_size)
+        for batch, states, draft in zip(shard.split(self._batch_size), main, drafts, strict=True):
+            yield batch, HiddenStates(states.to(self._device), None if draft is None else draft.to(self._device))
+
+    def _take(self, step: Step, hidden: Tensor, tokens: Tensor, advance: Advance) -> None:
+        """All sequences through one layer, in place: `hidden` is [sequences, seq, hidden], `tokens` [sequences, seq + 1]."""
+        rows_per_pass, rows_per_chunk = self._allotment.rows_per_pass, self._allotment.rows_per_chunk
+        with weights_of(step.blocks, self._model, self._checkpoint, self._dtype, self._device, Stopwatch()):
+            for states, ids in zip(hidden.split(rows_per_chunk), tokens.split(rows_per_chunk), strict=True):
+                after = step.through(states.to(self._device), ids, rows_per_pass)
+                for done, rows in zip(states.split(rows_per_pass), after.split(rows_per_pass), strict=True):
+                    done.copy_(rows if step.norm is None else step.norm(rows))
+                advance(ids[:, 1:].numel())
+
+
+def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> bool:
+    """Whether all weights fit into memory beside a budget for activations, and say so where they do not."""
+    needed = dtype.itemsize * sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
+    available = available_bytes(device)
+    if available is None or needed + budget_bytes <= available:
+        return True
+    say(
+        f"layer by layer (--streaming): the teacher takes {bytes_in_words(needed)} in {str(dtype).removeprefix('torch.')}, and "
+        f"{bytes_in_words(available)} of memory are free"
+    )
+    return False
+
+
+def _head_name(checkpoint: Checkpoint, model: Any) -> str:
+    """lm_head's weight, or the embedding that it is tied to."""
+    modules = (model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
+    specs = [spec for spec in checkpoint.specs.values() if spec.part == "embedding"]
+    return next(spec.name for module in modules for spec in specs if model.module_of(spec.name) is module)

@@ -1,0 +1,253 @@
+"""The stage itself: the teacher runs once over the stored text, shard after shard."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slimqwen.artifacts import check_replaceable, fingerprint_value, resumable_folder, write_json
+from slimqwen.bytesize import bytes_in_words
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data import store
+from slimqwen.data.mixture import MixedStream
+from slimqwen.data.stream import Batch, StoredRows
+from slimqwen.distillation.head import Logits
+from slimqwen.distillation.loss import align
+from slimqwen.distillation.signal import TopTokens
+from slimqwen.errors import UserError
+from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.progress import Progress, say
+from slimqwen.recipe import DocumentBoundaries, TeacherCacheRecipe
+from slimqwen.teacher_cache.folder import (
+    MANIFEST,
+    Array,
+    CacheManifest,
+    Head,
+    load_manifest,
+    shard_entry,
+    shard_name,
+    text_fingerprint,
+    write_shard,
+)
+from slimqwen.teacher_cache.predict import Advance, InMemory, LayerByLayer, Predictor, fits
+from slimqwen.teacher_cache.records import bytes_per_token, packed
+
+CHUNK_TOKENS = 1024  # whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One that is to be written: of the whole text, or of one source of a mixture. sequences: in the order of the text."""
+
+    out: Path
+    stream: StoredRows
+    sequences: Sequence[int]
+    manifest: CacheManifest
+
+    @property
+    def is_done(self) -> bool:
+        if not (self.out / MANIFEST).is_file():
+            return False
+        return load_manifest(self.out).model_copy(update={"shards": []}) == self.manifest
+
+    @property
+    def total_bytes(self) -> int:
+        """At most: padding has no record."""
+        return len(self.sequences) * self.stream.sequence_length * self.manifest.bytes_per_token
+
+    @property
+    def left_bytes(self) -> int:
+        """Not yet written, by this call or an interrupted one."""
+        finished = self.out.parent.glob(f".{self.out.name}.partial/shard-*.safetensors")
+        return 0 if self.is_done else max(self.total_bytes - sum(file.stat().st_size for file in finished), 0)
+
+
+def write_teacher_cache(
+    teacher: Path,
+    out: Path,
+    *,
+    tokens: Path,
+    recipe: TeacherCacheRecipe,
+    sequence_length: int,
+    documents: DocumentBoundaries = "packed",
+    with_mtp: bool = False,
+    sequences: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    title: str = "teacher-cache",
+) -> Path:
+    """Write to the folder `out` what `teacher` says about the training text of the folder `tokens`; returns `out`.
+
+    An interrupted call leaves its finished shards, and the same call continues with the first that is not there.
+
+    Args:
+        with_mtp: what the teacher's MTP head says, too (for `mtp_target: mtp`).
+        sequences: only so many, the first in the training order of `seed`. Default: the whole text, which serves any seed.
+    """
+    checkpoint = Checkpoint(teacher)
+    vocab_size = checkpoint.config["vocab_size"]
+    store.check_vocabulary(store.load_manifest(tokens), tokens, teacher, vocab_size)
+    check_teacher(recipe, checkpoint, with_mtp)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+
+    heads: list[Head] = ["main", "mtp"] if with_mtp else ["main"]
+    sequence_bytes = sequence_length * len(heads) * bytes_per_token(recipe.top_k, vocab_size, recipe.exact)
+    fingerprint = checkpoint.fingerprint()
+    caches = []
+    for source, (stream, chosen) in _sources(tokens, sequence_length, seed, documents, sequences).items():
+        manifest = CacheManifest(
+            teacher=fingerprint,
+            dtype=str(torch_dtype).removeprefix("torch."),
+            text=text_fingerprint(stream.tokens.prefix),
+            sequence_length=sequence_length,
+            documents=documents,
+            vocab_size=vocab_size,
+            top_k=recipe.top_k,
+            exact=recipe.exact,
+            heads=heads,
+            subset=None if isinstance(chosen, range) else fingerprint_value(chosen),
+            sequences=len(chosen),
+            sequences_per_shard=max(recipe.shard_bytes // sequence_bytes, 1),
+        )
+        caches.append(Cache(out / (source or "."), stream, chosen, manifest))
+    for cache in caches:
+        check_replaceable(cache.out, teacher, tokens)
+    _announce(caches, out, title)
+    caches = [cache for cache in caches if not cache.is_done]
+    if caches:
+        predictor = _predictor(checkpoint, recipe, caches[0].manifest, torch_device, torch_dtype)
+        with torch.inference_mode(), reproducible(torch_device):
+            for cache in caches:
+                _write(cache, predictor, title if cache.out == out else f"{title} {cache.out.name}")
+    return out
+
+
+def check_teacher(recipe: TeacherCacheRecipe, teacher: Checkpoint, with_mtp: bool) -> None:
+    """Raise UserError for what the teacher cannot say."""
+    if recipe.top_k > teacher.config["vocab_size"]:
+        raise UserError(
+            f"top_k {recipe.top_k:,} is more than the {teacher.config['vocab_size']:,} tokens in the vocabulary of "
+            f"{teacher.folder}: the vocabulary's size keeps everything."
+        )
+    if with_mtp and not teacher.has_mtp:
+        raise UserError(f"{teacher.folder} has no MTP module whose predictions could be stored: leave them out.")
+
+
+def _sources(
+    tokens: Path, sequence_length: int, seed: int, documents: DocumentBoundaries, sequences: int | None
+) -> dict[str | None, tuple[StoredRows, Sequence[int]]]:
+    """Of each source of a mixture, or of the one text (None): its rows, and which of them are wanted (a range: all)."""
+    stream = store.training_stream(tokens, sequence_length, seed, documents)
+    parts: dict[str | None, tuple[StoredRows, int | None]]
+    if isinstance(stream, MixedStream):
+        counts = dict.fromkeys(stream.streams) if sequences is None else stream.rows_of_sources(sequences)
+        parts = {name: (part, counts[name]) for name, part in stream.streams.items()}
+    else:
+        assert isinstance(stream, StoredRows)
+        parts = {None: (stream, sequences)}
+    found: dict[str | None, tuple[StoredRows, Sequence[int]]] = {}
+    for source, (part, count) in parts.items():
+        if count is None or count >= part.rows_per_epoch:
+            found[source] = part, range(part.rows_per_epoch)
+        else:
+            found[source] = part, sorted(part.place(index).row for index in range(count))
+    return found
+
+
+def _announce(caches: list[Cache], out: Path, title: str) -> None:
+    """Say what will be written. Raises UserError where the disk has no room for it."""
+    total, left = sum(cache.total_bytes for cache in caches), sum(cache.left_bytes for cache in caches)
+    place = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    of = caches[0].manifest
+    say(
+        f"{title}: {sum(len(cache.sequences) for cache in caches):,} sequences of {of.sequence_length:,} tokens, the "
+        f"{of.top_k:,} most likely of {of.vocab_size:,} in {of.bytes_per_token} bytes a token ({' and '.join(of.heads)} head): "
+        f"{bytes_in_words(total)}, of which {bytes_in_words(left)} are to be written; {bytes_in_words(free)} are free"
+    )
+    if left > free:
+        raise UserError(
+            f"{bytes_in_words(left)} are to be written to {out}, and {bytes_in_words(free)} are free: make room, write to "
+            "another disk, or lower top_k or the number of sequences."
+        )
+
+
+def _predictor(
+    checkpoint: Checkpoint,
+    recipe: TeacherCacheRecipe,
+    manifest: CacheManifest,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Predictor:
+    """The teacher, in memory where it fits and nothing else is asked for."""
+    with_mtp, budget_bytes = "mtp" in manifest.heads, recipe.memory_budget_bytes
+    streaming = recipe.streaming
+    if streaming is None:
+        streaming = not fits(checkpoint, dtype, device, budget_bytes)
+    if not streaming:
+        return InMemory(checkpoint, with_mtp=with_mtp, batch_size=recipe.batch_size, dtype=dtype, device=device)
+    return LayerByLayer(
+        checkpoint,
+        with_mtp=with_mtp,
+        batch_size=recipe.batch_size,
+        sequences=min(manifest.sequences_per_shard, max(manifest.sequences, 1)),
+        sequence_length=manifest.sequence_length,
+        budget_bytes=budget_bytes,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _write(cache: Cache, predictor: Predictor, title: str) -> None:
+    manifest = cache.manifest
+    logits = Logits(predictor.head, CHUNK_TOKENS)
+    size = manifest.sequences_per_shard
+    shards = [cache.sequences[first : first + size] for first in range(0, len(cache.sequences), size)]
+    key = fingerprint_value(manifest.model_dump(mode="json"))
+    with resumable_folder(cache.out, key) as folder:
+        files = [folder / shard_name(number) for number in range(len(shards))]
+        positions = manifest.sequence_length * predictor.passes
+        done = sum(len(shard) for shard, file in zip(shards, files, strict=True) if file.exists())
+        unit = "tokens" if predictor.passes == 1 else "token-layers"
+        total = len(cache.sequences) * positions
+        with Progress(title, total=total, unit=unit, start=done * positions) as progress:
+            for shard, file in zip(shards, files, strict=True):
+                if not file.exists():
+                    rows = cache.stream.in_order(shard)
+                    write_shard(file, shard, *_records(rows, predictor, logits, manifest, progress.advance))
+        finished = manifest.model_copy(update={"shards": [shard_entry(file) for file in files]})
+        write_json(folder / MANIFEST, finished.model_dump(mode="json"))
+
+
+def _records(
+    shard: Batch, predictor: Predictor, logits: Logits, manifest: CacheManifest, advance: Advance
+) -> tuple[list[int], dict[Head, dict[str, Array]]]:
+    """Predicted tokens of each sequence, and each head's arrays of all of them."""
+    lengths: list[int] = []
+    pieces: dict[Head, list[dict[str, Array]]] = {head: [] for head in manifest.heads}
+    for batch, hidden in predictor.hidden_states(shard, advance):
+        said = align(batch.tokens, hidden.main, hidden.mtp, batch.mask)
+        lengths += said.main_mask.view(len(batch.tokens), -1).sum(1).tolist()
+        counted = said.main_mask.to(said.hidden.device)
+        for head, states in (("main", said.hidden), ("mtp", said.mtp_hidden)):
+            if head in manifest.heads and states is not None:
+                top = most_likely(logits, states[counted], manifest.top_k)
+                pieces[head].append(packed(top, manifest.vocab_size, manifest.exact))
+    return lengths, {
+        head: {name: np.concatenate([piece[name] for piece in of_head]) for name in of_head[0]}
+        for head, of_head in pieces.items()
+    }
+
+
+def most_likely(logits: Logits, hidden: torch.Tensor, k: int) -> TopTokens:
+    """The k most likely tokens of each prediction, hidden [N, hidden]: computed as the live teacher's distributions are."""
+    found = []
+    for states in hidden.split(logits.chunk.shape[0]):
+        logits.project(states)
+        found += [TopTokens.of(logits.softmax(block), k) for block in logits.blocks(len(states))]
+    return TopTokens(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -1,0 +1,216 @@
+"""Ranks that share the experts of a block (gloo): the same as one rank that has them all, whatever the routing."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks, run_ranks
+from safetensors.torch import load_file, save_file
+from tiny import tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
+from tiny_families import FAMILIES_NATIVE, GLM4_MOE, QWEN3_MOE
+from torch import Tensor
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.distillation.distil import distil
+from slimqwen.distillation.expert_parallel import check_expert_ranks
+from slimqwen.distillation.parallel import join_ranks
+from slimqwen.distillation.sharded import export, load_sharded, whole
+from slimqwen.distillation.trainer import Trainer
+from slimqwen.errors import UserError
+from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.modeling.routing import observe_routing
+from slimqwen.recipe import DistilRecipe
+
+SEQUENCE_LENGTH = 16
+BATCH_SIZE = 8
+STEPS = 4
+TWO_LAYERS = {"num_hidden_layers": 2, "full_attention_interval": 2}
+
+
+def starve(folder: Path) -> None:
+    """Give a GLM checkpoint routers whose correction bias lets no token choose an expert of the second half."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_(torch.arange(len(tensor)) < len(tensor) // 2).mul_(10.0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- one forward and backward pass, every family -----------------------------------------------------------------------
+
+
+def loss_of(model: MtpCausalLM, tokens: Tensor, row_weights: Tensor) -> Tensor:
+    """A number that depends on all outputs at the rows that count, and on every router."""
+    blocks = model.family.moe_blocks(model.config)
+    with observe_routing(model, blocks) as seen:
+        hidden = model(tokens)
+    assert seen.keys() == {block.name for block in blocks}
+    outputs = [hidden.main, *([hidden.mtp] if hidden.mtp is not None else [])]
+    weights = row_weights[:, None, None]
+    logits = [routing.logits.reshape(*outputs[0].shape[:2], -1) for routing in seen.values()]
+    return sum(((weights * tensor).sin().sum() for tensor in (*outputs, *logits)), torch.zeros(()))
+
+
+def compare_with_one_rank(folder: Path, names: list[str]) -> None:
+    """Loading, outputs, gradients and export; the second rank's only row is padding and does not count."""
+    device, read = torch.device("cpu"), Checkpoint.read
+
+    with join_ranks(device, expert_ranks=2) as ranks:
+        for name in names:
+            names_read: set[str] = set()
+            Checkpoint.read = lambda self, name, seen=names_read: (seen.add(name), read(self, name))[1]  # type: ignore
+            checkpoint, alone = Checkpoint(folder / name), load(folder / name)
+            names_read.clear()
+            model = load_sharded(checkpoint, ranks, torch.float32, device, trains=True, reshard_after_forward=True)
+            half = checkpoint.config["num_experts"] // 2
+            read_experts = {checkpoint.specs[read_name].expert for read_name in names_read} - {None}
+            assert read_experts <= {ranks.rank * half + expert for expert in range(half)}, name
+            experts = {own: tensor for own, tensor in model.tensors().items() if ".experts." in own}
+            assert experts and all(tensor.to_local().shape[0] == half for tensor in experts.values())
+
+            tokens, row_weights = tiny_tokens(2), torch.tensor([1.0, 0.0])
+            tokens[1] = 0
+            loss_of(alone, tokens, row_weights).backward()
+            own_row = slice(ranks.rank, ranks.rank + 1)
+            loss_of(model, tokens[own_row], row_weights[own_row]).backward()
+            expected = alone.tensors()
+            for own, tensor in model.tensors().items():
+                gradient = expected[own].grad
+                if gradient is not None:
+                    difference = (whole(tensor.grad) - gradient).abs().max()
+                    assert difference <= 1e-5 * gradient.abs().max(), f"{name}: {own}"
+
+            (folder / f"{name}-exported").mkdir(exist_ok=True)
+            export(model, folder / f"{name}-exported" if ranks.is_first else None, checkpoint)
+            ranks.wait()
+
+
+def test_every_family_in_two_halves(tmp_path: Path) -> None:
+    names = list(FAMILIES_NATIVE)
+    for name, native in FAMILIES_NATIVE.items():
+        write_tiny_checkpoint(tmp_path / name, native=native, layout="fused" if name == "qwen3_moe" else "per_expert")
+    starve(tmp_path / "glm4_moe")
+    run_ranks(2, compare_with_one_rank, tmp_path, names)
+    for name in names:
+        before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in (name, f"{name}-exported"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[tensor], after[tensor]) for tensor in before), name
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`qwen3_next`, `qwen3_moe` and `glm4_moe` students, a `teacher` and `tokens`; read-only."""
+    folder = tmp_path_factory.mktemp("expert_parallel")
+    tokenizer, _ = write_tiny_tokens(folder)
+    write_tiny_checkpoint(folder / "qwen3_next", tokenizer=tokenizer, **TWO_LAYERS)
+    write_tiny_checkpoint(folder / "qwen3_moe", tokenizer=tokenizer, native=QWEN3_MOE, num_hidden_layers=2)
+    write_tiny_checkpoint(folder / "glm4_moe", tokenizer=tokenizer, native=GLM4_MOE, num_hidden_layers=2)
+    starve(folder / "glm4_moe")
+    write_tiny_checkpoint(folder / "teacher", seed=1, tokenizer=tokenizer, hidden_size=40, num_experts=4, **TWO_LAYERS)
+    return folder
+
+
+def train(folder: Path, student: str, out: Path, changes: dict[str, Any], end_before: int | None = None) -> None:
+    """`distil`; with `end_before`, ends like a killed process when that step begins."""
+    original = Trainer.step
+
+    def step_or_end(self: Trainer, number: int) -> dict[str, float]:
+        if number == end_before:
+            os._exit(9)
+        return original(self, number)
+
+    Trainer.step = step_or_end  # type: ignore[method-assign]
+    settings = {
+        "tokens": STEPS * BATCH_SIZE * SEQUENCE_LENGTH,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": 1e-3,
+        "final_learning_rate": 1e-4,
+        "warmup_steps": 2,
+        "save_every_steps": 1,
+        "loss_chunk_tokens": 24,
+        "load_balancing_coefficient": 0.5,  # large, so that experts counted per rank would be seen
+        "max_grad_norm": 0.3,  # always clipped
+    }
+    try:
+        distil(
+            folder / student,
+            out,
+            tokens=folder / "tokens",
+            recipe=DistilRecipe.model_validate(settings | changes),
+            sequence_length=SEQUENCE_LENGTH,
+            teacher=folder / "teacher",
+            device="cpu",
+        )
+    finally:
+        Trainer.step = original  # type: ignore[method-assign]
+
+
+def assert_equal_but_for_rounding(out: Path, expected: Path) -> None:
+    logs = [(folder.parent / "metrics.jsonl").read_text().splitlines() for folder in (out, expected)]
+    assert len(logs[0]) == len(logs[1]) == STEPS
+    for line, expected_line in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert expected_line["grad_norm"] > 0.3
+        for name in ("loss", "lm", "kd", "load_balancing", "grad_norm"):
+            assert line[name] == pytest.approx(expected_line[name], rel=1e-4), name
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (out, expected))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        # Adam divides a gradient by its own size: where that is nothing but rounding, so is the update's sign.
+        difference = (found[name] - tensor).abs()
+        assert difference.mean() < 1e-6 and difference.max() < 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("student", "ranks", "changes"),
+    [
+        ("glm4_moe", 2, {"expert_ranks": 2, "micro_batch_size": 2, "activation_checkpointing": True}),
+        pytest.param(
+            *("qwen3_next", 4, {"expert_ranks": 2, "shard_ranks": 2, "micro_batch_size": 1, "reshard_student": False}),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_shared_experts_train_as_one(
+    folder: Path, tmp_path: Path, student: str, ranks: int, changes: dict[str, Any]
+) -> None:
+    train(folder, student, tmp_path / "alone" / "out", {})
+    run_ranks(ranks, train, folder, student, tmp_path / "ranks" / "out", changes)
+    assert_equal_but_for_rounding(tmp_path / "ranks" / "out", tmp_path / "alone" / "out")
+
+
+def test_resumed_on_other_expert_ranks(folder: Path, tmp_path: Path) -> None:
+    """Two steps by two pairs, each of which shares the experts, one by one rank, one by a pair.
+
+    A rank of the first four has half of the six experts, and three experts FSDP cuts in two and one.
+    """
+    train(folder, "qwen3_moe", tmp_path / "alone" / "out", {})
+    out = tmp_path / "changing" / "out"
+    for ranks, expert_ranks, end in ((4, 2, 2), (1, None, 3)):
+        changes = {"expert_ranks": expert_ranks, "micro_batch_size": 1}
+        codes, said = Ranks(ranks, train, folder, "qwen3_moe", out, changes, end).end()
+        assert 9 in codes, said
+        assert max(state.name for state in (out.parent / ".out.state").glob("step-*")) == f"step-{end:09d}"
+    run_ranks(2, train, folder, "qwen3_moe", out, {"expert_ranks": 2})
+    assert_equal_but_for_rounding(out, tmp_path / "alone" / "out")
+
+
+def test_what_does_not_divide(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with (
+        pytest.raises(UserError, match="expert_ranks 3 does not divide the 8 ranks that share a copy"),
+        join_ranks(torch.device("cpu"), expert_ranks=3),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match="expert_ranks 4 does not divide the 2 ranks that share a copy"),
+        join_ranks(torch.device("cpu"), shard_ranks=2, expert_ranks=4),
+    ):
+        pass
+    with pytest.raises(UserError, match=r"expert_ranks 8 does not divide the 4 experts of .*teacher: choose a divisor"):
+        check_expert_ranks(Checkpoint(folder / "teacher"), 8)

@@ -1,0 +1,100 @@
+"""Which kernels a device has, what is said where one is missing, and experts that autocast would otherwise pass by."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from tiny import canonical, tiny_config
+from tiny_families import QWEN3_MOE
+
+from slimqwen.families import FAMILIES
+from slimqwen.families.qwen3_next import QWEN3_NEXT
+from slimqwen.modeling.kernels import BATCHED_EXPERTS, announce_slow, kernels_of
+from slimqwen.modeling.model import MtpCausalLM, initialise
+
+GPU = torch.device("cuda")
+PACKAGES = ("fla.ops.gated_delta_rule", "causal_conv1d")
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU with everything but the packages."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for package in PACKAGES:
+        monkeypatch.setitem(sys.modules, package, None)  # its import fails
+    return monkeypatch
+
+
+def test_a_line_for_each_slow_fallback(hopper: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    announce_slow(QWEN3_NEXT, tiny_config(), GPU)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("SLOW: DeltaNet") for line in lines)
+    assert "pip install flash-linear-attention" in lines[0] and "pip install causal-conv1d" in lines[1]
+
+
+def test_nothing_is_said_where_all_is_there(hopper: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in PACKAGES:
+        hopper.setitem(sys.modules, package, ModuleType(package))
+    announce_slow(QWEN3_NEXT, tiny_config(), GPU)
+    assert capsys.readouterr().err == ""
+    assert {kernel.part for kernel in kernels_of(QWEN3_NEXT, tiny_config(), GPU)} == {
+        "attention",
+        "DeltaNet",
+        "DeltaNet's convolution",
+        "routed experts",
+    }
+
+
+def test_a_model_without_deltanet_needs_no_package_for_it(hopper: pytest.MonkeyPatch) -> None:
+    kernels = kernels_of(FAMILIES["qwen3_moe"], canonical(QWEN3_MOE), GPU)
+    assert [(kernel.part, kernel.remedy) for kernel in kernels] == [("attention", None), ("routed experts", None)]
+
+
+def test_an_old_gpu_and_wide_heads(hopper: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    announce_slow(FAMILIES["qwen3_moe"], canonical(QWEN3_MOE | {"head_dim": 512}), GPU)
+    assert "head_dim 512" in capsys.readouterr().err
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    announce_slow(FAMILIES["qwen3_moe"], canonical(QWEN3_MOE), GPU)
+    lines = capsys.readouterr().err.splitlines()
+    assert ["attention" in line for line in lines] == [True, False] and "one expert after another" in lines[1]
+
+
+def test_on_a_cpu_nothing_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    announce_slow(QWEN3_NEXT, tiny_config(), torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+
+
+def gradients(model: MtpCausalLM, implementation: str, tokens: torch.Tensor, autocast: bool) -> dict[str, torch.Tensor]:
+    model.set_experts_implementation(implementation)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = model(tokens)
+    target = torch.randn(hidden.main.shape, generator=torch.Generator().manual_seed(1))
+    ((hidden.main + hidden.mtp).float() * target).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.tensors().items() if parameter.grad is not None}
+
+
+def test_experts_follow_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their products are in bfloat16 and their gradients in float32, near those of the loop that autocast knows (which takes
+    the same routes); without autocast the same bits as Transformers'."""
+    model = initialise(tiny_config(num_hidden_layers=1, layer_types=["full_attention"]), seed=0)
+    tokens = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(0))
+    seen: list[torch.dtype] = []
+    product = torch.nn.functional.grouped_mm
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        seen.append(weight.dtype)
+        return product(x, weight, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", watched)
+    exact, same = (gradients(model, name, tokens, autocast=False) for name in ("grouped_mm", BATCHED_EXPERTS))
+    assert set(seen) == {torch.float32} and all(torch.equal(exact[name], same[name]) for name in exact)
+    seen.clear()
+    rounded = gradients(model, BATCHED_EXPERTS, tokens, autocast=True)
+    assert set(seen) == {torch.bfloat16}
+    loop = gradients(model, "eager", tokens, autocast=True)
+    for name, expected in loop.items():
+        assert rounded[name].dtype == torch.float32
+        if ".experts." in name:
+            assert (rounded[name] - expected).norm() < 0.05 * expected.norm(), name
