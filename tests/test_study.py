@@ -97,6 +97,17 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return tiny_recipe(folder, folder / "runs", schedule="one_shot", baselines=[])
 
 
+def test_drafts_are_measured_by_real_decoding(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="acceptance_depth"):
+        study("mtp", recipe, tmp_path, seeds=1)
+    deeper = changed(recipe, {"evaluation.acceptance_depth": 4, "run_dir": str(tmp_path / "runs")})
+    result = study("mtp", deeper, tmp_path / "mtp", seeds=1)
+    for run in result.runs:
+        assert run.metrics is not None and run.one_shot is not None
+        assert 1.0 <= run.metrics["tokens_per_verification"] <= 5.0 and "draft_0" in run.metrics
+        assert "draft_0" not in run.one_shot
+
+
 def test_a_study_from_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = study("init", recipe, tmp_path / "init", seeds=2)
     assert Study.load(tmp_path / "init" / "results.json") == result

@@ -24,6 +24,7 @@ COLUMNS = {
     "top1_agreement": ("top-1", 3),
     "mtp_loss": ("MTP loss", 3),
     **{f"acc_{depth}": (f"acc_{depth}", 3) for depth in range(5)},
+    "tokens_per_verification": ("tokens per pass", 2),
 }
 LOWER_IS_BETTER = {"loss", "kl_to_teacher", "mtp_loss"}
 

@@ -28,6 +28,7 @@ from slimqwen.study.verdict import judged
 from slimqwen.study.workshop import Made, Workshop
 
 CURVE_POINTS = 40
+DRAFTS = 4  # in a row, whose acceptance a finding may speak of
 
 
 def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "slimqwen study") -> Study:
@@ -42,6 +43,10 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         raise UserError(f"there is no study '{name}'{did_you_mean(name, STUDIES)}: choose one of {', '.join(STUDIES)}.")
     if recipe.target is None or recipe.init != "pruned":
         raise UserError("a study varies a recipe with a `target` and `init: pruned`: give these and no `stages`.")
+    if STUDIES[name].drafts and recipe.evaluation.acceptance_depth < DRAFTS:
+        raise UserError(
+            f"the study '{name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."
+        )
     definition, started, clock = STUDIES[name], datetime.now(UTC), time.monotonic()
     teacher = Checkpoint(checkpoint_folder(recipe.teacher))
     all_seeds = [recipe.seed + number for number in range(seeds)]
@@ -59,10 +64,15 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         say(f"study {name}: {arm.title}, seed {varied.seed} ({number} of {len(plans)}{left})")
         made.append(workshop.build(varied, trains=arm.trains))
 
-    teacher_numbers, *numbers = workshop.evaluated(recipe, [teacher.folder, *_checkpoints(made)])
-    evaluations = dict(zip(_checkpoints(made), numbers, strict=True))
+    teacher_evaluation, *evaluations = workshop.evaluated(recipe, [teacher.folder, *_checkpoints(made)])
+    numbers = {path: _numbers(model) for path, model in zip(_checkpoints(made), evaluations, strict=True)}
+    if definition.drafts:
+        trained = [result.trained for result in made if result.trained is not None]
+        for path, shares in zip(trained, workshop.drafted(recipe, trained), strict=True):
+            numbers[path] |= shares
+    sizes = dict(zip(_checkpoints(made), evaluations, strict=True))
     runs = [
-        _run(arm, varied, arm.changes_to(recipe, teacher), result, evaluations)
+        _run(arm, varied, arm.changes_to(recipe, teacher), result, sizes, numbers)
         for (arm, varied), result in zip(plans, made, strict=True)
     ]
     by_seed = [{run.arm: run for run in runs if run.seed == seed} for seed in all_seeds]
@@ -83,7 +93,7 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         seeds=all_seeds,
         baseline=definition.baseline,
         arms=[Arm(name=arm.name, title=arm.title, paper=dict(arm.paper)) for arm in definition.arms],
-        teacher=_numbers(teacher_numbers),
+        teacher=_numbers(teacher_evaluation),
         runs=runs,
         verdicts=[judged(finding, by_seed) for finding in definition.findings],
     )
@@ -99,21 +109,24 @@ def _checkpoints(made: Iterable[Made]) -> list[Path]:
 
 
 def _run(
-    arm: Variation, varied: Recipe, changes: dict[str, Any], made: Made, evaluations: dict[Path, ModelEvaluation]
+    arm: Variation,
+    varied: Recipe,
+    changes: dict[str, Any],
+    made: Made,
+    sizes: dict[Path, ModelEvaluation],
+    numbers: dict[Path, dict[str, float]],
 ) -> Run:
-    start = None if made.start is None else evaluations[made.start]
-    trained = None if made.trained is None else evaluations[made.trained]
-    model = trained or start
-    assert model is not None
+    final = made.trained or made.start
+    assert final is not None
     return Run(
         arm=arm.name,
         seed=varied.seed,
         changes=changes,
         training_tokens=varied.distil.tokens if arm.trains else 0,
-        total_parameters=model.total_parameters,
-        active_parameters=model.active_parameters,
-        one_shot=None if start is None else _numbers(start),
-        metrics=None if trained is None else _numbers(trained),
+        total_parameters=sizes[final].total_parameters,
+        active_parameters=sizes[final].active_parameters,
+        one_shot=None if made.start is None else numbers[made.start],
+        metrics=None if made.trained is None else numbers[made.trained],
         curve=_curve(made.metrics),
     )
 

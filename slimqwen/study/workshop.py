@@ -10,16 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_text
+from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_json, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
+from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.identity import text_identity
 from slimqwen.data.tokenize import tokenize
 from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil
 from slimqwen.distillation.pretrain import write_initial
+from slimqwen.evaluation.acceptance import heldout_prompts
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
+from slimqwen.generation.acceptance import speculative_acceptance
+from slimqwen.modeling.device import resolve_device, resolve_dtype
+from slimqwen.modeling.model import load
 from slimqwen.planning.plan import plan
 from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import Stage, stages_of
@@ -28,6 +33,7 @@ from slimqwen.recipe import Recipe, Target
 from slimqwen.steps import Steps
 
 STATISTICS, PLAN, CHECKPOINT, METRICS = "statistics.safetensors", "plan.json", "checkpoint", "metrics.jsonl"
+DRAFTS = "drafts.json"
 
 
 @dataclass(frozen=True)
@@ -225,3 +231,30 @@ class Workshop:
                     together.model_copy(update={"models": {name: together.models[name]}}).model_dump_json(),
                 )
         return [next(iter(Evaluation.load(results[path]).models.values())) for path in checkpoints]
+
+    def drafted(self, recipe: Recipe, checkpoints: Sequence[Path]) -> list[dict[str, float]]:
+        """How far each checkpoint's MTP module gets in real speculative decoding of the held-out prompts."""
+        return [self._drafted(recipe, checkpoint) for checkpoint in checkpoints]
+
+    def _drafted(self, recipe: Recipe, checkpoint: Path) -> dict[str, float]:
+        settings, tokens = recipe.evaluation, self.tokens(recipe)
+        inputs = {
+            "checkpoint": fingerprint(checkpoint),
+            "tokens": fingerprint(tokens),
+            "evaluation": settings.model_dump(mode="json", exclude={"batch_size", "tokens"}),
+            "dtype": recipe.dtype,
+        }
+
+        def make(folder: Path) -> None:
+            device = resolve_device(recipe.device)
+            shares = speculative_acceptance(
+                load(checkpoint, resolve_dtype(recipe.dtype, device), device),
+                heldout_prompts(tokens, settings.acceptance_prompts, settings.acceptance_prompt_tokens).to(device),
+                draft=settings.acceptance_depth,
+                new_tokens=settings.acceptance_new_tokens,
+                title="drafts",
+            )
+            write_json(folder / DRAFTS, shares)
+
+        shares: dict[str, float] = read_json(self.made("drafts", inputs, make) / DRAFTS)
+        return shares

@@ -1,0 +1,54 @@
+"""The teacher's residual stream in the student's coordinates: all of its channels, some of them, or rotated ones."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.errors import UserError
+from slimqwen.families.family import Block
+from slimqwen.planning.plan import Plan
+from slimqwen.pruning.planned import planned_residual
+
+SAME_STREAM = 0.02  # largest |student - teacher| / |teacher| of embeddings that only rounding tells apart
+COMPARED_EMBEDDINGS = 256
+
+
+class Projection:
+    """What a plan makes of the residual stream.
+
+    plan_file: where the plan lies, beside its basis if the cut was rotated; None for a plan in memory, without a basis.
+    """
+
+    def __init__(self, teacher: Checkpoint, plan: Plan, plan_file: Path | None) -> None:
+        self._hidden = teacher.family.hidden
+        self._residual = planned_residual(teacher, plan, plan_file)
+        channels = plan.kept.get(self._hidden.name)
+        self._channels = None if channels is None or self._is_rotated else torch.tensor(channels)
+
+    @property
+    def _is_rotated(self) -> bool:
+        return self._residual is not None and self._residual.is_rotated
+
+    def __call__(self, stream: Tensor, block: Block) -> Tensor:
+        """The teacher's stream [..., hidden] after one of its blocks, float32, as the student's [..., kept]."""
+        if self._is_rotated:
+            assert self._residual is not None
+            return stream @ self._residual.matrix(self._hidden, block, "attention", torch.float64).to(stream.dtype)
+        return stream if self._channels is None else stream[..., self._channels]
+
+    def check(self, student: Checkpoint, teacher: Checkpoint) -> None:
+        """Raise UserError where the student's stream is another: its embeddings tell."""
+        name = next(name for name, spec in teacher.specs.items() if spec.part == "embedding")
+        theirs = self(_first_rows(teacher, name), teacher.specs[name].block)
+        ours = _first_rows(student, name)
+        if ours.shape != theirs.shape or (ours - theirs).norm() > SAME_STREAM * theirs.norm():
+            raise UserError(
+                f"the embeddings of {student.folder} are not what the plan makes of those of {teacher.folder}: repair compares "
+                "the two residual streams and comes right after the prune, before any training."
+            )
+
+
+def _first_rows(checkpoint: Checkpoint, name: str) -> Tensor:
+    return checkpoint.read_slice(name, slice(COMPARED_EMBEDDINGS)).float()

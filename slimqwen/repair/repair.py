@@ -1,0 +1,163 @@
+"""The stage `repair`: a freshly pruned checkpoint, its teacher and tokens in, the same checkpoint with refitted experts out."""
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint_value, resumable_folder
+from slimqwen.bytesize import bytes_in_words
+from slimqwen.calibration.memory import allot
+from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.checkpoint.shards import TensorInfo
+from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
+from slimqwen.errors import UserError
+from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.planning.plan import Plan
+from slimqwen.progress import say
+from slimqwen.repair.layers import RIDGE, SWEEPS, LayerByLayer
+from slimqwen.repair.outputs import is_output_matrix
+from slimqwen.repair.projection import Projection
+from slimqwen.repair.stream import Stream
+
+
+def repair(
+    student: Path,
+    out: Path,
+    *,
+    teacher: Path,
+    plan: Path | Plan,
+    tokens: Path,
+    samples: int = 512,
+    batch_size: int = 8,
+    sequence_length: int = 256,
+    memory_budget_bytes: int = 2_000_000_000,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    title: str = "repair",
+) -> Path:
+    """Refit the output matrices of `student`'s routed experts, MTP's too; returns `out`, with the same layout and dtypes.
+
+    Layer after layer, on the student's own stream, they are solved for in closed form (ridge regression, float64) so that the
+    stream is where the teacher's is after the same layer. Nothing else changes. Only one layer's weights are needed
+    at a time; the text's hidden states lie in files. Interrupted, it continues with the layer under way.
+
+    Args:
+        student: what `prune` made of `teacher` by `plan`, not trained since.
+        tokens: folder written by `tokenize`; the first `samples` sequences of its training order of `seed` are used.
+        batch_size: sequences that a token mixer takes at once, at most; changes speed, and the result by rounding.
+        memory_budget_bytes: for activations.
+
+    Raises UserError where plan, student and teacher do not belong together, where the student was trained since, and where
+    the disk is too small.
+    """
+    check_replaceable(out, student, teacher, tokens)
+    cut, source = Checkpoint(student), Checkpoint(teacher)
+    chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
+    check_belong_together(cut, source, chosen)
+    projection = Projection(source, chosen, plan if isinstance(plan, Path) else None)
+    projection.check(cut, source)
+    text = CalibrationText({TRAINING_TEXT: tokens}, cut, samples=samples, sequence_length=sequence_length, seed=seed)
+    text.say_what_is_short()
+    rows = torch.cat([batch for _, batch in text.batches(batch_size)])
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+
+    def streamed(checkpoint: Checkpoint) -> Stream:
+        allotment = allot(
+            checkpoint,
+            parts=0,
+            rows=len(rows),
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            budget_bytes=memory_budget_bytes,
+            dtype=torch_dtype,
+            device=torch_device,
+        )
+        return Stream(checkpoint, rows, allotment, torch_dtype, torch_device)
+
+    made_from = [
+        version("slimqwen"),
+        cut.fingerprint(),
+        source.fingerprint(),
+        chosen.model_dump(mode="json"),
+        text.fingerprint,
+        batch_size,
+        memory_budget_bytes,
+        str(torch_dtype),
+        torch_device.type,
+        RIDGE,
+        SWEEPS,
+    ]
+    layers = out.with_name(f"{out.name}.layers")
+    with (
+        resumable_folder(layers, fingerprint_value(made_from)) as folder,
+        reproducible(torch_device),
+        torch.inference_mode(),
+    ):
+        streams = streamed(cut), streamed(source)
+        _announce(folder, cut, source, rows[:, 1:].numel(), title)
+        refitted = LayerByLayer(*streams, chosen.kept_layers, projection).run(folder, title)
+        with atomic_folder(out) as partial:
+            write_refitted(cut, refitted, partial)
+            copy_companions(student, partial)
+    shutil.rmtree(layers)
+    return out
+
+
+def check_belong_together(student: Checkpoint, teacher: Checkpoint, plan: Plan) -> None:
+    """Raise UserError where the plan was made for another teacher, or leaves another student."""
+    if plan.checkpoint != teacher.fingerprint():
+        raise UserError(f"the plan was not made for {teacher.folder}: give the teacher that was pruned.")
+    for field, wanted in plan.target.model_dump(exclude_none=True).items():
+        if student.config[field] != wanted:
+            raise UserError(
+                f"{student.folder} has {field} {student.config[field]} and the plan leaves {wanted}: give what `slimqwen prune` "
+                "made by this plan."
+            )
+    if plan.kept_layers != sorted(plan.kept_layers):
+        raise UserError("the plan changes the order of the layers, and repair follows the teacher's: keep the order.")
+    if not student.family.moe_blocks(student.config):
+        raise UserError(
+            f"{student.folder} has no layer with experts, and repair refits nothing else: leave this stage out."
+        )
+
+
+def write_refitted(student: Checkpoint, refitted: Mapping[str, Path], folder: Path) -> None:
+    """The student with some of its matrices replaced, into an existing (temporary) folder.
+
+    refitted: block name -> the file that holds its matrices under that name, [experts, hidden, neurons].
+    """
+    planned = [TensorInfo(name, student.dtype(name), spec.shape) for name, spec in student.specs.items()]
+    with CheckpointWriter(folder, planned) as writer:
+        for name, dtype, _ in writer.missing():
+            spec = student.specs[name]
+            if is_output_matrix(student.family, spec):
+                with safe_open(refitted[spec.block.name], framework="pt") as file:
+                    stacked = file.get_slice(spec.block.name)
+                    tensor = stacked[:] if spec.expert is None else stacked[spec.expert]
+            else:
+                tensor = student.read(name)
+            writer.add(name, tensor.to(dtype))
+        writer.finish(student.family.to_disk(student.config))
+
+
+def _announce(folder: Path, student: Checkpoint, teacher: Checkpoint, tokens: int, title: str) -> None:
+    """Say what the work will take. Raises UserError where the disk is too small."""
+    hidden = 3 * student.config["hidden_size"] + 2 * teacher.config["hidden_size"]  # before and after a layer; asked
+    needed = 4 * tokens * hidden + 2 * student.bytes()  # the refitted matrices, and the result
+    free = shutil.disk_usage(folder).free
+    say(
+        f"{title}: {len(student.family.moe_blocks(student.config))} blocks of experts on {tokens:,} tokens; it takes "
+        f"{bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
+    )
+    if needed > free:
+        raise UserError(
+            f"{bytes_in_words(needed)} are to be written to {folder.parent}, and {bytes_in_words(free)} are free: make room, "
+            "write to another disk, or repair on fewer samples."
+        )

@@ -1,0 +1,111 @@
+"""A model walked layer by layer, and the text's hidden states on their way through it, which lie in a file."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimqwen.calibration.experts import Pairs
+from slimqwen.calibration.memory import Allotment
+from slimqwen.calibration.step import Step, embeddings, steps_of
+from slimqwen.calibration.stopwatch import Stopwatch
+from slimqwen.calibration.weights import weights_of, without_weights
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.families.family import Block
+from slimqwen.progress import Progress
+from slimqwen.repair.refit import ExpertInputs
+from slimqwen.repair.routing import experts_on_disk, silent_experts
+
+
+def file_backed(path: Path, *shape: int) -> Tensor:
+    """A float32 tensor of zeros that lies in a file: page cache, which the system takes back as it needs, and no memory."""
+    count = int(torch.Size(shape).numel())
+    return torch.from_file(str(path), shared=True, size=count, dtype=torch.float32).view(*shape)
+
+
+class Stream:
+    """One of the two models.
+
+    Hidden states are float32 [rows, seq, hidden] on the CPU, file-backed; layers compute in `dtype` on `device`, a few
+    rows at a time.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, tokens: Tensor, allotment: Allotment, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.checkpoint, self.tokens = checkpoint, tokens
+        self.model = without_weights(checkpoint, dtype, device)
+        self.steps = steps_of(self.model)
+        self.shape = (len(tokens), tokens.shape[1] - 1, checkpoint.config["hidden_size"])
+        self._allotment, self._dtype, self._device = allotment, dtype, device
+
+    def weights_of(self, step: Step) -> AbstractContextManager[None]:
+        return weights_of(step.blocks, self.model, self.checkpoint, self._dtype, self._device, Stopwatch())
+
+    def open(self, path: Path) -> Tensor:
+        """The hidden states in a file."""
+        return file_backed(path, *self.shape)
+
+    def embed(self, path: Path) -> Tensor:
+        """What goes into the first layer, written to a file."""
+        hidden = self.open(path)
+        for rows in self.passes():
+            hidden[rows] = embeddings(self.model, self.tokens[rows, :-1], self._dtype, self._device).cpu().float()
+        return hidden
+
+    def advance(self, step: Step, hidden: Tensor, progress: Progress) -> None:
+        """Through a layer as it is, in place, without the norm that may follow. The step's weights must be there."""
+        block = moe_block(step)
+        with nullcontext() if block is None else experts_on_disk(self._experts(block)):
+            for rows in self._slices(self._allotment.rows_per_chunk):
+                result = step.through(self._ready(hidden[rows]), self.tokens[rows], self._allotment.rows_per_pass)
+                hidden[rows] = result.cpu().float()
+                progress.advance(hidden[rows, :, 0].numel())
+
+    def ask_experts(self, step: Step, block: Block, hidden: Tensor, asked: Path, progress: Progress) -> ExpertInputs:
+        """Through a layer whose routed experts say nothing, in place; returns what they were asked, kept in the file `asked`."""
+        questions = self.open(asked).flatten(0, 1)
+        chosen: list[Tensor] = []
+        gates: list[Tensor] = []
+
+        def listen(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+            first = sum(map(len, chosen))
+            questions[first : first + len(hidden_states)] = hidden_states.cpu().float()
+            chosen.append(top_k_index.cpu())
+            gates.append(top_k_weights.cpu().float())
+
+        experts = self._experts(block)
+        with silent_experts(experts, listen):
+            for rows in self.passes():
+                hidden[rows] = step.run(self._ready(hidden[rows]), self.tokens[rows]).cpu().float()
+                progress.advance(hidden[rows, :, 0].numel())
+        return ExpertInputs(experts, questions, Pairs.of(torch.cat(chosen), torch.cat(gates), experts.num_experts))
+
+    def normed(self, step: Step, hidden: Tensor) -> None:
+        """Through the norm that follows a layer, in place, if there is one."""
+        if step.norm is not None:
+            with self.weights_of(step):
+                for rows in self.passes():
+                    hidden[rows] = step.norm(self._ready(hidden[rows])).cpu().float()
+
+    def passes(self) -> Iterator[slice]:
+        return self._slices(self._allotment.rows_per_pass)
+
+    def _slices(self, size: int) -> Iterator[slice]:
+        return (slice(first, first + size) for first in range(0, len(self.tokens), size))
+
+    def _experts(self, block: Block) -> Any:
+        """The module of a block's routed experts."""
+        assert block.experts is not None
+        return self.model.module_of(block.prefix + next(iter(block.experts.fused)))
+
+    def _ready(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self._device, self._dtype)
+
+
+def moe_block(step: Step) -> Block | None:
+    """The block of a step that routes to experts, if there is one."""
+    return next((block for block in step.blocks if block.experts is not None), None)
