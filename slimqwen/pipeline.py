@@ -31,6 +31,7 @@ from slimqwen.preflight import announce, check, stages_of
 from slimqwen.progress import duration, say
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import LossTerm, Recipe, Target
+from slimqwen.repair.repair import repair
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN
@@ -188,8 +189,8 @@ class Pipeline:
         )
 
     def cut(self, name: str, checkpoint: Path, folder: Path, statistics: Path, target: Target) -> Path:
-        """plan.json and pruned/ in `folder`."""
-        pruning = self.recipe.pruning
+        """plan.json and pruned/ in `folder`, and repaired/ where the experts are refitted. Returns the last of them."""
+        recipe, pruning = self.recipe, self.recipe.pruning
         inputs: dict[str, Any] = {"checkpoint": fingerprint(checkpoint), "statistics": fingerprint(statistics)}
         inputs |= {"target": target.model_dump(), "pruning": pruning.model_dump()}
         plan_file = folder / "plan.json"
@@ -200,11 +201,42 @@ class Pipeline:
             lambda: plan(checkpoint, plan_file, statistics=statistics, target=target, pruning=pruning),
         )
         pruned = folder / "pruned"
-        return self.steps.step(
+        made_from = {"checkpoint": fingerprint(checkpoint), "plan": fingerprint(plan_file)}
+        self.steps.step(
             f"{name}/pruned",
             pruned,
-            {"checkpoint": fingerprint(checkpoint), "plan": fingerprint(plan_file)},
+            made_from,
             lambda: prune(checkpoint, pruned, plan=plan_file, title=f"{name}/pruned"),
+        )
+        if not pruning.experts.refit:
+            return pruned
+        repaired, tokens = folder / "repaired", self.run_dir / "tokens"
+        settings = {
+            "tokens": fingerprint(tokens),
+            "samples": recipe.calibration.samples,
+            "sequence_length": recipe.data.sequence_length,
+            "seed": recipe.seed,
+            "dtype": recipe.dtype,
+        }
+        return self.steps.step(
+            f"{name}/repaired",
+            repaired,
+            made_from | settings,
+            lambda: repair(
+                pruned,
+                repaired,
+                teacher=checkpoint,
+                plan=plan_file,
+                tokens=tokens,
+                samples=recipe.calibration.samples,
+                batch_size=recipe.calibration.batch_size,
+                sequence_length=recipe.data.sequence_length,
+                memory_budget_bytes=recipe.calibration.memory_budget_bytes,
+                seed=recipe.seed,
+                device=recipe.device,
+                dtype=recipe.dtype,
+                title=f"{name}/repaired",
+            ),
         )
 
     def distilled(

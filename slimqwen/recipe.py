@@ -174,6 +174,11 @@ class ExpertRecipe(Section):
         "'partial': the top half stays untouched, the next half are bases that absorb the others.",
     )
     similarity: ExpertSimilarity = Field("expert_output", description="What merging compares, by cosine.")
+    refit: bool = Field(
+        False,
+        description="After the cut, solve for the experts' output matrices in closed form, layer by layer, on `calibration.samples` "
+        "sequences of the training text, so that each layer ends where its source's does. No training.",
+    )
 
 
 class PruningRecipe(Section):
@@ -307,7 +312,8 @@ class DistilRecipe(Section):
         None,
         description="Also keep an exponential moving average of the weights, in float32: average = decay x average + "
         "(1 - decay) x weights after each step. The average is then what a stage writes, and what the next stage is cut from. "
-        "After t steps of a stage the decay is at most (1 + t) / (10 + t), so that the beginning is forgotten. Default: none.",
+        "After t steps of a stage the decay is at most (1 + t) / (10 + t), so that the beginning is forgotten. What is measured "
+        "on the way (evaluate_every_tokens) is the weights themselves. Default: none.",
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW's first moment decay.")
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW's second moment decay.")

@@ -46,9 +46,16 @@ def checkpoint(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("walk") / "checkpoint", tokenizer=texts.tokenizer)
 
 
-def measured(checkpoint: Path, out: Path, texts: Texts, **options: Any) -> Statistics:
+def measured(checkpoint: Path, out: Path, texts: Texts, second_moments: bool = False, **options: Any) -> Statistics:
     recipe = CalibrationRecipe(sources=texts.sources, samples=SAMPLES, batch_size=BATCH_SIZE, **options)
-    return calibrate(checkpoint, out, recipe=recipe, sequence_length=SEQUENCE_LENGTH, device="cpu")
+    return calibrate(
+        checkpoint,
+        out,
+        recipe=recipe,
+        sequence_length=SEQUENCE_LENGTH,
+        device="cpu",
+        second_moments=second_moments,
+    )
 
 
 def assert_same(found: Statistics, expected: Statistics, relative: float = 0.0) -> None:
@@ -69,9 +76,18 @@ def test_layer_by_layer_is_all_at_once(tmp_path: Path, texts: Texts, model_type:
     native = FAMILIES_NATIVE[model_type]
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", native=native, tokenizer=texts.tokenizer)
     recipe = CalibrationRecipe(sources=texts.sources, samples=SAMPLES, batch_size=1, streaming=False)
-    at_once = calibrate(checkpoint, tmp_path / "at_once", recipe=recipe, sequence_length=SEQUENCE_LENGTH, device="cpu")
-    assert_same(measured(checkpoint, tmp_path / "tight", texts, streaming=True, memory_budget_bytes=1), at_once)
-    assert_same(measured(checkpoint, tmp_path / "wide", texts, streaming=True), at_once, relative=2e-6)
+    at_once = calibrate(
+        checkpoint,
+        tmp_path / "at_once",
+        recipe=recipe,
+        sequence_length=SEQUENCE_LENGTH,
+        device="cpu",
+        second_moments=True,
+    )
+    tight = measured(checkpoint, tmp_path / "tight", texts, second_moments=True, streaming=True, memory_budget_bytes=1)
+    assert_same(tight, at_once)
+    wide = measured(checkpoint, tmp_path / "wide", texts, second_moments=True, streaming=True)
+    assert_same(wide, at_once, relative=2e-6)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "at_once", "tight", "wide"}
 
 

@@ -12,6 +12,7 @@ from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.calibration.walk import Walk, is_unfinished
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.modeling.kernels import announce_slow
 from slimqwen.modeling.model import MtpCausalLM, load
 from slimqwen.progress import Progress, say
 from slimqwen.recipe import CalibrationRecipe
@@ -28,6 +29,7 @@ def calibrate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    second_moments: bool = False,
     title: str = "calibrate",
 ) -> Statistics:
     """Run `recipe.samples` sequences through the model once; write every criterion's sums to `out`.
@@ -35,6 +37,9 @@ def calibrate(
     The sequences are those of `CalibrationText`: of `recipe.sources`, or where it names none of the folder `tokens`.
     The MTP module is measured at the positions whose next token is known, i.e. all of them: rows carry one token more
     than the model reads. A model that does not fit into memory is measured layer by layer (`walk`).
+
+    second_moments: also sum up z z' of every norm's input, which `pruning.width: rotation` needs: 2 hidden^2 operations
+    per token and norm, a tenth of the forward pass of Qwen3-Next-80B.
     """
     source = Checkpoint(checkpoint)
     sources = recipe.sources
@@ -50,6 +55,7 @@ def calibrate(
     )
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
+    announce_slow(source.family, source.config, torch_device)
     streaming = recipe.streaming
     if streaming is None:
         streaming = is_unfinished(out) or not fits(
@@ -58,6 +64,7 @@ def calibrate(
             budget_bytes=recipe.memory_budget_bytes,
             dtype=torch_dtype,
             device=torch_device,
+            second_moments=second_moments,
         )
     with reproducible(torch_device):
         if streaming:
@@ -70,11 +77,12 @@ def calibrate(
                 budget_bytes=recipe.memory_budget_bytes,
                 dtype=torch_dtype,
                 device=torch_device,
+                second_moments=second_moments,
             )
-            Walk(source, text, allotment, torch_dtype, torch_device).run(statistics, out, title)
+            Walk(source, text, allotment, torch_dtype, torch_device, second_moments).run(statistics, out, title)
             return Statistics.load(out)
         model = load(checkpoint, torch_dtype, torch_device)
-        _all_layers_at_once(model, text, recipe.batch_size, torch_device, statistics, title)
+        _all_layers_at_once(model, text, recipe.batch_size, torch_device, statistics, second_moments, title)
     statistics.save(out)
     return statistics
 
@@ -85,10 +93,14 @@ def _all_layers_at_once(
     batch_size: int,
     device: torch.device,
     statistics: Statistics,
+    second_moments: bool,
     title: str,
 ) -> None:
     total, started = sum(text.tokens.values()), time.perf_counter()
-    with observe(model, statistics) as measuring, Progress(title, total=total, unit="tokens") as progress:
+    with (
+        observe(model, statistics, second_moments) as measuring,
+        Progress(title, total=total, unit="tokens") as progress,
+    ):
         for part, rows in text.batches(batch_size):
             with statistics.part(part):
                 model(rows.to(device))

@@ -53,6 +53,7 @@ def allot(
     budget_bytes: int,
     dtype: torch.dtype,
     device: torch.device,
+    second_moments: bool = False,
 ) -> Allotment:
     """As many rows at once as the budget for activations allows: at least 1, passes of at most `batch_size`.
 
@@ -75,18 +76,27 @@ def allot(
         rows_per_pass=rows_per_pass,
         rows_per_chunk=rows_per_chunk,
         weights_bytes=dtype.itemsize * max(_weights(block, sizes, experts if resident else 1) for block in layers),
-        sums_bytes=8 * parts * max(_sums(block, sizes, hidden, experts) for block in layers),
+        sums_bytes=8 * parts * max(_sums(block, sizes, hidden, experts, second_moments) for block in layers),
         activations_bytes=int(max(rows_per_pass * passing + rows_per_chunk * waiting, rows_per_chunk * asking)),
         process_bytes=PROCESS_BYTES + BYTES_PER_TENSOR * len(checkpoint.specs),
     )
 
 
-def fits(checkpoint: Checkpoint, *, parts: int, budget_bytes: int, dtype: torch.dtype, device: torch.device) -> bool:
+def fits(
+    checkpoint: Checkpoint,
+    *,
+    parts: int,
+    budget_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    second_moments: bool = False,
+) -> bool:
     """Whether the whole model and its statistics fit beside a budget for activations, and say so where they do not."""
     sizes = checkpoint.family.sizes(checkpoint.config)
     hidden, experts = sizes[checkpoint.family.hidden], sizes[checkpoint.family.expert]
     numbers = sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
-    sums = sum(_sums(block, sizes, hidden, experts) for block in checkpoint.family.blocks(checkpoint.config))
+    blocks = checkpoint.family.blocks(checkpoint.config)
+    sums = sum(_sums(block, sizes, hidden, experts, second_moments) for block in blocks)
     needed, available = numbers * dtype.itemsize + 8 * parts * sums, available_bytes(device)
     if available is None or needed + budget_bytes <= available:
         return True
@@ -159,9 +169,12 @@ def _weights(block: Block, sizes: Sizes, experts: int) -> int:
     return numbers + experts * sum(prod(size(term, sizes) for term in dims) for dims in each)
 
 
-def _sums(block: Block, sizes: Sizes, hidden: int, experts: int) -> int:
-    """Numbers in the sums over a block, nearly all of them its experts': outputs, neurons and the logits' products."""
+def _sums(block: Block, sizes: Sizes, hidden: int, experts: int, second_moments: bool) -> int:
+    """Numbers in the sums over a block, nearly all of them its experts' (outputs, neurons and the logits' products) and the
+    second moments of its norms, where they are asked for.
+    """
+    moments = second_moments * len(block.tables.get("norm", {})) * hidden**2
     if block.experts is None:
-        return 0
+        return moments
     neurons = sum(size(axis, sizes) for axis in sizes if axis.scope == "expert")
-    return experts * (hidden + neurons + experts)
+    return moments + experts * (hidden + neurons + experts)

@@ -18,13 +18,14 @@ from slimqwen.modeling.routing import Routing
 
 
 @contextmanager
-def observe(model: MtpCausalLM, statistics: Statistics) -> Iterator[Stopwatch]:
+def observe(model: MtpCausalLM, statistics: Statistics, second_moments: bool = False) -> Iterator[Stopwatch]:
     """While open, every forward pass of `model` adds to the open part of `statistics`. Rows must be free of padding.
 
     Yields a watch that counts the seconds this takes beside the model's own forward pass.
     """
     layers, watch = model.backbone.get_decoder().layers, Stopwatch()
-    with observe_blocks(model, model.family.blocks(model.config), statistics, watch), ExitStack() as hooks:
+    blocks = model.family.blocks(model.config)
+    with observe_blocks(model, blocks, statistics, watch, second_moments), ExitStack() as hooks:
         for number, layer in enumerate(layers):
 
             def record(_module: nn.Module, inputs: Any, output: Tensor, number: int = number) -> None:
@@ -37,7 +38,11 @@ def observe(model: MtpCausalLM, statistics: Statistics) -> Iterator[Stopwatch]:
 
 @contextmanager
 def observe_blocks(
-    model: MtpCausalLM, blocks: Collection[Block], statistics: Statistics, watch: Stopwatch
+    model: MtpCausalLM,
+    blocks: Collection[Block],
+    statistics: Statistics,
+    watch: Stopwatch,
+    second_moments: bool = False,
 ) -> Iterator[None]:
     """What can be seen inside these blocks: their norms, what they write into the residual stream, their experts."""
     family, config = model.family, model.config
@@ -45,6 +50,8 @@ def observe_blocks(
         for block, tensor in family.residual_norms(config):
             if block in blocks:
                 hooks.callback(_observe_norm(model, tensor, statistics, watch).remove)
+                if second_moments:
+                    hooks.callback(_observe_moments(model, tensor, statistics, watch).remove)
         for block, tensor, axes in family.writers(config):
             if block in blocks:
                 hooks.callback(_observe_writer(model, tensor, axes, statistics, watch).remove)
@@ -75,6 +82,19 @@ def _observe_norm(model: MtpCausalLM, tensor: str, statistics: Statistics, watch
             statistics.add(f"norm/{tensor}/abs_sums", output.float().abs().sum(dim=(0, 1)))
 
     return model.module_of(tensor).register_forward_hook(record)
+
+
+def _observe_moments(model: MtpCausalLM, tensor: str, statistics: Statistics, watch: Stopwatch) -> RemovableHandle:
+    """The products of a norm's normalised inputs, before its gain, per pair of channels."""
+    eps = model.backbone.get_decoder().config.rms_norm_eps
+
+    def record(_module: nn.Module, inputs: Any) -> None:
+        with watch:
+            hidden = inputs[0].flatten(0, -2).float()
+            normalised = hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + eps)
+            statistics.add(f"norm/{tensor}/second_moments", normalised.T @ normalised)
+
+    return model.module_of(tensor).register_forward_pre_hook(record)
 
 
 def _observe_writer(

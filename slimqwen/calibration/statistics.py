@@ -81,6 +81,8 @@ class Statistics:
     """Sums over calibration tokens, apart per part; each is called `{source}/{half}/` and one of
 
         norm/{tensor}/abs_sums             [hidden]       sum over tokens of |norm's output|, per residual channel
+        norm/{tensor}/second_moments       [hidden, hidden]  sum over tokens of z z', z the norm's input divided by its root mean
+                                                          square, before the gain; only where they were asked for
         layers/hidden_sums                 [layers+1, H]  sum over tokens of the hidden state before layer 0, after layer 0, ..
         layers/cosine_sums                 [layers]       sum over tokens of cos(hidden before, hidden after the layer)
         experts/{block}/assignments        [experts]      tokens routed to each expert
@@ -97,7 +99,8 @@ class Statistics:
 
     While it is measured it lies in memory; loaded from a file, only the names do, and each sum is read when it is asked
     for. A part of Qwen3-Next-80B (49 MoE blocks, 512 experts) takes 0.6 GB, nearly all of it output_sums, logit_gram
-    and neuron_abs_sums, so a file with one source, two parts, takes 1.2 GB. Nothing narrower than float64 would add up exactly.
+    and neuron_abs_sums, so a file with one source, two parts, takes 1.2 GB; second moments, of 102 norms, add 3.4 GB to
+    each part. Nothing narrower than float64 would add up exactly.
     """
 
     checkpoint: str

@@ -57,8 +57,10 @@ class Walk:
         allotment: Allotment,
         dtype: torch.dtype,
         device: torch.device,
+        second_moments: bool,
     ) -> None:
         self._checkpoint, self._text, self._allotment = checkpoint, text, allotment
+        self._second_moments = second_moments
         self._dtype, self._device = dtype, device
         self._model = without_weights(checkpoint, dtype, device)
         self._steps = steps_of(self._model)
@@ -69,7 +71,7 @@ class Walk:
     def run(self, blank: Statistics, out: Path, title: str) -> None:
         """Write to `out` the statistics that `blank` announces. Continues where the same walk was interrupted."""
         settings = [self._allotment.rows_per_pass, self._allotment.rows_per_chunk, str(self._dtype), self._device.type]
-        key = fingerprint_value([FORMAT, blank.checkpoint, blank.data, *settings])
+        key = fingerprint_value([FORMAT, blank.checkpoint, blank.data, *settings, self._second_moments])
         with resumable_folder(_scratch(out), key) as folder:
             self._announce(folder, title)
             finished = self._walk(folder, blank, title)
@@ -117,7 +119,7 @@ class Walk:
         layers = replace(blank, sums={} if before is None else dict(Statistics.load(before / LAYER_SUMS).sums))
         with (
             weights_of(step.blocks, self._model, self._checkpoint, self._dtype, self._device, self._reading),
-            observe_blocks(self._model, step.blocks, sums, self._measuring),
+            observe_blocks(self._model, step.blocks, sums, self._measuring, self._second_moments),
             (after / HIDDEN_STATES).open("wb") as file,
         ):
             row = 0

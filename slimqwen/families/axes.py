@@ -56,7 +56,19 @@ class Stack:
     axis: Axis
 
 
-Term = Axis | int | Cat | Each | Stack
+@dataclass(frozen=True)
+class Read:
+    """An axis as a norm hands it on: a matrix with such columns multiplies the norm's output, gain included.
+
+    `norm` is the norm's tensor, below the matrix' own block or, where that has no such norm, by its full name. Without a
+    norm in between an axis is written, or looked up.
+    """
+
+    axis: Axis
+    norm: str
+
+
+Term = Axis | int | Cat | Each | Stack | Read
 Sizes = Mapping[Axis, int]
 
 
@@ -75,7 +87,7 @@ def size(term: Term, sizes: Sizes) -> int:
             return term
         case Axis():
             return sizes[term]
-        case Stack(axis):
+        case Stack(axis) | Read(axis):
             return sizes[axis]
         case Cat(parts):
             return sum(size(part, sizes) for _, part in parts)
@@ -90,7 +102,7 @@ def axes_of(term: Term) -> set[Axis]:
             return set()
         case Axis():
             return {term}
-        case Stack(axis):
+        case Stack(axis) | Read(axis):
             return {axis}
         case Cat(parts):
             return set().union(*(axes_of(part) for _, part in parts))

@@ -160,6 +160,8 @@ class Family:
     mtp_config: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of Transformers' config that make its decoder layer number 0 the MTP module's."""
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    norm_offset: float = 0.0
+    """A norm over the residual stream multiplies by this + its weight: 1 where weights begin at 0."""
 
     def sizes(self, config: Config) -> dict[Axis, int]:
         """Size of every axis according to a config. Raises UserError where a field does not divide as it must."""

@@ -7,7 +7,7 @@ one more decoder layer, `model.layers.{num_hidden_layers}.`, and so is renumbere
 from collections.abc import Collection
 
 from slimqwen.errors import UserError, shown
-from slimqwen.families.axes import cat
+from slimqwen.families.axes import Read, cat
 from slimqwen.families.canonical import (
     check_layers_and_experts,
     check_one_mtp_module,
@@ -22,6 +22,7 @@ from slimqwen.families.tables import (
     EXPERT,
     HIDDEN,
     LAYER_NORMS,
+    MLP_INPUT,
     PER_HEAD_NORMS,
     SHARED_NEURON,
     VOCAB,
@@ -45,15 +46,22 @@ DEFAULTS: Config = {  # Transformers' own, where a config.json says nothing
 ROUTED_EXPERTS = routed_experts("mlp.experts.")
 MOE: dict[Part, Table] = {
     # The bias takes part in the choice of experts and in nothing else, and is float32 in every checkpoint.
-    "router": {"mlp.gate.weight": (EXPERT, HIDDEN), "mlp.gate.e_score_correction_bias": (EXPERT,)},
+    "router": {"mlp.gate.weight": (EXPERT, MLP_INPUT), "mlp.gate.e_score_correction_bias": (EXPERT,)},
     "shared_experts": gated_mlp("mlp.shared_experts.", SHARED_NEURON),
 }
 DENSE: dict[Part, Table] = {"dense_mlp": gated_mlp("mlp.", DENSE_NEURON)}
 
-MTP_PROJECTION: Table = {"eh_proj.weight": (HIDDEN, cat(embedding=HIDDEN, hidden=HIDDEN))}
+MTP_PROJECTION: Table = {
+    "eh_proj.weight": (HIDDEN, cat(embedding=Read(HIDDEN, "enorm.weight"), hidden=Read(HIDDEN, "hnorm.weight")))
+}
 MTP_NORMS: Table = {"enorm.weight": (HIDDEN,), "hnorm.weight": (HIDDEN,), "shared_head.norm.weight": (HIDDEN,)}
 # GLM-4.5 repeats the backbone's embedding and head in the MTP layer, GLM-4.6 does not; engines read either (vLLM #27597).
 MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+
+COPIES: Table = {
+    "embed_tokens.weight": (VOCAB, HIDDEN),
+    "shared_head.head.weight": (VOCAB, Read(HIDDEN, "model.norm.weight")),  # the same numbers as lm_head's
+}
 
 MODULE_NAMES = MTP_COPIES | {  # below the MTP layer -> where modeling.mtp's module, or the backbone, holds it
     "eh_proj.weight": "mtp.fc.weight",
@@ -89,7 +97,7 @@ def mtp_layer(config: Config) -> Block:
         "norm": {**MTP_NORMS, **LAYER_NORMS},
         "attention": attention_table(config),
         **MOE,
-        "embedding": {name: (VOCAB, HIDDEN) for name in config["mtp_copies"]},
+        "embedding": {name: COPIES[name] for name in config["mtp_copies"]},
     }
     return Block(mtp_prefix(config), tables, ROUTED_EXPERTS, is_mtp=True, recall=ATTENTION_RECALL)
 

@@ -16,6 +16,7 @@ from slimqwen.families.tables import (
     ATTENTION_FIELDS,
     EXPERT,
     HIDDEN,
+    MLP_INPUT,
     VOCAB,
     around_the_layers,
     attention,
@@ -24,7 +25,7 @@ from slimqwen.families.tables import (
 )
 
 ATTENTION = attention()
-ROUTER: Table = {"block_sparse_moe.gate.weight": (EXPERT, HIDDEN)}
+ROUTER: Table = {"block_sparse_moe.gate.weight": (EXPERT, MLP_INPUT)}
 ROUTED_EXPERTS = routed_experts("block_sparse_moe.experts.", gate="w1", up="w3", down="w2")
 
 CANONICAL = {"num_local_experts": "num_experts", "intermediate_size": "moe_intermediate_size"}

@@ -17,6 +17,7 @@ from slimqwen.families.tables import (
     EXPERT,
     HIDDEN,
     KEYS,
+    MLP_INPUT,
     QUERIES,
     VOCAB,
     around_the_layers,
@@ -27,7 +28,7 @@ from slimqwen.families.tables import (
 
 # Their mean square is over all heads: what is cut of the heads changes it for those that stay, as with the hidden size.
 ATTENTION = attention(norms={"self_attn.q_norm.weight": (QUERIES,), "self_attn.k_norm.weight": (KEYS,)})
-ROUTER: Table = {"mlp.gate.weight": (EXPERT, HIDDEN)}
+ROUTER: Table = {"mlp.gate.weight": (EXPERT, MLP_INPUT)}
 ROUTED_EXPERTS = routed_experts("mlp.experts.")
 
 

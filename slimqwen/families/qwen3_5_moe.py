@@ -33,13 +33,16 @@ from slimqwen.families.qwen3_next import (
     surroundings,
     without_absent_mtp,
 )
-from slimqwen.families.tables import EXPERT, HIDDEN, VOCAB
+from slimqwen.families.tables import EXPERT, HIDDEN, MIXER_INPUT, VOCAB
 
 DELTANET: Table = {
-    "linear_attn.in_proj_qkv.weight": (cat(q=KEYS, k=KEYS, v=VALUES), HIDDEN),  # not interleaved, unlike Qwen3-Next's
-    "linear_attn.in_proj_z.weight": (VALUES, HIDDEN),
-    "linear_attn.in_proj_b.weight": (VALUE_HEADS, HIDDEN),
-    "linear_attn.in_proj_a.weight": (VALUE_HEADS, HIDDEN),
+    "linear_attn.in_proj_qkv.weight": (
+        cat(q=KEYS, k=KEYS, v=VALUES),
+        MIXER_INPUT,
+    ),  # not interleaved, unlike Qwen3-Next's
+    "linear_attn.in_proj_z.weight": (VALUES, MIXER_INPUT),
+    "linear_attn.in_proj_b.weight": (VALUE_HEADS, MIXER_INPUT),
+    "linear_attn.in_proj_a.weight": (VALUE_HEADS, MIXER_INPUT),
     **DELTANET_CORE,
 }
 QWEN3_5_MIXERS: Mixers = {**MIXERS, "linear_attention": ("deltanet", DELTANET, DELTANET_RECALL)}
@@ -173,6 +176,7 @@ QWEN3_5_MOE_TEXT = Family(
     hidden=HIDDEN,
     expert=EXPERT,
     router="mlp.gate.weight",
+    norm_offset=1.0,
     fields=TEXT_FIELDS,
     normalise=normalise,
     to_disk=to_disk,
@@ -190,6 +194,7 @@ QWEN3_5_MOE = Family(
     hidden=HIDDEN,
     expert=EXPERT,
     router="mlp.gate.weight",
+    norm_offset=1.0,
     fields=TEXT_FIELDS,
     normalise=unwrapped,
     to_disk=wrapped,

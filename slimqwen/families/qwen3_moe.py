@@ -18,6 +18,7 @@ from slimqwen.families.tables import (
     DENSE_NEURON,
     EXPERT,
     HIDDEN,
+    MLP_INPUT,
     PER_HEAD_NORMS,
     VOCAB,
     around_the_layers,
@@ -28,7 +29,7 @@ from slimqwen.families.tables import (
 )
 
 ATTENTION = attention(norms=PER_HEAD_NORMS)
-ROUTER: Table = {"mlp.gate.weight": (EXPERT, HIDDEN)}
+ROUTER: Table = {"mlp.gate.weight": (EXPERT, MLP_INPUT)}
 ROUTED_EXPERTS = routed_experts("mlp.experts.")
 DENSE_MLP = gated_mlp("mlp.", DENSE_NEURON)
 

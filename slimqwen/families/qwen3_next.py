@@ -6,7 +6,7 @@ Names and shapes as in the released checkpoint and in Transformers' `Qwen3NextFo
 from collections.abc import Collection, Mapping
 
 from slimqwen.errors import UserError
-from slimqwen.families.axes import Axis, cat, each
+from slimqwen.families.axes import Axis, Read, cat, each
 from slimqwen.families.canonical import (
     check_layer_types,
     check_layers_and_experts,
@@ -29,6 +29,8 @@ from slimqwen.families.tables import (
     HIDDEN,
     KV_HEAD,
     LAYER_NORMS,
+    MIXER_INPUT,
+    MLP_INPUT,
     PER_HEAD_NORMS,
     QUERY_HEAD,
     SHARED_NEURON,
@@ -78,9 +80,9 @@ DELTANET_CORE: Table = {
 DELTANET: Table = {
     "linear_attn.in_proj_qkvz.weight": (
         each(KEY_HEAD, cat(q=KEY_DIM, k=KEY_DIM, v=GROUP_VALUES, z=GROUP_VALUES)),
-        HIDDEN,
+        MIXER_INPUT,
     ),
-    "linear_attn.in_proj_ba.weight": (each(KEY_HEAD, cat(b=VALUE_HEAD, a=VALUE_HEAD)), HIDDEN),
+    "linear_attn.in_proj_ba.weight": (each(KEY_HEAD, cat(b=VALUE_HEAD, a=VALUE_HEAD)), MIXER_INPUT),
     **DELTANET_CORE,
 }
 
@@ -96,16 +98,24 @@ DELTANET_RECALL = Recall(
 ATTENTION = attention(queries=each(KV_HEAD, each(QUERY_HEAD, cat(query=HEAD_DIM, gate=HEAD_DIM))), norms=PER_HEAD_NORMS)
 
 # Where experts are merged, router rows are still selected: the base's row speaks for its group (method.md section 4).
-ROUTER: Table = {"mlp.gate.weight": (EXPERT, HIDDEN)}
+ROUTER: Table = {"mlp.gate.weight": (EXPERT, MLP_INPUT)}
 
 ROUTED_EXPERTS = routed_experts("mlp.experts.")
 
 SHARED_EXPERT: Table = {
     **gated_mlp("mlp.shared_expert.", SHARED_NEURON),
-    "mlp.shared_expert_gate.weight": (1, HIDDEN),
+    "mlp.shared_expert_gate.weight": (1, MLP_INPUT),
 }
 
-MTP_PROJECTION: Table = {"mtp.fc.weight": (HIDDEN, cat(embedding=HIDDEN, hidden=HIDDEN))}
+MTP_PROJECTION: Table = {
+    "mtp.fc.weight": (
+        HIDDEN,
+        cat(
+            embedding=Read(HIDDEN, "mtp.pre_fc_norm_embedding.weight"),
+            hidden=Read(HIDDEN, "mtp.pre_fc_norm_hidden.weight"),
+        ),
+    )
+}
 MTP_NORMS: Table = {
     "mtp.pre_fc_norm_embedding.weight": (HIDDEN,),
     "mtp.pre_fc_norm_hidden.weight": (HIDDEN,),
@@ -198,6 +208,7 @@ QWEN3_NEXT = Family(
     hidden=HIDDEN,
     expert=EXPERT,
     router="mlp.gate.weight",
+    norm_offset=1.0,
     fields=FIELDS,
     normalise=normalise,
     to_disk=to_disk,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from slimqwen.families.axes import Axis, Cat, Each, Sizes, Stack, Term, axes_of, size
+from slimqwen.families.axes import Axis, Cat, Each, Read, Sizes, Stack, Term, axes_of, size
 
 Kept = Mapping[Axis, torch.Tensor]
 """Axis -> kept unit indices, `[k]`; or `[units of the enclosing axis, k]` where each enclosing unit keeps its own."""
@@ -19,8 +19,8 @@ def kept_indices(term: Term, sizes: Sizes, kept: Kept, unit: int | None = None) 
     if not any(axis in kept for axis in axes_of(term)):
         return None
     match term:
-        case Axis() | Stack(_):
-            axis = term.axis if isinstance(term, Stack) else term
+        case Axis() | Stack() | Read():
+            axis = term if isinstance(term, Axis) else term.axis
             chosen = kept[axis]
             if chosen.dim() == 2:
                 assert unit is not None, f"axis {axis.name} keeps a set per enclosing unit, and there is none here"

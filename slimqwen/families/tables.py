@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from slimqwen.families.axes import Axis, Term, each
+from slimqwen.families.axes import Axis, Read, Term, each
 from slimqwen.families.family import Block, Config, ExpertTable, Part, Recall, Table
 
 VOCAB = Axis("vocab")
@@ -30,6 +30,8 @@ ATTENTION_FIELDS = {
 }
 
 LAYER_NORMS: Table = {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
+MIXER_INPUT = Read(HIDDEN, "input_layernorm.weight")
+MLP_INPUT = Read(HIDDEN, "post_attention_layernorm.weight")
 
 # One past token costs each query head a score with its key and a share of its value.
 ATTENTION_RECALL = Recall(
@@ -41,7 +43,7 @@ def attention(queries: Term = QUERIES, biases: bool = False, norms: Table | None
     """Grouped-query attention. `queries` are the rows of q_proj, where they are more than the queries (a gate)."""
     table: dict[str, tuple[Term, ...]] = {}
     for name, rows in (("q_proj", queries), ("k_proj", KEYS), ("v_proj", KEYS)):
-        table[f"self_attn.{name}.weight"] = (rows, HIDDEN)
+        table[f"self_attn.{name}.weight"] = (rows, MIXER_INPUT)
         if biases:
             table[f"self_attn.{name}.bias"] = (rows,)
     return table | dict(norms or {}) | {"self_attn.o_proj.weight": (HIDDEN, QUERIES)}
@@ -53,8 +55,8 @@ PER_HEAD_NORMS: Table = {"self_attn.q_norm.weight": (HEAD_DIM,), "self_attn.k_no
 def gated_mlp(prefix: str, neurons: Axis) -> Table:
     """down(act(gate(x)) * up(x)), the tensors of one SwiGLU network."""
     return {
-        f"{prefix}gate_proj.weight": (neurons, HIDDEN),
-        f"{prefix}up_proj.weight": (neurons, HIDDEN),
+        f"{prefix}gate_proj.weight": (neurons, MLP_INPUT),
+        f"{prefix}up_proj.weight": (neurons, MLP_INPUT),
         f"{prefix}down_proj.weight": (HIDDEN, neurons),
     }
 
@@ -64,7 +66,7 @@ def routed_experts(prefix: str, gate: str = "gate_proj", up: str = "up_proj", do
     gate, up, down = (f"{prefix}{{expert}}.{name}.weight" for name in (gate, up, down))
     return ExpertTable(
         axis=EXPERT,
-        per_expert={gate: (EXPERT_NEURON, HIDDEN), up: (EXPERT_NEURON, HIDDEN), down: (HIDDEN, EXPERT_NEURON)},
+        per_expert={gate: (EXPERT_NEURON, MLP_INPUT), up: (EXPERT_NEURON, MLP_INPUT), down: (HIDDEN, EXPERT_NEURON)},
         fused={f"{prefix}gate_up_proj": (gate, up), f"{prefix}down_proj": (down,)},
     )
 
@@ -79,5 +81,5 @@ def around_the_layers(config: Config, root: str = "model.") -> list[Block]:
     """The embedding, the final norm and, unless it is tied to the embedding, lm_head."""
     embeddings: Table = {f"{root}embed_tokens.weight": (VOCAB, HIDDEN)}
     if not config["tie_word_embeddings"]:
-        embeddings = {**embeddings, "lm_head.weight": (VOCAB, HIDDEN)}
+        embeddings = {**embeddings, "lm_head.weight": (VOCAB, Read(HIDDEN, f"{root}norm.weight"))}
     return [Block("", {"embedding": embeddings, "norm": {f"{root}norm.weight": (HIDDEN,)}})]

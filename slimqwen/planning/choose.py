@@ -15,6 +15,7 @@ from slimqwen.planning.shapes import size_of, target_sizes
 from slimqwen.planning.units import Units, kept_units
 from slimqwen.planning.width import kept_channels
 from slimqwen.recipe import ExpertImportance, ExpertRecipe, ExpertSimilarity, PruningRecipe, Target
+from slimqwen.rotation.basis import Basis, choose_basis
 
 
 class Scores(BaseModel):
@@ -25,6 +26,7 @@ class Scores(BaseModel):
     layer_similarity: list[float]
     layer_block_influence: list[float]
     hidden: list[float]
+    """Per channel, or per direction of a rotation: its share of the second moments, the largest first."""
     experts: dict[str, list[float]]
 
 
@@ -36,6 +38,7 @@ class Choice:
     kept: dict[str, Units]
     expert_groups: dict[str, list[ExpertGroup]]
     scores: Scores
+    basis: Basis | None = None
 
 
 def choose(source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecipe) -> Choice:
@@ -49,7 +52,11 @@ def choose(source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecip
         block_influence=torch.tensor(scores.layer_block_influence, dtype=torch.float64),
         must_keep_one_of=source.family.attention_layers(source.config),
     )
-    channels = kept_channels(torch.tensor(scores.hidden, dtype=torch.float64), size_of(target.hidden_size))
+    keep, basis = size_of(target.hidden_size), None
+    if pruning.width == "rotation" and keep < source.config["hidden_size"]:
+        basis, shares = choose_basis(source, sums, layers, keep, compensate=pruning.compensate, repair=pruning.repair)
+        scores = scores.model_copy(update={"hidden": shares.tolist()})
+    channels = kept_channels(torch.tensor(scores.hidden, dtype=torch.float64), keep)
     groups = {
         block.name: expert_groups(source, sums, block, pruning.experts, size_of(target.num_experts))
         for block in source.family.moe_blocks(source.config)
@@ -57,7 +64,7 @@ def choose(source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecip
     }
     sizes = target_sizes(source.family, source.config, target)
     units = kept_units(source.family, source.config, sums, layers, sizes)
-    return Choice(layers, {source.family.hidden.name: channels, **units}, groups, scores)
+    return Choice(layers, {source.family.hidden.name: channels, **units}, groups, scores, basis)
 
 
 def importance_scores(source: Checkpoint, sums: Sums, recipe: ExpertRecipe) -> Scores:

@@ -19,12 +19,22 @@ from slimqwen.progress import say
 from slimqwen.recipe import PruningRecipe, Target
 
 
+class BasisFile(BaseModel):
+    """The coordinates of a rotated cut (`rotation.basis.Basis`): a file beside the plan, and its fingerprint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: str
+    fingerprint: str
+
+
 class Plan(BaseModel):
     """What remains of a checkpoint.
 
     Indices count in the source checkpoint. Blocks go by their source name ("model.layers.3", "mtp.layers.0"); blocks
     of dropped layers do not appear. `kept`: axis name -> what stays of it; an axis within blocks that keeps all of its
-    units does not appear, and experts have `expert_groups` instead. `sources` are the tokens measured of each source of calibration text; `pruning.source_weights` says what they counted for.
+    units does not appear, and experts have `expert_groups` instead. With a `basis` the hidden axis counts directions of it and
+    not channels. `sources` are the tokens measured of each source of calibration text; `pruning.source_weights` says what they counted for.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,6 +47,7 @@ class Plan(BaseModel):
     pruning: PruningRecipe
     kept_layers: list[int]
     kept: dict[str, Units]
+    basis: BasisFile | None = None
     expert_groups: dict[str, list[ExpertGroup]]
     before: Counts
     after: Counts
@@ -81,6 +92,10 @@ def plan(
     target = completed(source.family, target, source.config)
     chosen = choose(source, measured.weighted(pruning.source_weights), target, pruning)
     config = target_config(source.family, source.config, target, chosen.kept_layers)
+    basis = None
+    if chosen.basis is not None:
+        file = out.with_name(f"{out.stem}.basis.safetensors")
+        basis = BasisFile(file=file.name, fingerprint=chosen.basis.save(file))
     result = Plan(
         checkpoint=measured.checkpoint,
         statistics_data=measured.data,
@@ -89,6 +104,7 @@ def plan(
         pruning=pruning,
         kept_layers=chosen.kept_layers,
         kept=chosen.kept,
+        basis=basis,
         expert_groups=chosen.expert_groups,
         before=count(source.family, source.config),
         after=count(source.family, config),

@@ -108,6 +108,8 @@ def _kept_sets(choice: Choice, expert: str) -> dict[str, dict[str, list[list[int
     """Axis name -> where -> the kept sets there, one per enclosing unit."""
     sets = {LAYER: {WHOLE_MODEL: [choice.kept_layers]}}
     for axis, places in choice.kept.items():
+        if choice.basis is not None and not isinstance(places, Mapping):
+            continue  # directions of two rotations are never the same
         by_place = places if isinstance(places, Mapping) else {WHOLE_MODEL: places}
         sets[axis] = {place: _per_unit(indices) for place, indices in by_place.items()}
     sets[expert] = {block: [[group.base for group in groups]] for block, groups in choice.expert_groups.items()}

@@ -11,13 +11,14 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES, TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.errors import UserError
-from slimqwen.families.axes import Axis, size
+from slimqwen.families.axes import Axis, Term, axes_of, size
 from slimqwen.families.family import Block, Config, Layout, TensorSpec
 from slimqwen.families.slicing import kept_indices
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.units import Units
-from slimqwen.pruning.rows import merged, taken
+from slimqwen.pruning.rows import merged, shrunk, taken
 from slimqwen.pruning.stream import Matrix, Piece, batches_of, stream
+from slimqwen.rotation.residual import Residual
 
 MERGED_AT_ONCE = 1 << 18  # elements, whose float32 sums stay in a core's cache: a third faster than a whole expert
 
@@ -32,6 +33,8 @@ class Cut:
         expert_groups: source block name -> the groups that become its experts, in order; blocks not named keep theirs.
         num_experts_per_tok: top-k of the result; None: the source's.
         layout: how experts lie in the result; None: block by block as in the source.
+        residual: what is done to the residual stream beyond choosing channels; with a rotation, `kept` says of the hidden
+            axis how many coordinates stay.
 
     Raises UserError where experts are to be stacked that have different dtypes.
     """
@@ -44,8 +47,10 @@ class Cut:
         expert_groups: Mapping[str, list[ExpertGroup]],
         num_experts_per_tok: int | None = None,
         layout: Layout | None = None,
+        residual: Residual | None = None,
     ) -> None:
         self.source = source
+        self.residual = residual
         self.family = source.family
         self.sizes = self.family.sizes(source.config)
         axes = {axis.name: axis for axis in self.sizes}
@@ -82,30 +87,53 @@ class Cut:
         """Some rows of a matrix of the result, `[stop - start, ...]`, pulled out of the source.
 
         Experts are merged where their group has several members: E~ = sum_i w_i E_i per weight tensor, in float32
-        (method.md section 4), cast once. All else, router rows included, is selected.
+        (method.md section 4), cast once. All else, router rows included, is selected. Where the residual stream is
+        rotated, its dimensions are multiplied instead.
         """
         matrix = piece.matrix
+        if self.residual is not None and self._is_residual_norm(matrix):
+            return self._norm(matrix)[piece.start : piece.stop]
         weights = [1.0] if matrix.group is None else matrix.group.weights
-        kept = self._kept_in(matrix.block.name)
-        unit = None if matrix.group is None else matrix.group.base
-        kept_rows, *kept_others = (kept_indices(term, self.sizes, kept, unit) for term in matrix.dims)
         sources = self._sources_of(matrix)
+        kept_rows, *kept_others = (self._kept_of(term, matrix, sources[0].dtype) for term in matrix.dims)
 
         def made(start: int, stop: int) -> torch.Tensor:
             if kept_rows is None:
                 rows = [tensor[start:stop] for tensor in sources]
-            else:
+            elif kept_rows.dim() == 1:
                 rows = [taken(tensor, 0, kept_rows[start:stop]) for tensor in sources]
+            else:
+                rows = sources  # a row of the result is made of all of theirs
             result = rows[0] if len(rows) == 1 else merged(rows, weights)
-            for dim, indices in enumerate(kept_others, start=1):
-                if indices is not None:
-                    result = taken(result, dim, indices)
+            for dim, kept in enumerate(kept_others, start=1):
+                if kept is not None:
+                    result = shrunk(result, dim, kept)
+            if kept_rows is not None and kept_rows.dim() == 2:
+                result = shrunk(result, 0, kept_rows[:, start:stop])
             return result.to(sources[0].dtype)
 
-        if len(sources) == 1:
+        if len(sources) == 1 or (kept_rows is not None and kept_rows.dim() == 2):
             return made(piece.start, piece.stop)
         step = max(1, MERGED_AT_ONCE // sources[0][0].numel())
         return torch.cat([made(at, min(at + step, piece.stop)) for at in range(piece.start, piece.stop, step)])
+
+    def _kept_of(self, term: Term, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor | None:
+        """Of a dimension: the indices that stay, `[k]`; what it is multiplied by, `[size, k]`; None where all stays."""
+        if self.residual is not None and self.residual.is_rotated and self.family.hidden in axes_of(term):
+            return self.residual.matrix(term, matrix.block, self.specs[matrix.name].part, dtype)
+        unit = None if matrix.group is None else matrix.group.base
+        return kept_indices(term, self.sizes, self._kept_in(matrix.block.name), unit)
+
+    def _is_residual_norm(self, matrix: Matrix) -> bool:
+        return self.specs[matrix.name].part == "norm" and matrix.dims == (self.family.hidden,)
+
+    def _norm(self, matrix: Matrix) -> torch.Tensor:
+        """The weight of a norm over the residual stream."""
+        assert self.residual is not None
+        name = matrix.block.prefix + matrix.pattern
+        weight = self.source.read(name)
+        kept = self._kept_in(matrix.block.name).get(self.family.hidden)
+        return self.residual.norm(name, weight if kept is None else weight[kept])
 
     def _matrices(self, spec: TensorSpec) -> Iterator[Matrix]:
         """A tensor of the result as one matrix; one of stacked experts as theirs, one below the other."""

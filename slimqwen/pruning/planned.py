@@ -1,6 +1,7 @@
 """From a plan to a cut: a plan may have been edited by hand, so whatever it names is looked up before it is used."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError, did_you_mean
@@ -9,22 +10,59 @@ from slimqwen.families.family import Block, Family, Layout
 from slimqwen.planning.plan import Plan
 from slimqwen.planning.units import Units
 from slimqwen.pruning.cut import Cut
+from slimqwen.rotation.basis import Basis
+from slimqwen.rotation.residual import Residual
 
 
-def planned_cut(source: Checkpoint, plan: Plan, layout: Layout | None = None) -> Cut:
-    """The cut that a plan describes. Raises UserError where the plan names what the checkpoint does not have."""
+def planned_cut(source: Checkpoint, plan: Plan, layout: Layout | None = None, residual: Residual | None = None) -> Cut:
+    """The cut that a plan describes. Raises UserError where the plan names what the checkpoint does not have.
+
+    residual: `planned_residual`, for weights. An optimiser's moments are cut without: they have no norms to make up
+    for, and squares do not follow a rotation, which raises UserError.
+    """
+    if plan.basis is not None and residual is None:
+        raise UserError(
+            "the plan rotates the residual stream, and the moments of an optimiser cannot follow: set distil.optimizer_state: reset."
+        )
     layers = source.config["num_hidden_layers"]
     if not _within(plan.kept_layers, layers):
         raise _misfit(source, f"kept_layers must be different layers from 0 to {layers - 1}, are {plan.kept_layers}")
     problem = next(_wrong_units(source, plan), None) or next(_wrong_groups(source, plan), None)
     if problem:
         raise _misfit(source, problem)
-    cut = Cut(source, plan.kept_layers, plan.kept, plan.expert_groups, plan.target.num_experts_per_tok, layout)
+    cut = Cut(
+        source, plan.kept_layers, plan.kept, plan.expert_groups, plan.target.num_experts_per_tok, layout, residual
+    )
     for field, wanted in plan.target.model_dump(exclude_none=True).items():
         if field not in cut.config or cut.config[field] != wanted:
             left = f"{cut.config[field]}" if field in cut.config else "no such size"
             raise _misfit(source, f"target.{field} is {wanted}, and what is kept leaves {left}")
     return cut
+
+
+def planned_residual(source: Checkpoint, plan: Plan, file: Path | None) -> Residual | None:
+    """What the plan in `file` does to the residual stream beyond choosing channels; None where that is nothing.
+
+    Raises UserError where the basis that belongs to it is not beside the file, or is not of its shape.
+    """
+    hidden = source.config["hidden_size"]
+    kept = plan.target.hidden_size or hidden
+    if kept == hidden and plan.basis is None:
+        return None
+    if plan.basis is None:
+        return Residual(source, kept, compensate=True, basis=None) if plan.pruning.compensate else None
+    assert file is not None, "a plan with a basis is read from its file"
+    basis = Basis.load(file, plan.basis.file, plan.basis.fingerprint)
+    norms = {
+        name
+        for block, name in source.family.residual_norms(source.config)
+        if block.layer is None or block.layer in plan.kept_layers
+    }
+    shapes = {tuple(matrix.shape) for matrix in (basis.directions, *basis.readers.values())}
+    complete = norms <= basis.scales.keys() and (not basis.readers or norms <= basis.readers.keys())
+    if shapes != {(hidden, kept)} or not complete:
+        raise _misfit(source, f"its basis must be of shape ({hidden}, {kept}) and have every norm that stays")
+    return Residual(source, kept, compensate=plan.pruning.compensate, basis=basis)
 
 
 def _misfit(source: Checkpoint, problem: str) -> UserError:

@@ -15,8 +15,8 @@ from slimqwen.families.family import Layout
 from slimqwen.planning.plan import Plan
 from slimqwen.progress import say
 from slimqwen.pruning.cut import Cut
-from slimqwen.pruning.planned import planned_cut
-from slimqwen.pruning.stream import PIECE_BYTES, peak_bytes
+from slimqwen.pruning.planned import planned_cut, planned_residual
+from slimqwen.pruning.stream import PIECE_BYTES, one_thread_each, peak_bytes
 
 # Measured with the 75,944 tensors of Qwen3-Next-80B-A3B and the 28,931 that 36 layers of 256 experts leave: 154 MB once
 # torch is imported, 275 MB before the first byte is written.
@@ -49,7 +49,8 @@ def prune(
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     if chosen.checkpoint != source.fingerprint():
         raise UserError(f"the plan was not made for {checkpoint}: run `slimqwen plan` on it first.")
-    cut = planned_cut(source, chosen, layout)
+    residual = planned_residual(source, chosen, plan if isinstance(plan, Path) else None)
+    cut = planned_cut(source, chosen, layout, residual)
     check_config(cut.family.to_disk(cut.config), str(checkpoint))
     made_from = {
         "version": version("slimqwen"),
@@ -63,7 +64,9 @@ def prune(
             cut.stream(writer, title)
             writer.finish(cut.family.to_disk(cut.config))
         copy_companions(checkpoint, folder)
-        check_checkpoint(folder, expected=sample(cut, writer))
+        with one_thread_each():  # as when it was made: more threads may add the products up in another order
+            expected = sample(cut, writer)
+        check_checkpoint(folder, expected=expected)
     return out
 
 
@@ -86,7 +89,9 @@ def announce(writer: CheckpointWriter, cut: Cut, title: str) -> None:
 
 def predicted_memory_bytes(cut: Cut) -> int:
     """Anonymous memory at the peak: the process, what it knows of each tensor, and each thread's piece."""
-    return PROCESS_BYTES + BYTES_PER_TENSOR * (len(cut.source.specs) + len(cut.tensors)) + peak_bytes()
+    tensors = BYTES_PER_TENSOR * (len(cut.source.specs) + len(cut.tensors))
+    rotation = 0 if cut.residual is None else cut.residual.memory_bytes()
+    return PROCESS_BYTES + tensors + rotation + peak_bytes(rotated=rotation > 0)
 
 
 def sample(cut: Cut, writer: CheckpointWriter) -> dict[str, str]:

@@ -20,6 +20,14 @@ def taken(tensor: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor
     return torch.from_numpy(chosen).view(tensor.dtype)
 
 
+def shrunk(tensor: torch.Tensor, dim: int, kept: torch.Tensor) -> torch.Tensor:
+    """`tensor` with less of a dimension: chosen indices `[k]`, or its products with a matrix `[size, k]`, in that one's dtype."""
+    if kept.dim() == 1:
+        return taken(tensor, dim, kept)
+    assert tensor.dim() <= 2
+    return kept.T @ tensor.to(kept.dtype) if dim == 0 else tensor.to(kept.dtype) @ kept
+
+
 def merged(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     """sum_i w_i E_i, added in the given order in float32 (in float64 for float64 tensors).
 

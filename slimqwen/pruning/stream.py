@@ -93,7 +93,7 @@ def stream(
         return sum(piece.nbytes for piece in batches[number])
 
     with (
-        _one_thread_each(),
+        one_thread_each(),
         Progress(title, total=writer.total_bytes, unit="bytes", start=writer.found_bytes) as progress,
         ThreadPoolExecutor(WORKERS) as pool,
     ):
@@ -101,9 +101,11 @@ def stream(
             progress.advance(nbytes)
 
 
-def peak_bytes() -> int:
-    """Memory of the pieces in the making: of each its rows as read, with their kept columns, and joined."""
-    return 3 * WORKERS * PIECE_BYTES
+def peak_bytes(rotated: bool = False) -> int:
+    """Memory of the pieces in the making: of each its rows as read, with their kept columns, and joined; rotated, of 16-bit
+    numbers, in float32 before and after.
+    """
+    return (3 + 4 * rotated) * WORKERS * PIECE_BYTES
 
 
 def _read_ahead(batch: Batch, sources: Callable[[Matrix], list[torch.Tensor]]) -> None:
@@ -114,8 +116,8 @@ def _read_ahead(batch: Batch, sources: Callable[[Matrix], list[torch.Tensor]]) -
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Our threads share the processor; torch would start as many below each of them."""
+def one_thread_each() -> Iterator[None]:
+    """While open torch computes in the calling threads alone: they share the processor, and it would start as many below each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -30,6 +30,7 @@ from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import Stage, stages_of
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import Recipe, Target
+from slimqwen.repair.repair import repair
 from slimqwen.steps import Steps
 
 STATISTICS, PLAN, CHECKPOINT, METRICS = "statistics.safetensors", "plan.json", "checkpoint", "metrics.jsonl"
@@ -79,7 +80,7 @@ class Workshop:
                 checkpoint = self.initial(recipe, source, stage.target)
             else:
                 statistics = self.statistics(recipe, checkpoint, tokens)
-                checkpoint = self.pruned(recipe, checkpoint, statistics, stage.target)
+                checkpoint = self.pruned(recipe, checkpoint, statistics, tokens, stage.target)
             if len(stages) == 1:
                 start = checkpoint
             if not trains:
@@ -129,17 +130,36 @@ class Workshop:
 
         return self.made("statistics", inputs, make) / STATISTICS
 
-    def pruned(self, recipe: Recipe, checkpoint: Path, statistics: Path, target: Target) -> Path:
-        inputs = {
+    def pruned(self, recipe: Recipe, checkpoint: Path, statistics: Path, tokens: Path, target: Target) -> Path:
+        """Cut by a plan, and repaired where the recipe says so."""
+        inputs: dict[str, Any] = {
             "checkpoint": fingerprint(checkpoint),
             "statistics": fingerprint(statistics),
             "target": target.model_dump(),
             "pruning": recipe.pruning.model_dump(),
         }
+        if recipe.pruning.experts.refit:
+            inputs |= {"tokens": fingerprint(tokens), "samples": recipe.calibration.samples, "seed": recipe.seed}
 
         def make(folder: Path) -> None:
             plan(checkpoint, folder / PLAN, statistics=statistics, target=target, pruning=recipe.pruning)
-            prune(checkpoint, folder / CHECKPOINT, plan=folder / PLAN)
+            if not recipe.pruning.experts.refit:
+                prune(checkpoint, folder / CHECKPOINT, plan=folder / PLAN)
+                return
+            prune(checkpoint, folder / "cut", plan=folder / PLAN)
+            repair(
+                folder / "cut",
+                folder / CHECKPOINT,
+                teacher=checkpoint,
+                plan=folder / PLAN,
+                tokens=tokens,
+                samples=recipe.calibration.samples,
+                batch_size=recipe.calibration.batch_size,
+                sequence_length=recipe.data.sequence_length,
+                seed=recipe.seed,
+                device=recipe.device,
+                dtype=recipe.dtype,
+            )
 
         return self.made("pruned", inputs, make) / CHECKPOINT
 
