@@ -28,11 +28,16 @@ COMMANDS = (
     "calibrate",
     "plan",
     "prune",
+    "repair",
     "check",
+    "teacher-cache",
     "distil",
     "evaluate",
+    "generate",
+    "bench",
     "report",
     "pretrain",
+    "study",
 )
 
 
@@ -387,7 +392,7 @@ def test_readme_commands_run(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
             result = slimqwen(*arguments, cwd=tmp_path)
             assert result.returncode == 0, (command, result.stderr)
             ran.add(arguments[0])
-    assert ran == set(COMMANDS) - {"demo", "pretrain"}
+    assert ran == set(COMMANDS) - {"demo", "pretrain", "study"}
 
 
 def test_readme_library_example_runs(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,12 +372,13 @@ SCHEDULES = Definition(
 )
 
 
-def _depth(criterion: str, title: str, **paper: float) -> Variation:
+def _depth(criterion: str, title: str, mmlu_one_shot: float | None = None, mmlu: float | None = None) -> Variation:
+    paper = {"MMLU, one-shot": mmlu_one_shot, "MMLU": mmlu}
     return Variation(
         criterion,
         title,
         _only("num_hidden_layers", **{"pruning.depth": criterion}),
-        paper={name.replace("_", " "): value for name, value in paper.items()},
+        paper={column: value for column, value in paper.items() if value is not None},
     )
 
 
@@ -387,8 +388,8 @@ DEPTH = Definition(
     "Table 8",
     "last",
     [
-        _depth("last", "last layers", MMLU_one_shot=73.86, MMLU_trained=73.02),
-        _depth("similarity", "similarity", MMLU_one_shot=41.95, MMLU_trained=69.57),
+        _depth("last", "last layers", mmlu_one_shot=73.86, mmlu=73.02),
+        _depth("similarity", "similarity", mmlu_one_shot=41.95, mmlu=69.57),
         _depth("block_influence", "block influence"),
     ],
     [

@@ -83,5 +83,5 @@ def judged(finding: Finding, by_seed: Sequence[Runs]) -> Verdict:
         mean=mean,
         standard_deviation=stdev(gains) if len(gains) > 1 else None,
         interval=bounds,
-        sentence=f"{finding.statement}: {words}. {finding.quantity}: {mean:+.3f} ({spread}).",
+        sentence=f"{finding.statement}: {words}. {finding.quantity[0].upper()}{finding.quantity[1:]}: {mean:+.3f} ({spread}).",
     )
