@@ -56,7 +56,7 @@ PARTS = {  # what `Trainer.step` calls: the part that it is, by owner and name
     "student": [(Trainer, "forward")],
     "loss": [(trainer_module, name) for name in ("chunked_loss", "expert_counts", "load_balancing_loss")],
     "backward": [(torch.Tensor, "backward")],
-    "optimiser": [(torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step")],
+    "optimiser": [(trainer_module, "clip_grad_norm"), (torch.optim.AdamW, "step")],
 }
 
 

@@ -267,6 +267,10 @@ def plan(
     pick: Annotated[int, typer.Option(min=1, help="With --fit: number of the shape that --out gets.")] = 1,
     context_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for cache and FLOPs.")] = 32_768,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that the predicted training is sharded over.")] = 8,
+    micro_batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences per forward pass and GPU of the predicted training.")
+    ] = 1,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens in a sequence of the predicted training.")] = 4096,
     statistics: Annotated[
         Path | None,
         typer.Option(
@@ -304,10 +308,12 @@ def plan(
     """
     from slimqwen.checkpoint.config import read_config
     from slimqwen.planning.counts import compare, comparison_table
+    from slimqwen.planning.footprint import TrainingSettings
     from slimqwen.recipe import PruningRecipe, Target
     from slimqwen.recipe_file import load_recipe
 
     wanted = Target() if target is None else load_recipe(target, model=Target)
+    training = TrainingSettings(gpus=gpus, micro_batch_size=micro_batch_size, sequence_length=sequence_length)
     if html is not None and (statistics is not None or budgets is not None):
         raise UserError("--html is a page for choosing a target: give it without --statistics and --fit.")
     if statistics is None and (pruning is not None or source_weights or stability):
@@ -320,7 +326,7 @@ def plan(
         if out is not None:
             raise UserError("--out takes the plan of --statistics or the target of --fit: give one of these too.")
         family, config = read_config(_config_path(checkpoint))
-        comparison = compare(family, config, wanted, context_length=context_length, gpus=gpus)
+        comparison = compare(family, config, wanted, context_length=context_length, training=training)
         if html is not None:
             from slimqwen.planning.page import write_planner_page
 
@@ -346,7 +352,12 @@ def plan(
         )
         source = Checkpoint(checkpoint_folder(checkpoint))
         comparison = compare(
-            source.family, source.config, made.target, made.kept_layers, context_length=context_length, gpus=gpus
+            source.family,
+            source.config,
+            made.target,
+            made.kept_layers,
+            context_length=context_length,
+            training=training,
         )
         if made.stability is not None and not as_json:
             typer.echo(stability_text(made.stability))
@@ -524,6 +535,18 @@ def distil(
             help="Written by `slimqwen teacher-cache`; no teacher is loaded, and --teacher only compared with it.",
         ),
     ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="AdamW's moments to begin with, written by `slimqwen carry`. Default: zeros."
+        ),
+    ] = None,
+    keep_state: Annotated[
+        bool,
+        typer.Option(
+            "--keep-state", help="Leave the training state beside the result, in `.NAME.state`, for `slimqwen carry`."
+        ),
+    ] = False,
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     seed: Seed = 0,
@@ -555,9 +578,30 @@ def distil(
         device=device,
         dtype=_dtype(dtype),
         run=out.name,
+        keep_state=keep_state,
+        moments=moments,
     )
     if _rank() == 0:
         typer.echo(str(result))
+
+
+@app.command()
+def carry(
+    states: Annotated[
+        Path, typer.Argument(metavar="STATES", help="The training's states: `.NAME.state` beside its result NAME.")
+    ],
+    trained: Annotated[Path, typer.Argument(metavar="TRAINED", help="The checkpoint that the training wrote.")],
+    plan: Annotated[Path, typer.Option(metavar="FILE", help="The plan that TRAINED is pruned by.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Cut the optimiser's moments as a plan cuts the weights, for `distil --moments` of the next stage.
+
+    The training must have been one with `distil --keep-state`. In a recipe for `slimqwen run` it is one line:
+    `optimizer_state: carry`.
+    """
+    from slimqwen.distillation.carry import carry as run_stage
+
+    typer.echo(str(run_stage(states, trained, out, plan=plan)))
 
 
 @app.command()
@@ -565,38 +609,88 @@ def evaluate(
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or 'builtin'.")
     ],
-    tokens: TokensFolder,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder written by `slimqwen tokens`; may be left out with --tasks or --suite."
+        ),
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Checkpoint that the others are compared to.")] = None,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("evaluation.json"),
+    out: Annotated[Path, typer.Option(help="File to write; benchmarks.json goes beside it.")] = Path("evaluation.json"),
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME...", help="Benchmarks of lm-evaluation-harness, or of --tasks-dir; evalplus."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Benchmarks by preset: 'slimqwen' are the paper's eight.")] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="More tasks in the harness's YAML. They may run Python from DIR: trust it."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Documents of each task, the first ones. Default: all.", show_default=False),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Solved examples before each question. Default: as the task says.", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in benchmarks.")] = 8,
     measured_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")] = 65_536,
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Held-out loss, KL to a teacher, agreement and MTP acceptance of one or several checkpoints."""
+    """Held-out loss, KL to a teacher, agreement and MTP acceptance of checkpoints (--tokens); benchmarks (--tasks, --suite)."""
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.evaluation.evaluate import evaluate as run_stage
     from slimqwen.recipe import EvaluationRecipe
     from slimqwen.reporting.table import print_table
 
+    if tokens is None and tasks is None and suite is None:
+        raise UserError(
+            "there is nothing to measure: give --tokens DIR for held-out text, --tasks or --suite for benchmarks, or both."
+        )
     models = {"teacher": checkpoint_folder(teacher)} if teacher is not None else {}
     if teacher is not None and "teacher" in checkpoints:
         raise UserError("a checkpoint is called 'teacher' like --teacher's row: give it as ./teacher.")
     models |= {name: checkpoint_folder(name) for name in checkpoints}
-    result = run_stage(
-        models,
-        out,
-        tokens=tokens,
-        recipe=EvaluationRecipe(tokens=measured_tokens),
-        sequence_length=sequence_length,
-        documents="isolated" if isolated else "packed",
-        teacher=None if teacher is None else "teacher",
-        device=device,
-        dtype=_dtype(dtype),
-    )
-    print_table(result)
-    typer.echo(str(out))
+    compared_with = None if teacher is None else "teacher"
+    if tokens is not None:
+        result = run_stage(
+            models,
+            out,
+            tokens=tokens,
+            recipe=EvaluationRecipe(tokens=measured_tokens),
+            sequence_length=sequence_length,
+            documents="isolated" if isolated else "packed",
+            teacher=compared_with,
+            device=device,
+            dtype=_dtype(dtype),
+        )
+        print_table(result)
+        typer.echo(str(out))
+    if tasks is not None or suite is not None:
+        from slimqwen.evaluation.benchmarks import benchmark, print_benchmarks, suite_tasks
+
+        benchmarks_out = out.with_name("benchmarks.json")
+        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        benchmarks = benchmark(
+            models,
+            benchmarks_out,
+            tasks=list(dict.fromkeys([*(suite_tasks(suite) if suite is not None else []), *names])),
+            tasks_dir=tasks_dir,
+            limit=limit,
+            shots=shots,
+            batch_size=batch_size,
+            teacher=compared_with,
+            device=device,
+            dtype=_dtype(dtype),
+        )
+        print_benchmarks(benchmarks)
+        typer.echo(str(benchmarks_out))
 
 
 @app.command()
@@ -658,14 +752,24 @@ def generate(
 @app.command()
 def check(
     checkpoint: CheckpointName,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also compare names, shapes and config.json with what this engine's loader takes: transformers, vllm, "
+            "sglang, llama.cpp or all. Repeatable. Exit code 1 where one cannot load it.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Tell whether a checkpoint is whole and loads in Transformers, vLLM and SGLang; reads headers and a sample."""
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.checkpoint.check import check_checkpoint, describe
 
-    result = check_checkpoint(checkpoint_folder(checkpoint))
+    result = check_checkpoint(checkpoint_folder(checkpoint), engines=engine or ())
     typer.echo(result.model_dump_json(indent=2) if as_json else describe(result))
+    if result.refusing():
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -708,13 +812,22 @@ def bench(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")],
-    out: Annotated[Path | None, typer.Option(help="Page to write; RUN_DIR/report.html by default.")] = None,
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Folder of a run; several are compared.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Page to write. Default: report.html in the folder; comparison.html for several."),
+    ] = None,
 ) -> None:
-    """Write the HTML report of a run: one page, no external requests."""
+    """Write the HTML report of a run, or one that compares runs: one page, no external requests."""
+    from slimqwen.reporting.compare import compare
     from slimqwen.reporting.report import report as run_stage
 
-    typer.echo(str(run_stage(run_dir, out)))
+    if len(run_dirs) == 1:
+        typer.echo(str(run_stage(run_dirs[0], out)))
+    else:
+        typer.echo(str(compare(run_dirs, out or Path("comparison.html"))))
 
 
 @app.command()

@@ -51,7 +51,7 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     pipeline.steps.begin(recipe)
     pipeline.forget_other_schedules()
     tokens = pipeline.tokens()
-    if recipe.distil.teacher == "cache":
+    if recipe.distil.is_taught and recipe.distil.teacher == "cache":
         pipeline.teacher_cache(tokens)
     models = {"teacher": pipeline.teacher}
     models[MAIN_RUN] = (
@@ -127,7 +127,7 @@ class Pipeline:
         settings: dict[str, Any] = {
             "sequence_length": recipe.data.sequence_length,
             "documents": recipe.data.documents,
-            "with_mtp": recipe.distil.mtp_target == "mtp",
+            "with_mtp": recipe.distil.is_taught_by_mtp,
             "sequences": course_of(recipe.distil, recipe.data.sequence_length).first_row(
                 self.stages[-1].span.total_steps
             ),

@@ -53,8 +53,13 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
         raise UserError(
             "moments cannot follow a rotation of the weights: set distil.optimizer_state: reset or another pruning.width."
         )
-    if recipe.distil.teacher == "cache":
-        check_teacher(recipe.teacher_cache, source, with_mtp=recipe.distil.mtp_target == "mtp")
+    if recipe.distil.is_taught and recipe.distil.teacher == "cache":
+        if recipe.distil.on_bad_step == "roll_back":
+            raise UserError(
+                "distil.on_bad_step 'roll_back' goes on to later rows of the text, and of these a run with distil.teacher 'cache' "
+                "keeps no teacher's word: choose stop or skip, or teacher: live."
+            )
+        check_teacher(recipe.teacher_cache, source, with_mtp=recipe.distil.is_taught_by_mtp)
         check_temperature(recipe.distil, recipe.teacher_cache.top_k, source.config["vocab_size"])
     random = recipe.init == "random" or "random_init" in recipe.baselines
     if random and any(spec.part == "vision" for spec in source.specs.values()):

@@ -16,7 +16,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 DepthCriterion = Literal["last", "similarity", "block_influence"]
-WidthCriterion = Literal["norm_activation", "rotation"]
+WidthCriterion = Literal["norm_activation", "rotation", "weight_magnitude", "random"]
 ExpertImportance = Literal["frequency", "soft_logits", "reap"]
 ExpertCompression = Literal["prune", "merge", "partial"]
 ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
@@ -190,7 +190,8 @@ class PruningRecipe(Section):
     width: WidthCriterion = Field(
         "norm_activation",
         description="What stays of the residual stream: the channels with the largest norm outputs (the paper's choice), or, after "
-        "one rotation of the whole model, its principal directions. Rotation needs statistics with second moments.",
+        "one rotation of the whole model, its principal directions, which needs statistics with second moments. For "
+        "comparison: the channels with the largest weights, and random ones.",
     )
     compensate: bool = Field(
         False,
@@ -387,6 +388,16 @@ class DistilRecipe(Section):
     jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.5, description="The teacher's share of the mixture that 'jsd' compares teacher and student with."
     )
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the loss needs a teacher."""
+        return not {"kd", "mtp_kd"}.isdisjoint(self.terms)
+
+    @property
+    def is_taught_by_mtp(self) -> bool:
+        """Whether it needs the teacher's own MTP head too."""
+        return self.mtp_target == "mtp" and "mtp_kd" in self.terms
 
     @model_validator(mode="after")
     def _terms_are_distinct(self) -> "DistilRecipe":

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slimqwen.artifacts import fingerprint, fingerprint_value, write_json, write_text
 from slimqwen.errors import StageFailed
 from slimqwen.progress import say
@@ -34,6 +36,8 @@ class Steps:
             "version": version("slimqwen"),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "torch": version("torch"),
             "transformers": version("transformers"),
         }

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from test_pipeline import tiny_recipe
 from tiny import fused, write_tiny_checkpoint, write_tiny_tokens
 from torch import Tensor
+from typer.testing import CliRunner
 
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.cli import app
 from slimqwen.distillation.carry import MOMENTS, carry
 from slimqwen.distillation.distil import distil
 from slimqwen.distillation.trainer import Span, Trainer
@@ -257,6 +259,41 @@ def test_a_state_that_is_gone(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no training state, .* or set optimizer_state: reset"):
         carry(tmp_path / ".out.state", folder / "student", tmp_path / "moments", plan=plan)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_stages_by_hand(folder: Path, tmp_path: Path) -> None:
+    """The same from the command line: the second training's moments have made the steps of both."""
+    recipe = tmp_path / "distil.yaml"
+    recipe.write_text(json.dumps({"tokens": 2 * BATCH_SIZE * 16, "batch_size": BATCH_SIZE, "terms": ["lm", "mtp_lm"]}))
+    usual = f"--tokens {folder}/tokens --recipe {recipe} --sequence-length 16 --device cpu --keep-state"
+
+    def slimqwen(command: str) -> None:
+        result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    slimqwen(f"distil {folder}/student --out {tmp_path}/first {usual}")
+    plan, _, _ = write_cut(tmp_path, tmp_path / "first")
+    slimqwen(f"prune {tmp_path}/first --plan {plan} --out {tmp_path}/pruned")
+    slimqwen(f"carry {tmp_path}/.first.state {tmp_path}/first --plan {plan} --out {tmp_path}/moments")
+    slimqwen(f"distil {tmp_path}/pruned --out {tmp_path}/second --moments {tmp_path}/moments {usual}")
+    assert {float(tensor) for name, tensor in saved(tmp_path / "second").items() if name.startswith("step.")} == {4.0}
+
+
+def test_moments_of_something_else_are_refused(folder: Path, tmp_path: Path) -> None:
+    trained = train(folder, folder / "student", tmp_path / "first", Span(0, 1, STEPS))
+    plan, _, _ = write_cut(tmp_path, trained)
+    with pytest.raises(UserError, match=r"plan\.json was not made for .*student"):
+        carry(states(trained), folder / "student", tmp_path / "moments", plan=plan)
+    moments = carry(states(trained), trained, tmp_path / "moments", plan=plan)
+    span = Span(1, 2, STEPS)
+    with pytest.raises(UserError, match=r"of another shape than .*student: '.*' is \(.*\) there and \(.*\) here"):
+        train(folder, folder / "student", tmp_path / "second", span, 2, moments)
+    with pytest.raises(UserError, match="holds no moments: `slimqwen carry` writes them"):
+        train(folder, folder / "student", tmp_path / "second", span, 2, trained)
+    changes = {"optimizer": "muon", "optimizer_state": "reset"}
+    student = prune(trained, tmp_path / "pruned", plan=plan)
+    with pytest.raises(UserError, match=r"holds AdamW's moments, and distil\.optimizer is muon"):
+        train(folder, student, tmp_path / "second", span, 2, moments, changes)
 
 
 def test_the_schedule_carries_and_tidies_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,12 +200,21 @@ def test_a_target_larger_than_the_source_is_refused() -> None:
 def test_the_table_says_both_sides_and_every_convention() -> None:
     family, config = read_config(RECIPES / "qwen3-next-80b-a3b.json")
     target = load_recipe(RECIPES / "slimqwen-23a2b.yaml", model=Target)
-    text = comparison_table(compare(family, config, target, context_length=4096, gpus=64))
+    training = TrainingSettings(gpus=64, micro_batch_size=2, sequence_length=8192)
+    text = comparison_table(compare(family, config, target, context_length=4096, training=training))
     rows = {line[:42].strip(): line.split()[-3:] for line in text.splitlines()}
     assert rows["parameters [1]"] == ["79,674,391,296", "23,176,328,256", "29.1%"]
     assert rows["routed experts"] == ["77,309,411,328", "21,743,271,936", "28.1%"]
     assert rows["MTP module, apart"] == ["1,650,471,424", "631,907,840", "38.3%"]
-    for words in ("4,096 tokens", "per GPU of 64", "3.8B and 2.0B", "no convention gives both", "Predicted"):
+    for words in (
+        "4,096 tokens",
+        "per GPU of 64",
+        "of 16,384 tokens",
+        "2 x 8,192",
+        "3.8B and 2.0B",
+        "no convention gives both",
+        "Predicted",
+    ):
         assert words in text
     assert max(map(len, text.splitlines())) <= 120
 

@@ -105,6 +105,13 @@ def test_a_growing_batch_is_tried_at_its_largest(tmp_path: Path) -> None:
     assert predicted_memory(one).settings.micro_batch_size == 2
 
 
+def test_a_batch_that_its_parts_do_not_fill(tmp_path: Path) -> None:
+    """Six rows, a rank's share of twelve, four at a time: two passes, and gradients wait for the second."""
+    one = trainer(tmp_path, batch_size=6)
+    one.micro_batch_size = 4
+    assert predicted_memory(one).settings.micro_batches == 2
+
+
 def test_on_a_gpu_the_loss_and_more_gpus_are_advised_too(tmp_path: Path) -> None:
     one = trainer(tmp_path)
     settings = predicted_memory(one).settings.model_copy(

@@ -10,7 +10,7 @@ from tiny_families import QWEN3_MOE
 
 from slimqwen.families import FAMILIES
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.modeling.kernels import BATCHED_EXPERTS, announce_slow, kernels_of
+from slimqwen.modeling.kernels import BATCHED_EXPERTS, announce_slow, batched_experts_forward, kernels_of
 from slimqwen.modeling.model import MtpCausalLM, initialise
 
 GPU = torch.device("cuda")
@@ -98,3 +98,17 @@ def test_experts_follow_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rounded[name].dtype == torch.float32
         if ".experts." in name:
             assert (rounded[name] - expected).norm() < 0.05 * expected.norm(), name
+
+
+def test_lent_experts_follow_autocast_too() -> None:
+    """Weights that are no parameters, as expert parallelism and streaming lend them to the module."""
+    model = initialise(tiny_config(num_hidden_layers=1, layer_types=["full_attention"]), seed=0)
+    experts = model.backbone.get_decoder().layers[0].mlp.experts
+    hidden = torch.randn(5, model.config["hidden_size"], generator=torch.Generator().manual_seed(0))
+    choice, gates = torch.tensor([[0, 1]] * 5), torch.full((5, 2), 0.5)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = batched_experts_forward(experts, hidden, choice, gates)
+        for name, parameter in list(experts.named_parameters()):
+            vars(experts)[name] = parameter.data.clone()
+        found = batched_experts_forward(experts, hidden, choice, gates)
+    assert torch.equal(found, expected)

@@ -1,6 +1,7 @@
 """What is seen in one pass: experts against Transformers' own and against each one by hand, in every family."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from slimqwen.calibration.experts import (
     grouped,
     observed_experts_forward,
     one_by_one,
+    streamed_experts_forward,
 )
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Part, Statistics
@@ -81,6 +83,31 @@ def test_the_experts_function_computes_what_transformers_does(model: MtpCausalLM
         gated = (shares[experts == expert] * outputs.norm(dim=-1)).sum()
         torch.testing.assert_close(told["gated_norm_sums"][expert], gated, rtol=1e-5, atol=1e-4)
     assert told["output_sums"][-1].eq(0).all() and told["output_sums"][:-1].ne(0).any(-1).all()
+
+
+@torch.no_grad()
+def test_the_streamed_function_asks_for_one_expert_at_a_time(model: MtpCausalLM) -> None:
+    """Of stacks that can only be indexed, and of no expert that nobody chose."""
+    module, (hidden, experts, gates) = experts_of(model), routed(model)
+    asked: list[int] = []
+
+    class Stack:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def __getitem__(self, expert: int) -> Tensor:
+            asked.append(expert)
+            return self.tensor[expert]
+
+    lent = SimpleNamespace(
+        num_experts=module.num_experts,
+        gate_up_proj=Stack(module.gate_up_proj),
+        down_proj=Stack(module.down_proj),
+        _apply_gate=module._apply_gate,
+    )
+    found = streamed_experts_forward(lent, hidden, experts, gates)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, grouped_mm_experts_forward(module, hidden, experts, gates), rtol=1e-5, atol=1e-5)
+    assert asked == [expert for expert in range(module.num_experts - 1) for _ in range(2)]
 
 
 @torch.no_grad()

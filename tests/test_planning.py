@@ -33,6 +33,12 @@ def test_norm_activation_is_the_mean_over_norms_of_means_over_tokens() -> None:
     assert importance.norm_activation([float64(6, 3), float64(2, 8)], [3, 1]).tolist() == [2.0, 4.5]
 
 
+def test_weight_magnitude_is_the_mean_share_of_squared_weights() -> None:
+    # [3, 1] / 4, [5, 15] / 20, and a matrix of zeros, which says nothing for any channel.
+    assert importance.weight_magnitude([float64(3, 1), float64(5, 15), float64(0, 0)]).tolist() == [1 / 3, 1 / 3]
+    assert importance.weight_magnitude([float64(3, 1)]).tolist() == [0.75, 0.25]
+
+
 def test_norm_activation_refuses_a_norm_without_its_count() -> None:
     with pytest.raises(ValueError):
         importance.norm_activation([float64(1), float64(1)], [1])

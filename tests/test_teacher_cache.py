@@ -489,6 +489,7 @@ def small(folder: Path) -> Path:
         ({"tokens": "other_tokens"}, "other token ids than"),
         ({"mtp_target": "mtp"}, "holds no MTP head"),
         ({"temperature": 2.0}, "keeps the 8 most likely tokens"),
+        ({"on_bad_step": "roll_back"}, "'roll_back' goes on to later rows of the text, and .* holds 16 sequences"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(folder: Path, small: Path, changes: dict[str, Any], words: str) -> None:
@@ -506,6 +507,10 @@ def test_a_cache_of_something_else_is_refused(folder: Path, small: Path, changes
 
 def test_a_temperature_is_fine_with_the_whole_vocabulary(folder: Path) -> None:
     assert opened(folder, folder / "exact", temperature=2.0)
+
+
+def test_going_back_is_fine_with_the_whole_text(folder: Path) -> None:
+    assert opened(folder, folder / "exact", on_bad_step="roll_back")
 
 
 def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
@@ -582,6 +587,24 @@ def test_a_run_writes_its_cache_first(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "teacher_cache: done already" in capsys.readouterr().err
     with pytest.raises(UserError, match="temperature 2 needs the teacher's whole distribution"):
         run(tiny_recipe(tmp_path, tmp_path / "run", **changes | {"distil": {**changes["distil"], "temperature": 2.0}}))
+    with pytest.raises(UserError, match="'roll_back' goes on to later rows"):
+        run(
+            tiny_recipe(
+                tmp_path, tmp_path / "run", **changes | {"distil": {**changes["distil"], "on_bad_step": "roll_back"}}
+            )
+        )
+
+
+def test_a_run_that_learns_from_the_text_alone_writes_no_cache(tmp_path: Path) -> None:
+    distilling = {
+        "tokens": 16 * 2 * 3,
+        "batch_size": 2,
+        "teacher": "cache",
+        "warmup_steps": 1,
+        "terms": ["lm", "mtp_lm"],
+    }
+    run(tiny_recipe(tmp_path, tmp_path / "run", distil=distilling, baselines=[]))
+    assert not (tmp_path / "run" / "teacher_cache").exists()
 
 
 def test_numpy_stays_out_of_the_ids() -> None:

@@ -14,10 +14,14 @@ from slimqwen.checkpoint.reader import INDEX_FILE, Checkpoint
 from slimqwen.checkpoint.serving import (
     KERNEL_MULTIPLE,
     Obstacles,
+    Verdict,
+    chosen_engines,
     expert_parallel,
+    in_words,
     replicated_kv_heads,
     slow_sizes,
     tensor_parallel,
+    verdict,
 )
 from slimqwen.errors import UserError, shown
 from slimqwen.families import Config
@@ -34,6 +38,7 @@ class CheckResult(BaseModel):
     `tensor_parallel`, `expert_parallel`: number of ranks -> the sizes that do not divide by it (empty: it works);
     `replicated_kv_heads`: the numbers of ranks at which several hold the same KV head, and cache it several times.
     `sampled`: tensor -> SHA-256 of its bytes, of the tensors that were read in full. `dtypes`: dtype -> tensors.
+    `engines`: what each engine that was asked about makes of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,9 +56,16 @@ class CheckResult(BaseModel):
     expert_parallel: Obstacles
     sampled: dict[str, str]
     warnings: list[str]
+    engines: dict[str, Verdict] = {}
+
+    def refusing(self) -> list[str]:
+        """The engines that cannot load it, of those that were asked about."""
+        return [name for name, result in self.engines.items() if result.problems]
 
 
-def check_checkpoint(folder: Path, *, expected: Mapping[str, str] | None = None) -> CheckResult:
+def check_checkpoint(
+    folder: Path, *, expected: Mapping[str, str] | None = None, engines: Iterable[str] = ()
+) -> CheckResult:
     """Whether a checkpoint folder is whole and loads in Transformers, vLLM and SGLang.
 
     Every tensor that config.json implies must be there with its shape and nothing else, where the index says; the
@@ -61,9 +73,11 @@ def check_checkpoint(folder: Path, *, expected: Mapping[str, str] | None = None)
 
     Args:
         expected: tensor name -> `tensor_hash` of what was written: these tensors are the sample, and must be the same.
+        engines: names of engines (or 'all') to ask about: whether their loaders take it is told, not raised.
 
     Raises UserError for what is broken; what merely narrows how the model can be served is in `warnings`.
     """
+    asked = chosen_engines(engines)
     checkpoint = Checkpoint(folder)
     check_config(read_json(folder / "config.json"), str(folder))
     _check_orphans(checkpoint)
@@ -91,6 +105,7 @@ def check_checkpoint(folder: Path, *, expected: Mapping[str, str] | None = None)
         expert_parallel=expert_parallel(family, config),
         sampled=sampled,
         warnings=[*_warnings_of_files(checkpoint), *_warnings_of_sizes(checkpoint)],
+        engines={engine.name: verdict(engine, checkpoint) for engine in asked},
     )
 
 
@@ -246,7 +261,10 @@ def describe(result: CheckResult) -> str:
     }
     width = max(map(len, rows))
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows.items()]
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in result.warnings), "loadable"])
+    lines += [f"warning: {warning}" for warning in result.warnings]
+    lines += [in_words(name, found) for name, found in result.engines.items()]
+    refusing = result.refusing()
+    return "\n".join([*lines, f"not loadable in {', '.join(refusing)}" if refusing else "loadable"])
 
 
 def _divides(obstacles: Obstacles, replicated: Iterable[int] = ()) -> str:

@@ -1,7 +1,18 @@
-"""What serving engines (vLLM, SGLang) ask of a model's sizes: ranks must share them evenly, kernels like multiples."""
+"""What serving engines ask of a model: sizes that ranks share evenly and kernels like; names, shapes and keys they know."""
 
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+
+from pydantic import BaseModel, ConfigDict
+
+from slimqwen.checkpoint.engines import ENGINES, Engine, Loader, Names
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.errors import UserError, did_you_mean, shown
 from slimqwen.families import Config, Family
 from slimqwen.families.axes import Axis, axes_of
+from slimqwen.families.canonical import full_attention_interval, periodic_layer_types
+from slimqwen.families.family import TensorSpec
 
 PARALLEL_SIZES = range(1, 9)
 KERNEL_MULTIPLE = 128  # tiles of the fast matrix kernels, and the blocks of FP8 quantisation
@@ -65,3 +76,136 @@ def _used_fields(family: Family, config: Config) -> dict[str, tuple[Axis, ...]]:
         tables = [*block.tables.values(), *([block.experts.per_expert] if block.experts else [])]
         used |= {axis for table in tables for dims in table.values() for term in dims for axis in axes_of(term)}
     return {field: axes for field, axes in family.fields.items() if used.issuperset(axes)}
+
+
+# --- one engine at a time ---------------------------------------------------------------------------------------------
+
+
+class Verdict(BaseModel):
+    """Whether an engine's loader, as far as engines.py knows it, takes a checkpoint.
+
+    `problems`: why it does not (empty: it does). `notes`: what it does otherwise than Transformers, or leaves out.
+    `drafts`: whether it can draft with the checkpoint's MTP module.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    problems: list[str]
+    notes: list[str]
+    drafts: bool
+
+
+def chosen_engines(names: Iterable[str]) -> list[Engine]:
+    """The engines of these names, or every one for 'all'. Raises UserError for another name."""
+    chosen: dict[str, Engine] = {}
+    for name in names:
+        if name != "all" and name not in ENGINES:
+            known = ", ".join(ENGINES)
+            raise UserError(
+                f"engine {shown(name)} is not known{did_you_mean(name, ENGINES)}: give one of {known}, all."
+            )
+        chosen |= ENGINES if name == "all" else {name: ENGINES[name]}
+    return list(chosen.values())
+
+
+def verdict(engine: Engine, checkpoint: Checkpoint) -> Verdict:
+    """Compare a checkpoint's tensors, sizes and config.json with what one engine's loader takes."""
+    model_type, config = checkpoint.family.model_type, checkpoint.config
+    if model_type not in engine.loaders:
+        problem = f"it does not know model_type {model_type}"
+        return Verdict(version=engine.version, problems=[problem], notes=[], drafts=False)
+    loader = engine.loaders[model_type]
+    backbone = [spec for spec in checkpoint.specs.values() if not spec.block.is_mtp]
+    problems = [
+        *_wrong_config(loader, config),
+        *_wrong_sizes(loader, config),
+        *_without_place(loader.names, backbone, loader.unchecked),
+        *(
+            f"it needs '{name}', which tied embeddings leave out"
+            for name in loader.needs
+            if name not in checkpoint.specs
+        ),
+    ]
+    not_drafting = _mtp_problems(loader, checkpoint)
+    unchecked = [
+        note for prefix, note in loader.unchecked.items() if any(spec.name.startswith(prefix) for spec in backbone)
+    ]
+    return Verdict(
+        version=engine.version,
+        problems=problems,
+        notes=[*not_drafting, *_ignored_keys(loader, config), *unchecked, *([engine.note] if engine.note else [])],
+        drafts=checkpoint.has_mtp and not problems and not not_drafting,
+    )
+
+
+def in_words(name: str, result: Verdict) -> str:
+    """`sglang 0.5.23: does not load: ...`, one line."""
+    if result.problems:
+        said = f"does not load: {'; '.join(result.problems)}"
+    else:
+        said = "loads, and drafts with the MTP module" if result.drafts else "loads"
+        said += f", but {'; '.join(result.notes)}" if result.notes else ""
+    return f"{name} {result.version}: {said}"
+
+
+def _wrong_config(loader: Loader, config: Config) -> Iterator[str]:
+    """The words by which an engine chooses its code, and those it cannot do without, or takes a default for."""
+    architectures = config.get("architectures") or []
+    if loader.architecture is not None and loader.architecture not in architectures:
+        yield (
+            f"it goes by config.json's architectures, which are {shown(architectures)} and must have "
+            f"'{loader.architecture}'"
+        )
+    if loader.counts_layers and full_attention_interval(config) is None:
+        yield "it counts layers by full_attention_interval, and these do not alternate regularly"
+        return
+    for key, otherwise in loader.keys.items():
+        if config.get(key) is None:
+            yield f"config.json lacks {key}: {otherwise}"
+    interval = config.get("full_attention_interval")
+    if loader.counts_layers and interval is not None and periodic_layer_types(config) != config["layer_types"]:
+        yield f"full_attention_interval {interval} does not give the layers that layer_types names"
+
+
+def _ignored_keys(loader: Loader, config: Config) -> Iterator[str]:
+    for key, value in loader.fixed.items():
+        if config.get(key) is not None and config[key] != value:
+            does = f"ignores {key}" if value is None else f"takes {key} {value}, not"
+            yield f"it {does} {shown(config[key])}: outputs differ"
+
+
+def _wrong_sizes(loader: Loader, config: Config) -> Iterator[str]:
+    for left, right in loader.equal:
+        products = [prod(config[field] for field in fields) for fields in (left, right)]
+        if products[0] != products[1]:
+            words = [" x ".join(f"{field} {config[field]}" for field in fields) for fields in (left, right)]
+            yield f"it wants {words[0]} to be {words[1]}"
+
+
+def _mtp_problems(loader: Loader, checkpoint: Checkpoint) -> list[str]:
+    """Why the engine cannot draft with a module that is there; what to know where there is none."""
+    if not checkpoint.has_mtp:
+        return [loader.without_mtp] if loader.without_mtp else []
+    if not loader.mtp:
+        return ["it leaves out the MTP module"]
+    if loader.mtp_like_first_layer and checkpoint.config["mlp_layer_types"][0] == "dense":
+        return ["the MTP module does not load: it is made dense, as layer 0 is"]
+    specs = (spec for spec in checkpoint.specs.values() if spec.block.is_mtp)
+    return [f"the MTP module does not load: {problem}" for problem in _without_place(loader.mtp, specs, {})]
+
+
+def _without_place(names: Names, specs: Iterable[TensorSpec], unchecked: Mapping[str, str]) -> list[str]:
+    """The tensors that a loader has no place for: the first, and how many more."""
+    lost = [s for s in specs if _starred(s.name) not in names and not s.name.startswith(tuple(unchecked))]
+    if not lost:
+        return []
+    first = lost[0]
+    more = f" and {len(lost) - 1:,} more" * (len(lost) > 1)
+    stacked = any(spec.part == "routed_experts" and spec.expert is None for spec in lost)
+    advice = " (write one tensor per expert: slimqwen prune --layout per_expert)" * stacked
+    return [f"it has no place for '{first.name}' of shape {list(first.shape)}{more}{advice}"]
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

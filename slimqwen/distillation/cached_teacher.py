@@ -72,7 +72,7 @@ def open_teacher_cache(
     else:
         assert isinstance(stream, StoredRows)
         parts = {None: (stream, rows)}
-    teaches_mtp = recipe.mtp_target == "mtp" and "mtp_kd" in recipe.terms and student.has_mtp
+    teaches_mtp = recipe.is_taught_by_mtp and student.has_mtp
     of_teacher = None if teacher is None else Checkpoint(teacher).fingerprint()
     caches = {}
     for source, (part, count) in parts.items():
@@ -90,6 +90,11 @@ def open_teacher_cache(
                 "or use mtp_target: main."
             )
         check_temperature(recipe, manifest.top_k, manifest.vocab_size)
+        if manifest.subset is not None and recipe.on_bad_step == "roll_back":
+            raise UserError(
+                f"distil.on_bad_step 'roll_back' goes on to later rows of the text, and {cache.folder} holds {manifest.sequences:,} "
+                "sequences of it only: write a cache of the whole text, or choose stop or skip."
+            )
         if manifest.subset is not None and not all(
             part.place(i).row in cache for i in range(min(count, part.rows_per_epoch))
         ):

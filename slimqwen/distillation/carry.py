@@ -17,13 +17,15 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 
-from slimqwen.artifacts import atomic_folder, write_json
+from slimqwen.artifacts import atomic_folder, check_replaceable, write_json
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.distillation.sharded import fill
 from slimqwen.errors import UserError
+from slimqwen.families.family import Layout
 from slimqwen.planning.plan import Plan
 from slimqwen.pruning.planned import planned_cut
+from slimqwen.recipe import DistilRecipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEPS_FILE = "steps.json"
@@ -86,22 +88,46 @@ def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "m
         states: the folder of the training's saved states, `.NAME.state`.
         trained: the checkpoint that it wrote.
 
-    Raises UserError where the states are gone.
+    Raises UserError where the states are gone, and where the plan was made for another checkpoint.
     """
+    check_replaceable(out, states, trained)
     saved = sorted(states.glob("step-*"))
     if not saved:
         raise UserError(
-            f"{states} has no training state, whose moments distil.optimizer_state carry takes along: remove {trained} to train "
-            "it again, or set optimizer_state: reset."
+            f"{states} has no training state, which distil.optimizer_state carry and `slimqwen distil --keep-state` leave there: "
+            f"remove {trained} to train it again, or set optimizer_state: reset."
         )
-    source = Checkpoint(trained)
+    source, chosen = Checkpoint(trained), Plan.load(plan)
+    if chosen.checkpoint != source.fingerprint():
+        raise UserError(f"{plan} was not made for {trained}: carry moments by the plan that its weights are pruned by.")
     with atomic_folder(out) as folder:
         for name in MOMENTS:
             moments = Moments(saved[-1], name, source)
             (folder / name).mkdir()
-            planned_cut(moments, Plan.load(plan)).write(folder / name, f"{title}/{name}")
+            planned_cut(moments, chosen).write(folder / name, f"{title}/{name}")
         write_json(folder / STEPS_FILE, {"steps": moments.steps()})
     return out
+
+
+def check_moments(folder: Path, student: Checkpoint, recipe: DistilRecipe) -> None:
+    """Raise UserError where `folder` does not hold moments of this student for AdamW."""
+    if recipe.optimizer != "adamw":
+        raise UserError(f"{folder} holds AdamW's moments, and distil.optimizer is {recipe.optimizer}: leave them out.")
+    if not (folder / STEPS_FILE).is_file():
+        raise UserError(f"{folder} holds no moments: `slimqwen carry` writes them.")
+    found, wanted = _stacked_shapes(Checkpoint(folder / MOMENTS[0])), _stacked_shapes(student)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{folder} holds moments of another shape than {student.folder}: '{name}' is {found.get(name)} there and "
+                f"{wanted.get(name)} here; carry them by the plan that the student was pruned by."
+            )
+
+
+def _stacked_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of its tensors, with experts stacked whatever the layout on disk."""
+    layouts: dict[str, Layout] = dict.fromkeys(checkpoint.layouts, "fused")
+    return {spec.name: spec.shape for spec in checkpoint.family.tensors(checkpoint.config, layouts)}
 
 
 @torch.no_grad()

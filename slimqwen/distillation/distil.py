@@ -11,7 +11,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.store import announce, check_vocabulary, load_manifest, training_stream
 from slimqwen.distillation.cached_teacher import CachedTeacher, open_teacher_cache
-from slimqwen.distillation.carry import take_moments
+from slimqwen.distillation.carry import check_moments, take_moments
 from slimqwen.distillation.course import course_of
 from slimqwen.distillation.dry_run import dry_run
 from slimqwen.distillation.expert_parallel import check_expert_ranks
@@ -102,8 +102,8 @@ def distil(
         seed: of the data order.
         metrics: the metrics.jsonl to append to; `out`'s sibling by default. `run` and `stage` label its lines.
         title: shown with the progress.
-        keep_state: leave the training state in place, for a caller that removes it (`remove_state`) only after it has
-            noted that `out` is done: a kill in between then costs nothing.
+        keep_state: leave the training state in place: for `carry`, or for a caller that removes it (`remove_state`) only after
+            it has noted that `out` is done, so that a kill in between costs nothing.
         moments: folder written by `carry`, with which AdamW begins; zeros by default.
 
     Returns:
@@ -113,11 +113,12 @@ def distil(
     checkpoint = Checkpoint(student)
     manifest = load_manifest(tokens)
     check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
-    teaches = {"kd", "mtp_kd"} & set(recipe.terms)
-    is_live = teaches and recipe.teacher == "live"
+    is_live = recipe.is_taught and recipe.teacher == "live"
     teacher_checkpoint = Checkpoint(teacher) if is_live and teacher is not None else None
     check_terms(recipe, checkpoint, teacher_checkpoint)
     check_loggers(recipe.loggers)
+    if moments is not None:
+        check_moments(moments, checkpoint, recipe)
     heldout = HeldOut.of(recipe, tokens, sequence_length, documents)
     if span is None:
         steps = total_steps(recipe, sequence_length)
@@ -133,7 +134,7 @@ def distil(
         stream = training_stream(tokens, sequence_length, seed, documents)
         course = course_of(recipe, sequence_length, span.total_steps)
         cached_teacher: CachedTeacher | None = None
-        if teaches and not is_live:
+        if recipe.is_taught and not is_live:
             cached_teacher = open_teacher_cache(
                 teacher_cache,
                 stream,
@@ -164,7 +165,7 @@ def distil(
         model = load_student(checkpoint, torch_device, recipe, ranks)
         taught_by: Teacher | None = cached_teacher
         if teacher_checkpoint is not None:
-            teaches_mtp = recipe.mtp_target == "mtp" and "mtp_kd" in recipe.terms and checkpoint.has_mtp
+            teaches_mtp = recipe.is_taught_by_mtp and checkpoint.has_mtp
             teacher_model = load_teacher(teacher_checkpoint, dtype, torch_device, recipe, ranks)
             taught_by = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
         trained = Student(model, checkpoint.family, checkpoint.config)
@@ -254,7 +255,7 @@ def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint |
         raise UserError(
             f"{student.folder} has no MTP module, and distil.terms has nothing else to train: add lm or kd."
         )
-    if not terms & {"kd", "mtp_kd"} or recipe.teacher == "cache":  # which `open_teacher_cache` checks
+    if not recipe.is_taught or recipe.teacher == "cache":  # which `open_teacher_cache` checks
         return
     if teacher is None:
         raise UserError(
@@ -266,7 +267,7 @@ def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint |
             f"{student.folder} {student.config['vocab_size']:,}: distillation compares whole distributions and needs the "
             "same vocabulary."
         )
-    if recipe.mtp_target == "mtp" and "mtp_kd" in terms and not teacher.has_mtp:
+    if recipe.is_taught_by_mtp and not teacher.has_mtp:
         raise UserError(
             f"distil.mtp_target is 'mtp', but teacher {teacher.folder} has no MTP module: use mtp_target: main."
         )

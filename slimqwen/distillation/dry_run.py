@@ -68,7 +68,7 @@ def predicted_memory(trainer: Trainer) -> TrainingMemory:
     settings = TrainingSettings(
         gpus=recipe.shard_ranks or ranks.size,
         micro_batch_size=micro_batch_size,
-        micro_batches=rows // micro_batch_size,
+        micro_batches=-(-rows // micro_batch_size),  # the last of what is left (`Batch.split`)
         sequence_length=trainer.stream.sequence_length,
         activation_checkpointing=recipe.activation_checkpointing,
         loss_chunk_tokens=recipe.loss_chunk_tokens,

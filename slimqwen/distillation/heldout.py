@@ -10,18 +10,17 @@ from torch import Tensor
 
 from slimqwen.data.store import load_manifest
 from slimqwen.data.stream import Batch
-from slimqwen.distillation.loss import LossSums, LossWeights, chunked_loss
+from slimqwen.distillation.loss import LossSums, chunked_loss
 from slimqwen.distillation.parallel import Ranks
 from slimqwen.distillation.teacher import LiveTeacher
 from slimqwen.distillation.trainer import Trainer
 from slimqwen.errors import UserError
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
-from slimqwen.evaluation.fidelity import heldout_rows
+from slimqwen.evaluation.fidelity import ONLY_MEASURED, heldout_rows
 from slimqwen.modeling.model import MtpCausalLM
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, DEPTH = 8, 32, 32, 2  # of the MTP acceptance: 240 drafts, enough for a trend
-ONLY_MEASURED = LossWeights(lm=0.0, kd=0.0, mtp_lm=0.0, mtp_kd=0.0)
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,14 @@ class Speed:
 
 
 def training_flops(trainer: Trainer) -> int:
-    """FLOPs of one token: the teacher's forward pass and three times the student's, or four with recomputation.
+    """FLOPs of one token: the teacher's forward pass and three times the student's.
 
     The backward pass takes two products per weight where the forward takes one. MTP modules are left out (as in
-    `forward_flops`), and so is the pass that counts expert assignments: what is done beyond this is no progress.
+    `forward_flops`), and so are recomputed activations (as PaLM counts, arXiv 2204.02311, appendix B) and the pass that
+    counts expert assignments: what is done beyond this is no progress.
     """
     student, teacher, length = trainer.student, trainer.teacher, trainer.stream.sequence_length
-    passes = 4 if trainer.recipe.activation_checkpointing else 3
-    flops = passes * forward_flops(student.family, student.config, length)
+    flops = 3 * forward_flops(student.family, student.config, length)
     if isinstance(teacher, LiveTeacher):
         flops += forward_flops(teacher.model.family, teacher.model.config, length)
     return flops

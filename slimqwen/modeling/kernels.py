@@ -98,7 +98,10 @@ def batched_experts_forward(
 
 
 class _CastExperts:
-    """An experts module as Transformers' function reads it, its weights cast: their gradient keeps the weights' dtype."""
+    """An experts module as Transformers' function reads it, its weights cast: their gradient keeps the weights' dtype.
+
+    Weights need not be parameters: ranks that share experts lend the module plain tensors (`expert_parallel`).
+    """
 
     def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
         self.experts = experts
@@ -106,7 +109,7 @@ class _CastExperts:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.experts, name)
-        return value.to(self.dtype) if isinstance(value, nn.Parameter) else value
+        return value.to(self.dtype) if isinstance(value, Tensor) else value
 
 
 ALL_EXPERTS_FUNCTIONS.register(BATCHED_EXPERTS, batched_experts_forward)

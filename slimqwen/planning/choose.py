@@ -1,12 +1,15 @@
 """From sums to what is kept: scores, then layers, channels and experts."""
 
+import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from slimqwen.calibration.statistics import Sums
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.families.axes import axes_of
 from slimqwen.families.family import Block
 from slimqwen.planning import importance
 from slimqwen.planning.depth import kept_layers
@@ -53,6 +56,8 @@ def choose(source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecip
         must_keep_one_of=source.family.attention_layers(source.config),
     )
     keep, basis = size_of(target.hidden_size), None
+    if pruning.width in ("weight_magnitude", "random"):
+        scores = scores.model_copy(update={"hidden": compared_width(source, sums, pruning.width).tolist()})
     if pruning.width == "rotation" and keep < source.config["hidden_size"]:
         basis, shares = choose_basis(source, sums, layers, keep, compensate=pruning.compensate, repair=pruning.repair)
         scores = scores.model_copy(update={"hidden": shares.tolist()})
@@ -88,6 +93,21 @@ def importance_scores(source: Checkpoint, sums: Sums, recipe: ExpertRecipe) -> S
             for block in source.family.moe_blocks(source.config)
         },
     )
+
+
+def compared_width(source: Checkpoint, sums: Sums, criterion: Literal["weight_magnitude", "random"]) -> torch.Tensor:
+    """Scores of the channels, [hidden], by criteria that are there to be compared with. Reads one tensor at a time."""
+    family = source.family
+    if criterion == "random":  # drawn anew for other calibration text
+        seed = int.from_bytes(hashlib.sha256(sums["layers/hidden_sums"].numpy().tobytes()).digest()[:7])
+        hidden = source.config["hidden_size"]
+        return torch.rand(hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    matrices = []
+    for name, spec in source.specs.items():
+        along = [dim for dim, term in enumerate(spec.dims) if family.hidden in axes_of(term)]
+        if len(spec.dims) == 2 and len(along) == 1 and spec.shape[along[0]] == source.config["hidden_size"]:
+            matrices.append(source.read(name).double().pow(2).sum(dim=1 - along[0]))
+    return importance.weight_magnitude(matrices)
 
 
 def expert_importance(sums: Sums, block: Block, criterion: ExpertImportance) -> torch.Tensor:

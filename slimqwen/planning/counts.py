@@ -38,14 +38,14 @@ def compare(
     layers: list[int] | None = None,
     *,
     context_length: int = 32_768,
-    gpus: int = 8,
+    training: TrainingSettings | None = None,
 ) -> Comparison:
     """The model and what a target leaves of it: the first layers, where none are named.
 
-    Raises UserError for a target larger than the source.
+    training: None for `TrainingSettings` as they are. Raises UserError for a target larger than the source.
     """
+    training = training or TrainingSettings()
     after = target_config(family, config, completed(family, target, config), layers)
-    training = TrainingSettings(gpus=gpus)
     return Comparison(
         before=count(family, config),
         after=count(family, after),
@@ -105,6 +105,7 @@ def comparison_table(comparison: Comparison) -> str:
 
 def footnotes(costs: Footprint) -> str:
     """The convention behind each number, a line or two each."""
+    settings = costs.training.settings
     return "\n".join(
         (
             "[1] The main model, as names like 80B-A3B count it; the MTP module is counted apart.",
@@ -114,9 +115,10 @@ def footnotes(costs: Footprint) -> str:
             f"[3] One sequence; {costs.dtype}, but DeltaNet's recurrent state in float32, as Transformers keeps it; without MTP.",
             "[4] Mean over a prefill of that length: 2 per multiply-add of a matrix with a token (embedding looked up), of",
             "    attention with the past, and 4 multiply-adds per element of the recurrent state; without MTP.",
-            "[5] Predicted (not measured on a GPU): the peak of distilling from the model before, one row per forward pass and GPU,",
-            "    sharded (FSDP2), MTP included; student in float32 (16 bytes per parameter), teacher in bfloat16. Gradients and",
-            "    activations peak at different moments: the parts add up to more.",
+            "[5] Predicted (not measured on a GPU): the peak of distilling from the model before, a forward pass of "
+            f"{settings.micro_batch_size} x {settings.sequence_length:,}",
+            "    tokens per GPU, sharded (FSDP2), MTP included; student in float32 (16 bytes per parameter), teacher in bfloat16.",
+            "    Gradients and activations peak at different moments: the parts add up to more.",
         )
     )
 

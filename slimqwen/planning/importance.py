@@ -24,6 +24,15 @@ def norm_activation(abs_sums: Sequence[Tensor], counts: Sequence[float]) -> Tens
     return torch.stack(means).mean(dim=0)
 
 
+def weight_magnitude(square_sums: Sequence[Tensor]) -> Tensor:
+    """Importance of each residual channel, `[hidden]`: its mean share of the matrices' squared weights; sums to 1.
+
+    `square_sums[n]`, `[hidden]`: sums of w^2 over the other side of the n-th matrix that reads or writes the channels.
+    Every matrix weighs the same. No criterion of the paper: what width pruning without data would look at.
+    """
+    return torch.stack([sums / _nonzero(sums.sum()) for sums in square_sums]).mean(dim=0)
+
+
 def frequency(assignments: Tensor, tokens: float) -> Tensor:
     """Importance of each expert, `[experts]`: the share of tokens routed to it; sums to top-k.
 

@@ -425,6 +425,11 @@ def _equal_loss(size: str) -> Callable[[Recipe, Checkpoint], Changes]:
     return made
 
 
+def _left(runs: Runs, arm: str, one_shot: bool) -> float:
+    """An arm's KL as a share of that of the paper's cut."""
+    return measured(runs[arm], one_shot)[KL] / measured(runs["norm_activation"], one_shot)[KL]
+
+
 WIDTH = Definition(
     "width",
     "Which channels of the residual stream should stay, and how much does each axis hurt?",
@@ -438,6 +443,17 @@ WIDTH = Definition(
             _only("hidden_size", **{"pruning.width": "weight_magnitude"}),
         ),
         Variation("random", "random channels", _only("hidden_size", **{"pruning.width": "random"})),
+        Variation(
+            "compensated",
+            "norm activation, compensated (ours)",
+            _only("hidden_size", **{"pruning.compensate": True}),
+        ),
+        Variation("rotation", "rotation (ours)", _only("hidden_size", **{"pruning.width": "rotation"})),
+        Variation(
+            "rotation_repaired",
+            "rotation, compensated, repaired (ours)",
+            _only("hidden_size", **{"pruning.width": "rotation", "pruning.compensate": True, "pruning.repair": True}),
+        ),
         Variation("layers_alone", "layers instead, as many parameters", _equal_loss("num_hidden_layers")),
         Variation("experts_alone", "experts instead, as many parameters", _equal_loss("num_experts")),
     ],
@@ -453,6 +469,18 @@ WIDTH = Definition(
             "Norm activation beats weight magnitude, before training",
             "KL to the teacher saved, nats per token",
             lower(KL, "norm_activation", "weight_magnitude", one_shot=True),
+        ),
+        Finding(
+            "rotation_takes_80_percent_off",
+            "Rotation, compensation and repair take more than 80 % off the KL of the paper's cut, before training",
+            "share of that KL gone, beyond 80 %",
+            lambda runs: 0.2 - _left(runs, "rotation_repaired", one_shot=True),
+        ),
+        Finding(
+            "rotation_stays_ahead",
+            "After the same short training, rotation, compensation and repair are still ahead of the paper's cut",
+            "KL to the teacher saved, nats per token",
+            lower(KL, "rotation_repaired", "norm_activation"),
         ),
         Finding(
             "width_hurts_more_than_depth",

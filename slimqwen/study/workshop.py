@@ -106,7 +106,7 @@ class Workshop:
         return self.made("tokens", text_identity(data, teacher), make) / "text"
 
     def statistics(self, recipe: Recipe, checkpoint: Path, tokens: Path) -> Path:
-        settings = recipe.calibration
+        settings, second_moments = recipe.calibration, recipe.pruning.width == "rotation"
         inputs = {
             "checkpoint": fingerprint(checkpoint),
             "tokens": [fingerprint(folder) for folder in settings.sources.values() or [tokens]],
@@ -114,6 +114,7 @@ class Workshop:
             "sequence_length": recipe.data.sequence_length,
             "seed": recipe.seed,
             "dtype": recipe.dtype,
+            "second_moments": second_moments,
         }
 
         def make(folder: Path) -> None:
@@ -126,6 +127,7 @@ class Workshop:
                 seed=recipe.seed,
                 device=recipe.device,
                 dtype=recipe.dtype,
+                second_moments=second_moments,
             )
 
         return self.made("statistics", inputs, make) / STATISTICS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimqwen.bytesize import bytes_in_words
-from slimqwen.calibration.experts import OBSERVED_EXPERTS, ExpertsObserver
+from slimqwen.calibration.experts import STREAMED_EXPERTS
 from slimqwen.calibration.memory import allot, available_bytes
 from slimqwen.calibration.step import Step, embeddings, steps_of
 from slimqwen.calibration.stopwatch import Stopwatch
@@ -89,21 +89,12 @@ class LayerByLayer(Predictor):
             device=device,
         )
         self.head = checkpoint.read(_head_name(checkpoint, self._model)).to(device, dtype)
-        self._take_experts_one_by_one()
+        self._model.set_experts_implementation(STREAMED_EXPERTS)  # Transformers' own wants all of a layer at once
         held = (1 + with_mtp) * sequences * sequence_length * checkpoint.config["hidden_size"] * dtype.itemsize
         say(
             f"layer by layer: the checkpoint is read once for every {sequences:,} sequences; it takes "
             f"{bytes_in_words(self._allotment.total_bytes + held)} of memory, {bytes_in_words(held)} of it for hidden states"
         )
-
-    def _take_experts_one_by_one(self) -> None:
-        """By calibration's experts function, told to no sums: Transformers' own wants all experts of a layer at once."""
-        family, config = self._checkpoint.family, self._checkpoint.config
-        self._model.set_experts_implementation(OBSERVED_EXPERTS)
-        for block in family.moe_blocks(config):
-            assert block.experts is not None
-            experts: Any = self._model.module_of(block.prefix + next(iter(block.experts.fused)))
-            experts.slimqwen_observer = ExpertsObserver(lambda _name, _sums: None, Stopwatch())
 
     def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
         hidden = embeddings(self._model, shard.tokens[:, :-1], self._dtype, torch.device("cpu"))
