@@ -1,225 +1,43 @@
 """The report: complete for every kind of run, honest about its verdict, and safe whatever the artefacts hold."""
 
 import json
-import math
-import random
 import re
-from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from synthetic_run import (
+    CONFIG,
+    FINAL,
+    KL,
+    STEP_TOKENS,
+    TOKENS,
+    make_plan,
+    make_results,
+    write_full_run,
+    write_metrics,
+    write_plans,
+    write_recipe,
+)
 
 from slimqwen.errors import UserError
 from slimqwen.families.count import count
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.planning.experts import group_experts
-from slimqwen.planning.plan import Plan, Scores, completed, target_config
-from slimqwen.planning.width import kept_channels
-from slimqwen.recipe import DataRecipe, DistilRecipe, PruningRecipe, Recipe, Target
-from slimqwen.recipe_file import dump_recipe
-from slimqwen.reporting import charts
+from slimqwen.planning.plan import target_config
+from slimqwen.recipe import DistilRecipe, Target
+from slimqwen.reporting.charts import curves, experts
+from slimqwen.reporting.charts.choices import width_scores
+from slimqwen.reporting.compare import compare, differences, names
 from slimqwen.reporting.report import report
 from slimqwen.reporting.run_folder import Run
-from slimqwen.reporting.sections import source_shape, verdict
-
-CONFIG = QWEN3_NEXT.normalise(
-    {
-        "model_type": "qwen3_next",
-        "vocab_size": 2048,
-        "hidden_size": 128,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
-        "linear_conv_kernel_dim": 4,
-        "num_experts": 32,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 64,
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
-        "tie_word_embeddings": False,
-        "num_nextn_predict_layers": 1,
-    }
-)
-FINAL = Target(num_hidden_layers=6, hidden_size=96, num_experts=16, num_experts_per_tok=3)
-STAGES = {1: Target(num_hidden_layers=7), 2: FINAL}
-TOKENS = 540_672
-STEP_TOKENS = 2048
-PROMPT = "def average(values):\n    if not values:\n"
-
-# A synthetic run, in the shapes and sizes of the demo's
-
-
-def write_recipe(folder: Path, **changes: Any) -> None:
-    recipe = Recipe(
-        name="demo",
-        run_dir=folder,
-        target=FINAL,
-        baselines=["pruned", "random_init", "lm_only"],
-        data=DataRecipe(sequence_length=256),
-        distil=DistilRecipe(tokens=TOKENS, learning_rate=1e-3, warmup_steps=20),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    dump_recipe(recipe.model_copy(update=changes), folder / "recipe.resolved.yaml")
-
-
-def make_plan(config: dict[str, Any], target: Target) -> tuple[Plan, dict[str, Any]]:
-    """A plan with invented scores, and the config of the model that it leaves."""
-    noise = random.Random(config["num_hidden_layers"])
-    target = completed(QWEN3_NEXT, target, config)
-    assert target.num_hidden_layers and target.hidden_size and target.num_experts
-    layers = list(range(target.num_hidden_layers))
-    blocks = [f"model.layers.{layer}" for layer in range(config["num_hidden_layers"])] + ["mtp.layers.0"]
-    scores = Scores(
-        layer_similarity=[0.8 + 0.02 * layer for layer in range(config["num_hidden_layers"])],
-        layer_block_influence=[0.5 / (1 + layer) + 0.05 for layer in range(config["num_hidden_layers"])],
-        hidden=[0.3 + noise.lognormvariate(0, 0.5) for _ in range(config["hidden_size"])],
-        experts={block: [noise.lognormvariate(0, 0.7) for _ in range(config["num_experts"])] for block in blocks},
-    )
-    similarity = torch.rand(config["num_experts"], config["num_experts"], generator=torch.Generator().manual_seed(0))
-    after = target_config(QWEN3_NEXT, config, target, layers)
-    plan = Plan(
-        checkpoint="fingerprint",
-        statistics_data="fingerprint",
-        target=target,
-        pruning=PruningRecipe(),
-        kept_layers=layers,
-        kept={"hidden": kept_channels(torch.tensor(scores.hidden), target.hidden_size)},
-        expert_groups={
-            block: group_experts("partial", torch.tensor(scores.experts[block]), similarity, target.num_experts)
-            for block in blocks
-            if block.startswith("mtp.") or int(block.rpartition(".")[2]) in layers
-        },
-        before=count(QWEN3_NEXT, config),
-        after=count(QWEN3_NEXT, after),
-        scores=scores,
-    )
-    return plan, after
-
-
-def write_plans(folder: Path, targets: Mapping[int, Target]) -> None:
-    config = CONFIG
-    for number, target in targets.items():
-        plan, config = make_plan(config, target)
-        plan.save(folder / f"stage-{number}" / "plan.json")
-
-
-def write_metrics(folder: Path, runs: Mapping[str, float], stages: int) -> None:
-    """`runs`: name -> the KL it starts from; the LM-only run has no teacher."""
-    noise = random.Random(0)
-    total = TOKENS // STEP_TOKENS
-    with (folder / "metrics.jsonl").open("w") as stream:
-        for run, start in runs.items():
-            for step in range(total):
-                done = (step + 1) / total
-                in_second = stages == 2 and run != "random_init" and done > 0.1
-                kl = (start / 4 if stages == 2 and not in_second and run != "random_init" else start) * math.exp(
-                    -(2 if run == "random_init" else 4) * (done - 0.1 * in_second)
-                ) + 0.18
-                entry = {
-                    "run": run,
-                    "stage": 2 if in_second else 1,
-                    "step": step,
-                    "tokens": (step + 1) * STEP_TOKENS,
-                    "loss": kl + 1.0,
-                    "lm": 2.7 + kl + noise.gauss(0, 0.12),
-                    "mtp_lm": 3.0 + kl,
-                    "load_balancing": 1.05,
-                    "lambda": 1 - 0.25 * done,
-                    "beta": 0.2 + 0.1 * math.cos(math.pi * done),
-                    "learning_rate": 1e-3 * min(1, (step + 1) / 20) * (0.54 + 0.46 * math.cos(math.pi * done)),
-                    "grad_norm": 1.0,
-                    "tokens_per_second": 2900.0,
-                }
-                if run != "lm_only":
-                    entry |= {"kd": kl * noise.uniform(0.8, 1.25), "mtp_kd": 1.4 * kl * noise.uniform(0.8, 1.25)}
-                stream.write(json.dumps(entry) + "\n")
-
-
-def make_results(kl: Mapping[str, float]) -> dict[str, Any]:
-    """evaluation.json with `kl` to the teacher per model."""
-    noise = random.Random(1)
-    full, small = count(QWEN3_NEXT, CONFIG), count(QWEN3_NEXT, target_config(QWEN3_NEXT, CONFIG, FINAL))
-    models = {}
-    for name, distance in kl.items():
-        counts, experts, layers = (full, 32, 8) if name == "teacher" else (small, 16, 6)
-        loss = 2.71 + 1.3 * distance
-        use = {}
-        for block in [f"model.layers.{layer}" for layer in range(layers)] + ["mtp.layers.0"]:
-            weights = [noise.lognormvariate(0, 0.6) for _ in range(experts)]
-            use[block] = [weight / sum(weights) for weight in weights]
-        models[name] = {
-            "checkpoint": f"runs/demo/{name}",
-            "total_parameters": counts.total_parameters,
-            "active_parameters": counts.active_parameters,
-            "mtp_parameters": counts.mtp_parameters,
-            "loss": loss,
-            "perplexity": math.exp(loss),
-            "bits_per_byte": loss / math.log(2) / 3.1,
-            "kl_to_teacher": distance,
-            "top1_agreement": math.exp(-distance),
-            "mtp_loss": loss + 0.4,
-            "mtp_kl_to_teacher": distance + 0.2,
-            "mtp_acceptance": [math.exp(-(distance + 0.3) * (k + 1)) for k in range(4)],
-            "expert_utilisation": use,
-            "sample": {
-                "prompt": PROMPT,
-                "completion": "        return None\n    total = sum(values)\n    return total / len(values)\n\n\n"
-                f"def {name}(self, name, value=None, *, encoding='utf-8', errors='strict', newline=None):\n    pass\n",
-            },
-        }
-    return {"format": "slimqwen.evaluation/1", "tokens": 65_536, "sequence_length": 256, "models": models}
-
-
-KL = {"teacher": 0.0, "pruned": 4.9, "random_init": 0.6312, "lm_only": 0.4, "slimqwen": 0.2143}
-
-
-def write_full_run(folder: Path) -> Path:
-    write_recipe(folder)
-    write_plans(folder, STAGES)
-    write_metrics(folder, {"slimqwen": 4.9, "random_init": 6.0, "lm_only": 4.9}, stages=2)
-    (folder / "evaluation.json").write_text(json.dumps(make_results(KL)))
-    times = {
-        "tokens": 21.0,
-        "stage-1/statistics": 30.4,
-        "stage-1/plan": 0.2,
-        "stage-1/pruned": 0.1,
-        "stage-1/distilled": 31.0,
-        "stage-2/statistics": 28.0,
-        "stage-2/plan": 0.3,
-        "stage-2/pruned": 0.1,
-        "stage-2/distilled": 143.0,
-        "random_init/initial": 0.4,
-        "random_init/distilled": 160.0,
-        "evaluation": 62.0,
-        "final": 0.5,
-    }
-    memory = 900_000_000
-    with (folder / "stages.jsonl").open("w") as stream:
-        for step, seconds in times.items():
-            memory += 40_000_000
-            entry = {"step": step, "seconds": seconds, "peak_memory_bytes": memory, "command": "slimqwen demo"}
-            stream.write(json.dumps(entry | {"skipped": False}) + "\n")
-        for step in times:  # the same command again: everything was there
-            stream.write(json.dumps({"step": step, "seconds": 0.0, "peak_memory_bytes": 1, "skipped": True}) + "\n")
-    provenance = {
-        "command": "slimqwen demo",
-        "version": "0.1.0",
-        "started": "2026-11-22T13:00:00Z",
-        "machine": "2 cores, 24 GiB, CPU",
-        "torch": "2.13.0",
-        "transformers": "5.23.0",
-    }
-    (folder / "provenance.json").write_text(json.dumps(provenance))
-    return folder
+from slimqwen.reporting.sections import cost, training
+from slimqwen.reporting.sections.experts import utilisation
+from slimqwen.reporting.sections.shapes import source_shape
+from slimqwen.reporting.sections.summary import verdict
 
 
 class Page(HTMLParser):
@@ -272,16 +90,24 @@ def test_a_full_run_has_every_section_in_order(full_page: Page) -> None:
     )
     titles = [label.removeprefix("Chart: ").split(".")[0] for label in full_page.charts if label]
     assert titles == [
+        "Loss by position",
+        "Loss by token frequency",
         "Where the parameters are",
         "Language-modelling loss",
         "KL to the teacher",
+        "Loss of the multi-token-prediction head",
         "KL of the multi-token-prediction head",
+        "Load balancing",
+        "Throughput",
+        "MTP acceptance",
         "Loss weights and learning rate",
         "Layers, stage 1",
         "Layers, stage 2",
         "Width, stage 2",
         "Expert importance, stage 2",
         "What became of each expert, stage 2",
+        "Merge groups, stage 2",
+        "Routing before and after",
         "Expert use: teacher",
         "Expert use: SlimQwen",
     ]
@@ -336,6 +162,90 @@ def test_the_source_shape_is_read_off_the_plan() -> None:
     assert source_shape(plan) == Target(num_hidden_layers=8, hidden_size=128, num_experts=32, num_experts_per_tok=4)
 
 
+def test_what_went_wrong_and_what_it_cost(full_page: Page) -> None:
+    assert "SlimQwen, stage 2: step 100 was skipped" in full_page.text
+    rollback = "step 157 was bad (loss 9 is more than 2 x 4); training went back to step 150 and left out 64 sequences"
+    assert rollback in full_page.text
+    # 264 steps of 0.7 s on 2 processes; 477.6 s of 2 cores at 6 W in 2 processes
+    assert "SlimQwen |540,672 |0.103 |2,926 |3.00 |41 % |" in full_page.text
+    assert "about 0.0032 kWh. This is an estimate, not a measurement" in full_page.text
+
+
+def test_energy_is_only_told_of_a_device_that_is_known(full_run: Path) -> None:
+    run = Run.read(full_run)
+    assert run.provenance is not None
+    on_a_gpu = replace(run, provenance=run.provenance.model_copy(update={"device": "NVIDIA H100 80GB HBM3"}))
+    assert "a H100 is rated at 700 W" in (cost.energy(on_a_gpu) or "")
+    unknown = replace(run, provenance=run.provenance.model_copy(update={"device": ""}))
+    assert cost.energy(unknown) is None
+
+
+def test_curves_are_drawn_against_tokens_flops_or_hours(full_run: Path) -> None:
+    run = Run.read(full_run)
+    assert list(training.axis_names(run.steps)) == ["tokens", "flops", "hours"]
+    assert run.steps["slimqwen"].along["hours"][-1] == pytest.approx(264 * 0.7 / 3600)
+    teacher, first = run.plans[0].before, run.plans[0].after
+    per_token = 6 * first.active_without_input_embedding + 2 * teacher.active_without_input_embedding
+    assert run.steps["slimqwen"].along["flops"][0] == per_token * STEP_TOKENS
+    alone = run.steps["lm_only"].along["flops"][0]  # its teacher says nothing
+    assert alone == 6 * first.active_without_input_embedding * STEP_TOKENS
+    chart = training.curves(run)[0]
+    assert list(chart.axes) == ["tokens", "flops", "hours"]
+    assert all(len(axis["x"]) == len(chart.spec["data"]) for axis in chart.axes.values())
+
+
+def test_a_result_s_layers_stand_where_the_teacher_s_are(full_run: Path) -> None:
+    chart = utilisation(Run.read(full_run))[0]
+    layers = {trace["name"]: trace["x"] for trace in chart.spec["data"]}
+    assert layers["teacher"] == [*map(str, range(8)), "MTP"]
+    assert layers["SlimQwen"] == [*map(str, range(6)), "MTP"]
+    dropped = replace(Run.read(full_run))
+    dropped.plans[0].kept_layers[:] = [0, 1, 2, 4, 5, 6, 7]
+    dropped.plans[1].kept_layers[:] = [0, 1, 3, 4, 5, 6]
+    again = {trace["name"]: trace["x"] for trace in utilisation(dropped)[0].spec["data"]}
+    assert again["SlimQwen"] == ["0", "1", "4", "5", "6", "7", "MTP"]
+
+
+# Several runs
+
+
+def test_runs_are_compared_with_the_first(full_run: Path, tmp_path: Path) -> None:
+    other = write_full_run(tmp_path / "other")
+    write_recipe(other, distil=DistilRecipe(tokens=TOKENS, learning_rate=2e-3, warmup_steps=20))
+    results = make_results(KL | {"slimqwen": 0.3143})
+    (other / "evaluation.json").write_text(json.dumps(results))
+    page = Page(compare([full_run, other], tmp_path / "both.html"))
+    assert page.sections == ["results", "training", "recipes"]
+    assert "0.214 |" in page.text and "0.314 +0.100 |" in page.text
+    assert "distil.learning_rate |0.001 |0.002 |" in page.text
+    assert "run_dir" not in page.text and "Before you compare" not in page.text
+    assert any("Language-modelling loss" in (label or "") for label in page.charts)
+
+
+def test_numbers_that_do_not_compare_are_said_to(full_run: Path, tmp_path: Path) -> None:
+    other = write_full_run(tmp_path / "other")
+    (other / "evaluation.json").write_text(json.dumps(make_results(KL) | {"tokens": 1000}))
+    unfinished = tmp_path / "unfinished"
+    write_recipe(unfinished)
+    page = Page(compare([full_run, other, unfinished], tmp_path / "page.html"))
+    assert "not evaluated on as many tokens" in page.text and "Not evaluated yet: unfinished." in page.text
+    with pytest.raises(UserError, match="given twice"):
+        compare([full_run, full_run], tmp_path / "page.html")
+
+
+def test_recipes_differ_field_by_field() -> None:
+    recipes = {
+        "a": {"name": "a", "distil": {"tokens": 1, "terms": ["lm"]}},
+        "b": {"name": "b", "distil": {"tokens": 2}},
+    }
+    assert differences(recipes) == [("distil.tokens", ["1", "2"]), ("distil.terms", ["['lm']", "–"])]
+
+
+def test_runs_go_by_the_shortest_names_that_differ(tmp_path: Path) -> None:
+    assert names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+
+
 # Runs with pieces missing
 
 
@@ -360,7 +270,17 @@ def test_one_stage_without_baselines(tmp_path: Path) -> None:
     write_metrics(tmp_path, {"slimqwen": 4.9}, stages=1)
     (tmp_path / "evaluation.json").write_text(json.dumps(make_results({"teacher": 0.0, "slimqwen": 0.2})))
     page = Page(report(tmp_path))
-    assert page.sections == ["results", "shapes", "stages", "training", "choices", "experts", "samples", "again"]
+    assert page.sections == [
+        "results",
+        "shapes",
+        "stages",
+        "training",
+        "choices",
+        "experts",
+        "samples",
+        "cost",
+        "again",
+    ]
     assert "after stage 1" in page.text and "after stage 2" not in page.text
     assert "random init" not in page.text.split("Do it again")[0]
     assert "no baseline was asked for" in page.text
@@ -371,7 +291,7 @@ def test_random_init_has_no_plan_to_show(tmp_path: Path) -> None:
     write_plans(tmp_path, {1: FINAL})  # left over from an earlier recipe in the same folder
     write_metrics(tmp_path, {"slimqwen": 6.0}, stages=1)
     page = Page(report(tmp_path))
-    assert page.sections == ["training", "again"]
+    assert page.sections == ["training", "cost", "again"]
     assert "trained from random weights" in page.text
 
 
@@ -464,7 +384,7 @@ def test_out_names_the_page(full_run: Path, tmp_path: Path) -> None:
 
 
 def test_width_scores_split_at_the_cut() -> None:
-    figure = charts.width_scores([0.1, 0.9, 0.5, 0.7], kept=[1, 3])
+    figure = width_scores([0.1, 0.9, 0.5, 0.7], kept=[1, 3])
     kept, dropped = figure.data[:2]
     assert list(kept.y) == [0.9, 0.7] and list(kept.customdata) == [1, 3]
     assert list(dropped.y) == [0.5, 0.1] and list(dropped.x) == [2, 3]
@@ -473,7 +393,7 @@ def test_width_scores_split_at_the_cut() -> None:
 def test_expert_fates_follow_importance() -> None:
     importance = torch.tensor([3.0, 1.0, 5.0, 2.0])
     groups = group_experts("partial", importance, torch.ones(4, 4), 2)
-    figure = charts.expert_fates({"model.layers.0": importance.tolist()}, {"model.layers.0": groups})
+    figure = experts.expert_fates({"model.layers.0": importance.tolist()}, {"model.layers.0": groups})
     heatmap = figure.data[0]
     assert heatmap.customdata.tolist() == [[2, 0, 3, 1]]
     assert heatmap.z.tolist() == [[0, 1, 2, 2]]  # kept, base, absorbed, absorbed
@@ -481,27 +401,64 @@ def test_expert_fates_follow_importance() -> None:
 
 
 def test_expert_use_is_in_multiples_of_an_even_share() -> None:
-    heatmap = charts.expert_use({"model.layers.0": [0.25, 0.5, 0.25, 0.0], "mtp.layers.0": [0.5, 0.5]}).data[0]
+    heatmap = experts.expert_use({"model.layers.0": [0.25, 0.5, 0.25, 0.0], "mtp.layers.0": [0.5, 0.5]}).data[0]
     assert heatmap.customdata.tolist() == [[1, 0, 2, 3], [0, 1, -1, -1]]
-    assert heatmap.z[0].tolist() == [1.0, 0.0, 0.0, -charts.LARGEST_MULTIPLE]
+    assert heatmap.z[0].tolist() == [1.0, 0.0, 0.0, -experts.LARGEST_MULTIPLE]
     assert heatmap.z[1][:2].tolist() == [0.0, 0.0] and np.isnan(heatmap.z[1][2:]).all()
     assert list(heatmap.y) == ["0", "MTP"]
 
 
 def test_curves_are_not_smoothed_across_a_cut() -> None:
-    steps = charts.Steps(
+    steps = curves.Steps(
         stage=np.repeat([1.0, 2.0], 100),
-        tokens=np.arange(1.0, 201.0),
+        along={"tokens": np.arange(1.0, 201.0)},
         values={"kd": np.repeat([1.0, 5.0], 100)},
     )
-    figure = charts.learning_curves({"slimqwen": steps}, "kd", "nats", logarithmic=True)
+    figure = curves.learning_curves({"slimqwen": steps}, "kd", "nats", logarithmic=True)
     assert set(figure.data[1].y) == {1.0, 5.0}
     assert [shape.x0 for shape in figure.layout.shapes] == [100.0]
     assert figure.layout.annotations[0].text == "stage 2"
 
 
 def test_long_runs_are_thinned() -> None:
-    steps = charts.Steps(np.ones(50_000), np.arange(50_000.0), {"lm": np.full(50_000, 2.0)})
-    curve = charts.learning_curves({"slimqwen": steps}, "lm", "nats").data[1]
-    assert len(curve.x) == charts.POINTS_PER_CURVE and curve.x[-1] == 49_999
+    steps = curves.Steps(np.ones(50_000), {"tokens": np.arange(50_000.0)}, {"lm": np.full(50_000, 2.0)})
+    curve = curves.learning_curves({"slimqwen": steps}, "lm", "nats").data[1]
+    assert len(curve.x) == curves.POINTS_PER_CURVE and curve.x[-1] == 49_999
     assert np.allclose(curve.y, 2.0)  # a constant stays one, ends included
+
+
+def test_skipped_steps_leave_a_gap_and_not_a_hole() -> None:
+    values = np.full(100, 2.0)
+    values[50] = np.nan
+    steps = curves.Steps(np.ones(100), {"tokens": np.arange(100.0)}, {"lm": values})
+    smooth = curves.learning_curves({"slimqwen": steps}, "lm", "nats").data[1].y
+    assert np.isnan(smooth[50]) and np.allclose(np.delete(smooth, 50), 2.0)
+
+
+def test_merge_groups_count_their_members() -> None:
+    groups = group_experts("partial", torch.tensor([3.0, 1.0, 5.0, 2.0]), torch.ones(4, 4), 2)
+    heatmap = experts.merge_groups({"model.layers.0": groups}).data[0]
+    assert heatmap.z.tolist() == [[3, 1]] and heatmap.text[0] == ["0 + 1, 3", "2"]
+
+
+# The style sheet
+
+
+@pytest.mark.parametrize("theme", ["light", "dark", "print"])
+def test_text_stands_out_from_what_is_behind_it(theme: str) -> None:
+    """WCAG 2.2 AA, 1.4.3: 4.5 : 1."""
+    sheet = (Path(curves.__file__).parents[1] / "page.css").read_text()
+    light, dark, on_paper = (
+        dict(re.findall(r"--([\w-]+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", sheet, re.DOTALL)
+    )
+    colours = {"light": light, "dark": dark, "print": on_paper}[theme]
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for text in ("ink", "muted", "accent", "good", "mixed", "bad"):
+        for behind in ("page", "panel") if text in ("good", "mixed", "bad") else ("page", "panel", "highlight"):
+            brighter, darker = sorted((luminance(colours[text]), luminance(colours[behind])), reverse=True)
+            assert (brighter + 0.05) / (darker + 0.05) >= 4.5, f"{text} on {behind}"

@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import jinja2
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
-from slimqwen.artifacts import write_text
-from slimqwen.reporting import sections
+from slimqwen.reporting.html import write_page
 from slimqwen.reporting.run_folder import Run
+from slimqwen.reporting.sections import choices, cost, experts, results, shapes, summary, training
 
 
 def report(run_dir: Path, out: Path | None = None) -> Path:
@@ -18,30 +14,28 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
     `run_dir` is not a run's folder, or one of its artefacts is not what its name says.
     """
     run = Run.read(run_dir)
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("page.html.j2").render(
+    out = run_dir / "report.html" if out is None else out
+    write_page(
+        "page.html.j2",
+        out,
         recipe=run.recipe,
         recipe_text=run.recipe_text,
         provenance=run.provenance,
-        subtitle=sections.subtitle(run),
-        verdict=sections.verdict(run),
-        tiles=sections.tiles(run),
-        results=sections.results(run),
-        shapes=sections.shapes(run),
-        stages=sections.stages(run),
-        curves=sections.curves(run),
-        choices=sections.choices(run),
-        utilisation=sections.utilisation(run),
-        samples=sections.samples(run),
-        times=sections.times(run),
-        plotly_js=Markup(get_plotlyjs()),  # the library's own text, from the installed package
+        subtitle=summary.subtitle(run),
+        verdict=summary.verdict(run),
+        tiles=summary.tiles(run),
+        results=results.results(run),
+        loss_charts=results.where_the_loss_is(run),
+        shapes=shapes.shapes(run),
+        stages=shapes.stages(run),
+        axes=training.axis_names(run.steps),
+        warnings=training.warnings(run),
+        curves=training.curves(run),
+        choices=choices.choices(run),
+        utilisation=experts.utilisation(run),
+        samples=results.samples(run),
+        times=cost.times(run),
+        training_costs=cost.training_costs(run),
+        energy=cost.energy(run),
     )
-    out = run_dir / "report.html" if out is None else out
-    write_text(out, page)
     return out

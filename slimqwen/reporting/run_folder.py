@@ -13,8 +13,7 @@ from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Recipe
 from slimqwen.recipe_file import load_recipe
-from slimqwen.reporting import charts
-from slimqwen.reporting.charts import Steps
+from slimqwen.reporting.charts.curves import Column, Steps
 from slimqwen.reporting.titles import MAIN_RUN
 
 
@@ -24,21 +23,39 @@ class Line(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class LoggedRollback(Line):
+    bad_step: int
+    rows: int
+    problem: str
+
+
 class StepMetrics(Line):
     """A line of metrics.jsonl."""
 
     run: str
     stage: int
+    step: int
     tokens: int
     lm: float | None = None
     kd: float | None = None
+    mtp_lm: float | None = None
     mtp_kd: float | None = None
+    load_balancing: float | None = None
     heldout_lm: float | None = None  # these where it was measured on the way
     heldout_kd: float | None = None
+    heldout_mtp_lm: float | None = None
     heldout_mtp_kd: float | None = None
+    acc_0: float | None = None
+    acc_1: float | None = None
     kd_weight: float | None = Field(None, alias="lambda")
     mtp_weight: float | None = Field(None, alias="beta")
     learning_rate: float | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    memory_bytes: float | None = None
+    mfu: float | None = None
+    skipped: bool = False
+    rollbacks: list[LoggedRollback] = []
 
 
 class StepTime(Line):
@@ -55,9 +72,16 @@ class Provenance(Line):
     version: str = ""
     started: str = ""
     machine: str = ""
+    device: str = ""  # what the models were computed on, e.g. a GPU's name
+    processes: int = 1
     torch: str = ""
     transformers: str = ""
 
+
+# What is measured at each step: its name in metrics.jsonl -> the attribute of StepMetrics.
+MEASURED = {
+    info.alias or name: name for name, info in StepMetrics.model_fields.items() if info.annotation == float | None
+}
 
 Artefact = TypeVar("Artefact", bound=Line)
 
@@ -71,6 +95,7 @@ class Run:
     plans: list[Plan] = field(default_factory=list)
     evaluation: Evaluation | None = None
     steps: dict[str, Steps] = field(default_factory=dict)
+    incidents: list[StepMetrics] = field(default_factory=list)  # steps that were skipped or gone back to
     times: list[StepTime] = field(default_factory=list)
     provenance: Provenance | None = None
 
@@ -84,12 +109,15 @@ class Run:
                 f"{run_dir} is not a run directory, it has no recipe.resolved.yaml: give a recipe's run_dir."
             )
         recipe = load_recipe(recipe_file)
+        plans = _read_plans(run_dir) if recipe.init == "pruned" else []
+        metrics = _read_lines(run_dir / "metrics.jsonl", StepMetrics)
         return cls(
             recipe=recipe,
             recipe_text=recipe_file.read_text(encoding="utf-8"),
-            plans=_read_plans(run_dir) if recipe.init == "pruned" else [],
+            plans=plans,
             evaluation=_evaluation(run_dir),
-            steps=_columns(_read_lines(run_dir / "metrics.jsonl", StepMetrics)),
+            steps=_columns(metrics, recipe, plans),
+            incidents=[line for line in metrics if line.skipped or line.rollbacks],
             times=_last_times(_read_lines(run_dir / "stages.jsonl", StepTime)),
             provenance=_read(run_dir / "provenance.json", Provenance),
         )
@@ -152,25 +180,43 @@ def _malformed(path: Path, error: ValidationError, where: str = "") -> UserError
     )
 
 
-def _columns(lines: list[StepMetrics]) -> dict[str, Steps]:
+def _columns(lines: list[StepMetrics], recipe: Recipe, plans: list[Plan]) -> dict[str, Steps]:
     runs: dict[str, list[StepMetrics]] = {}
     for line in lines:
         runs.setdefault(line.run, []).append(line)
-    fields = {"lm": "lm", "kd": "kd", "mtp_kd": "mtp_kd", "lambda": "kd_weight", "beta": "mtp_weight"}
-    fields["learning_rate"] = "learning_rate"
-    fields |= {f"heldout_{field}": f"heldout_{field}" for field in ("lm", "kd", "mtp_kd")}
+    return {run: _steps(run, entries, recipe, plans) for run, entries in runs.items()}
 
-    def column(entries: list[StepMetrics], name: str) -> charts.Column:
+
+def _steps(run: str, entries: list[StepMetrics], recipe: Recipe, plans: list[Plan]) -> Steps:
+    def column(name: str) -> Column:
         return np.array([getattr(entry, name) for entry in entries], dtype=np.float64)  # None becomes NaN
 
-    return {
-        run: Steps(
-            stage=column(entries, "stage"),
-            tokens=column(entries, "tokens"),
-            values={field: column(entries, name) for field, name in fields.items()},
-        )
-        for run, entries in runs.items()
-    }
+    tokens = column("tokens")
+    flops = np.array([training_flops(recipe, plans, run, entry.stage) for entry in entries], dtype=np.float64)
+    return Steps(
+        stage=column("stage"),
+        along={
+            "tokens": tokens,
+            "flops": np.cumsum(np.diff(tokens, prepend=0.0) * flops),
+            "hours": np.cumsum(column("seconds")) / 3600,
+        },
+        values={field: column(name) for field, name in MEASURED.items()},
+    )
+
+
+def training_flops(recipe: Recipe, plans: list[Plan], run: str, stage: int) -> int | None:
+    """An estimate of a training token's FLOPs, None where no plan says how large the models are.
+
+    2 per active parameter and pass (Kaplan et al., 2001.08361, section 2.1): three passes of the student, four where
+    activations are computed again, and one of a live teacher. Attention's products with one another are left out.
+    """
+    if not plans:
+        return None
+    student = plans[-1 if run == "random_init" else min(stage, len(plans)) - 1].after
+    passes = 4 if recipe.distil.activation_checkpointing else 3
+    has_teacher = run != "lm_only" and {"kd", "mtp_kd"} & set(recipe.distil.terms) and recipe.distil.teacher == "live"
+    teacher = plans[0].before.active_without_input_embedding if has_teacher else 0
+    return 2 * (passes * student.active_without_input_embedding + teacher)
 
 
 def _last_times(lines: list[StepTime]) -> list[StepTime]:

@@ -1,0 +1,153 @@
+"""Several runs on one page: their numbers beside the first run's, their curves together, what differs in their recipes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimqwen.errors import UserError
+from slimqwen.reporting.html import write_page
+from slimqwen.reporting.run_folder import Run
+from slimqwen.reporting.sections import training
+from slimqwen.reporting.sections.amounts import NOTHING, Cell, amount
+from slimqwen.reporting.sections.cost import device_hours
+from slimqwen.reporting.titles import MAIN_RUN
+
+OF_NO_INTEREST = {"name", "run_dir"}  # of a recipe: they always differ
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column of the table: the number of decimals, None for a count."""
+
+    title: str
+    value: float | None
+    decimals: int | None = None
+
+
+def compare(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the page and return its path. Reads nothing outside `run_dirs`, each the folder of a run.
+
+    Only the runs' own models are compared, not their baselines. Raises UserError as `report` does, and for a folder
+    given twice.
+    """
+    if len({folder.resolve() for folder in run_dirs}) < len(run_dirs):
+        raise UserError("a run folder is given twice: give each once.")
+    runs = dict(zip(names(run_dirs), map(Run.read, run_dirs), strict=True))
+    steps = {name: run.steps[MAIN_RUN] for name, run in runs.items() if MAIN_RUN in run.steps}
+    columns, rows = table(runs)
+    write_page(
+        "compare.html.j2",
+        out,
+        first=next(iter(runs)),
+        runs=runs,
+        columns=columns,
+        rows=rows,
+        cautions=cautions(runs),
+        axes=training.axis_names(steps),
+        curves=training.curves_of(steps),
+        differences=differences({name: run.recipe.model_dump(mode="json") for name, run in runs.items()}),
+    )
+    return out
+
+
+def names(run_dirs: Sequence[Path]) -> list[str]:
+    """The shortest ends of the folders' paths that tell them apart."""
+    parts = [folder.resolve().parts for folder in run_dirs]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(path[-length:]) for path in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    return [str(folder) for folder in run_dirs]
+
+
+def table(runs: Mapping[str, Run]) -> tuple[list[str], list[tuple[str, str, list[Cell]]]]:
+    """The final numbers: columns, and a row per run with what it differs by from the first."""
+    measured = [quantities(run) for run in runs.values()]
+    titles = list(dict.fromkeys(quantity.title for row in measured for quantity in row))
+    shown = [
+        title for title in titles if any(q.title == title and q.value is not None for row in measured for q in row)
+    ]
+    first = {quantity.title: quantity.value for quantity in measured[0]}
+    rows = []
+    for index, (name, row) in enumerate(zip(runs, measured, strict=True)):
+        found = {quantity.title: quantity for quantity in row}
+        cells = [_cell(found.get(title), None if index == 0 else first.get(title)) for title in shown]
+        rows.append((name, name, cells))
+    return shown, rows
+
+
+def quantities(run: Run) -> list[Quantity]:
+    """What is compared of a run's own model; None where it was not measured."""
+    found = []
+    result = run.result
+    if result is not None:
+        found = [
+            Quantity("total parameters", result.total_parameters),
+            Quantity("active", result.active_parameters),
+            Quantity("loss", result.loss, 3),
+            Quantity("perplexity", result.perplexity, 2),
+            Quantity("bits/byte", result.bits_per_byte, 3),
+            Quantity("KL", result.kl_to_teacher, 3),
+            Quantity("top-1", result.top1_agreement, 3),
+            Quantity("calibration error", result.calibration_error, 3),
+            *(Quantity(f"acc_{k}", share, 3) for k, share in enumerate(result.mtp_acceptance)),
+        ]
+    steps = run.steps.get(MAIN_RUN)
+    if steps is not None:
+        found.append(Quantity("tokens trained", float(steps.tokens[-1])))
+        found.append(Quantity("device hours", device_hours(run, MAIN_RUN), 3))
+    return found
+
+
+def _cell(quantity: Quantity | None, first: float | None) -> Cell:
+    if quantity is None or quantity.value is None:
+        return NOTHING
+    value, decimals = quantity.value, quantity.decimals
+    if decimals is None:
+        change = "" if first is None else _signed(f"{100 * (value / first - 1):+.1f}\u00a0%")
+        return Cell(amount(round(value)), value, change)
+    return Cell(f"{value:,.{decimals}f}", value, "" if first is None else _signed(f"{value - first:+,.{decimals}f}"))
+
+
+def _signed(difference: str) -> str:
+    """With a minus that is as wide as the plus."""
+    return difference.replace("-", "\N{MINUS SIGN}")
+
+
+def cautions(runs: Mapping[str, Run]) -> list[str]:
+    """Why the numbers of these runs may not be comparable."""
+    evaluations = [run.evaluation for run in runs.values() if run.evaluation is not None]
+    teachers = [run.teacher.loss for run in runs.values() if run.teacher is not None]
+    found = []
+    if len(evaluations) < len(runs):
+        missing = ", ".join(name for name, run in runs.items() if run.evaluation is None)
+        found.append(f"Not evaluated yet: {missing}.")
+    if len({(evaluation.tokens, evaluation.sequence_length) for evaluation in evaluations}) > 1:
+        found.append("The runs were not evaluated on as many tokens in sequences of the same length.")
+    elif teachers and max(teachers) - min(teachers) > 1e-3:
+        found.append("The teacher’s own loss differs between the runs: another teacher, or other held-out text.")
+    return found
+
+
+def differences(recipes: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The fields in which the recipes differ, each with its value in every recipe."""
+    flat = [dict(_flat(recipe)) for recipe in recipes.values()]
+    fields = dict.fromkeys(field for values in flat for field in values)
+    rows = []
+    for field in fields:
+        values = [str(found.get(field, "–")) for found in flat]
+        if field not in OF_NO_INTEREST and len(set(values)) > 1:
+            rows.append((field, values))
+    return rows
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """{"a": {"b": 1}} -> [("a.b", 1)]."""
+    found: list[tuple[str, Any]] = []
+    for key, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            found += _flat(inner, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", inner))
+    return found

@@ -1,0 +1,37 @@
+"""A page from its template: one file that asks for nothing from elsewhere."""
+
+import base64
+import gzip
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from slimqwen.artifacts import write_text
+
+
+def write_page(template: str, out: Path, **content: Any) -> None:
+    """Render `template` of this folder to `out`; text among `content` is escaped wherever it appears."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    notice, library = plotly_library()
+    write_text(out, templates.get_template(template).render(**content, plotly_notice=notice, plotly_library=library))
+
+
+@cache
+def plotly_library() -> tuple[Markup, str]:
+    """plotly.js from the installed package: its licence notice, and all of it as base64 of gzip.
+
+    4.8 MB of text are 2.0 MB so; every browser since 2023 unpacks it by itself.
+    """
+    text = get_plotlyjs()
+    notice = text[: text.index("*/") + 2]
+    return Markup(notice), base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()

@@ -1,0 +1,82 @@
+"""What was kept and why, axis by axis."""
+
+from slimqwen.planning.plan import Plan
+from slimqwen.reporting.charts.choices import layer_scores, width_scores
+from slimqwen.reporting.charts.experts import expert_fates, expert_importance, merge_groups
+from slimqwen.reporting.run_folder import Run
+from slimqwen.reporting.sections.amounts import percent
+from slimqwen.reporting.sections.chart import Chart
+
+
+def choices(run: Run) -> list[list[Chart]]:
+    """What was kept and why, axis by axis: the scores, from the plans that cut it."""
+    where = [f", stage {number}" if len(run.plans) > 1 else "" for number in range(1, len(run.plans) + 1)]
+    axes = [
+        [chart for plan, stage in zip(run.plans, where, strict=True) for chart in charts_of_axis(plan, stage)]
+        for charts_of_axis in (_layer_choice, _width_choice, _expert_choice)
+    ]
+    return [axis for axis in axes if axis]
+
+
+def _layer_choice(plan: Plan, where: str) -> list[Chart]:
+    scores = plan.scores
+    if len(plan.kept_layers) == len(scores.layer_block_influence):
+        return []
+    criterion = plan.pruning.depth
+    quantity = "cosine of input and output" if criterion == "similarity" else "block influence, 1 − cosine"
+    values = scores.layer_similarity if criterion == "similarity" else scores.layer_block_influence
+    reason = {
+        "last": "The last layers went, whatever their score; the score says how much each turns the hidden state.",
+        "similarity": "A run of layers went that starts at the highest cosine: where the mean hidden state turns least.",
+        "block_influence": "The lowest bars went: the layers that turn the hidden state least.",
+    }[criterion]
+    return [Chart.of(f"Layers{where}", layer_scores(values, plan.kept_layers, quantity), reason)]
+
+
+def _width_choice(plan: Plan, where: str) -> list[Chart]:
+    scores, kept = plan.scores.hidden, plan.kept["hidden"]
+    assert isinstance(kept, list)
+    if len(kept) == len(scores):
+        return []
+    carried = sum(scores[channel] for channel in kept) / (sum(scores) or 1.0)
+    caption = (
+        f"The {len(kept):,} channels left of the line stay, {percent(len(kept) / len(scores))} of them with "
+        f"{percent(carried)} of all activation; a steep fall before the line means an easy choice."
+    )
+    return [Chart.of(f"Width{where}", width_scores(scores, kept), caption)]
+
+
+def _expert_choice(plan: Plan, where: str) -> list[Chart]:
+    scores = {block: plan.scores.experts[block] for block in plan.expert_groups}
+    if all(len(groups) == len(scores[block]) for block, groups in plan.expert_groups.items()):
+        return []
+    recipe = plan.pruning.experts
+    survivors = sum(scores[block][group.base] for block, groups in plan.expert_groups.items() for group in groups) / (
+        sum(map(sum, scores.values())) or 1.0
+    )
+    score = {"frequency": "Share of tokens", "soft_logits": "Mean gate weight", "reap": "REAP score"}[recipe.importance]
+    how = {
+        "prune": "The least important experts were dropped.",
+        "merge": "Every expert that left was averaged into the survivor most like it, its base.",
+        "partial": "The better half of the survivors stayed as they were (kept); the others are bases, which absorbed the rest.",
+    }[recipe.compression]
+    found = [
+        Chart.of(
+            f"Expert importance{where}",
+            expert_importance(scores),
+            f"{score}, as multiples of the layer’s mean; the survivors carry "
+            f"{percent(survivors)} of it. Look for layers that are pale: there the choice hardly matters.",
+        ),
+        Chart.of(
+            f"What became of each expert{where}",
+            expert_fates(scores, plan.expert_groups),
+            f"{how} Same order as the importance; a base that absorbed nobody counts as kept.",
+        ),
+    ]
+    if any(len(group.members) > 1 for groups in plan.expert_groups.values() for group in groups):
+        caption = (
+            "How many experts each survivor was averaged from, and, where the pointer is, which. A single dark square in "
+            "a row is a base that took in most of what left."
+        )
+        found.append(Chart.of(f"Merge groups{where}", merge_groups(plan.expert_groups), caption))
+    return found
