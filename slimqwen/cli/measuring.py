@@ -1,0 +1,226 @@
+"""What a checkpoint is worth: evaluate, generate, check, bench."""
+
+import json
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from slimqwen.cli.options import (
+    CheckpointName,
+    Device,
+    DtypeOption,
+    Isolated,
+    SequenceLength,
+    dtype_of,
+)
+from slimqwen.errors import EXIT_FAILED, UserError, did_you_mean
+from slimqwen.progress import say
+
+commands = typer.Typer()
+
+
+@commands.command()
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or 'builtin'.")
+    ],
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder written by `slimqwen tokens`; may be left out with --tasks or --suite."
+        ),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Checkpoint that the others are compared to.")] = None,
+    out: Annotated[Path, typer.Option(help="File to write; benchmarks.json goes beside it.")] = Path("evaluation.json"),
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME...", help="Benchmarks of lm-evaluation-harness, or of --tasks-dir; evalplus."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Benchmarks by preset: 'slimqwen' are the paper's eight.")] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="More tasks in the harness's YAML. They may run Python from DIR: trust it."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Documents of each task, the first ones. Default: all.", show_default=False),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Solved examples before each question. Default: as the task says.", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in benchmarks.")] = 8,
+    measured_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")] = 65_536,
+    sequence_length: SequenceLength = 256,
+    isolated: Isolated = False,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Held-out loss, KL to a teacher, agreement and MTP acceptance of checkpoints (--tokens); benchmarks (--tasks, --suite)."""
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.evaluation.evaluate import evaluate as run_stage
+    from slimqwen.recipe import EvaluationRecipe
+    from slimqwen.reporting.table import print_table
+
+    if tokens is None and tasks is None and suite is None:
+        raise UserError(
+            "there is nothing to measure: give --tokens DIR for held-out text, --tasks or --suite for benchmarks, or both."
+        )
+    models = {"teacher": checkpoint_folder(teacher)} if teacher is not None else {}
+    if teacher is not None and "teacher" in checkpoints:
+        raise UserError("a checkpoint is called 'teacher' like --teacher's row: give it as ./teacher.")
+    models |= {name: checkpoint_folder(name) for name in checkpoints}
+    compared_with = None if teacher is None else "teacher"
+    if tokens is not None:
+        result = run_stage(
+            models,
+            out,
+            tokens=tokens,
+            recipe=EvaluationRecipe(tokens=measured_tokens),
+            sequence_length=sequence_length,
+            documents="isolated" if isolated else "packed",
+            teacher=compared_with,
+            device=device,
+            dtype=dtype_of(dtype),
+        )
+        print_table(result)
+        typer.echo(str(out))
+    if tasks is not None or suite is not None:
+        from slimqwen.evaluation.benchmarks import benchmark, print_benchmarks, suite_tasks
+
+        benchmarks_out = out.with_name("benchmarks.json")
+        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        benchmarks = benchmark(
+            models,
+            benchmarks_out,
+            tasks=list(dict.fromkeys([*(suite_tasks(suite) if suite is not None else []), *names])),
+            tasks_dir=tasks_dir,
+            limit=limit,
+            shots=shots,
+            batch_size=batch_size,
+            teacher=compared_with,
+            device=device,
+            dtype=dtype_of(dtype),
+        )
+        print_benchmarks(benchmarks)
+        typer.echo(str(benchmarks_out))
+
+
+@commands.command()
+def generate(
+    checkpoint: CheckpointName,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    draft: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens that the MTP module drafts before each verification; 0 is plain decoding. Default: 3 with an MTP module.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the most likely token; more is more random.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that together have this probability."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers of sampling.")] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode plainly too, in turns, and say how much faster drafting is.")
+    ] = False,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print text and numbers as JSON.")] = False,
+) -> None:
+    """Continue a prompt, the checkpoint's own MTP module drafting: the backbone's text in fewer passes of the backbone.
+
+    The text goes to stdout as it comes; acceptance by depth and tokens/s go to stderr (docs/generation.md).
+    """
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.generation.generate import describe
+    from slimqwen.generation.generate import generate as run_stage
+    from slimqwen.generation.sampling import Sampling
+
+    result = run_stage(
+        checkpoint_folder(checkpoint),
+        prompt,
+        draft=draft,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_p),
+        seed=seed,
+        device=device,
+        dtype=dtype_of(dtype),
+        compare=compare,
+        write=None if as_json else lambda piece: typer.echo(piece, nl=False),
+    )
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        typer.echo()
+        say(describe(result))
+
+
+@commands.command()
+def check(
+    checkpoint: CheckpointName,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also compare names, shapes and config.json with what this engine's loader takes: transformers, vllm, "
+            "sglang, llama.cpp or all. Repeatable. Exit code 1 where one cannot load it.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Tell whether a checkpoint is whole and loads in Transformers, vLLM and SGLang; reads headers and a sample."""
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.checkpoint.check import check_checkpoint, describe
+
+    result = check_checkpoint(checkpoint_folder(checkpoint), engines=engine or ())
+    typer.echo(result.model_dump_json(indent=2) if as_json else describe(result))
+    if result.refusing():
+        raise typer.Exit(EXIT_FAILED)
+
+
+@commands.command()
+def bench(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or 'builtin'.")
+    ],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after each prompt.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 10,
+    warmups: Annotated[int, typer.Option(min=0, help="Runs before them.")] = 3,
+    engine: Annotated[str, typer.Option(help="'transformers', or 'vllm' where it is installed.")] = "transformers",
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print every run as JSON.")] = False,
+) -> None:
+    """Speed of reading and generating, and peak memory, of several checkpoints; each in a process of its own.
+
+    The defaults are the paper's protocol (Table 11).
+    """
+    from dataclasses import asdict
+
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.evaluation.speed import Engine, Protocol, print_speeds
+    from slimqwen.evaluation.speed import bench as run_stage
+
+    known = get_args(Engine)
+    if engine not in known:
+        raise UserError(f"--engine {engine}{did_you_mean(engine, known)}: must be one of {', '.join(known)}.")
+    protocol = Protocol(
+        prompt_tokens, new_tokens, batch_size, runs, warmups, cast(Engine, engine), device, dtype_of(dtype)
+    )
+    speeds = run_stage([checkpoint_folder(name) for name in checkpoints], protocol)
+    if as_json:
+        typer.echo(json.dumps({"protocol": asdict(protocol), "speeds": [asdict(speed) for speed in speeds]}, indent=2))
+    else:
+        print_speeds(speeds, protocol)

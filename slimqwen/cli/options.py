@@ -1,0 +1,88 @@
+"""Options that several commands have, and what their words mean."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from slimqwen.errors import UserError, did_you_mean
+from slimqwen.families.family import Layout
+from slimqwen.recipe import Dtype
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe field, e.g. `--set distil.learning_rate=1e-4`. Repeatable.",
+    ),
+]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; `slimqwen recipe` lists its fields.")
+]
+CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
+TokensFolder = Annotated[Path, typer.Option("--tokens", metavar="DIR", help="Folder written by `slimqwen tokens`.")]
+SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens in one sequence.")]
+Isolated = Annotated[
+    bool, typer.Option("--isolated/--packed", help="One document to a sequence, padded, or documents back to back.")
+]
+Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")]
+DtypeOption = Annotated[str, typer.Option(help="'auto' (bfloat16 on a GPU, float32 on a CPU), 'float32', 'bfloat16'.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the data order.")]
+
+
+def token_folders(folders: list[str]) -> dict[str, Path]:
+    """Token folders by the name of the source: `wiki=DIR`, or the folder's own name."""
+    sources: dict[str, Path] = {}
+    for given in folders:
+        name, named, folder = given.partition("=")
+        path = Path(folder if named else given)
+        name = name if named else path.resolve().name
+        if name in sources:
+            raise UserError(f"two sources are called '{name}': tell them apart, --tokens wiki={path}.")
+        sources[name] = path
+    return sources
+
+
+def weights_of(option: str, given: list[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for text in given:
+        name, _, weight = text.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise UserError(f"{option} {text}: write it as NAME=WEIGHT, such as wiki=0.7.") from None
+    return weights
+
+
+def config_path(name: str) -> Path:
+    from slimqwen.builtin import TEACHER
+    from slimqwen.recipe import BUILTIN_TEACHER
+
+    return TEACHER if name == BUILTIN_TEACHER else Path(name)
+
+
+def layout_of(name: str | None) -> Layout | None:
+    known = get_args(Layout)
+    if name is not None and name not in known:
+        raise UserError(f"--layout {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
+    return cast(Layout | None, name)
+
+
+def dtype_of(name: str) -> str:
+    known = get_args(Dtype)
+    if name not in known:
+        raise UserError(f"--dtype {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
+    return name
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def command_line() -> str:
+    return shlex.join(["slimqwen", *sys.argv[1:]])

@@ -1,0 +1,180 @@
+"""Training a student, and what training needs beside it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimqwen.cli.options import (
+    CheckpointName,
+    Device,
+    DtypeOption,
+    Isolated,
+    Overrides,
+    Seed,
+    SequenceLength,
+    TokensFolder,
+    dtype_of,
+    rank,
+)
+
+commands = typer.Typer()
+
+
+@commands.command()
+def teacher_cache(
+    checkpoint: CheckpointName,
+    tokens: TokensFolder,
+    out: Annotated[Path, typer.Option(help="Folder to write; of a mixture, a folder for each source.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Most likely tokens to keep, beside the sum of the others.")] = 64,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Keep what the MTP head says too, for distil.mtp_target: mtp.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Log-probabilities as float32 instead of 16 bits.")] = False,
+    sequences: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Only the first so many of the training order of --seed. Default: the whole text, for any seed.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    sequence_length: SequenceLength = 256,
+    isolated: Isolated = False,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Size of a file, which is what an interruption costs.")
+    ] = "256MB",
+    streaming: Annotated[
+        bool | None,
+        typer.Option(
+            "--streaming/--no-streaming",
+            help="Run the teacher layer by layer, the other weights left on disk, once for each file. "
+            "Default: where it does not fit into memory.",
+            show_default=False,
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for activations when running layer by layer.")
+    ] = "2GB",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Run a teacher once and keep its most likely tokens, so that `distil` needs it no more.
+
+    Interrupted, the same command continues with the first file that is not complete.
+    """
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.bytesize import bytes_of
+    from slimqwen.recipe import TeacherCacheRecipe
+    from slimqwen.teacher_cache.write import write_teacher_cache
+
+    write_teacher_cache(
+        checkpoint_folder(checkpoint),
+        out,
+        tokens=tokens,
+        recipe=TeacherCacheRecipe(
+            top_k=top_k,
+            exact=exact,
+            batch_size=batch_size,
+            shard_bytes=bytes_of(shard_size),
+            streaming=streaming,
+            memory_budget_bytes=bytes_of(memory_budget),
+        ),
+        sequence_length=sequence_length,
+        documents="isolated" if isolated else "packed",
+        with_mtp=mtp,
+        sequences=sequences,
+        seed=seed,
+        device=device,
+        dtype=dtype_of(dtype),
+    )
+    typer.echo(str(out))
+
+
+@commands.command()
+def distil(
+    student: CheckpointName,
+    tokens: TokensFolder,
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    settings: Annotated[
+        Path, typer.Option("--recipe", metavar="FILE.yaml", help="The recipe's `distil` section, as a file.")
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="Checkpoint folder, or 'builtin'. Not needed without kd terms.")
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Written by `slimqwen teacher-cache`; no teacher is loaded, and --teacher only compared with it.",
+        ),
+    ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="AdamW's moments to begin with, written by `slimqwen carry`. Default: zeros."
+        ),
+    ] = None,
+    keep_state: Annotated[
+        bool,
+        typer.Option(
+            "--keep-state", help="Leave the training state beside the result, in `.NAME.state`, for `slimqwen carry`."
+        ),
+    ] = False,
+    sequence_length: SequenceLength = 256,
+    isolated: Isolated = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Train a student on text and a teacher's predictions. Continues where it was interrupted.
+
+    On many devices: `torchrun --nproc-per-node 8 -m slimqwen distil ...` (docs/multi-device.md). Exit code 75 after
+    SIGTERM: the training state is saved, the same command continues.
+    """
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.distillation.distil import distil as run_stage
+    from slimqwen.recipe import DistilRecipe
+    from slimqwen.recipe_file import load_recipe
+
+    recipe = load_recipe(settings, overrides or [], model=DistilRecipe)
+    result = run_stage(
+        checkpoint_folder(student),
+        out,
+        tokens=tokens,
+        recipe=recipe if teacher_cache is None else recipe.model_copy(update={"teacher": "cache"}),
+        sequence_length=sequence_length,
+        documents="isolated" if isolated else "packed",
+        teacher=None if teacher is None else checkpoint_folder(teacher),
+        teacher_cache=teacher_cache,
+        seed=seed,
+        device=device,
+        dtype=dtype_of(dtype),
+        run=out.name,
+        keep_state=keep_state,
+        moments=moments,
+    )
+    if rank() == 0:
+        typer.echo(str(result))
+
+
+@commands.command()
+def carry(
+    states: Annotated[
+        Path, typer.Argument(metavar="STATES", help="The training's states: `.NAME.state` beside its result NAME.")
+    ],
+    trained: Annotated[Path, typer.Argument(metavar="TRAINED", help="The checkpoint that the training wrote.")],
+    plan: Annotated[Path, typer.Option(metavar="FILE", help="The plan that TRAINED is pruned by.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Cut the optimiser's moments as a plan cuts the weights, for `distil --moments` of the next stage.
+
+    The training must have been one with `distil --keep-state`. In a recipe for `slimqwen run` it is one line:
+    `optimizer_state: carry`.
+    """
+    from slimqwen.distillation.carry import carry as run_stage
+
+    typer.echo(str(run_stage(states, trained, out, plan=plan)))

@@ -1,0 +1,83 @@
+"""Whole runs, and the recipes that they are."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimqwen.cli.options import (
+    Overrides,
+    RecipeFile,
+    command_line,
+)
+
+commands = typer.Typer()
+
+
+@commands.command()
+def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run a whole recipe: tokens, calibrate, plan, prune, distil (stage after stage), evaluate, report.
+
+    Steps whose inputs have not changed are skipped, and an interrupted run continues: give the same command again.
+    """
+    from slimqwen.recipe_file import load_recipe
+
+    _run(load_recipe(recipe, overrides or []))
+
+
+@commands.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option(help="Folder of every artefact of the run.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Compress the built-in teacher to a third of its parameters, beside a random-init baseline, in minutes on a CPU.
+
+    The same as `slimqwen run` with the built-in recipe, on the standard library of the Python that runs it; nothing is
+    downloaded.
+    """
+    from slimqwen.builtin import DEMO_RECIPE
+    from slimqwen.recipe_file import load_recipe
+
+    _run(load_recipe(DEMO_RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *(overrides or [])]))
+
+
+def _run(recipe) -> None:  # type: ignore[no-untyped-def]
+    from slimqwen.evaluation.result import Evaluation
+    from slimqwen.pipeline import run as run_recipe
+    from slimqwen.pipeline import summary
+    from slimqwen.reporting.table import print_table
+
+    started = time.monotonic()
+    folder = run_recipe(recipe, command_line())
+    print_table(Evaluation.load(folder / "evaluation.json"))
+    typer.echo(summary(folder, time.monotonic() - started))
+
+
+@commands.command()
+def recipe(
+    pretraining: Annotated[
+        bool, typer.Option("--pretrain", help="The fields of a `slimqwen pretrain` recipe instead.")
+    ] = False,
+) -> None:
+    """List every field of a recipe with its type, default and meaning."""
+    from slimqwen.recipe import PretrainRecipe, Recipe
+    from slimqwen.recipe_file import describe
+
+    typer.echo(describe(PretrainRecipe if pretraining else Recipe))
+
+
+@commands.command()
+def pretrain(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="`slimqwen recipe --pretrain` lists its fields.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Train a tokenizer and a small model from random weights: how the built-in teacher was made."""
+    from slimqwen.distillation.pretrain import pretrain as run_stage
+    from slimqwen.recipe import PretrainRecipe
+    from slimqwen.recipe_file import load_recipe
+
+    typer.echo(str(run_stage(load_recipe(recipe, overrides or [], model=PretrainRecipe))))
