@@ -264,19 +264,22 @@ def test_a_state_that_is_gone(folder: Path, tmp_path: Path) -> None:
 def test_stages_by_hand(folder: Path, tmp_path: Path) -> None:
     """The same from the command line: the second training's moments have made the steps of both."""
     recipe = tmp_path / "distil.yaml"
-    recipe.write_text(json.dumps({"tokens": 2 * BATCH_SIZE * 16, "batch_size": BATCH_SIZE, "terms": ["lm", "mtp_lm"]}))
+    recipe.write_text(json.dumps({"tokens": 4 * BATCH_SIZE * 16, "batch_size": BATCH_SIZE, "terms": ["lm", "mtp_lm"]}))
     usual = f"--tokens {folder}/tokens --recipe {recipe} --sequence-length 16 --device cpu --keep-state"
 
     def slimqwen(command: str) -> None:
         result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
         assert result.exit_code == 0, result.output
 
-    slimqwen(f"distil {folder}/student --out {tmp_path}/first {usual}")
+    slimqwen(f"distil {folder}/student --out {tmp_path}/first --steps 0:2 {usual}")
     plan, _, _ = write_cut(tmp_path, tmp_path / "first")
     slimqwen(f"prune {tmp_path}/first --plan {plan} --out {tmp_path}/pruned")
     slimqwen(f"carry {tmp_path}/.first.state {tmp_path}/first --plan {plan} --out {tmp_path}/moments")
-    slimqwen(f"distil {tmp_path}/pruned --out {tmp_path}/second --moments {tmp_path}/moments {usual}")
+    slimqwen(f"distil {tmp_path}/pruned --out {tmp_path}/second --steps 2:4 --moments {tmp_path}/moments {usual}")
     assert {float(tensor) for name, tensor in saved(tmp_path / "second").items() if name.startswith("step.")} == {4.0}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["run"], line["step"]) for line in lines] == [("first", 0), ("first", 1), ("second", 2), ("second", 3)]
+    assert [line["lambda"] for line in lines] == pytest.approx([1.0, 0.9166667, 0.8333333, 0.75])  # one ramp over both
 
 
 def test_moments_of_something_else_are_refused(folder: Path, tmp_path: Path) -> None:

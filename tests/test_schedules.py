@@ -7,7 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from slimqwen.distillation.course import DEFAULT_WARMUP_STEPS, Course, Level, course_of
+from slimqwen.distillation.distil import span_of
 from slimqwen.distillation.schedules import kd_weight, learning_rate, mtp_weight
+from slimqwen.distillation.trainer import Span
+from slimqwen.errors import UserError
 from slimqwen.planning.progressive import stage_steps
 from slimqwen.recipe import DistilRecipe, Ramp
 
@@ -155,3 +158,11 @@ def test_learning_rate_rises_to_the_peak_then_falls_to_the_end(total_steps: int,
     assert rates[top:] == sorted(rates[top:], reverse=True)
     if total_steps > max(warmup_steps, 1):
         assert rates[-1] == pytest.approx(0.1)
+
+
+def test_the_span_of_a_stage_by_hand() -> None:
+    assert span_of("0:16", 160) == Span(0, 16, 160)
+    assert span_of("16:160", 160) == Span(16, 160, 160)
+    for wrong in ("16", "16:", ":16", "16:16", "17:16", "0:161", "-1:5", "a:b"):
+        with pytest.raises(UserError, match="write it as FIRST:END"):
+            span_of(wrong, 160)

@@ -111,6 +111,14 @@ def distil(
             help="Written by `slimqwen teacher-cache`; no teacher is loaded, and --teacher only compared with it.",
         ),
     ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:END",
+            help="Train only these optimiser steps, 0:16 say, of the run that the recipe's tokens pay for: a stage of it. Schedules and "
+            "data order go on where the stage before ended. Default: all of them.",
+        ),
+    ] = None,
     moments: Annotated[
         Path | None,
         typer.Option(
@@ -137,6 +145,7 @@ def distil(
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.distillation.distil import distil as run_stage
+    from slimqwen.distillation.distil import span_of, total_steps
     from slimqwen.recipe import DistilRecipe
     from slimqwen.recipe_file import load_recipe
 
@@ -150,6 +159,7 @@ def distil(
         documents="isolated" if isolated else "packed",
         teacher=None if teacher is None else checkpoint_folder(teacher),
         teacher_cache=teacher_cache,
+        span=None if steps is None else span_of(steps, total_steps(recipe, sequence_length)),
         seed=seed,
         device=device,
         dtype=dtype_of(dtype),

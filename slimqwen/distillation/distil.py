@@ -64,6 +64,17 @@ def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
     return course.total_steps
 
 
+def span_of(steps: str, total: int) -> Span:
+    """The span that `FIRST:END` names, in a run of `total` steps. Raises UserError where it names none."""
+    first, colon, end = steps.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= total):
+        raise UserError(
+            f"--steps {steps}: write it as FIRST:END, two numbers from 0 to {total:,}, the steps that the recipe's tokens pay for; "
+            "END itself belongs to the next stage."
+        )
+    return Span(int(first), int(end), total)
+
+
 def distil(
     student: Path,
     out: Path,
