@@ -260,3 +260,22 @@ def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path: Path, finis
         return [{k: v for k, v in line.items() if k not in costs} for line in metrics(run_dir)]
 
     assert lines(recipe.run_dir) == lines(finished.run_dir), seed
+
+
+def test_what_goes_beyond_the_paper_in_one_run(tmp_path: Path) -> None:
+    """Rotation, compensation, repaired readers and refitted experts, in both stages, and a checkpoint that loads."""
+    pruning = {
+        "width": "rotation",
+        "compensate": True,
+        "repair": True,
+        "experts": {"importance": "soft_logits", "compression": "prune", "refit": True},
+    }
+    recipe = tiny_recipe(tmp_path, tmp_path / "run", pruning=pruning, baselines=["pruned"])
+    run(recipe)
+    for stage in (1, 2):
+        assert (tmp_path / "run" / f"stage-{stage}" / "repaired" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "one_shot" / "repaired" / "config.json").is_file()
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert final.config.hidden_size == 24
+    trained_from = Checkpoint(tmp_path / "run" / "stage-2" / "repaired")
+    assert trained_from.config["num_experts"] == 4

@@ -53,6 +53,7 @@ def test_a_finding_is_judged_by_where_its_interval_lies() -> None:
     assert verdict_of(-0.5, -0.6, -0.7).judgement == "contradicted"
     assert verdict_of(-0.5, 0.6, 0.1).judgement == "not distinguishable"
     assert verdict_of(0.5).judgement == "not distinguishable"  # one seed has no interval
+    assert "the same with each of 2 seeds" in verdict_of(0.5, 0.5).sentence
     assert verdict_of(0.5, 0.6, 0.7).sentence == (
         "A beats B: confirmed. Loss saved: +0.600 (95 % interval +0.352 to +0.848, 3 seeds)."
     )

@@ -68,11 +68,12 @@ def judged(finding: Finding, by_seed: Sequence[Runs]) -> Verdict:
         judgement = "confirmed"
     elif bounds is not None and bounds[1] < 0:
         judgement = "contradicted"
-    spread = (
-        "one seed, no interval"
-        if bounds is None
-        else f"95 % interval {bounds[0]:+.3f} to {bounds[1]:+.3f}, {len(gains)} seeds"
-    )
+    if bounds is None:
+        spread = "one seed, no interval"
+    elif bounds[0] == bounds[1]:
+        spread = f"the same with each of {len(gains)} seeds: nothing in it is random"
+    else:
+        spread = f"95 % interval {bounds[0]:+.3f} to {bounds[1]:+.3f}, {len(gains)} seeds"
     words = {"not distinguishable": "not distinguishable at this scale"}.get(judgement, judgement)
     return Verdict(
         name=finding.name,
