@@ -192,8 +192,8 @@ def serving_note(config: Config) -> str | None:
     if full_attention_interval(config) is not None:
         return None
     return (
-        "the layers that stay no longer alternate regularly: Transformers and vLLM read layer_types and load the result, "
-        "SGLang counts by full_attention_interval and does not (pruning.depth: last keeps the pattern)."
+        "the layers that stay no longer alternate regularly: Transformers, vLLM and llama.cpp read layer_types and load the "
+        "result, SGLang counts by full_attention_interval and does not (pruning.depth: last keeps the pattern)."
     )
 
 
