@@ -71,7 +71,7 @@ def judged(finding: Finding, by_seed: Sequence[Runs]) -> Verdict:
     if bounds is None:
         spread = "one seed, no interval"
     elif bounds[0] == bounds[1]:
-        spread = f"the same with each of {len(gains)} seeds: nothing in it is random"
+        spread = f"the same with each of {len(gains)} seeds"
     else:
         spread = f"95 % interval {bounds[0]:+.3f} to {bounds[1]:+.3f}, {len(gains)} seeds"
     words = {"not distinguishable": "not distinguishable at this scale"}.get(judgement, judgement)
