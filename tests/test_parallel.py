@@ -281,7 +281,8 @@ def test_a_signal_to_one_rank(folder: Path, tmp_path: Path, number: signal.Signa
     ranks = Ranks(2, train, folder, out, {"async_save": True}, "student", 10_000)
     log = tmp_path / "metrics.jsonl"
     end = time.monotonic() + 60
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+    saved = tmp_path / ".out.state"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3 and any(saved.glob("step-*"))):
         assert time.monotonic() < end and all(process.is_alive() for process in ranks.processes)
         time.sleep(0.02)
     os.kill(ranks.processes[1].pid, number)
