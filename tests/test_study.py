@@ -13,7 +13,8 @@ from slimqwen.families.count import count
 from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import stages_of
 from slimqwen.recipe import Recipe
-from slimqwen.study.catalogue import STUDIES, tokens_to_reach
+from slimqwen.study.catalogue import STUDIES
+from slimqwen.study.catalogue.init import tokens_to_reach
 from slimqwen.study.result import CurvePoint, Run, Study
 from slimqwen.study.scales import load_scale
 from slimqwen.study.study import study

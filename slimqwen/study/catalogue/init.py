@@ -1,0 +1,54 @@
+"""Table 1 and Figure 2: where to start from, and what to learn from."""
+
+from slimqwen.study.catalogue.definition import LOSS, MEAN, Definition, terms
+from slimqwen.study.result import Run
+from slimqwen.study.variation import Variation
+from slimqwen.study.verdict import Finding, lower
+
+INIT = Definition(
+    "init",
+    "Is a pruned model a better start than a random one, and is distillation better than language modelling?",
+    "Table 1 and Figure 2",
+    "pruned_kd",
+    [
+        Variation("random_lm", "random + LM", {"init": "random", **terms("lm", "mtp_lm")}),
+        Variation("random_kd", "random + KD", {"init": "random"}, paper={MEAN: 61.66}),
+        Variation("pruned_lm", "pruned + LM", terms("lm", "mtp_lm"), paper={MEAN: 69.96}),
+        Variation("pruned_kd", "pruned + KD", {}, paper={MEAN: 73.45}),
+    ],
+    [
+        Finding(
+            "pruned_beats_random",
+            "A pruned start beats a random one, both with distillation",
+            "held-out loss saved, nats per token",
+            lower(LOSS, "pruned_kd", "random_kd"),
+        ),
+        Finding(
+            "kd_beats_lm",
+            "From a pruned start, distillation beats language modelling alone",
+            "held-out loss saved, nats per token",
+            lower(LOSS, "pruned_kd", "pruned_lm"),
+        ),
+        Finding(
+            "pruned_lm_beats_random_kd",
+            "A pruned start without a teacher beats a random one with a teacher",
+            "held-out loss saved, nats per token",
+            lower(LOSS, "pruned_lm", "random_kd"),
+        ),
+        Finding(
+            "fewer_tokens",
+            "The pruned start needs less than half of the tokens to be where the random one ends",
+            "share of the tokens below one half",
+            lambda runs: 0.5 - tokens_to_reach(runs["pruned_kd"], final_training_loss(runs["random_kd"])),
+        ),
+    ],
+)
+
+
+def tokens_to_reach(run: Run, loss: float) -> float:
+    """Share of the run's tokens after which its training loss (means over a few steps) is first at most `loss`; 1 if never."""
+    return next((point.tokens / run.curve[-1].tokens for point in run.curve if point.lm <= loss), 1.0)
+
+
+def final_training_loss(run: Run) -> float:
+    return run.curve[-1].lm

@@ -1,0 +1,86 @@
+"""Tables 5 and 9: one cut or several."""
+
+from collections.abc import Callable
+from typing import Any
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.planning.progressive import stage_targets
+from slimqwen.planning.shapes import completed, shape_of
+from slimqwen.recipe import Recipe, Target
+from slimqwen.study.catalogue.definition import LOSS, MEAN, Definition
+from slimqwen.study.variation import Changes, Variation
+from slimqwen.study.verdict import Finding, lower
+
+
+def _three_stages(first: str) -> Callable[[Recipe, Checkpoint], Changes]:
+    """5, 5 and 90 % of the tokens: half of the first cut, the rest of it, then everything else."""
+
+    def made(recipe: Recipe, teacher: Checkpoint) -> Changes:
+        assert recipe.target is not None
+        source = shape_of(teacher.family, teacher.config)
+        final = completed(teacher.family, recipe.target, teacher.config)
+        depth = source.model_copy(update={"num_hidden_layers": final.num_hidden_layers})
+        width = final.model_copy(update={"num_hidden_layers": source.num_hidden_layers})
+        whole_first = depth if first == "depth_first" else width
+        half = stage_targets("depth_first" if first == "depth_first" else "width_first", source, whole_first)[0]
+        targets: list[Target] = [half, whole_first, final]
+        stages = [
+            {"target": target.model_dump(), "token_fraction": share}
+            for target, share in zip(targets, (0.05, 0.05, 0.9), strict=True)
+        ]
+        return {"target": None, "stages": stages}
+
+    return made
+
+
+def _two_stages(schedule: str, score: float, **changes: Any) -> Variation:
+    title = schedule.replace("_", " ")
+    return Variation(schedule, title, {"schedule": schedule, **changes}, paper={MEAN: score})
+
+
+SCHEDULES = Definition(
+    "schedules",
+    "Should a model be cut at once or in stages, and what first?",
+    "Tables 5 and 9",
+    "one_shot",
+    [
+        Variation("one_shot", "one shot", {}, paper={MEAN: 74.95}),
+        _two_stages("joint", 75.07),
+        _two_stages("width_first", 75.30),
+        _two_stages("depth_first", 75.02),
+        Variation("three_depth_first", "three stages, depth first", _three_stages("depth_first"), paper={MEAN: 75.28}),
+        Variation("three_width_first", "three stages, width first", _three_stages("width_first"), paper={MEAN: 74.76}),
+        Variation(
+            "depth_first_30",
+            "depth first, 30 % of the tokens in the first stage",
+            {"schedule": "depth_first", "first_stage_token_fraction": 0.3},
+        ),
+        Variation(
+            "depth_first_carried",
+            "depth first, optimiser state carried along",
+            {"schedule": "depth_first", "distil.optimizer_state": "carry"},
+        ),
+    ],
+    [
+        Finding(
+            f"{name}_beats_one_shot",
+            f"{title} beats one shot",
+            "held-out loss saved, nats per token",
+            lower(LOSS, name, "one_shot"),
+        )
+        for name, title in (
+            ("joint", "Joint progressive pruning"),
+            ("width_first", "Width first"),
+            ("depth_first", "Depth first"),
+            ("three_depth_first", "Depth first in three stages"),
+        )
+    ]
+    + [
+        Finding(
+            "carrying_helps",
+            "Carrying the optimiser state over a stage beats starting it anew",
+            "held-out loss saved, nats per token",
+            lower(LOSS, "depth_first_carried", "depth_first"),
+        )
+    ],
+)
