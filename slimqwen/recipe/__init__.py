@@ -1,0 +1,79 @@
+"""The whole configuration of a run: strict, documented where it is declared, checked all at once.
+
+A recipe is YAML. Every key is a field of a class here and every field has a description; unknown keys are errors with
+a suggestion. `load_recipe` reads the file, applies `--set key=value` overrides and reports all problems together.
+"""
+
+from slimqwen.recipe.data import BuiltinSource, DataRecipe, DocumentBoundaries, Source
+from slimqwen.recipe.distil import (
+    BatchSizeRamp,
+    DistilRecipe,
+    DivergenceName,
+    LoggerName,
+    LossTerm,
+    OnBadStep,
+    OptimizerName,
+    Ramp,
+    TeacherCacheRecipe,
+    TrainedPart,
+)
+from slimqwen.recipe.pruning import (
+    CalibrationRecipe,
+    DepthCriterion,
+    ExpertCompression,
+    ExpertImportance,
+    ExpertRecipe,
+    ExpertSimilarity,
+    PruningRecipe,
+    Target,
+    WidthCriterion,
+)
+from slimqwen.recipe.run import (
+    BUILTIN_TEACHER,
+    Baseline,
+    Dtype,
+    EvaluationRecipe,
+    PretrainRecipe,
+    Recipe,
+    Schedule,
+    StageRecipe,
+)
+from slimqwen.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+
+__all__ = [
+    "BUILTIN_TEACHER",
+    "Baseline",
+    "BatchSizeRamp",
+    "BuiltinSource",
+    "CalibrationRecipe",
+    "DataRecipe",
+    "DepthCriterion",
+    "DistilRecipe",
+    "DivergenceName",
+    "DocumentBoundaries",
+    "Dtype",
+    "EvaluationRecipe",
+    "ExpertCompression",
+    "ExpertImportance",
+    "ExpertRecipe",
+    "ExpertSimilarity",
+    "Fraction",
+    "LoggerName",
+    "LossTerm",
+    "OnBadStep",
+    "OptimizerName",
+    "PositiveFloat",
+    "PositiveInt",
+    "PretrainRecipe",
+    "PruningRecipe",
+    "Ramp",
+    "Recipe",
+    "Schedule",
+    "Section",
+    "Source",
+    "StageRecipe",
+    "Target",
+    "TeacherCacheRecipe",
+    "TrainedPart",
+    "WidthCriterion",
+]

@@ -1,0 +1,79 @@
+"""Text: what is read, and how it is cut into sequences."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from slimqwen.recipe.section import PositiveFloat, PositiveInt, Section
+
+BuiltinSource = Literal["python-stdlib", "python-packages"]
+DocumentBoundaries = Literal["packed", "isolated"]
+
+
+class Source(Section):
+    """One source of text. Give exactly one of `builtin`, `path` and `megatron`."""
+
+    builtin: BuiltinSource | None = Field(
+        None,
+        description="'python-stdlib': the standard library of the running interpreter; "
+        "'python-packages': the packages installed beside slimqwen. Nothing is downloaded.",
+    )
+    path: Path | None = Field(
+        None,
+        description="A .txt file (one document), .jsonl or .parquet (one document per row), a source file, or a folder: "
+        "all such files below it, each source file a document.",
+    )
+    megatron: Path | None = Field(
+        None,
+        description="PREFIX of token ids made elsewhere, PREFIX.bin and PREFIX.idx, with the teacher's tokenizer. They are read "
+        "where they are, and all of them are for training: the held-out text comes from other sources.",
+    )
+    name: str | None = Field(
+        None,
+        description="What it is called in a mixture: its folder among the tokens. Default: the last part of its path.",
+    )
+    weight: PositiveFloat | None = Field(
+        None,
+        description="Share of the training tokens drawn from this source, beside the others' weights; its text is repeated "
+        "or left unused as that takes. Give every source a weight, or none: then each text is read once per epoch.",
+    )
+    text_field: str = Field("text", description="The column that holds the text, in .jsonl and .parquet.")
+    keep_fraction: PositiveFloat = Field(
+        1.0, description="Share of this source's documents to keep, at most 1.", le=1.0
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if [self.builtin, self.path, self.megatron].count(None) != 2:
+            raise ValueError("give exactly one of 'builtin', 'path' and 'megatron'")
+        if self.megatron is not None and self.keep_fraction < 1.0:
+            raise ValueError(
+                "keep_fraction chooses among documents of text, and 'megatron' is token ids: give a weight"
+            )
+        return self
+
+
+class DataRecipe(Section):
+    """What the model is trained, calibrated and evaluated on."""
+
+    sources: list[Source] = Field(
+        [Source(builtin="python-stdlib")], min_length=1, description="Where the text comes from."
+    )
+    heldout_sources: list[Source] = Field(
+        [],
+        description="Text for evaluation only. Empty: a share of `sources` is held out by a hash of each document's path.",
+    )
+    heldout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.05, description="Share of documents held out when `heldout_sources` is empty."
+    )
+    sequence_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens in one training sequence.")
+    documents: DocumentBoundaries = Field(
+        "packed",
+        description="How training and evaluation cut rows. 'packed': documents back to back, and a row's tokens see the document "
+        "before theirs. 'isolated': a row holds one document, or a piece of a long one, and padding, which distil.tokens "
+        "counts and no loss does. Calibration reads packed rows, which have no padding, in either case.",
+    )
+    workers: PositiveInt | None = Field(
+        None, description="Processes that tokenize. Changes speed, not the result. Default: one per usable core."
+    )

@@ -1,0 +1,270 @@
+"""Training: the loss, the optimiser, their course over the run, and what is kept of the teacher."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from slimqwen.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+
+LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+OnBadStep = Literal["stop", "skip", "roll_back"]
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
+OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
+TrainedPart = Literal[
+    "embedding",
+    "norm",
+    "attention",
+    "deltanet",
+    "dense_mlp",
+    "router",
+    "routed_experts",
+    "shared_experts",
+    "mtp_projection",
+]
+
+
+class Ramp(Section):
+    """A weight that moves over the whole run, up or down."""
+
+    start: Fraction = Field(description="At the first step of the run.")
+    end: Fraction = Field(description="At the last step of the run.")
+
+
+class BatchSizeRamp(Section):
+    """A batch that grows at the beginning of the run: `start` sequences, 2 x `start` and so on, to batch_size.
+
+    Each size lasts for the same number of tokens, or the step that passes it.
+    """
+
+    start: PositiveInt = Field(description="Sequences of the first optimiser step; divides batch_size.")
+    tokens: PositiveInt = Field(description="Training tokens before the batch has batch_size sequences.")
+
+
+class DistilRecipe(Section):
+    """Training: loss (method.md section 5), optimiser and learning rate (section 6)."""
+
+    tokens: PositiveInt = Field(description="Training tokens of the whole run, over all stages.")
+    batch_size: PositiveInt = Field(8, description="Sequences per optimiser step.")
+    batch_size_ramp: BatchSizeRamp | None = Field(
+        None,
+        description="Begin with fewer sequences per step. What moves over the run, and the stages' shares of it, goes by tokens.",
+    )
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="Sequences per forward pass; must divide batch_size. Default: batch_size."
+    )
+    terms: list[LossTerm] = Field(
+        ["lm", "kd", "mtp_lm", "mtp_kd"],
+        min_length=1,
+        description="Terms of the loss. Without 'kd' and 'mtp_kd' no teacher is loaded: [lm, mtp_lm] is the LM-only baseline. "
+        "Where a head has only one of its two terms, that term has its full weight.",
+    )
+    teacher: Literal["live", "cache"] = Field(
+        "live",
+        description="'live': the teacher runs beside the student. 'cache': what it said is read from disk, where `slimqwen "
+        "teacher-cache` has written it, and the teacher itself is not loaded.",
+    )
+    kd_weight: Ramp = Field(
+        Ramp(start=1.0, end=0.75), description="lambda: weight of KD against LM, linear over the run."
+    )
+    mtp_weight: Ramp = Field(
+        Ramp(start=0.3, end=0.1), description="beta: weight of the MTP terms, cosine over the run."
+    )
+    mtp_target: Literal["main", "mtp"] = Field(
+        "main",
+        description="What the MTP head learns from: the teacher's next-token distribution, or the teacher's own MTP head.",
+    )
+    load_balancing_coefficient: Annotated[float, Field(ge=0.0)] = Field(
+        0.001, description="Weight of the load-balancing loss over the global batch; 0 turns it off."
+    )
+    learning_rate: PositiveFloat = Field(4e-4, description="Peak learning rate.")
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = Field(
+        3e-5, description="Learning rate at the end of the cosine."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Steps of linear warm-up, once per run. Default: 2,000, where warmup_tokens is not given."
+    )
+    warmup_tokens: PositiveInt | None = Field(
+        None, description="The warm-up in tokens, instead of warmup_steps: it takes the steps that train on as many."
+    )
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="'muon': PyTorch's Muon for the two-dimensional weights of attention, DeltaNet, dense and shared MLPs and the "
+        "MTP projection, its updates scaled to AdamW's (arXiv 2502.16982), and AdamW for all else: vectors, embeddings, routers, "
+        "and the routed experts, which are too many small matrices to orthogonalise one by one. "
+        "'adamw_8bit': moments in 8 bits, by torchao. Both are for one device.",
+    )
+    optimizer_state: Literal["reset", "carry"] = Field(
+        "reset",
+        description="What becomes of AdamW's moments at a stage's cut: they start anew, or they are cut as the weights are and "
+        "go on. Carrying takes 8 bytes of disk per parameter while the next stage trains.",
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="AdamW's decay, on matrices only (not norms, biases, A_log, dt_bias)."
+    )
+    weight_decay_exempt: list[TrainedPart] = Field(
+        [], description="Parts of the model whose matrices do not decay either, e.g. [router, embedding]."
+    )
+    learning_rate_scale: dict[TrainedPart, Annotated[float, Field(ge=0.0)]] = Field(
+        {},
+        description="Factors on the learning rate by part of the model, e.g. {router: 0.1}; 0 freezes the part. Weight decay, "
+        "which AdamW multiplies by the learning rate, follows. 'embedding' is lm_head too, 'norm' the norms around the layers' "
+        "mixers and MLPs.",
+    )
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="Also keep an exponential moving average of the weights, in float32: average = decay x average + "
+        "(1 - decay) x weights after each step. The average is then what a stage writes, and what the next stage is cut from. "
+        "After t steps of a stage the decay is at most (1 + t) / (10 + t), so that the beginning is forgotten. What is measured "
+        "on the way (evaluate_every_tokens) is the weights themselves. Default: none.",
+    )
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW's first moment decay.")
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW's second moment decay.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this global norm.")
+    loss_chunk_tokens: PositiveInt = Field(
+        1024, description="Tokens whose logits exist at one time. Changes memory, not the result."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, slower."
+    )
+    save_every_steps: PositiveInt = Field(100, description="Steps between resumable training states.")
+    save_every_tokens: PositiveInt | None = Field(
+        None, description="Also save when these many more tokens were trained on. Default: by steps alone."
+    )
+    save_every_minutes: PositiveFloat | None = Field(
+        None, description="Also save when this long has passed since the last time. Default: by steps alone."
+    )
+    keep_states: PositiveInt = Field(2, description="Resumable training states to keep, the newest.")
+    async_save: bool | None = Field(
+        None,
+        description="Train on while a state is written, from a copy of it in the host's memory: parameters and optimiser state once "
+        "more, shared among the ranks. Default: on GPUs.",
+    )
+    on_bad_step: OnBadStep = Field(
+        "stop",
+        description="What to do where a step's loss or gradient is not finite, or its loss a spike: stop; leave the step out, where "
+        "more than ten in a row stop the training; or go back to the last saved state and leave out the rows of all steps "
+        "since, at most ten times. All of it is logged.",
+    )
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(
+        None,
+        description="A loss is a spike if it is more than so many times the median of the last 64. Default: no loss is.",
+    )
+    evaluate_every_tokens: PositiveInt | None = Field(
+        None,
+        description="Measure the student on held-out text each time that these many more tokens were trained on: loss, KL to a live "
+        "teacher, MTP acceptance. Training is not changed by it. Default: only at the end, by the evaluation.",
+    )
+    evaluate_tokens: PositiveInt = Field(65_536, description="Held-out tokens of each such measurement.")
+    loggers: list[LoggerName] = Field(
+        [],
+        description="Where the metrics go beside metrics.jsonl: any of tensorboard, wandb, trackio. Each needs its library: "
+        "pip install 'slimqwen[tensorboard]'.",
+    )
+    shard_ranks: PositiveInt | None = Field(
+        None,
+        description="On many devices: ranks that share one copy of the models. Default: all. The GPUs of one node: weights are "
+        "gathered within a node, and only gradients cross between nodes.",
+    )
+    expert_ranks: PositiveInt | None = Field(
+        None,
+        description="On many devices: ranks that share the routed experts of each layer between them and send each other "
+        "tokens, instead of gathering all experts. Divides shard_ranks and both models' experts. Default: none do.",
+    )
+    reshard_student: bool = Field(
+        True,
+        description="On many devices: drop each gathered layer after its forward pass. Without it the whole student stays in "
+        "bfloat16 on each device during a step, and less is sent.",
+    )
+    reshard_teacher: bool = Field(
+        True, description="The same of the teacher, which without it stays whole on each device from the first step on."
+    )
+    divergence: DivergenceName = Field(
+        "forward_kl",
+        description="What the KD terms minimise: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon "
+        "divergence. The reported kd is KL(teacher || student) in each case.",
+    )
+    temperature: PositiveFloat = Field(
+        1.0, description="Of teacher and student in the KD terms, which are multiplied by its square."
+    )
+    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="The teacher's share of the mixture that 'jsd' compares teacher and student with."
+    )
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the loss needs a teacher."""
+        return not {"kd", "mtp_kd"}.isdisjoint(self.terms)
+
+    @property
+    def is_taught_by_mtp(self) -> bool:
+        """Whether it needs the teacher's own MTP head too."""
+        return self.mtp_target == "mtp" and "mtp_kd" in self.terms
+
+    @model_validator(mode="after")
+    def _terms_are_distinct(self) -> "DistilRecipe":
+        if len(set(self.terms)) < len(self.terms):
+            raise ValueError(f"terms names one twice: {', '.join(self.terms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _learning_rate_falls(self) -> "DistilRecipe":
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate {self.final_learning_rate:g} is more than the peak, learning_rate {self.learning_rate:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> "DistilRecipe":
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _the_ramp_ends_at_the_batch(self) -> "DistilRecipe":
+        ramp = self.batch_size_ramp
+        if ramp is not None and (ramp.start == self.batch_size or self.batch_size % ramp.start):
+            raise ValueError(
+                f"batch_size_ramp.start must be a divisor of batch_size {self.batch_size} below it, is {ramp.start}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "DistilRecipe":
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            raise ValueError("give the warm-up as warmup_steps or as warmup_tokens, not as both")
+        return self
+
+    @model_validator(mode="after")
+    def _carries_what_it_can(self) -> "DistilRecipe":
+        if self.optimizer_state == "carry" and self.optimizer != "adamw":
+            raise ValueError(f"optimizer_state: carry is for the optimizer adamw, not for {self.optimizer}")
+        return self
+
+
+class TeacherCacheRecipe(Section):
+    """What is kept of the teacher for `distil.teacher: cache`."""
+
+    top_k: PositiveInt = Field(
+        64, description="Most likely tokens to keep of each prediction, beside the sum of the others."
+    )
+    exact: bool = Field(
+        False,
+        description="Log-probabilities as float32 instead of 16 bits. With top_k of the whole vocabulary: the live teacher.",
+    )
+    batch_size: PositiveInt = Field(
+        8, description="Sequences per forward pass. Changes speed and memory, not the result."
+    )
+    shard_bytes: PositiveInt = Field(
+        256_000_000,
+        description="Size of a file: what an interruption costs. Layer by layer the checkpoint is read once for each, and the hidden "
+        "states of its tokens are in memory.",
+    )
+    streaming: bool | None = Field(
+        None,
+        description="Run the teacher layer by layer, the other weights left on disk. Default: where it does not fit into memory.",
+    )
+    memory_budget_bytes: PositiveInt = Field(
+        2_000_000_000, description="Memory for activations when running layer by layer."
+    )

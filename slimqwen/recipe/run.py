@@ -1,0 +1,119 @@
+"""A whole run, and what is measured at its end."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from slimqwen.recipe.data import DataRecipe
+from slimqwen.recipe.distil import DistilRecipe, TeacherCacheRecipe
+from slimqwen.recipe.pruning import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.recipe.section import PositiveInt, Section
+
+BUILTIN_TEACHER = "builtin"
+
+Schedule = Literal["one_shot", "depth_first", "width_first", "joint"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Baseline = Literal["pruned", "random_init", "lm_only"]
+
+
+class EvaluationRecipe(Section):
+    """What is measured on held-out text at the end."""
+
+    tokens: PositiveInt = Field(65_536, description="Held-out tokens to measure loss, KL and agreement on.")
+    batch_size: PositiveInt = Field(8, description="Sequences per forward pass.")
+    acceptance_prompts: PositiveInt = Field(
+        32, description="Held-out prompts whose greedy continuations the MTP head drafts."
+    )
+    acceptance_prompt_tokens: PositiveInt = Field(64, description="Tokens of each prompt.")
+    acceptance_new_tokens: PositiveInt = Field(64, description="Tokens of each greedy continuation.")
+    acceptance_depth: PositiveInt = Field(4, description="Tokens drafted per position: acc_0 .. acc_{depth-1}.")
+
+    @model_validator(mode="after")
+    def _continuations_hold_a_draft(self) -> "EvaluationRecipe":
+        if self.acceptance_new_tokens <= self.acceptance_depth:
+            raise ValueError(
+                f"acceptance_new_tokens {self.acceptance_new_tokens} must be more than acceptance_depth {self.acceptance_depth}"
+            )
+        return self
+
+
+class StageRecipe(Section):
+    """One stage of a progressive schedule written out by hand."""
+
+    target: Target = Field(description="The shape that this stage ends with.")
+    token_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        description="Share of `distil.tokens` spent after this stage's cut."
+    )
+
+
+class Recipe(Section):
+    """One run: from a teacher and a target to a smaller model, its evaluation and its report."""
+
+    name: str = Field("slimqwen", description="Shown in the report and on the model card.")
+    run_dir: Path = Field(description="Folder of every artefact of the run.")
+    teacher: str = Field(
+        BUILTIN_TEACHER, description="A checkpoint folder, or 'builtin': the small teacher inside the package."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the data order and of random initialisation.")
+    device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Compute dtype of the teacher. 'auto': bfloat16 on a GPU, float32 on a CPU. The student trains in float32.",
+    )
+    init: Literal["pruned", "random"] = Field(
+        "pruned", description="'random': the target shape from random weights, on all the tokens at once."
+    )
+    target: Target | None = Field(None, description="The final shape. Needed unless `stages` is written out.")
+    pruning: PruningRecipe = Field(PruningRecipe(), description="Criteria.")
+    schedule: Schedule = Field("depth_first", description="How the cuts are spread over stages (method.md section 7).")
+    first_stage_token_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="Share of the tokens spent in the first stage of a two-stage schedule."
+    )
+    stages: list[StageRecipe] | None = Field(
+        None, min_length=1, description="Stages by hand, instead of `target` and `schedule`."
+    )
+    data: DataRecipe = Field(DataRecipe(), description="Text.")
+    calibration: CalibrationRecipe = Field(CalibrationRecipe(), description="Measuring importance.")
+    teacher_cache: TeacherCacheRecipe = Field(TeacherCacheRecipe(), description="With `distil.teacher: cache`.")
+    distil: DistilRecipe = Field(description="Training.")
+    baselines: list[Baseline] = Field(
+        [],
+        description="Also make, on the same tokens: 'pruned' (the final shape in one cut, no training), "
+        "'random_init' (the final shape from random weights + KD), 'lm_only' (the same cuts, no teacher).",
+    )
+    evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Measuring the result.")
+
+    @model_validator(mode="after")
+    def _stages_or_target(self) -> "Recipe":
+        if (self.target is None) == (self.stages is None):
+            raise ValueError("give exactly one of 'target' (with 'schedule') and 'stages'")
+        if self.stages is not None:
+            total = sum(stage.token_fraction for stage in self.stages)
+            if abs(total - 1.0) > 1e-6:
+                raise ValueError(f"the stages' token_fraction must sum to 1, not {total:g}")
+            if self.init == "random":
+                raise ValueError("'init: random' trains one shape on all the tokens: give 'target' instead of 'stages'")
+        return self
+
+
+class PretrainRecipe(Section):
+    """A teacher from nothing: tokenizer, random weights, language modelling. The built-in teacher was made by one."""
+
+    name: str = Field("pretrain", description="Shown with the progress.")
+    run_dir: Path = Field(description="Folder of every artefact of the run; the result is its `final/`.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the weights and of the data order.")
+    device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Of the final weights; training is in float32."
+    )
+    config: dict[str, Any] = Field(description="The model's config.json; vocab_size is also the tokenizer's.")
+    tokenizer_documents: PositiveInt = Field(4000, description="Training documents that the tokenizer learns from.")
+    data: DataRecipe = Field(DataRecipe(), description="Text.")
+    training: DistilRecipe = Field(description="Training; terms must be among lm and mtp_lm: there is no teacher.")
+
+    @model_validator(mode="after")
+    def _no_teacher(self) -> "PretrainRecipe":
+        if not set(self.training.terms) <= {"lm", "mtp_lm"}:
+            raise ValueError("training.terms must be among lm and mtp_lm: pretraining has no teacher")
+        return self
