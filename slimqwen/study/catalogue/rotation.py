@@ -22,7 +22,7 @@ WAYS: dict[str, tuple[str, Changes]] = {
 }
 CUTS = {"12": Fraction(1, 8), "25": Fraction(1, 4), "37": Fraction(3, 8)}
 """Shares of the channels that go. After the middle one the model is trained."""
-BUDGETS = {"quarter": Fraction(1, 4), "half": Fraction(1, 2), "all": Fraction(1)}
+BUDGETS = {"eighth": Fraction(1, 8), "quarter": Fraction(1, 4), "half": Fraction(1, 2)}
 """Shares of the recipe's tokens."""
 
 
