@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slimqwen.artifacts import atomic_folder, fingerprint, write_text
+from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
+from slimqwen.checkpoint.check import check_checkpoint
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.identity import text_identity
 from slimqwen.data.store import load_manifest
@@ -23,6 +24,7 @@ from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
+from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import plan
@@ -30,13 +32,14 @@ from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import announce, check, stages_of
 from slimqwen.progress import duration, say
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import LossTerm, Recipe, Target
+from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
 from slimqwen.repair.repair import repair
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.steps import Steps
 from slimqwen.teacher_cache.write import write_teacher_cache
+from slimqwen.warning import warn
 
 
 def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
@@ -47,25 +50,31 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     the run directory.
     """
     pipeline = Pipeline(recipe, command)
-    announce(recipe, pipeline.source, pipeline.stages)
     pipeline.steps.begin(recipe)
+    with pipeline.steps.warned("recipe", fingerprint_value(recipe.model_dump(mode="json"))):
+        announce(recipe, pipeline.source, pipeline.stages)
     pipeline.forget_other_schedules()
     tokens = pipeline.tokens()
     if recipe.distil.is_taught and recipe.distil.teacher == "cache":
         pipeline.teacher_cache(tokens)
     models = {"teacher": pipeline.teacher}
+    ours, papers = recipe.pruning, recipe.pruning.as_published()
     models[MAIN_RUN] = (
-        pipeline.initialised() if recipe.init == "random" else pipeline.progressive(MAIN_RUN, recipe.distil.terms)
+        pipeline.initialised() if recipe.init == "random" else pipeline.progressive(MAIN_RUN, ours, recipe.distil.terms)
     )
     for baseline in recipe.baselines:
         match baseline:
             case "pruned":
-                models["pruned"] = pipeline.one_shot()
+                models[baseline] = pipeline.one_shot("one_shot", ours)
+            case "paper_pruned":
+                models[baseline] = pipeline.one_shot("paper/one_shot", papers)
+            case "paper":
+                models[baseline] = pipeline.progressive(baseline, papers, recipe.distil.terms)
             case "random_init":
-                models["random_init"] = pipeline.random_init("random_init", pipeline.run_dir / "random_init")
+                models[baseline] = pipeline.random_init(baseline, pipeline.run_dir / baseline)
             case "lm_only":
-                models["lm_only"] = pipeline.progressive("lm_only", ["lm", "mtp_lm"])
-    order = ("teacher", "pruned", "random_init", "lm_only", MAIN_RUN)
+                models[baseline] = pipeline.progressive(baseline, ours, ["lm", "mtp_lm"])
+    order = ("teacher", "paper_pruned", "pruned", "random_init", "lm_only", "paper", MAIN_RUN)
     evaluation = pipeline.evaluation({name: models[name] for name in order if name in models}, tokens)
     pipeline.final(models[MAIN_RUN], evaluation)
     report(pipeline.run_dir)
@@ -155,10 +164,10 @@ class Pipeline:
             ),
         )
 
-    def calibrated(self, name: str, checkpoint: Path, out: Path) -> Path:
+    def calibrated(self, name: str, checkpoint: Path, out: Path, pruning: PruningRecipe) -> Path:
         recipe = self.recipe
         tokens = self.run_dir / "tokens"
-        second_moments = recipe.pruning.width == "rotation"
+        second_moments = pruning.width == "rotation"
         inputs = {
             "checkpoint": fingerprint(checkpoint),
             "tokens": [fingerprint(folder) for folder in recipe.calibration.sources.values() or [tokens]],
@@ -188,9 +197,16 @@ class Pipeline:
             ),
         )
 
-    def cut(self, name: str, checkpoint: Path, folder: Path, statistics: Path, target: Target) -> Path:
+    def teacher_statistics(self) -> Path:
+        """Of the teacher, for the first cut of the run and of its baselines."""
+        out = self.run_dir / "stage-1" / "statistics.safetensors"
+        return self.calibrated("stage-1/statistics", self.teacher, out, self.recipe.pruning)
+
+    def cut(
+        self, name: str, checkpoint: Path, folder: Path, statistics: Path, target: Target, pruning: PruningRecipe
+    ) -> Path:
         """plan.json and pruned/ in `folder`, and repaired/ where the experts are refitted. Returns the last of them."""
-        recipe, pruning = self.recipe, self.recipe.pruning
+        recipe = self.recipe
         inputs: dict[str, Any] = {"checkpoint": fingerprint(checkpoint), "statistics": fingerprint(statistics)}
         inputs |= {"target": target.model_dump(), "pruning": pruning.model_dump()}
         plan_file = folder / "plan.json"
@@ -314,20 +330,27 @@ class Pipeline:
         )
         remove_state(trained)
 
-    def progressive(self, run: str, terms: list[LossTerm]) -> Path:
+    def progressive(self, run: str, pruning: PruningRecipe, terms: list[LossTerm]) -> Path:
         """The schedule: measure, plan, cut and train, stage after stage. Returns the last trained checkpoint.
 
-        The first cut of a baseline is that of the main run; only what follows its training differs.
+        What a baseline has in common with the main run it shares: the teacher's statistics, and where its criteria are
+        the same the first cut.
         """
         folder = self.run_dir if run == MAIN_RUN else self.run_dir / run
         checkpoint = self.teacher
         carries = self.recipe.distil.optimizer_state == "carry"
         for stage in self.stages:
             name = f"stage-{stage.number}"
-            shared = self.run_dir / name if stage.number == 1 else folder / name
-            label = (shared.relative_to(self.run_dir)).as_posix()
-            statistics = self.calibrated(f"{label}/statistics", checkpoint, shared / "statistics.safetensors")
-            pruned = self.cut(label, checkpoint, shared, statistics, stage.target)
+            if stage.number == 1:
+                cut = (self.run_dir if pruning == self.recipe.pruning else folder) / name
+                statistics = self.teacher_statistics()
+            else:
+                cut = folder / name
+                label = cut.relative_to(self.run_dir).as_posix()
+                statistics = self.calibrated(f"{label}/statistics", checkpoint, cut / "statistics.safetensors", pruning)
+            pruned = self.cut(
+                cut.relative_to(self.run_dir).as_posix(), checkpoint, cut, statistics, stage.target, pruning
+            )
             out = folder / name / "distilled"
             label = out.relative_to(self.run_dir).as_posix()
             checkpoint = self.distilled(
@@ -343,12 +366,10 @@ class Pipeline:
             )
         return checkpoint
 
-    def one_shot(self) -> Path:
+    def one_shot(self, name: str, pruning: PruningRecipe) -> Path:
         """The final shape in one cut of the teacher, without any training."""
-        statistics = self.calibrated(
-            "stage-1/statistics", self.teacher, self.run_dir / "stage-1" / "statistics.safetensors"
-        )
-        return self.cut("one_shot", self.teacher, self.run_dir / "one_shot", statistics, self.stages[-1].target)
+        target = self.stages[-1].target
+        return self.cut(name, self.teacher, self.run_dir / name, self.teacher_statistics(), target, pruning)
 
     def initialised(self) -> Path:
         """`init: random`: the main run from random weights."""
@@ -405,13 +426,17 @@ class Pipeline:
             "tokens": fingerprint(self.run_dir / "tokens"),
             "trained checkpoint": fingerprint(trained),
         }
-        card = model_card(self.recipe, self.teacher, evaluation, self.command, made_from)
+        file = self.run_dir / "benchmarks.json"
+        benchmarks = Benchmarks.load(file).with_own(trained, MAIN_RUN) if file.is_file() else None
+        card = model_card(self.recipe, self.teacher, evaluation, self.command, made_from, benchmarks)
         out = self.run_dir / "final"
 
         def assemble() -> None:
             with atomic_folder(out) as folder:
                 shutil.copytree(trained, folder, dirs_exist_ok=True)
                 write_text(folder / "README.md", card)
+            for warning in check_checkpoint(out).warnings:
+                warn(f"warning: {warning}")
 
         return self.steps.step("final", out, {"trained": fingerprint(trained), "card": card}, assemble)
 

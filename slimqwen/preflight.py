@@ -20,7 +20,9 @@ from slimqwen.planning.progressive import stage_steps, stage_targets
 from slimqwen.planning.shapes import completed, shape_of, size_of, target_config
 from slimqwen.progress import say
 from slimqwen.recipe import Recipe, Target
+from slimqwen.rotation.mtp import stretches
 from slimqwen.teacher_cache.write import check_teacher
+from slimqwen.warning import warn
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     check_optimizer(recipe.distil, source)
     if recipe.distil.optimizer_state == "carry" and recipe.pruning.width == "rotation":
         raise UserError(
-            "moments cannot follow a rotation of the weights: set distil.optimizer_state: reset or another pruning.width."
+            "moments cannot follow a rotation of the weights: set distil.optimizer_state: reset, or pruning.width: "
+            "norm_activation."
         )
     if recipe.distil.is_taught and recipe.distil.teacher == "cache":
         if recipe.distil.on_bad_step == "roll_back":
@@ -88,8 +91,11 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
         )
         first = recipe.first_stage_token_fraction
         fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
-    if recipe.pruning.depth == "last" and recipe.init == "pruned":
-        check_depth(source, targets)
+    if recipe.init == "pruned":
+        if recipe.pruning.depth == "last" or {"paper", "paper_pruned"} & set(recipe.baselines):
+            check_depth(source, targets)
+        if recipe.pruning.width == "rotation" and targets[-1].hidden_size != config["hidden_size"]:
+            stretches(source)  # raises where this model cannot be rotated
     total = total_steps(recipe.distil, recipe.data.sequence_length)
     fractions = course_of(recipe.distil, recipe.data.sequence_length).step_fractions(fractions)
     stages, done = [], 0
@@ -120,12 +126,12 @@ def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:
         share = after.total_parameters / before.total_parameters
         say(f"stage {stage.number}   {_shape(stage.target, after)} ({share:.1%} of the teacher), {tokens:,} tokens")
     if course.warmup_steps >= course.total_steps:
-        say(
+        warn(
             f"note: the warm-up of {course.warmup_steps:,} steps is not shorter than the run's {course.total_steps:,}: "
             "the learning rate only rises."
         )
     if course.rows(course.total_steps - 1) < recipe.distil.batch_size:
-        say(
+        warn(
             f"note: the run ends before distil.batch_size_ramp does, with {course.rows(course.total_steps - 1)} of "
             f"{recipe.distil.batch_size} sequences per step."
         )

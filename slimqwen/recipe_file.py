@@ -194,15 +194,17 @@ def _assign(place: Any, names: list[str], value: Any, here: str = "the recipe") 
 
 
 def _complete_sections(values: dict[str, Any], model: type[BaseModel]) -> None:
-    """Give a section that is written in part (`kd_weight: {end: 0.5}`) its declared default for the rest.
+    """Give a section that is written in part (`kd_weight: {end: 0.5}`) its declared default for what its class has none for.
 
-    Pydantic would take the defaults of the section's class, and a class such as `Ramp` has none.
+    Such as `Ramp`, whose fields are required. What a class has defaults for, it fills in itself.
     """
     for name, field in model.model_fields.items():
         given = values.get(name)
         if isinstance(given, dict) and (below := _section_in(field.annotation)):
             if isinstance(field.default, BaseModel):
-                values[name] = given = field.default.model_dump(mode="json") | given
+                declared = field.default.model_dump(mode="json").items()
+                needed = {key: value for key, value in declared if below[1].model_fields[key].is_required()}
+                values[name] = given = needed | given
             _complete_sections(given, below[1])
 
 

@@ -6,6 +6,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +19,12 @@ from slimqwen.errors import StageFailed
 from slimqwen.progress import say
 from slimqwen.recipe import Section
 from slimqwen.recipe_file import dump_recipe
+from slimqwen.warning import kept_in
 
 
 class Steps:
-    """Bookkeeping of a run directory: `.steps/` (what was made from what), stages.jsonl, provenance.json."""
+    """Bookkeeping of a run directory: `.steps/` (what was made from what), stages.jsonl, warnings.jsonl,
+    provenance.json."""
 
     def __init__(self, run_dir: Path, command: str) -> None:
         self.run_dir = run_dir
@@ -53,12 +56,17 @@ class Steps:
             return output
         record.unlink(missing_ok=True)
         started = time.perf_counter()
-        action()
+        with self.warned(name, key):
+            action()
         if not output.exists():
             raise StageFailed(f"{name} ended without writing {output}.")
         write_text(record, record_text(key, output))
         self._log(name, time.perf_counter() - started, skipped=False)
         return output
+
+    def warned(self, name: str, key: str) -> AbstractContextManager[None]:
+        """Where warnings are raised that the report is to show: `name`, made from `key`."""
+        return kept_in(self.run_dir / "warnings.jsonl", step=name, key=key)
 
     def _log(self, name: str, seconds: float, *, skipped: bool) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far: Linux counts KiB

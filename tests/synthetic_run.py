@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from slimqwen.evaluation.benchmark_results import identity_of
 from slimqwen.families.count import count
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.planning.experts import group_experts
@@ -79,7 +80,7 @@ def make_plan(config: dict[str, Any], target: Target) -> tuple[Plan, dict[str, A
         checkpoint="fingerprint",
         statistics_data="fingerprint",
         target=target,
-        pruning=PruningRecipe(),
+        pruning=PruningRecipe(method="slimqwen-paper"),
         kept_layers=layers,
         kept={"hidden": kept_channels(torch.tensor(scores.hidden), target.hidden_size)},
         expert_groups={
@@ -136,8 +137,6 @@ def write_metrics(folder: Path, runs: Mapping[str, float], stages: int) -> None:
                 if run == "slimqwen" and step == 100:
                     entry["skipped"] = 1
                     del entry["lm"]
-                if run == "slimqwen" and step == 150:
-                    entry["rollbacks"] = [{"bad_step": 157, "rows": 64, "problem": "loss 9 is more than 2 x 4"}]
                 if run != "lm_only":
                     entry |= {"kd": kl * noise.uniform(0.8, 1.25), "mtp_kd": 1.4 * kl * noise.uniform(0.8, 1.25)}
                 stream.write(json.dumps(entry) + "\n")
@@ -168,6 +167,7 @@ def make_results(kl: Mapping[str, float]) -> dict[str, Any]:
             "mtp_loss": loss + 0.4,
             "mtp_kl_to_teacher": distance + 0.2,
             "mtp_acceptance": [math.exp(-(distance + 0.3) * (k + 1)) for k in range(4)],
+            "tokens_per_verification": 1 + 2 * math.exp(-distance),
             "loss_by_position": {"1": loss + 1.5, "2-3": loss + 0.7, "4-7": loss},
             "loss_by_frequency": {"1-10": loss - 1, "11-100": loss, "101-1000": loss + 2},
             "calibration_error": 0.01 + 0.1 * min(distance, 1),
@@ -182,6 +182,36 @@ def make_results(kl: Mapping[str, float]) -> dict[str, Any]:
 
 
 KL = {"teacher": 0.0, "pruned": 4.9, "random_init": 0.6312, "lm_only": 0.4, "slimqwen": 0.2143}
+
+
+def make_benchmarks(final: Path) -> dict[str, Any]:
+    """benchmarks.json of a teacher and of what lies in `final`: a group, and a single task of it."""
+    row = {"part_of": None, "filter": "none", "documents": 200, "stderr": 0.0349}
+    of_teacher = {"difference": 0.0, "difference_stderr": 0.0}
+    rows = [
+        {"model": "teacher", "task": "colours", "metric": "acc", "value": 0.58, **row, **of_teacher},
+        {"model": "runs/demo/final", "task": "colours", "metric": "acc", "value": 0.43, **row}
+        | {"difference": -0.15, "difference_stderr": 0.0212},
+        {"model": "teacher", "task": "light", "metric": "acc", "value": 0.9, **row, **of_teacher, "part_of": "colours"},
+    ]
+    return {
+        "format": "slimqwen.benchmarks/1",
+        "teacher": "teacher",
+        "models": {"teacher": "teacher", "runs/demo/final": str(final)},
+        "identities": {"teacher": "a" * 64, "runs/demo/final": identity_of(final)},
+        "limit": 200,
+        "shots": None,
+        "results": rows,
+    }
+
+
+WARNINGS = [
+    ("recipe", "note: the warm-up of 20 steps is long"),
+    ("stage-1/statistics", "SLOW: DeltaNet runs on reference code"),
+    ("stage-1/distilled", "SLOW: DeltaNet runs on reference code"),
+    ("stage-2/distilled", "optimiser step 100 is left out: loss nan"),
+    ("final", "tensor parallel 8 does not divide num_attention_heads 4."),
+]
 
 
 def write_full_run(folder: Path) -> Path:
@@ -212,6 +242,11 @@ def write_full_run(folder: Path) -> Path:
             stream.write(json.dumps(entry | {"skipped": False}) + "\n")
         for step in times:  # the same command again: everything was there
             stream.write(json.dumps({"step": step, "seconds": 0.0, "peak_memory_bytes": 1, "skipped": True}) + "\n")
+    lines = [{"step": step, "key": "a", "text": text} for step, text in WARNINGS]
+    (folder / "warnings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "final").mkdir(exist_ok=True)
+    (folder / "final" / "config.json").write_text(json.dumps({"of": str(folder)}))
+    (folder / "benchmarks.json").write_text(json.dumps(make_benchmarks(folder / "final")))
     provenance = {
         "command": "slimqwen demo",
         "version": "0.1.0",

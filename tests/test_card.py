@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from slimqwen.artifacts import write_json
+from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation, Sample
 from slimqwen.recipe import Recipe
 from slimqwen.reporting.card import hub_name, inherited, model_card
@@ -27,6 +28,7 @@ def an_evaluation() -> Evaluation:
         mtp_loss=3.0,
         mtp_kl_to_teacher=0.5,
         mtp_acceptance=[0.5],
+        tokens_per_verification=1.75,
         expert_utilisation={},
         sample=Sample(prompt="a", completion="b"),
     )
@@ -65,7 +67,40 @@ def test_front_matter_is_what_the_hub_reads(teacher: Path) -> None:
         "loss": 2.5,
         "perplexity": 12.18,
     }
+    assert "| 50.0% | 1.75 |" in card.text and "Benchmarks" not in card.text
     assert "a" * 64 in card.text and "slimqwen run x.yaml" in card.text
+
+
+def some_benchmarks(own: str) -> Benchmarks:
+    row = {"task": "gsm8k", "metric": "exact_match", "filter": "strict-match", "part_of": None, "documents": 1319}
+    rows = [
+        row | {"model": "teacher", "value": 0.5, "stderr": 0.0138, "difference": 0.0, "difference_stderr": 0.0},
+        row | {"model": own, "value": 0.4, "stderr": 0.0135, "difference": -0.1, "difference_stderr": 0.0071},
+    ]
+    return Benchmarks.model_validate(
+        {
+            "format": "slimqwen.benchmarks/1",
+            "teacher": "teacher",
+            "models": {"teacher": "x", own: "y"},
+            "limit": None,
+            "shots": None,
+            "results": rows,
+        }
+    )
+
+
+def test_benchmarks_are_told_with_their_errors(teacher: Path) -> None:
+    card = ModelCard(model_card(a_recipe(teacher), teacher, an_evaluation(), "x", {}, some_benchmarks("slimqwen")))
+    row = "| gsm8k, exact_match (strict-match) | 1,319 | 0.4000 ± 0.0135 | 0.5000 ± 0.0138 | -0.1000 ± 0.0071 |"
+    assert row in card.text
+    (result,) = (result for result in card.data.eval_results if result.dataset_type == "gsm8k")
+    assert (result.metric_type, result.metric_name) == ("exact_match", "exact_match (strict-match)")
+    assert result.metric_value == 0.4  # and not the teacher's
+
+
+def test_benchmarks_of_another_checkpoint_are_not_told(teacher: Path) -> None:
+    card = model_card(a_recipe(teacher), teacher, an_evaluation(), "x", {}, some_benchmarks("another"))
+    assert card == model_card(a_recipe(teacher), teacher, an_evaluation(), "x", {})
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:

@@ -340,6 +340,10 @@ def test_ctrl_c_is_a_sentence(world: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("slimqwen.pipeline.calibrate", interrupted)
     assert_one_sentence(run_recipe(world, tmp_path), 130, "interrupted", "the same command continues")
+    monkeypatch.setattr("slimqwen.generation.generate.speculate", interrupted)
+    stopped = slimqwen("generate", "builtin", "--prompt", "def ")
+    assert_one_sentence(stopped, 130, "interrupted", "nothing is left half written")
+    assert "saved state" not in stopped.stderr
 
 
 def test_report_of_no_run(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from slimqwen.evaluation.fidelity import compare, heldout_rows, record
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.families import Config, family_of
 from slimqwen.families.count import count
+from slimqwen.generation import DEFAULT_DRAFT
+from slimqwen.generation.speculative import speculate
 from slimqwen.modeling.model import MtpCausalLM, initialise, load, save
 from slimqwen.recipe import EvaluationRecipe, Source
 
@@ -339,6 +341,9 @@ def test_evaluation(teacher, student, tokens, tmp_path):
         sequences = torch.tensor([greedy(model, prompt, 8) for prompt in prompts.tolist()])
         accepted = accepted_drafts(model, sequences, 6, 3)
         assert result.mtp_acceptance == accepted.double().mean(dim=(0, 1)).tolist()
+        spoken = [speculate(model, prompt, draft=DEFAULT_DRAFT, max_new_tokens=8) for prompt in prompts]
+        tokens_after_first = sum(len(made.tokens) - 1 for made in spoken)
+        assert result.tokens_per_verification == tokens_after_first / sum(made.verifications for made in spoken)
         assert result.sample.prompt == text.decode(prompts[0])
         assert result.sample.completion == text.decode(sequences[0, 6:])
 
@@ -364,10 +369,20 @@ def test_the_file_has_the_names_that_other_tools_rely_on(student, tokens, tmp_pa
         "mtp_loss",
         "mtp_kl_to_teacher",
         "mtp_acceptance",
+        "tokens_per_verification",
         "expert_utilisation",
         "sample",
     }
     assert set(written["models"]["teacher"]["sample"]) == {"prompt", "completion"}
+
+
+def test_a_file_of_before_speculative_decoding_was_measured(student, tokens, tmp_path):
+    path = tmp_path / "evaluation.json"
+    run({"teacher": student}, path, tokens)
+    written = json.loads(path.read_text())
+    assert written["models"]["teacher"].pop("tokens_per_verification") >= 1.0
+    path.write_text(json.dumps(written))
+    assert Evaluation.load(path).models["teacher"].tokens_per_verification is None
 
 
 def test_without_a_teacher_and_without_mtp(teacher, tokenizer, tokens, tmp_path):
@@ -378,7 +393,7 @@ def test_without_a_teacher_and_without_mtp(teacher, tokenizer, tokens, tmp_path)
         assert result.kl_to_teacher is result.top1_agreement is result.mtp_kl_to_teacher is None
     result = evaluation.models["plain"]
     assert result.mtp_loss is None
-    assert result.mtp_acceptance == []
+    assert result.mtp_acceptance == [] and result.tokens_per_verification is None
     assert result.mtp_parameters == 0
     assert "mtp.layers.0" not in result.expert_utilisation
     assert result.sample.completion

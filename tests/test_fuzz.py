@@ -105,7 +105,7 @@ def everything(healthy: Path) -> Plan:
         checkpoint=source.fingerprint(),
         statistics_data="",
         target=shape_of(source.family, source.config),
-        pruning=PruningRecipe(),
+        pruning=PruningRecipe(method="slimqwen-paper"),
         kept_layers=list(range(source.config["num_hidden_layers"])),
         kept={"hidden": list(range(source.config["hidden_size"]))},
         expert_groups={

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
+from slimqwen.evaluation.result import Evaluation
 from slimqwen.pipeline import run
-from slimqwen.recipe import Recipe
+from slimqwen.planning.plan import Plan
+from slimqwen.recipe import PruningRecipe, Recipe
 from slimqwen.recipe_file import dump_recipe, load_recipe
 
 
@@ -262,20 +264,36 @@ def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path: Path, finis
     assert lines(recipe.run_dir) == lines(finished.run_dir), seed
 
 
-def test_what_goes_beyond_the_paper_in_one_run(tmp_path: Path) -> None:
-    """Rotation, compensation, repaired readers and refitted experts, in both stages, and a checkpoint that loads."""
-    pruning = {
-        "width": "rotation",
-        "compensate": True,
-        "repair": True,
-        "experts": {"importance": "soft_logits", "compression": "prune", "refit": True},
-    }
-    recipe = tiny_recipe(tmp_path, tmp_path / "run", pruning=pruning, baselines=["pruned"])
+def test_ours_and_the_papers_cut_in_one_run(tmp_path: Path) -> None:
+    """The paper's baselines share the teacher's statistics, cut by its criteria, and are what a run of its own gives."""
+    recipe = tiny_recipe(tmp_path, tmp_path / "run", baselines=["pruned", "paper_pruned", "paper"])
     run(recipe)
-    for stage in (1, 2):
-        assert (tmp_path / "run" / f"stage-{stage}" / "repaired" / "model.safetensors").is_file()
-    assert (tmp_path / "run" / "one_shot" / "repaired" / "config.json").is_file()
+    plans = {
+        name: Plan.load(tmp_path / "run" / name / "plan.json") for name in ("stage-2", "paper/stage-2", "one_shot")
+    }
+    ours, papers = plans["stage-2"].pruning, plans["paper/stage-2"].pruning
+    assert (ours.width, ours.repair, ours.experts.compression, ours.experts.refit) == ("rotation", True, "prune", True)
+    assert papers == PruningRecipe(method="slimqwen-paper")
+    for folder in ("stage-1", "stage-2", "one_shot"):
+        assert (tmp_path / "run" / folder / "repaired" / "model.safetensors").is_file()
+        assert not (tmp_path / "run" / "paper" / folder / "repaired").exists()
+    assert not (tmp_path / "run" / "paper" / "stage-1" / "statistics.safetensors").exists()
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert final.config.hidden_size == 24
-    trained_from = Checkpoint(tmp_path / "run" / "stage-2" / "repaired")
-    assert trained_from.config["num_experts"] == 4
+    assert Checkpoint(tmp_path / "run" / "stage-2" / "repaired").config["num_experts"] == 4
+    models = Evaluation.load(tmp_path / "run" / "evaluation.json").models
+    assert list(models) == ["teacher", "paper_pruned", "pruned", "paper", "slimqwen"]
+
+    run(tiny_recipe(tmp_path, tmp_path / "published", pruning={"method": "slimqwen-paper"}, baselines=[]))
+    trained = Path("stage-2") / "distilled" / "model.safetensors"
+    alone, beside = (tmp_path / folder / trained for folder in ("published", "run/paper"))
+    assert alone.read_bytes() == beside.read_bytes()
+
+
+def test_a_model_that_cannot_be_rotated_is_refused_at_once(tmp_path: Path) -> None:
+    tokenizer, _ = write_tiny_tokens(tmp_path / "data")
+    layers = ["linear_attention", "full_attention"] * 2
+    write_tiny_checkpoint(tmp_path / "teacher", tokenizer=tokenizer, layer_types=layers, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"tied to the embedding.*set pruning.width: norm_activation"):
+        run(tiny_recipe(tmp_path, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -190,7 +190,7 @@ def test_keeping_everything_is_the_identity(
         tmp_path / "plan.json",
         statistics=measured(source),
         target=Target(),
-        pruning=PruningRecipe(experts=ExpertRecipe(compression=compression)),
+        pruning=PruningRecipe(method="slimqwen-paper", experts=ExpertRecipe(compression=compression)),
     )
     assert whole.before == whole.after
     out = prune(source, tmp_path / "out", plan=tmp_path / "plan.json")
@@ -212,7 +212,7 @@ def cut_by_plan(source: Path, out: Path, compression: Any) -> Plan:
         out / "plan.json",
         statistics=measured(source),
         target=TARGET,
-        pruning=PruningRecipe(depth="block_influence", experts=ExpertRecipe(compression=compression)),
+        pruning=PruningRecipe(method="slimqwen-paper", depth="block_influence", experts=ExpertRecipe(compression=compression)),
     )
     prune(source, out / "pruned", plan=chosen)
     return chosen

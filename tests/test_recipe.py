@@ -5,7 +5,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from slimqwen.errors import UserError
-from slimqwen.recipe import Recipe, Target
+from slimqwen.recipe import PruningRecipe, Recipe, Target
 from slimqwen.recipe_file import describe, dump_recipe, load_recipe
 
 SMALLEST = """\
@@ -58,7 +58,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
             "  learning_rate: unknown key (did you mean 'distil.learning_rate'?)",
             "  target.hidden_size: must be greater than 0, is -4",
             "  data.sources.0.keep_fraction: must be at most 1, is 2",
-            "  baselines.0: must be 'pruned', 'random_init' or 'lm_only', is \"lm_onyl\" (did you mean 'lm_only'?)",
+            "  baselines.0: must be 'pruned', 'paper_pruned', 'paper', 'random_init' or 'lm_only', is \"lm_onyl\" (did you mean 'lm_only'?)",
             "  distil.tokens: missing (Training tokens of the whole run, over all stages)",
             "  distil.lerning_rate: unknown key (did you mean 'learning_rate'?)",
             "  distil.batch_size: must be a whole number, is true",
@@ -105,6 +105,27 @@ def test_overrides(tmp_path):
     assert [stage.token_fraction for stage in recipe.stages] == [0.2, 0.8]
     assert recipe.evaluation.tokens == 4096
     assert recipe.name == "a=b"
+
+
+def test_a_method_fills_in_what_is_left_out(tmp_path):
+    ours = load_recipe(written(tmp_path, SMALLEST)).pruning
+    assert (ours.width, ours.compensate, ours.repair, ours.experts.refit) == ("rotation", True, True, True)
+    published = load_recipe(written(tmp_path, SMALLEST + "pruning: {method: slimqwen-paper, compensate: true}")).pruning
+    assert (published.width, published.compensate, published.repair) == ("norm_activation", True, False)
+    assert published.experts == PruningRecipe(method="slimqwen-paper").experts != ours.experts
+    mixed = load_recipe(
+        written(tmp_path, SMALLEST + "pruning: {method: slimqwen-paper, experts: {importance: frequency}}")
+    ).pruning
+    assert (mixed.experts.importance, mixed.experts.compression, mixed.experts.refit) == ("frequency", "partial", False)
+    # Without rotation there is nothing to repair; asked for, it is refused.
+    assert not load_recipe(written(tmp_path, SMALLEST + "pruning: {width: norm_activation}")).pruning.repair
+    with pytest.raises(UserError, match="set width: rotation too"):
+        load_recipe(written(tmp_path, SMALLEST + "pruning: {width: norm_activation, repair: true}"))
+
+
+def test_the_paper_beside_itself_is_refused(tmp_path):
+    with pytest.raises(UserError, match="its pruning is the paper's"):
+        load_recipe(written(tmp_path, SMALLEST + "pruning: {method: slimqwen-paper}\nbaselines: [paper]"))
 
 
 def test_an_override_removes_a_value(tmp_path):

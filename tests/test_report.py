@@ -29,7 +29,7 @@ from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.planning.experts import group_experts
 from slimqwen.planning.plan import target_config
 from slimqwen.recipe import DistilRecipe, Target
-from slimqwen.reporting.charts import curves, experts
+from slimqwen.reporting.charts import curves, experts, style
 from slimqwen.reporting.charts.choices import width_scores
 from slimqwen.reporting.compare import compare, differences, names
 from slimqwen.reporting.report import report
@@ -85,9 +85,19 @@ def full_page(full_run: Path) -> Page:
 
 
 def test_a_full_run_has_every_section_in_order(full_page: Page) -> None:
-    assert full_page.sections == (
-        ["results", "shapes", "stages", "training", "choices", "experts", "samples", "cost", "again"]
-    )
+    assert full_page.sections == [
+        "results",
+        "benchmarks",
+        "warnings",
+        "shapes",
+        "stages",
+        "training",
+        "choices",
+        "experts",
+        "samples",
+        "cost",
+        "again",
+    ]
     titles = [label.removeprefix("Chart: ").split(".")[0] for label in full_page.charts if label]
     assert titles == [
         "Loss by position",
@@ -109,7 +119,7 @@ def test_a_full_run_has_every_section_in_order(full_page: Page) -> None:
         "Merge groups, stage 2",
         "Routing before and after",
         "Expert use: teacher",
-        "Expert use: SlimQwen",
+        "Expert use: slimqwen",
     ]
 
 
@@ -163,11 +173,12 @@ def test_the_source_shape_is_read_off_the_plan() -> None:
 
 
 def test_what_went_wrong_and_what_it_cost(full_page: Page) -> None:
-    assert "SlimQwen, stage 2: step 100 was skipped" in full_page.text
-    rollback = "step 157 was bad (loss 9 is more than 2 x 4); training went back to step 150 and left out 64 sequences"
-    assert rollback in full_page.text
+    assert "stage-2/distilled: optimiser step 100 is left out: loss nan" in full_page.text
+    # said by two steps, told once
+    assert "stage-1/statistics, stage-1/distilled: SLOW: DeltaNet runs on reference code" in full_page.text
+    assert full_page.text.count("SLOW") == 1 and "final: tensor parallel 8" in full_page.text
     # 264 steps of 0.7 s on 2 processes; 477.6 s of 2 cores at 6 W in 2 processes
-    assert "SlimQwen |540,672 |0.103 |2,926 |3.00 |41 % |" in full_page.text
+    assert "slimqwen |540,672 |0.103 |2,926 |3.00 |41 % |" in full_page.text
     assert "about 0.0032 kWh. This is an estimate, not a measurement" in full_page.text
 
 
@@ -198,12 +209,37 @@ def test_a_result_s_layers_stand_where_the_teacher_s_are(full_run: Path) -> None
     chart = utilisation(Run.read(full_run))[0]
     layers = {trace["name"]: trace["x"] for trace in chart.spec["data"]}
     assert layers["teacher"] == [*map(str, range(8)), "MTP"]
-    assert layers["SlimQwen"] == [*map(str, range(6)), "MTP"]
+    assert layers["slimqwen"] == [*map(str, range(6)), "MTP"]
     dropped = replace(Run.read(full_run))
     dropped.plans[0].kept_layers[:] = [0, 1, 2, 4, 5, 6, 7]
     dropped.plans[1].kept_layers[:] = [0, 1, 3, 4, 5, 6]
     again = {trace["name"]: trace["x"] for trace in utilisation(dropped)[0].spec["data"]}
-    assert again["SlimQwen"] == ["0", "1", "4", "5", "6", "7", "MTP"]
+    assert again["slimqwen"] == ["0", "1", "4", "5", "6", "7", "MTP"]
+
+
+def test_benchmarks_stand_beside_the_teacher_s(full_run: Path, full_page: Page) -> None:
+    assert "model |colours, acc, n = 200 |" in full_page.text  # and not the single task of the group
+    assert "teacher |0.5800 ± 0.0349 |" in full_page.text
+    assert "slimqwen |0.4300 ± 0.0349 −0.1500 ± 0.0212 |" in full_page.text
+    assert "Only the first 200 questions of each task" in full_page.text
+
+
+def test_benchmarks_of_other_weights_are_not_the_run_s(tmp_path: Path) -> None:
+    run = write_full_run(tmp_path)
+    (run / "final" / "README.md").write_text("the card does not count")
+    assert "slimqwen" in (Run.read(run).benchmarks or pytest.fail()).models
+    (run / "final" / "config.json").write_text("{}")
+    assert "runs/demo/final" in (Run.read(run).benchmarks or pytest.fail()).models
+    assert "runs/demo/final |0.4300" in Page(report(run)).text
+
+
+def test_a_held_out_loss_that_rose_again_is_warned_of(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    line = {"run": "slimqwen", "stage": 1, "lm": 3.0}
+    heldout = {0: 3.2, 1: 3.0, 2: 3.1}
+    lines = [line | {"step": step, "tokens": step + 1, "heldout_lm": loss} for step, loss in heldout.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "slimqwen: the held-out loss ended at 3.100, above its lowest, 3.000." in Page(report(tmp_path)).text
 
 
 # Several runs
@@ -215,7 +251,9 @@ def test_runs_are_compared_with_the_first(full_run: Path, tmp_path: Path) -> Non
     results = make_results(KL | {"slimqwen": 0.3143})
     (other / "evaluation.json").write_text(json.dumps(results))
     page = Page(compare([full_run, other], tmp_path / "both.html"))
-    assert page.sections == ["results", "training", "recipes"]
+    assert page.sections == ["results", "training", "warnings", "recipes"]
+    assert "colours, acc" in page.text and "0.4300 |" in page.text
+    assert page.text.count("optimiser step 100 is left out") == 2
     assert "0.214 |" in page.text and "0.314 +0.100 |" in page.text
     assert "distil.learning_rate |0.001 |0.002 |" in page.text
     assert "run_dir" not in page.text and "Before you compare" not in page.text
@@ -260,7 +298,7 @@ def test_a_run_that_is_not_evaluated_yet(tmp_path: Path) -> None:
     write_full_run(tmp_path)
     (tmp_path / "evaluation.json").unlink()
     page = Page(report(tmp_path))
-    assert page.sections == ["shapes", "stages", "training", "choices", "cost", "again"]
+    assert page.sections == ["benchmarks", "warnings", "shapes", "stages", "training", "choices", "cost", "again"]
     assert "540,672 tokens, 100 % of the recipe’s" in page.text
 
 
@@ -356,6 +394,8 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"run": "slimqwen"}', "line 1, stage"),
         ("stages.jsonl", '{"step": "final"}', "seconds"),
         ("stage-1/plan.json", "{}", "plan"),
+        ("benchmarks.json", "{}", "benchmarks.json is not of slimqwen.benchmarks/1 (format"),
+        ("warnings.jsonl", '{"step": "final"}', "line 1, text"),
     ],
 )
 def test_an_artefact_that_is_not_one_is_named(name: str, content: str, said: str, tmp_path: Path) -> None:
@@ -446,7 +486,7 @@ def test_merge_groups_count_their_members() -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark", "print"])
 def test_text_stands_out_from_what_is_behind_it(theme: str) -> None:
-    """WCAG 2.2 AA, 1.4.3: 4.5 : 1."""
+    """WCAG 2.2 AA: 4.5 : 1 for text (1.4.3), 3 : 1 for the lines of a chart (1.4.11)."""
     sheet = (Path(curves.__file__).parents[1] / "page.css").read_text()
     light, dark, on_paper = (
         dict(re.findall(r"--([\w-]+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", sheet, re.DOTALL)
@@ -458,7 +498,12 @@ def test_text_stands_out_from_what_is_behind_it(theme: str) -> None:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
+    def contrast(colour: str, behind: str) -> float:
+        brighter, darker = sorted((luminance(colour), luminance(colours[behind])), reverse=True)
+        return (brighter + 0.05) / (darker + 0.05)
+
     for text in ("ink", "muted", "accent", "good", "mixed", "bad"):
         for behind in ("page", "panel") if text in ("good", "mixed", "bad") else ("page", "panel", "highlight"):
-            brighter, darker = sorted((luminance(colours[text]), luminance(colours[behind])), reverse=True)
-            assert (brighter + 0.05) / (darker + 0.05) >= 4.5, f"{text} on {behind}"
+            assert contrast(colours[text], behind) >= 4.5, f"{text} on {behind}"
+    for line in {*style.RUN_COLOURS.values(), *style.PART_COLOURS, *style.ROLE_COLOURS.values()}:
+        assert contrast(line, "page") >= 3, f"{line} on the page"

@@ -80,6 +80,18 @@ document.querySelector(".axes input[value=hours]").click();
 seen.after = titles();
 """
 
+WAIT_FOR_FRAMES = """
+const timer = setInterval(() => {
+  const pages = [...document.querySelectorAll("iframe")].map((frame) => frame.contentDocument);
+  if (!pages.every((page) => page?.body?.dataset.charts === "drawn")) return;
+  clearInterval(timer);
+  document.body.dataset.seen = JSON.stringify({
+    widths: pages.map((page) => [page.defaultView.innerWidth, page.documentElement.scrollWidth]),
+    drawn: pages.map((page) => page.querySelectorAll(".plot .main-svg:first-child").length),
+  });
+}, 100);
+"""
+
 BROKEN = "fetch('https://example.org/').catch(() => {}); throw new Error('on purpose');"
 WIDTH = "seen.page = document.documentElement.scrollWidth; seen.window = innerWidth;"
 
@@ -95,11 +107,26 @@ def test_a_run_s_page_draws_sorts_and_fits_a_phone(run: Path, tmp_path: Path) ->
     total, drawn = page.charts
     assert total == drawn == 20
     rising, falling = page.seen["first"], page.seen["second"]
-    assert rising["rows"] == ["teacher", "SlimQwen", "pruned + LM only", "random init + KD", "pruned, no training"]
+    assert rising["rows"] == ["teacher", "slimqwen", "pruned + LM only", "random init + KD", "pruned, no training"]
     assert falling["rows"] == rising["rows"][::-1]
     assert rising["order"][3] == "ascending" and falling["order"][3] == "descending"
     assert set(rising["order"]) == {"none", "ascending"} and page.seen["reachable"]
     assert page.seen["page"] <= page.seen["window"] <= 500
+
+
+def test_pages_fit_a_phone_of_390_pixels(run: Path, tmp_path: Path) -> None:
+    """In frames of that width: a window of Chromium is never so narrow."""
+    other = write_full_run(tmp_path / "two")
+    pages = [report(run), compare([run, other], tmp_path / "comparison.html")]
+    frames = "".join(
+        f'<iframe style="width: 390px; height: 844px; border: 0" srcdoc="{html.escape(page.read_text(encoding="utf-8"))}"></iframe>'
+        for page in pages
+    )
+    (tmp_path / "phones.html").write_text(f"<body>{frames}<script>{WAIT_FOR_FRAMES}</script></body>", encoding="utf-8")
+    page = Browsed(tmp_path / "phones.html", tmp_path)
+    assert page.console == []
+    assert page.seen["drawn"] == [20, 7]
+    assert all(window == 390 and content <= window for window, content in page.seen["widths"])
 
 
 def test_compared_curves_follow_the_chosen_axis(run: Path, tmp_path: Path) -> None:

@@ -1,15 +1,14 @@
 """The command `bench`: real generation on a tiny model, a fake vLLM of the same interface, and what is refused."""
 
-import sys
+import json
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 from tiny import write_tiny_checkpoint
 
 from slimqwen.errors import UserError
-from slimqwen.evaluation.speed import Protocol, _with_vllm, bench, print_speeds
+from slimqwen.evaluation.speed import Protocol, bench, print_speeds
 
 SMALL = Protocol(prompt_tokens=4, new_tokens=5, batch_size=2, runs=2, warmups=1, device="cpu")
 
@@ -30,7 +29,8 @@ def test_measures_every_checkpoint(checkpoints: list[Path], capsys: pytest.Captu
     assert large.weight_bytes > small.weight_bytes
     assert large.peak_memory_bytes > 50e6  # PyTorch alone takes more
     print_speeds(speeds, SMALL)
-    assert "1.00 x" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "transformers, float32 on cpu, batch 2, 4 tokens read and 5 generated, 2 runs" in table and "1.00 x" in table
 
 
 def test_refuses_what_cannot_be_measured(checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,20 +43,44 @@ def test_refuses_what_cannot_be_measured(checkpoints: list[Path], monkeypatch: p
         bench(checkpoints, Protocol(engine="vllm"))
 
 
-def test_vllm_is_asked_for_the_same_tokens(checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int, int]] = []
+FAKE_VLLM = """
+import json, os, time
 
-    class LLM:
-        def __init__(self, model: str, **settings: Any) -> None:
-            assert settings["max_model_len"] == 9
+class SamplingParams:
+    def __init__(self, *, max_tokens, ignore_eos, temperature, detokenize):
+        assert ignore_eos and temperature == 0.0 and not detokenize
+        self.max_tokens = max_tokens
 
-        def generate(self, prompts: list[dict[str, list[int]]], parameters: Any, use_tqdm: bool) -> None:
-            asked.append((len(prompts), len(prompts[0]["prompt_token_ids"]), parameters.max_tokens))
+class LLM:
+    def __init__(self, model, **settings):
+        self.calls = [settings]
 
-    fake = ModuleType("vllm")
-    fake.LLM, fake.SamplingParams = LLM, lambda **settings: SimpleNamespace(**settings)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    monkeypatch.setattr("slimqwen.evaluation.speed._peak_memory", lambda device: 0)
-    speed = _with_vllm(checkpoints[0], SMALL)
-    assert asked == [(2, 4, 1), (2, 4, 5)] * 3
-    assert len(speed.decode_tokens_per_second) == 2
+    def generate(self, prompts, sampling_params, use_tqdm):
+        time.sleep(0.001 * sampling_params.max_tokens)
+        self.calls.append([[len(prompt["prompt_token_ids"]) for prompt in prompts], sampling_params.max_tokens])
+        with open(os.environ["VLLM_CALLS"], "w") as file:
+            json.dump(self.calls, file)
+"""
+
+
+def test_vllm_is_asked_for_the_same_tokens(
+    checkpoints: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A package that is found where vLLM would be, in the process of its own that every checkpoint gets."""
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("VLLM_CALLS", str(tmp_path / "calls.json"))
+    vllm = replace(SMALL, engine="vllm", device="auto", dtype="bfloat16")
+    speeds = bench(checkpoints[:1], vllm)
+    settings, *calls = json.loads((tmp_path / "calls.json").read_text())
+    assert calls == [[[4, 4], 1], [[4, 4], 5]] * 3
+    assert (settings["max_model_len"], settings["dtype"]) == (9, "bfloat16")
+    assert settings["enable_prefix_caching"] is False  # the same prompts again and again
+    assert len(speeds[0].decode_tokens_per_second) == 2 and speeds[0].peak_memory_bytes is None
+    print_speeds(speeds, vllm)
+    assert "vllm, dtype bfloat16, batch 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="leave out --device cpu"):
+        bench(checkpoints, replace(vllm, device="cpu"))

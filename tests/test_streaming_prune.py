@@ -68,7 +68,7 @@ def a_plan(source: Path) -> Plan:
         checkpoint=checkpoint.fingerprint(),
         statistics_data="none",
         target=completed(checkpoint.family, TARGET, config),
-        pruning=PruningRecipe(),
+        pruning=PruningRecipe(method="slimqwen-paper"),
         kept_layers=KEPT_LAYERS,
         kept={
             "hidden": chosen(HIDDEN, 24),

@@ -10,7 +10,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.store import check_vocabulary, load_manifest, training_stream
 from slimqwen.data.stream import RowStream
 from slimqwen.errors import UserError
-from slimqwen.progress import say
+from slimqwen.warning import warn
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class CalibrationText:
         """Tell the user where a source has fewer sequences than are measured."""
         for name, stream in self._streams.items():
             if stream.rows_per_epoch < self._rows[name]:
-                say(
+                warn(
                     f"note: '{name}' has {stream.rows_per_epoch:,} sequences of {stream.sequence_length:,} tokens, fewer than "
                     f"the {self._rows[name]:,} to measure: some are measured twice."
                 )

@@ -8,6 +8,8 @@ from typer.core import TyperGroup
 
 from slimqwen.errors import Interrupted, UserError
 
+TRAINING = {"run", "demo", "pretrain", "distil", "study"}  # what saves its state as it goes
+
 
 class Commands(TyperGroup):
     """Turns Ctrl-C into a sentence and its exit code, which click would swallow ("Aborted!").
@@ -28,9 +30,11 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted(
-                "interrupted: nothing is lost but the steps since the last saved state; the same command continues."
-            ) from None
+            if ctx.invoked_subcommand in TRAINING:
+                lost = "nothing is lost but the steps since the last saved state; the same command continues."
+            else:
+                lost = "nothing is left half written; the same command starts again, from what it had finished if it keeps that."
+            raise Interrupted(f"interrupted: {lost}") from None
 
 
 app = typer.Typer(

@@ -1,6 +1,5 @@
 """The stages before training: tokens, calibrate, plan, prune, repair."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +12,12 @@ from slimqwen.cli.options import (
     Seed,
     SequenceLength,
     TokensFolder,
-    config_path,
     dtype_of,
     layout_of,
     token_folders,
     weights_of,
 )
-from slimqwen.errors import UserError
-from slimqwen.progress import say
+from slimqwen.cli.planning import plan
 
 commands = typer.Typer()
 
@@ -107,10 +104,10 @@ def calibrate(
     second_moments: Annotated[
         bool,
         typer.Option(
-            "--second-moments",
-            help="Also measure what a plan with pruning.width rotation needs: a matrix per norm, hidden size x hidden size.",
+            "--second-moments/--no-second-moments",
+            help="Measure what a plan with pruning.width rotation needs too: a matrix per norm, hidden size x hidden size.",
         ),
-    ] = False,
+    ] = True,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
@@ -140,143 +137,7 @@ def calibrate(
     typer.echo(str(out))
 
 
-@commands.command()
-def plan(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CONFIG_OR_CHECKPOINT", help="A config.json, a checkpoint folder, or 'builtin'.")
-    ],
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TARGET.yaml",
-            help="The shape to reach: num_hidden_layers, hidden_size, num_experts, num_experts_per_tok, ...",
-        ),
-    ] = None,
-    budgets: Annotated[
-        str | None,
-        typer.Option(
-            "--fit",
-            metavar="BUDGETS",
-            help="List the best shapes for budgets: `total=23B,active=2B` or `checkpoint=40GB`; sizes can be pinned: "
-            "`total=23B,num_hidden_layers=36`. With --out one of them is written as a target.",
-        ),
-    ] = None,
-    align: Annotated[int, typer.Option(min=1, help="With --fit: hidden and expert size are multiples of this.")] = 128,
-    pick: Annotated[int, typer.Option(min=1, help="With --fit: number of the shape that --out gets.")] = 1,
-    context_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for cache and FLOPs.")] = 32_768,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that the predicted training is sharded over.")] = 8,
-    micro_batch_size: Annotated[
-        int, typer.Option(min=1, help="Sequences per forward pass and GPU of the predicted training.")
-    ] = 1,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens in a sequence of the predicted training.")] = 4096,
-    statistics: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Written by `slimqwen calibrate`. With it, a plan is made and written to --out."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="With --statistics the plan to write (plan.json), with --fit the target (none)."),
-    ] = None,
-    pruning: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="Criteria: the recipe's `pruning` section.")
-    ] = None,
-    source_weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--source-weight",
-            metavar="NAME=WEIGHT",
-            help="What a source of the statistics counts for; give one for each. Default: as much as it has tokens.",
-        ),
-    ] = None,
-    stability: Annotated[
-        bool,
-        typer.Option(help="Say how far plans from two halves of the calibration text, and from each source, agree."),
-    ] = False,
-    html: Annotated[
-        Path | None,
-        typer.Option(help="Also write a page with sliders for the sizes, which computes all of this in the browser."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
-    """Parameters and costs before and after, from the config alone; with statistics, choose what to keep.
-
-    Costs: bytes on disk, KV cache and DeltaNet state, FLOPs, training memory. With --fit, search the shape itself.
-    """
-    from slimqwen.checkpoint.config import read_config
-    from slimqwen.planning.counts import compare, comparison_table
-    from slimqwen.planning.footprint import TrainingSettings
-    from slimqwen.recipe import PruningRecipe, Target
-    from slimqwen.recipe_file import load_recipe
-
-    wanted = Target() if target is None else load_recipe(target, model=Target)
-    training = TrainingSettings(gpus=gpus, micro_batch_size=micro_batch_size, sequence_length=sequence_length)
-    if html is not None and (statistics is not None or budgets is not None):
-        raise UserError("--html is a page for choosing a target: give it without --statistics and --fit.")
-    if statistics is None and (pruning is not None or source_weights or stability):
-        raise UserError("--pruning, --source-weight and --stability choose by statistics: give --statistics too.")
-    if budgets is not None:
-        if target is not None or statistics is not None:
-            raise UserError("--fit searches a target from the config alone: give it without --target and --statistics.")
-        return _fit(config_path(checkpoint), budgets, align, pick, out, as_json)
-    if statistics is None:
-        if out is not None:
-            raise UserError("--out takes the plan of --statistics or the target of --fit: give one of these too.")
-        family, config = read_config(config_path(checkpoint))
-        comparison = compare(family, config, wanted, context_length=context_length, training=training)
-        if html is not None:
-            from slimqwen.planning.page import write_planner_page
-
-            write_planner_page(family, config, wanted, html)
-            say(f"planner page written to {html}")
-    else:
-        from slimqwen.builtin import checkpoint_folder
-        from slimqwen.checkpoint.reader import Checkpoint
-        from slimqwen.planning.plan import plan as run_stage
-        from slimqwen.planning.stability import stability_text
-
-        out = out or Path("plan.json")
-        criteria = PruningRecipe() if pruning is None else load_recipe(pruning, model=PruningRecipe)
-        if source_weights:
-            criteria = criteria.model_copy(update={"source_weights": weights_of("--source-weight", source_weights)})
-        made = run_stage(
-            checkpoint_folder(checkpoint),
-            out,
-            statistics=statistics,
-            target=wanted,
-            pruning=criteria,
-            stability=stability,
-        )
-        source = Checkpoint(checkpoint_folder(checkpoint))
-        comparison = compare(
-            source.family,
-            source.config,
-            made.target,
-            made.kept_layers,
-            context_length=context_length,
-            training=training,
-        )
-        if made.stability is not None and not as_json:
-            typer.echo(stability_text(made.stability))
-        say(f"plan written to {out}")
-    typer.echo(comparison.model_dump_json(indent=2) if as_json else comparison_table(comparison))
-
-
-def _fit(config: Path, budgets: str, align: int, pick: int, out: Path | None, as_json: bool) -> None:
-    from slimqwen.checkpoint.config import read_config
-    from slimqwen.planning.fit import candidates_table, fit, write_target
-
-    candidates = fit(*read_config(config), budgets, align=align)
-    if pick > len(candidates):
-        raise UserError(f"--pick {pick}: the list has {len(candidates)} shapes.")
-    if as_json:
-        typer.echo(json.dumps([candidate.model_dump() for candidate in candidates], indent=2))
-    else:
-        typer.echo(candidates_table(candidates))
-    if out is not None:
-        write_target(candidates[pick - 1], out)
-        say(f"target {pick} written to {out}")
+commands.command()(plan)
 
 
 @commands.command()

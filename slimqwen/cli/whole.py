@@ -32,7 +32,7 @@ def demo(
     run_dir: Annotated[Path, typer.Option(help="Folder of every artefact of the run.")] = Path("runs/demo"),
     overrides: Overrides = None,
 ) -> None:
-    """Compress the built-in teacher to a third of its parameters, beside a random-init baseline, in minutes on a CPU.
+    """Compress the built-in teacher to a third of its parameters, beside the paper's cut and random weights, on a CPU.
 
     The same as `slimqwen run` with the built-in recipe, on the standard library of the Python that runs it; nothing is
     downloaded.

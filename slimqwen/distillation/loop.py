@@ -16,6 +16,7 @@ from slimqwen.distillation.trainer import BadStep, Trainer
 from slimqwen.errors import Preempted
 from slimqwen.progress import Progress, say
 from slimqwen.recipe import DistilRecipe
+from slimqwen.warning import warn
 
 SHOWN = ("lm", "kd", "mtp_lm", "mtp_kd", "heldout_lm", "heldout_kd", "acc_0", "mfu")
 
@@ -131,7 +132,7 @@ def _roll_back(trainer: Trainer, states: States, bad_step: int, problem: str) ->
     trainer.guard.restore(record)
     states.note(step, record)
     if trainer.ranks.is_first:
-        say(f"optimiser step {bad_step} is bad: {problem}; back to step {step}, leaving out the {rows} rows since")
+        warn(f"optimiser step {bad_step} is bad: {problem}; back to step {step}, leaving out the {rows} rows since")
     return step
 
 

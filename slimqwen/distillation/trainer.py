@@ -30,8 +30,8 @@ from slimqwen.families import Config, Family
 from slimqwen.modeling.kernels import BATCHED_EXPERTS
 from slimqwen.modeling.model import MtpCausalLM
 from slimqwen.modeling.routing import Routing, observe_routing
-from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe
+from slimqwen.warning import warn
 
 MAX_SKIPPED_IN_A_ROW = 10  # more is no bad batch but a model that is lost
 MAX_ROLLBACKS = 10  # of one training
@@ -171,7 +171,7 @@ class Trainer:
             raise BadStep(problem)
         self.guard.skipped_in_a_row += 1
         if self.ranks.is_first:
-            say(f"optimiser step {step} is left out: {problem}")
+            warn(f"optimiser step {step} is left out: {problem}")
 
     def backward(
         self, batch: Batch, weights: LossWeights, counts: list[torch.Tensor] | None, step_tokens: int

@@ -7,7 +7,6 @@ times smaller than that of two separate scores.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,51 +17,17 @@ from slimqwen.artifacts import fingerprint_value, write_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.errors import UserError, did_you_mean
+from slimqwen.evaluation.benchmark_results import FORMAT, Benchmarks, Result, identity_of
 from slimqwen.evaluation.evalplus import EVALPLUS, evalplus_identity, run_evalplus
 from slimqwen.evaluation.harness import GroupMetric, Harness, Metric, Scores
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import load
 from slimqwen.progress import say
-
-FORMAT = "slimqwen.benchmarks/1"
+from slimqwen.warning import warn
 
 SUITES = {
     "slimqwen": ("mmlu", "mmlu_pro", "mmlu_redux_generative", "bbh", "gsm8k", EVALPLUS, "ceval-valid", "cmmlu"),
 }
-
-
-class Result(BaseModel):
-    """One number. Of a group's tasks each has its own too: `part_of` is the group that the user asked for.
-
-    difference: value minus the teacher's. difference_stderr: of the mean of the differences by document, None where the
-    metric is no mean over documents.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    model: str
-    task: str
-    part_of: str | None
-    metric: str
-    filter: str  # how the answer was found in the text; "none" where nothing was generated
-    value: float
-    stderr: float | None
-    documents: int
-    difference: float | None
-    difference_stderr: float | None
-
-
-class Benchmarks(BaseModel):
-    """benchmarks.json."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    format: Literal["slimqwen.benchmarks/1"]
-    teacher: str | None  # a key of `models`
-    models: dict[str, str]  # name -> checkpoint
-    limit: int | None  # documents per task; None: all
-    shots: int | None  # None: as each task says
-    results: list[Result]
 
 
 class _Finished(BaseModel):
@@ -113,9 +78,10 @@ def benchmark(
     torch_dtype = resolve_dtype(dtype, torch_device)
     parts = out.with_suffix("")
 
+    measured = {name: identity_of(checkpoint.folder) for name, checkpoint in checkpoints.items()}
     scores: dict[str, dict[str, Scores]] = {}
     for name, checkpoint in checkpoints.items():
-        key = {"checkpoint": checkpoint.fingerprint(), "dtype": str(torch_dtype), "device": torch_device.type}
+        key = {"checkpoint": measured[name], "dtype": str(torch_dtype), "device": torch_device.type}
         files = {}
         for task in tasks:
             made_from = fingerprint_value(key | identities[task])
@@ -140,6 +106,7 @@ def benchmark(
         format=FORMAT,
         teacher=teacher,
         models={name: str(checkpoint.folder) for name, checkpoint in checkpoints.items()},
+        identities=measured,
         limit=limit,
         shots=shots,
         results=[
@@ -161,7 +128,7 @@ def suite_tasks(name: str) -> list[str]:
     try:
         evalplus_identity()
     except UserError as error:
-        say(f"the suite '{name}' runs without EvalPlus: {error}")
+        warn(f"the suite '{name}' runs without EvalPlus: {error}")
         tasks.remove(EVALPLUS)
     return tasks
 
@@ -239,12 +206,7 @@ def print_benchmarks(benchmarks: Benchmarks) -> None:
         table.add_column(column)
     for column in ("n", *benchmarks.models):
         table.add_column(column, justify="right")
-    lines: dict[tuple[str, str, str], dict[str, Result]] = {}
-    for result in benchmarks.results:
-        if result.part_of is None:
-            lines.setdefault((result.task, result.metric, result.filter), {})[result.model] = result
-    for (task, metric, filter_name), by_model in lines.items():
-        metric = metric if filter_name == "none" else f"{metric} ({filter_name})"
+    for (task, metric), by_model in benchmarks.lines().items():
         documents = next(iter(by_model.values())).documents
         cells = [_cell(by_model[name], name == benchmarks.teacher) for name in benchmarks.models]
         table.add_row(task, metric, f"{documents:,}", *cells)
@@ -255,14 +217,7 @@ def print_benchmarks(benchmarks: Benchmarks) -> None:
 
 
 def _cell(result: Result, is_teacher: bool) -> str:
-    text = _with_error(f"{result.value:.4f}", result.stderr)
-    if result.difference is None or is_teacher:
-        return text
-    return f"{text} ({_with_error(f'{result.difference:+.4f}', result.difference_stderr)})"
-
-
-def _with_error(value: str, stderr: float | None) -> str:
-    return value if stderr is None else f"{value} ± {stderr:.4f}"
+    return result.score if result.change is None or is_teacher else f"{result.score} ({result.change})"
 
 
 def _keep(key: str, file: Path, scores: Scores) -> Scores:

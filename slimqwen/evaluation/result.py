@@ -38,6 +38,7 @@ class ModelEvaluation(BaseModel):
     mtp_loss: float | None  # nats per token, of predicting the token after the next
     mtp_kl_to_teacher: float | None  # against the teacher's main distribution for that token
     mtp_acceptance: list[Share]  # acc_0 ..: the first k + 1 drafts are all accepted; empty without an MTP module
+    tokens_per_verification: Annotated[float, Field(ge=1.0)] | None = None  # of real speculative decoding, 1 is no gain
     loss_by_position: dict[str, float] = {}  # tokens read, "1", "2-3", .. -> nats
     loss_by_frequency: dict[str, float] = {}  # the predicted token's rank in the text -> nats
     calibration_error: Share | None = None  # mean gap between confidence and how often it is right; 0 is honest

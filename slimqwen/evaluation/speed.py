@@ -51,13 +51,14 @@ class Speed:
 
     prefill_seconds: reading the prompts up to the first token. decode_tokens_per_second: of all sequences together,
     after the first token. peak_memory_bytes: on a GPU what PyTorch had allocated at most, on a CPU the process's
-    largest resident memory, interpreter and libraries included. weight_bytes: of the checkpoint as it is computed with.
+    largest resident memory, interpreter and libraries included; None through vLLM, which takes all the GPU memory it may,
+    in a process of its own. weight_bytes: of the checkpoint as it is computed with; through vLLM, as it is on disk.
     """
 
     checkpoint: str
     prefill_seconds: list[float]
     decode_tokens_per_second: list[float]
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     weight_bytes: int
 
 
@@ -65,6 +66,8 @@ def bench(checkpoints: list[Path], protocol: Protocol) -> list[Speed]:
     """Measure each checkpoint. Raises UserError for one that cannot be loaded or is too small, or a missing engine."""
     if protocol.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("--engine vllm needs vLLM, which is not installed here: pip install vllm, or leave it out.")
+    if protocol.engine == "vllm" and protocol.device != "auto":
+        raise UserError(f"vLLM chooses its device itself: leave out --device {protocol.device}.")
     for folder in checkpoints:
         limit = Checkpoint(folder).config["max_position_embeddings"]
         if protocol.prompt_tokens + protocol.new_tokens > limit:
@@ -137,11 +140,17 @@ def _with_transformers(folder: Path, protocol: Protocol) -> Speed:
 
 
 def _with_vllm(folder: Path, protocol: Protocol) -> Speed:
-    """The same through vLLM's offline API, which takes all the GPU memory it may: its peak says nothing of the model."""
+    """The same through vLLM's offline API."""
     from vllm import LLM, SamplingParams
 
-    limit = protocol.prompt_tokens + protocol.new_tokens
-    engine = LLM(str(folder), max_model_len=limit, skip_tokenizer_init=True, seed=protocol.seed)
+    engine = LLM(
+        str(folder),
+        max_model_len=protocol.prompt_tokens + protocol.new_tokens,
+        dtype=protocol.dtype,
+        enable_prefix_caching=False,  # or only the first run would read the prompts
+        skip_tokenizer_init=True,
+        seed=protocol.seed,
+    )
     prompts = [{"prompt_token_ids": row} for row in _prompts(folder, protocol).tolist()]
 
     def seconds(tokens: int) -> float:
@@ -157,7 +166,7 @@ def _with_vllm(folder: Path, protocol: Protocol) -> Speed:
         if run >= protocol.warmups:
             prefill.append(first)
             decode.append(protocol.batch_size * (protocol.new_tokens - 1) / rest)
-    return Speed(str(folder), prefill, decode, _peak_memory(torch.device("cuda")), Checkpoint(folder).bytes())
+    return Speed(str(folder), prefill, decode, None, Checkpoint(folder).bytes())
 
 
 def _prompts(folder: Path, protocol: Protocol) -> torch.Tensor:
@@ -181,12 +190,12 @@ def _peak_memory(device: torch.device) -> int:
 def print_speeds(speeds: list[Speed], protocol: Protocol) -> None:
     """The table on stdout: mean and standard deviation over runs, and each checkpoint against the first."""
     title = (
-        f"{protocol.engine}, batch {protocol.batch_size}, {protocol.prompt_tokens} tokens read and {protocol.new_tokens} "
-        f"generated, {protocol.runs} runs"
+        f"{_engine_in_words(protocol)}, batch {protocol.batch_size}, {protocol.prompt_tokens} tokens read and "
+        f"{protocol.new_tokens} generated, {protocol.runs} runs"
     )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("checkpoint")
-    for column in ("prefill, ms", "decode, tokens/s", "against the first", "peak memory", "weights"):
+    for column in ("prefill, ms", "decode, tokens/s", "decode, against the first", "peak memory", "weights"):
         table.add_column(column, justify="right")
     for speed in speeds:
         table.add_row(
@@ -194,13 +203,21 @@ def print_speeds(speeds: list[Speed], protocol: Protocol) -> None:
             _mean_and_spread([1000 * seconds for seconds in speed.prefill_seconds]),
             _mean_and_spread(speed.decode_tokens_per_second),
             f"{fmean(speed.decode_tokens_per_second) / fmean(speeds[0].decode_tokens_per_second):.2f} x",
-            bytes_in_words(speed.peak_memory_bytes),
+            "-" if speed.peak_memory_bytes is None else bytes_in_words(speed.peak_memory_bytes),
             bytes_in_words(speed.weight_bytes),
         )
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)  # a log file or pipe has no width to fold a table to
     console.print(table)
+
+
+def _engine_in_words(protocol: Protocol) -> str:
+    """`transformers, float32 on cpu`"""
+    if protocol.engine == "vllm":  # whose choices these are
+        return f"vllm, dtype {protocol.dtype}"
+    device = resolve_device(protocol.device)
+    return f"transformers, {str(resolve_dtype(protocol.dtype, device)).removeprefix('torch.')} on {device}"
 
 
 def _mean_and_spread(values: list[float]) -> str:

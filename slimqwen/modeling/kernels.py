@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from slimqwen.families import Config, Family
-from slimqwen.progress import say
+from slimqwen.warning import warn
 
 BATCHED_EXPERTS = "slimqwen_batched"
 FLASH_CAPABILITY = (8, 0)  # of a GPU, from which PyTorch has flash attention and the grouped product
@@ -77,7 +77,7 @@ def announce_slow(family: Family, config: Config, device: torch.device) -> None:
     """Say one line for each part that runs on a slow fallback; nothing where all is well."""
     for kernel in kernels_of(family, config, device):
         if kernel.remedy is not None:
-            say(f"SLOW: {kernel.part} runs on {kernel.used}; faster with: {kernel.remedy}")
+            warn(f"SLOW: {kernel.part} runs on {kernel.used}; faster with: {kernel.remedy}")
 
 
 def batched_experts_forward(

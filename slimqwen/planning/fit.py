@@ -4,8 +4,8 @@ Every shape of a grid is counted (`families.count.tally` takes whole grids), tho
 best are listed. Sizes that are neither searched nor pinned stay the source's.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,45 +73,103 @@ class Candidate(BaseModel):
     distance: float
 
 
+@dataclass(frozen=True)
+class Feasible:
+    """Every shape that meets the budgets, best first by arithmetic: whole periods of layers, then the least `distances`.
+
+    `shapes` [n, SEARCHED], `distance` [n], `is_whole` [n] (whole periods of layer_types), `checkpoint_bytes` [n],
+    `deviations`: quantity -> actual / budget - 1, [n]. `pinned` holds the sizes that all of them share.
+    """
+
+    family: Family
+    config: Config
+    pinned: Target
+    shapes: Array
+    distance: Array
+    is_whole: Array
+    checkpoint_bytes: Array
+    deviations: dict[str, Array]
+
+    def of_whole_blocks(self) -> "Feasible":
+        """Only the shapes of whole periods of layers, where there are any."""
+        if not self.is_whole.any():
+            return self
+        kept = self.is_whole
+        return replace(
+            self,
+            shapes=self.shapes[kept],
+            distance=self.distance[kept],
+            is_whole=kept[kept],
+            checkpoint_bytes=self.checkpoint_bytes[kept],
+            deviations={quantity: values[kept] for quantity, values in self.deviations.items()},
+        )
+
+    def candidates(self, order: Iterable[int], limit: int) -> dict[int, Candidate]:
+        """The first `limit` of the shapes in `order` (indices), counted. Raises UserError where there is none.
+
+        A family may refuse sizes together that are good one by one: such shapes are left out.
+        """
+        counted: dict[int, Candidate] = {}
+        for index in order:
+            sizes = dict(zip(SEARCHED, self.shapes[index].tolist(), strict=True))
+            target = self.pinned.model_copy(update=sizes)
+            try:
+                config = target_config(self.family, self.config, completed(self.family, target, self.config))
+            except UserError:
+                continue
+            counted[int(index)] = Candidate(
+                target=target,
+                counts=count(self.family, config),
+                checkpoint_bytes=int(self.checkpoint_bytes[index]),
+                deviations={quantity: float(values[index]) for quantity, values in self.deviations.items()},
+                distance=float(self.distance[index]),
+            )
+            if len(counted) == limit:
+                break
+        if not counted:
+            raise UserError(
+                f"{self.family.model_type} refuses every shape that meets --fit: change a budget or a pinned size."
+            )
+        return counted
+
+
 def fit(family: Family, config: Config, wanted: str, *, align: int = 128, limit: int = 10) -> list[Candidate]:
     """The `limit` best shapes for `wanted`: budgets and pinned sizes such as "total=23B,active=2B,hidden_size=1536".
 
     Shapes of whole periods of layer_types (3:1 blocks) come first; among equals the least `distances`. Raises UserError
     for what cannot be read, for a budget outside what the grid can reach, and where no shape meets all budgets.
     """
+    found = feasible(family, config, wanted, align=align)
+    return list(found.candidates(range(len(found.shapes)), limit).values())
+
+
+def feasible(family: Family, config: Config, wanted: str, *, align: int = 128) -> Feasible:
+    """All the shapes that `fit` lists the best of. Raises UserError as it does."""
     budgets, pinned = parse(wanted)
     grid = count_grid(family, config, pinned, align)
     for budget in budgets:
         check_reachable(budget, grid)
     off = np.stack([np.log(grid.quantities[budget.quantity] / budget.amount) for budget in budgets])  # [budgets, n]
     meets = np.all([budget.met_by(grid.quantities[budget.quantity]) for budget in budgets], axis=0)
-    distance = np.where(meets, distances(grid.shapes, grid.source, off), np.inf)
-    broken = grid.shapes[:, 0] % period(config["layer_types"]) > 0
-    candidates: list[Candidate] = []
-    for index in np.lexsort((distance, broken | ~meets))[: meets.sum()]:
-        sizes = dict(zip(SEARCHED, grid.shapes[index].tolist(), strict=True))
-        target = pinned.model_copy(update=sizes)
-        try:
-            counts = count(family, target_config(family, config, completed(family, target, config)))
-        except UserError:  # a family may refuse sizes together that are good one by one
-            continue
-        candidates.append(
-            Candidate(
-                target=target,
-                counts=counts,
-                checkpoint_bytes=int(grid.quantities["checkpoint"][index]),
-                deviations={b.quantity: float(grid.quantities[b.quantity][index] / b.amount - 1) for b in budgets},
-                distance=float(distance[index]),
-            )
-        )
-        if len(candidates) == limit:
-            break
-    if not candidates:
+    if not meets.any():
         nearest = grid.describe(int((off**2).sum(axis=0).argmin()), [budget.quantity for budget in budgets])
         raise UserError(
             f"no shape meets --fit {wanted}; the nearest has {nearest}: change a budget or a pinned size, or lower --align."
         )
-    return candidates
+    distance = distances(grid.shapes[meets], grid.source, off[:, meets])
+    is_whole = grid.shapes[meets, 0] % period(config["layer_types"]) == 0
+    order = np.lexsort((distance, ~is_whole))
+    kept = np.flatnonzero(meets)[order]
+    return Feasible(
+        family=family,
+        config=config,
+        pinned=pinned,
+        shapes=grid.shapes[kept],
+        distance=distance[order],
+        is_whole=is_whole[order],
+        checkpoint_bytes=grid.quantities["checkpoint"][kept],
+        deviations={b.quantity: grid.quantities[b.quantity][kept] / b.amount - 1 for b in budgets},
+    )
 
 
 def count_grid(family: Family, config: Config, pinned: Target, align: int) -> Grid:

@@ -1,7 +1,7 @@
 """The cut: the shape to reach, what importance is measured on, and the criterion for each axis."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,16 @@ WidthCriterion = Literal["norm_activation", "rotation", "weight_magnitude", "ran
 ExpertImportance = Literal["frequency", "soft_logits", "reap"]
 ExpertCompression = Literal["prune", "merge", "partial"]
 ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
+PruningMethod = Literal["slimqwen", "slimqwen-paper"]
+
+PAPER: dict[str, Any] = {
+    "depth": "last",
+    "width": "norm_activation",
+    "compensate": False,
+    "repair": False,
+    "experts": {"importance": "reap", "compression": "partial", "similarity": "expert_output", "refit": False},
+}
+"""The criteria of SlimQwen as published; what fields say where they are left out is slimqwen's own."""
 
 
 class CalibrationRecipe(Section):
@@ -64,47 +74,71 @@ class Target(Section):
 class ExpertRecipe(Section):
     """Which experts stay and what becomes of the others (method.md section 4)."""
 
-    importance: ExpertImportance = Field("reap", description="How an expert is scored.")
+    importance: ExpertImportance = Field("soft_logits", description="How an expert is scored (the paper: reap).")
     compression: ExpertCompression = Field(
-        "partial",
+        "prune",
         description="'prune': drop the others; 'merge': average each into its most similar kept expert; "
-        "'partial': the top half stays untouched, the next half are bases that absorb the others.",
+        "'partial': the top half stays untouched, the next half are bases that absorb the others (the paper's choice).",
     )
     similarity: ExpertSimilarity = Field("expert_output", description="What merging compares, by cosine.")
     refit: bool = Field(
-        False,
+        True,
         description="After the cut, solve for the experts' output matrices in closed form, layer by layer, on `calibration.samples` "
-        "sequences of the training text, so that each layer ends where its source's does. No training.",
+        "sequences of the training text, so that each layer ends where its source's does. No training. (The paper has none of it.)",
     )
 
 
 class PruningRecipe(Section):
-    """The criterion for each axis."""
+    """The criterion for each axis. What is left out is as `method` says; anything can be set beside it."""
 
+    method: PruningMethod = Field(
+        "slimqwen",
+        description="What the other fields are where they are left out. 'slimqwen': as written here, what left the smallest error. "
+        "'slimqwen-paper': the published method, that is norm_activation, reap and partial merging, and no closed-form repair.",
+    )
     depth: DepthCriterion = Field(
         "last", description="Which layers go: the last ones (the paper's choice), or by a score."
     )
     width: WidthCriterion = Field(
-        "norm_activation",
-        description="What stays of the residual stream: the channels with the largest norm outputs (the paper's choice), or, after "
-        "one rotation of the whole model, its principal directions, which needs statistics with second moments. For "
-        "comparison: the channels with the largest weights, and random ones.",
+        "rotation",
+        description="What stays of the residual stream: after one rotation of the whole model its principal directions, which needs "
+        "statistics with second moments; or the channels with the largest norm outputs as they stand (norm_activation, the paper's "
+        "choice). For comparison: the channels with the largest weights, and random ones.",
     )
     compensate: bool = Field(
-        False,
+        True,
         description="Multiply the gain of each norm by sqrt(hidden size before / after): its mean is over fewer channels.",
     )
     repair: bool = Field(
-        False,
-        description="With `width: rotation`: refit every matrix that reads a norm to what is left, by least squares.",
+        True,
+        description="With `width: rotation`: refit every matrix that reads a norm to what is left, by least squares. Other widths "
+        "know no repair.",
     )
     experts: ExpertRecipe = Field(ExpertRecipe(), description="Which experts stay.")
     source_weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
         None, description="What each of calibration.sources counts for. Default: as much as it has tokens."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _method_fills_in(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # no section at all: reported as that
+        if values.get("method") == "slimqwen-paper":
+            experts = values.get("experts", {})
+            values = {**PAPER, **values}
+            if isinstance(experts, dict):
+                values["experts"] = {**PAPER["experts"], **experts}
+        if values.get("width", "rotation") != "rotation":
+            values = {"repair": False, **values}
+        return values
+
     @model_validator(mode="after")
     def _repair_knows_what_is_left(self) -> "PruningRecipe":
         if self.repair and self.width != "rotation":
             raise ValueError("repair rewrites the readers of rotated channels: set width: rotation too")
         return self
+
+    def as_published(self) -> "PruningRecipe":
+        """The paper's criteria on the same calibration text."""
+        return PruningRecipe(method="slimqwen-paper", source_weights=self.source_weights)

@@ -14,7 +14,7 @@ BUILTIN_TEACHER = "builtin"
 
 Schedule = Literal["one_shot", "depth_first", "width_first", "joint"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Baseline = Literal["pruned", "random_init", "lm_only"]
+Baseline = Literal["pruned", "paper_pruned", "paper", "random_init", "lm_only"]
 
 
 class EvaluationRecipe(Section):
@@ -79,7 +79,8 @@ class Recipe(Section):
     distil: DistilRecipe = Field(description="Training.")
     baselines: list[Baseline] = Field(
         [],
-        description="Also make, on the same tokens: 'pruned' (the final shape in one cut, no training), "
+        description="Also make, on the same tokens: 'pruned' (the final shape in one cut, no training), 'paper' (the same stages "
+        "with pruning.method slimqwen-paper), 'paper_pruned' (its final shape in one cut, no training), "
         "'random_init' (the final shape from random weights + KD), 'lm_only' (the same cuts, no teacher).",
     )
     evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Measuring the result.")
@@ -94,6 +95,8 @@ class Recipe(Section):
                 raise ValueError(f"the stages' token_fraction must sum to 1, not {total:g}")
             if self.init == "random":
                 raise ValueError("'init: random' trains one shape on all the tokens: give 'target' instead of 'stages'")
+        if {"paper", "paper_pruned"} & set(self.baselines) and self.pruning == self.pruning.as_published():
+            raise ValueError("baselines: 'paper' and 'paper_pruned' are this run itself: its pruning is the paper's")
         return self
 
 

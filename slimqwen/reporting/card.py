@@ -8,18 +8,26 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from slimqwen.checkpoint.config import read_json
+from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
+from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.recipe import BUILTIN_TEACHER, Recipe
 from slimqwen.reporting.titles import MAIN_RUN, title_of
 
 
 def model_card(
-    recipe: Recipe, teacher: Path, evaluation: Evaluation, command: str, made_from: Mapping[str, str]
+    recipe: Recipe,
+    teacher: Path,
+    evaluation: Evaluation,
+    command: str,
+    made_from: Mapping[str, str],
+    benchmarks: Benchmarks | None = None,
 ) -> str:
-    """Markdown with Hugging Face front matter. Every number comes from `evaluation`.
+    """Markdown with Hugging Face front matter. Every number comes from `evaluation` and `benchmarks`.
 
     teacher: its folder, whose licence, language and hub name the card takes over where they are known there.
     made_from: what the model was made from -> fingerprint.
+    benchmarks: said only where the model itself (MAIN_RUN) is among its models.
     """
     models = evaluation.models
     this = models[MAIN_RUN]
@@ -41,7 +49,8 @@ def model_card(
                 metric_value=value,
             )
             for metric, value in (("loss", this.loss), ("perplexity", this.perplexity))
-        ],
+        ]
+        + benchmark_results(benchmarks),
         **inherited(teacher),
     )
     start = "Pruned from" if recipe.init == "pruned" else "Randomly initialised at a shape cut from"
@@ -58,15 +67,16 @@ def model_card(
 {this.mtp_parameters:,} apart) and trained {training} on {recipe.distil.tokens:,} tokens. The method is SlimQwen's
 (arXiv 2605.08738), as implemented by slimqwen.
 
-| model | total | active | loss (nats/token) | perplexity | bits/byte | KL to teacher | top-1 agreement | MTP acceptance |
-|---|---|---|---|---|---|---|---|---|
+| model | total | active | loss (nats/token) | perplexity | bits/byte | KL to teacher | top-1 agreement | MTP acceptance | tokens/pass |
+|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Measured on {evaluation.tokens:,} held-out tokens, sequence length {evaluation.sequence_length}. MTP acceptance: the share of
 positions at which the first 1, 2, ... drafted tokens are all what the model itself generates greedily; it is measured on each
-model's own continuations, and a model that repeats itself is easy to draft for.
+model's own continuations, and a model that repeats itself is easy to draft for. Tokens/pass: what a forward pass yields in greedy
+speculative decoding with drafts of {DEFAULT_DRAFT}, on a few prompts; 1 without drafting.
 
-## Use
+{benchmark_table(benchmarks)}## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,6 +99,50 @@ Made from (SHA-256; of files over 64 MiB, of their size and 16 samples):
 
 {hashes}
 """
+
+
+def benchmark_results(benchmarks: Benchmarks | None) -> list[EvalResult]:
+    """What the model itself scored, as the hub's leaderboards read it."""
+    lines = {} if benchmarks is None else benchmarks.lines()
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=result.metric,
+            metric_name=metric,
+            metric_value=result.value,
+        )
+        for (task, metric), by_model in lines.items()
+        if (result := by_model.get(MAIN_RUN)) is not None
+    ]
+
+
+def benchmark_table(benchmarks: Benchmarks | None) -> str:
+    """A section of its own, a task to a row: the model, its teacher, and the paired difference; or nothing."""
+    if benchmarks is None or MAIN_RUN not in benchmarks.models:
+        return ""
+    rows = []
+    for (task, metric), by_model in benchmarks.lines().items():
+        own = by_model[MAIN_RUN]
+        teacher = "-" if benchmarks.teacher is None else by_model[benchmarks.teacher].score
+        rows.append(f"| {task}, {metric} | {own.documents:,} | {own.score} | {teacher} | {own.change or '-'} |")
+    limit = "" if benchmarks.limit is None else f" Only the first {benchmarks.limit:,} questions of each task."
+    shots = "as each task says" if benchmarks.shots is None else str(benchmarks.shots)
+    return "\n".join(
+        [
+            "## Benchmarks",
+            "",
+            f"Through lm-evaluation-harness, ± standard error; solved examples: {shots}.{limit} The difference is taken",
+            "question by question.",
+            "",
+            "| task | questions | this model | teacher | difference |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "",
+        ]
+    )
 
 
 def hub_name(teacher: Path) -> str | None:
@@ -116,9 +170,10 @@ def inherited(teacher: Path) -> dict[str, Any]:
 
 def _row(title: str, model: ModelEvaluation) -> str:
     acceptance = " / ".join(f"{share:.1%}" for share in model.mtp_acceptance) or "-"
+    yielded = "-" if model.tokens_per_verification is None else f"{model.tokens_per_verification:.2f}"
     kl = "-" if model.kl_to_teacher is None else f"{model.kl_to_teacher:.4f}"
     agreement = "-" if model.top1_agreement is None else f"{model.top1_agreement:.1%}"
     return (
         f"| {title} | {model.total_parameters:,} | {model.active_parameters:,} | {model.loss:.4f} | {model.perplexity:.2f} "
-        f"| {model.bits_per_byte:.4f} | {kl} | {agreement} | {acceptance} |"
+        f"| {model.bits_per_byte:.4f} | {kl} | {agreement} | {acceptance} | {yielded} |"
     )

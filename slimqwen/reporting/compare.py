@@ -11,6 +11,7 @@ from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import training
 from slimqwen.reporting.sections.amounts import NOTHING, Cell, amount
 from slimqwen.reporting.sections.cost import device_hours
+from slimqwen.reporting.sections.warnings import warnings
 from slimqwen.reporting.titles import MAIN_RUN
 
 OF_NO_INTEREST = {"name", "run_dir"}  # of a recipe: they always differ
@@ -44,6 +45,7 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
         columns=columns,
         rows=rows,
         cautions=cautions(runs),
+        warnings={name: raised for name, run in runs.items() if (raised := warnings(run))},
         axes=training.axis_names(steps),
         curves=training.curves_of(steps),
         differences=differences({name: run.recipe.model_dump(mode="json") for name, run in runs.items()}),
@@ -92,12 +94,24 @@ def quantities(run: Run) -> list[Quantity]:
             Quantity("top-1", result.top1_agreement, 3),
             Quantity("calibration error", result.calibration_error, 3),
             *(Quantity(f"acc_{k}", share, 3) for k, share in enumerate(result.mtp_acceptance)),
+            Quantity("tokens/pass", result.tokens_per_verification, 2),
         ]
     steps = run.steps.get(MAIN_RUN)
     if steps is not None:
         found.append(Quantity("tokens trained", float(steps.tokens[-1])))
         found.append(Quantity("device hours", device_hours(run, MAIN_RUN), 3))
-    return found
+    return found + benchmark_quantities(run)
+
+
+def benchmark_quantities(run: Run) -> list[Quantity]:
+    """What the run's own model scored, where it was measured as it is now."""
+    if run.benchmarks is None:
+        return []
+    return [
+        Quantity(f"{task}, {metric}", by_model[MAIN_RUN].value, 4)
+        for (task, metric), by_model in run.benchmarks.lines().items()
+        if MAIN_RUN in by_model
+    ]
 
 
 def _cell(quantity: Quantity | None, first: float | None) -> Cell:
@@ -127,6 +141,9 @@ def cautions(runs: Mapping[str, Run]) -> list[str]:
         found.append("The runs were not evaluated on as many tokens in sequences of the same length.")
     elif teachers and max(teachers) - min(teachers) > 1e-3:
         found.append("The teacher’s own loss differs between the runs: another teacher, or other held-out text.")
+    benchmarks = [run.benchmarks for run in runs.values() if run.benchmarks is not None]
+    if len({(measured.limit, measured.shots) for measured in benchmarks}) > 1:
+        found.append("The benchmarks were not run on as many questions, or not with as many examples.")
     return found
 
 

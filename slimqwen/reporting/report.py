@@ -2,9 +2,20 @@
 
 from pathlib import Path
 
+from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.reporting.html import write_page
 from slimqwen.reporting.run_folder import Run
-from slimqwen.reporting.sections import choices, cost, experts, results, shapes, summary, training
+from slimqwen.reporting.sections import (
+    benchmarks,
+    choices,
+    cost,
+    experts,
+    results,
+    shapes,
+    summary,
+    training,
+    warnings,
+)
 
 
 def report(run_dir: Path, out: Path | None = None) -> Path:
@@ -24,12 +35,14 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
         subtitle=summary.subtitle(run),
         verdict=summary.verdict(run),
         tiles=summary.tiles(run),
+        warnings=warnings.warnings(run),
         results=results.results(run),
+        default_draft=DEFAULT_DRAFT,
+        benchmarks=benchmarks.benchmarks(run),
         loss_charts=results.where_the_loss_is(run),
         shapes=shapes.shapes(run),
         stages=shapes.stages(run),
         axes=training.axis_names(run.steps),
-        warnings=training.warnings(run),
         curves=training.curves(run),
         choices=choices.choices(run),
         utilisation=experts.utilisation(run),

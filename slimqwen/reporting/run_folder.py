@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimqwen.errors import UserError
+from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Recipe
@@ -21,12 +22,6 @@ class Line(BaseModel):
     """Something read from an artefact; what a later version adds to it is ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class LoggedRollback(Line):
-    bad_step: int
-    rows: int
-    problem: str
 
 
 class StepMetrics(Line):
@@ -54,8 +49,13 @@ class StepMetrics(Line):
     tokens_per_second: float | None = None
     memory_bytes: float | None = None
     mfu: float | None = None
-    skipped: bool = False
-    rollbacks: list[LoggedRollback] = []
+
+
+class LoggedWarning(Line):
+    """A line of warnings.jsonl."""
+
+    step: str
+    text: str
 
 
 class StepTime(Line):
@@ -94,8 +94,9 @@ class Run:
     recipe_text: str
     plans: list[Plan] = field(default_factory=list)
     evaluation: Evaluation | None = None
+    benchmarks: Benchmarks | None = None  # the run's own model goes by MAIN_RUN, if it was measured as it is now
     steps: dict[str, Steps] = field(default_factory=dict)
-    incidents: list[StepMetrics] = field(default_factory=list)  # steps that were skipped or gone back to
+    warnings: list[LoggedWarning] = field(default_factory=list)
     times: list[StepTime] = field(default_factory=list)
     provenance: Provenance | None = None
 
@@ -116,8 +117,9 @@ class Run:
             recipe_text=recipe_file.read_text(encoding="utf-8"),
             plans=plans,
             evaluation=_evaluation(run_dir),
+            benchmarks=_benchmarks(run_dir),
             steps=_columns(metrics, recipe, plans),
-            incidents=[line for line in metrics if line.skipped or line.rollbacks],
+            warnings=_read_lines(run_dir / "warnings.jsonl", LoggedWarning),
             times=_last_times(_read_lines(run_dir / "stages.jsonl", StepTime)),
             provenance=_read(run_dir / "provenance.json", Provenance),
         )
@@ -139,6 +141,14 @@ class Run:
 def _evaluation(run_dir: Path) -> Evaluation | None:
     path = run_dir / "evaluation.json"
     return Evaluation.load(path) if path.is_file() else None
+
+
+def _benchmarks(run_dir: Path) -> Benchmarks | None:
+    path, final = run_dir / "benchmarks.json", run_dir / "final"
+    if not path.is_file():
+        return None
+    found = Benchmarks.load(path)
+    return found.with_own(final, MAIN_RUN) if final.is_dir() else found
 
 
 def _read_plans(run_dir: Path) -> list[Plan]:

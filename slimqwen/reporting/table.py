@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from slimqwen.evaluation.result import Evaluation
+from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.reporting.titles import title_of
 
 
@@ -13,7 +13,8 @@ def print_table(evaluation: Evaluation) -> None:
     table.add_column("model")
     depth = max(len(model.mtp_acceptance) for model in evaluation.models.values())
     columns = ["total", "active", "loss", "perplexity", "bits/byte", "KL to teacher", "top-1 agree"]
-    for column in (*columns, *(f"acc_{k}" for k in range(depth))):
+    drafting = [*(f"acc_{k}" for k in range(depth)), "tokens/pass"] if depth else []
+    for column in (*columns, *drafting):
         table.add_column(column, justify="right")
     for name, model in evaluation.models.items():
         table.add_row(
@@ -25,9 +26,17 @@ def print_table(evaluation: Evaluation) -> None:
             f"{model.bits_per_byte:.4f}",
             "-" if model.kl_to_teacher is None else f"{model.kl_to_teacher:.4f}",
             "-" if model.top1_agreement is None else f"{model.top1_agreement:.1%}",
-            *(f"{share:.1%}" for share in model.mtp_acceptance),
+            *(_drafting(model) or ["-"] * len(drafting)),
         )
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)  # a log file or pipe has no width to fold a table to
     console.print(table)
+
+
+def _drafting(model: ModelEvaluation) -> list[str]:
+    """How far its MTP module's drafts get; empty without one."""
+    if not model.mtp_acceptance:
+        return []
+    yielded = "-" if model.tokens_per_verification is None else f"{model.tokens_per_verification:.2f}"
+    return [*(f"{share:.1%}" for share in model.mtp_acceptance), yielded]

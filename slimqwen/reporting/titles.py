@@ -4,10 +4,12 @@ MAIN_RUN = "slimqwen"  # the name of the recipe's own run beside its baselines
 
 TITLES = {
     "teacher": "teacher",
+    "paper_pruned": "the paper's cut, no training",
     "pruned": "pruned, no training",
     "random_init": "random init + KD",
     "lm_only": "pruned + LM only",
-    MAIN_RUN: "SlimQwen",
+    "paper": "the paper's cut + KD",
+    MAIN_RUN: "slimqwen",
 }
 
 

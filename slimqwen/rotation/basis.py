@@ -108,8 +108,8 @@ def second_moment(sums: Sums, norm: str, is_mtp: bool) -> Tensor:
     name = f"norm/{norm}/second_moments"
     if name not in sums.sums:
         raise UserError(
-            "the statistics hold no second moments, which pruning.width rotation needs: run `slimqwen calibrate` with "
-            "--second-moments."
+            "the statistics hold no second moments, which pruning.width rotation needs: run `slimqwen calibrate` again "
+            "without --no-second-moments, or set pruning.width: norm_activation."
         )
     return sums[name] / sums.tokens["mtp" if is_mtp else "main"]
 

@@ -52,7 +52,7 @@ def stretches(source: Checkpoint) -> Stretches:
     if source.config["tie_word_embeddings"]:
         raise UserError(
             f"{source.folder}: a rotation folds the final norm's gain into lm_head, which is tied to the embedding here "
-            "(tie_word_embeddings): choose pruning.width norm_activation."
+            "(tie_word_embeddings): set pruning.width: norm_activation."
         )
     norms = source.family.residual_norms(source.config)
     ones = torch.ones(source.config["hidden_size"], dtype=torch.float64)
@@ -69,7 +69,7 @@ def stretches(source: Checkpoint) -> Stretches:
         if (gain(source, norm) == 0).any():
             raise UserError(
                 f"{source.folder}: '{norm}' multiplies a channel by 0, and a rotation with an MTP module divides by it: "
-                "choose pruning.width norm_activation."
+                "set pruning.width: norm_activation."
             )
     mtp_stream = gain(source, last) / gain(source, final)
     exceptions = {of_embedding: ones, of_hidden: 1 / gain(source, final)}

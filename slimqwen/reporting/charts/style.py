@@ -9,6 +9,8 @@ RUN_COLOURS = {
     "pruned": "#8e5bb5",
     "random_init": "#c4620e",
     "lm_only": "#2a8767",
+    "paper": "#b3456f",
+    "paper_pruned": "#8a7000",
     "slimqwen": "#2271d1",
 }
 ROLE_COLOURS = {"kept": "#2271d1", "base": "#2a8767", "absorbed": "#c4620e", "dropped": "#79818b"}

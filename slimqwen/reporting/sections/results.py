@@ -24,6 +24,7 @@ def results(run: Run) -> ResultTable | None:
         return None
     models = run.evaluation.models
     depth = max((len(model.mtp_acceptance) for model in models.values()), default=0)
+    is_speculated = any(model.tokens_per_verification is not None for model in models.values())
     is_calibrated = any(model.calibration_error is not None for model in models.values())
     teacher = run.teacher
 
@@ -43,11 +44,13 @@ def results(run: Run) -> ResultTable | None:
             *([number(model.calibration_error, 3)] if is_calibrated else []),
             *map(share, model.mtp_acceptance),
             *[NOTHING] * (depth - len(model.mtp_acceptance)),
+            *([number(model.tokens_per_verification, 2)] if is_speculated else []),
         ]
         rows.append((name, title_of(name), cells))
     columns = ["total parameters", "active", "loss", "perplexity", "bits/byte", "KL", "top-1"]
     columns += ["calibration error"] if is_calibrated else []
     columns += [f"acc_{k}" for k in range(depth)]
+    columns += ["tokens/pass"] if is_speculated else []
     return ResultTable(run.evaluation.tokens, run.evaluation.sequence_length, columns, rows)
 
 

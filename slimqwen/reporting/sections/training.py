@@ -1,4 +1,4 @@
-"""Training: its curves, and what went wrong on the way."""
+"""Training: its curves."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,9 +8,7 @@ import numpy as np
 from slimqwen.reporting.charts.curves import AXES, Steps, acceptance, axes_of, learning_curves, schedules
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections.chart import Chart
-from slimqwen.reporting.titles import MAIN_RUN, title_of
-
-WORTH_SAYING = 0.05  # nats per token that a held-out loss is above its lowest
+from slimqwen.reporting.titles import MAIN_RUN
 
 # field, title, quantity, whether the axis is logarithmic, caption
 CURVES = (
@@ -82,25 +80,3 @@ def axis_names(runs: Mapping[str, Steps]) -> dict[str, str]:
     """What the reader can choose to see curves against; empty where there is no choice."""
     axes = axes_of(runs)
     return {axis: AXES[axis] for axis in axes} if len(axes) > 1 else {}
-
-
-def warnings(run: Run) -> list[str]:
-    """What went wrong during training, a sentence each: steps skipped, returns to a saved state, drifting losses."""
-    found = []
-    for incident in run.incidents:
-        where = f"{title_of(incident.run)}, stage {incident.stage}"
-        if incident.skipped:
-            found.append(f"{where}: step {incident.step} was skipped, its loss or gradient was not usable.")
-        for rollback in incident.rollbacks:
-            found.append(
-                f"{where}: step {rollback.bad_step} was bad ({rollback.problem}); training went back to step "
-                f"{incident.step} and left out {rollback.rows:,} sequences."
-            )
-    for name, steps in run.steps.items():
-        heldout = steps.values.get("heldout_lm", np.empty(0))
-        measured = heldout[np.isfinite(heldout)]
-        if len(measured) > 1 and measured[-1] > measured.min() + WORTH_SAYING:
-            found.append(
-                f"{title_of(name)}: the held-out loss ended at {measured[-1]:.3f}, above its lowest, {measured.min():.3f}."
-            )
-    return found

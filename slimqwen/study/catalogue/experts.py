@@ -15,6 +15,7 @@ def _experts(compression: str, importance: str, similarity: str, score: float) -
         "pruning.experts.compression": compression,
         "pruning.experts.importance": importance,
         "pruning.experts.similarity": similarity,
+        "pruning.experts.refit": False,
     }
     return Variation(name, title, cut_along("num_experts", "num_experts_per_tok", **changes), paper={MEAN: score})
 

@@ -1,0 +1,132 @@
+"""search.json: what was measured, what it predicts, and the shapes in their order. Tables of it as text."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from slimqwen.artifacts import write_text
+from slimqwen.planning.counts import in_parameters
+from slimqwen.planning.fit import SEARCHED, Candidate
+from slimqwen.recipe import PruningRecipe, Target
+
+FOOTNOTE = (
+    "KL(teacher || cut model) in nats per token on {tokens:,} held-out tokens, without training. predicted: the sum of each axis cut\n"
+    "alone, interpolated between measured sizes. Measured shapes come first, the least KL first; the others follow by prediction.\n"
+    "arithmetic: place of the shape among the {feasible:,} searched, without --tokens."
+)
+
+
+class Sensitivity(BaseModel):
+    """One axis cut alone: what is lost (`kl`, over that of the base, nats per token) and what is saved (parameters)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    field: str
+    size: int
+    kl: float
+    total_saved: int
+    active_saved: int
+
+
+class Shape(BaseModel):
+    """A shape that meets the budgets. `arithmetic_place`: its number in the ranking by arithmetic, from 1."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    candidate: Candidate
+    predicted_kl: float
+    measured_kl: float | None
+    arithmetic_place: int
+
+
+class SearchResult(BaseModel):
+    """search.json. `base` is what all shapes share that is not searched, `base_kl` what that alone costs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["slimqwen.search/1"] = "slimqwen.search/1"
+    checkpoint: str
+    budgets: str
+    pruning: PruningRecipe
+    measured_tokens: int
+    base: Target
+    base_kl: float
+    sensitivities: list[Sensitivity]
+    feasible: int
+    shapes: list[Shape]
+    agreeing_pairs: int
+    pairs: int
+
+    def save(self, path: Path) -> None:
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def tables(result: SearchResult) -> str:
+    """The sensitivities and the shapes, best first, as text."""
+    footnote = FOOTNOTE.format(tokens=result.measured_tokens, feasible=result.feasible)
+    agreement = f"Prediction and measurement put {result.agreeing_pairs} of the {result.pairs} pairs of measured shapes in the same order."
+    return "\n\n".join((_text(_sensitivities(result)), _text(_shapes(result)), f"{footnote}\n{agreement}"))
+
+
+def _sensitivities(result: SearchResult) -> Table:
+    table = _table("axis alone", "size", "KL", "total saved", "KL per million", "active saved", "KL per million")
+    if result.base_kl:
+        table.add_row("(pinned sizes)", "", f"{result.base_kl:.4f}", "", "", "", "")
+    for cut in result.sensitivities:
+        table.add_row(
+            cut.field,
+            str(cut.size),
+            f"{cut.kl:.4f}",
+            *_saved(cut.kl, cut.total_saved),
+            *_saved(cut.kl, cut.active_saved),
+        )
+    return table
+
+
+def _saved(kl: float, parameters: int) -> tuple[str, str]:
+    return (in_parameters(parameters), f"{kl / parameters * 1e6:.2g}") if parameters else ("-", "-")
+
+
+def _shapes(result: SearchResult) -> Table:
+    table = _table(
+        "",
+        "layers",
+        "hidden",
+        "experts",
+        "expert size",
+        "top-k",
+        "total",
+        "active",
+        "predicted KL",
+        "measured KL",
+        "arithmetic",
+    )
+    for number, shape in enumerate(result.shapes, start=1):
+        sizes = shape.candidate.target.model_dump()
+        table.add_row(
+            str(number),
+            *(str(sizes[field]) for field in SEARCHED),
+            in_parameters(shape.candidate.counts.total_parameters),
+            in_parameters(shape.candidate.counts.active_parameters),
+            f"{shape.predicted_kl:.4f}",
+            "-" if shape.measured_kl is None else f"{shape.measured_kl:.4f}",
+            str(shape.arithmetic_place),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _text(table: Table) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()

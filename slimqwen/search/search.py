@@ -1,0 +1,120 @@
+"""The search behind `slimqwen plan --fit ... --tokens DIR`: shapes ranked by the KL that cutting to them causes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from slimqwen.builtin import checkpoint_folder
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.store import check_vocabulary, load_manifest
+from slimqwen.errors import UserError
+from slimqwen.planning.fit import Feasible, feasible
+from slimqwen.progress import say
+from slimqwen.recipe import Recipe, Target
+from slimqwen.search.gauge import Gauge
+from slimqwen.search.result import SearchResult, Sensitivity, Shape
+from slimqwen.search.sensitivity import Axes, Curve, agreeing_pairs, predicted
+
+RESULT = "search.json"
+LISTED = 10
+
+
+def search(
+    recipe: Recipe,
+    budgets: str,
+    *,
+    tokens: Path,
+    statistics: Path | None = None,
+    align: int = 128,
+    sizes_per_axis: int = 3,
+    shapes: int = 4,
+    command: str = "slimqwen plan",
+) -> SearchResult:
+    """Rank the shapes that meet `budgets` by KL to the teacher, and write search.json to `recipe.run_dir`.
+
+    Where shapes of whole blocks of layers meet the budgets, only these are searched; `fit` lists them first, too.
+
+    1. Each axis is cut alone, at up to `sizes_per_axis` of the sizes that it has among the shapes.
+    2. For each shape the damages of its axes are added up.
+    3. The `shapes` best by that sum, and the best by arithmetic (`fit`), are cut and measured as they are.
+
+    What is measured is kept in `recipe.run_dir` by its content: interrupted, the same call continues, and another search
+    finds what it has in common with this one.
+
+    Args:
+        recipe: the teacher, `pruning` (criteria, repair), `calibration`, `evaluation.tokens`, seed, device and dtype.
+            What else it says has no part in this.
+        budgets: as `fit` takes them.
+        tokens: folder written by `tokenize`; calibration reads its training text, measurement its held-out text.
+        statistics: of the teacher, from `calibrate`. None: they are made here.
+
+    Raises UserError for what does not fit together and where no shape meets the budgets, before anything is measured.
+    """
+    source = Checkpoint(checkpoint_folder(recipe.teacher))
+    found = feasible(source.family, source.config, budgets, align=align).of_whole_blocks()
+    manifest = load_manifest(tokens)
+    check_vocabulary(manifest, tokens, source.folder, source.config["vocab_size"])
+    if manifest.heldout.tokens <= recipe.data.sequence_length:
+        raise UserError(
+            f"{tokens} has {manifest.heldout.tokens:,} held-out tokens, and KL is measured on rows of "
+            f"{recipe.data.sequence_length} and one more: give a folder with held-out text, or a lower --sequence-length."
+        )
+    axes = Axes(found)
+    cuts = axes.cuts(sizes_per_axis)
+    say(
+        f"search: {len(found.shapes):,} shapes meet {budgets}; {len(cuts)} cuts of one axis and about {shapes + 1} shapes to measure"
+    )
+    gauge = Gauge(recipe, tokens, statistics, command)
+    gauge.expect((axes.base != Target()) + len(cuts) + shapes)
+    base_kl = gauge.kl(axes.base)
+    sensitivities = [
+        Sensitivity(
+            field=field,
+            size=size,
+            kl=gauge.kl(axes.alone(field, size)) - base_kl,
+            total_saved=axes.base_counts.total_parameters - counts.total_parameters,
+            active_saved=axes.base_counts.active_parameters - counts.active_parameters,
+        )
+        for field, size, counts in cuts
+    ]
+    prediction = predicted(found.shapes, _curves(found, sensitivities), base_kl)
+    ranked = found.candidates(np.argsort(prediction, kind="stable"), max(shapes, LISTED))
+    by_arithmetic = found.candidates(range(len(found.shapes)), 1)
+    to_measure = dict(list(ranked.items())[:shapes]) | by_arithmetic
+    gauge.expect(len(to_measure))
+    measured = {index: gauge.kl(candidate.target) for index, candidate in to_measure.items()}
+
+    order = sorted(measured, key=measured.__getitem__) + [index for index in ranked if index not in measured]
+    agreeing, pairs = agreeing_pairs([prediction[index] for index in measured], list(measured.values()))
+    result = SearchResult(
+        checkpoint=source.fingerprint(),
+        budgets=budgets,
+        pruning=recipe.pruning,
+        measured_tokens=recipe.evaluation.tokens,
+        base=axes.base,
+        base_kl=base_kl,
+        sensitivities=sensitivities,
+        feasible=len(found.shapes),
+        shapes=[
+            Shape(
+                candidate=(ranked | by_arithmetic)[index],
+                predicted_kl=float(prediction[index]),
+                measured_kl=measured.get(index),
+                arithmetic_place=index + 1,
+            )
+            for index in order
+        ],
+        agreeing_pairs=agreeing,
+        pairs=pairs,
+    )
+    result.save(recipe.run_dir / RESULT)
+    return result
+
+
+def _curves(found: Feasible, sensitivities: Sequence[Sensitivity]) -> dict[str, Curve]:
+    """The curve of each axis that was cut alone."""
+    measured: dict[str, dict[int, float]] = {}
+    for cut in sensitivities:
+        measured.setdefault(cut.field, {})[cut.size] = cut.kl
+    return {field: Curve.through(found.config[field], points) for field, points in measured.items()}

@@ -1,0 +1,66 @@
+"""Warnings: said, and kept with the step that said them for as long as it is made from the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slimqwen.reporting.run_folder import LoggedWarning
+from slimqwen.steps import Steps
+from slimqwen.warning import kept_in, warn
+
+
+def kept(path: Path) -> list[tuple[str, str]]:
+    lines = [LoggedWarning.model_validate_json(line) for line in path.read_text().splitlines()]
+    return [(line.step, line.text) for line in lines]
+
+
+def test_said_and_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run" / "warnings.jsonl"
+    warn("before")
+    with kept_in(path, step="distil", key="a"):
+        warn("slow é")
+        warn("slow é")
+        with kept_in(path, step="carry", key="b"):  # a step within a step
+            warn("inner")
+        warn("loss nan")
+    warn("after")
+    assert kept(path) == [("distil", "slow é"), ("carry", "inner"), ("distil", "loss nan")]
+    assert capsys.readouterr().err.splitlines() == ["before", "slow é", "slow é", "inner", "loss nan", "after"]
+
+
+def test_nothing_to_keep_leaves_no_file(tmp_path: Path) -> None:
+    with kept_in(tmp_path / "warnings.jsonl", step="a", key="a"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_continues_keeps_its_own_and_one_made_from_something_else_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "warnings.jsonl"
+    with pytest.raises(KeyboardInterrupt), kept_in(path, step="distil", key="a"):
+        warn("step 3 is bad")
+        raise KeyboardInterrupt
+    with kept_in(path, step="plan", key="a"):
+        warn("a note")
+    with kept_in(path, step="distil", key="a"):
+        warn("step 3 is bad")  # the same step again, from the last saved state
+        warn("step 9 is bad")
+    assert kept(path) == [("distil", "step 3 is bad"), ("plan", "a note"), ("distil", "step 9 is bad")]
+    with path.open("a") as stream:
+        stream.write('{"step": "distil", "key": "a", "te')  # cut short by kill -9
+    with kept_in(path, step="distil", key="b"):
+        pass
+    assert kept(path) == [("plan", "a note")]
+
+
+def test_a_step_of_a_run_keeps_what_it_is_warned_of(tmp_path: Path) -> None:
+    steps, out = Steps(tmp_path, "test"), tmp_path / "out"
+
+    def make() -> None:
+        warn("it is slow")
+        out.write_text("made")
+
+    for _ in range(2):  # done, then skipped
+        steps.step("make", out, {"from": 1}, make)
+        assert kept(tmp_path / "warnings.jsonl") == [("make", "it is slow")]
+    assert json.loads((tmp_path / "warnings.jsonl").read_text())["key"]
