@@ -178,9 +178,9 @@ def repair(
     device: Device = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Refit the experts of a freshly pruned checkpoint so that each layer ends where the teacher's does. No training.
+    """Refit the experts and MLPs of a freshly pruned checkpoint so that each layer ends where the teacher's does. No training.
 
-    Ridge regression of the experts' output matrices, layer by layer on the student's own stream; docs/repair.md says what
+    Ridge regression of their output matrices, layer by layer on the student's own stream; docs/repair.md says what
     it gains. Interrupted, the same command continues with the layer under way.
     """
     from slimqwen.builtin import checkpoint_folder

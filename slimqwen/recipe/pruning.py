@@ -83,7 +83,7 @@ class ExpertRecipe(Section):
     similarity: ExpertSimilarity = Field("expert_output", description="What merging compares, by cosine.")
     refit: bool = Field(
         True,
-        description="After the cut, solve for the experts' output matrices in closed form, layer by layer, on `calibration.samples` "
+        description="After the cut, solve for the output matrices of experts and dense MLPs in closed form, layer by layer, on `calibration.samples` "
         "sequences of the training text, so that each layer ends where its source's does. No training. (The paper has none of it.)",
     )
 

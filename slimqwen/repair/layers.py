@@ -16,19 +16,19 @@ from slimqwen.artifacts import atomic_folder
 from slimqwen.calibration.step import Step
 from slimqwen.families.family import Block
 from slimqwen.progress import Progress
-from slimqwen.repair.outputs import output_matrices
+from slimqwen.repair.outputs import matrices_of, output_specs
 from slimqwen.repair.projection import Projection
-from slimqwen.repair.refit import refit, squared_norm, subtract_outputs
-from slimqwen.repair.stream import Stream, moe_block
+from slimqwen.repair.refit import refit, squared_norm
+from slimqwen.repair.stream import Stream
 
 # Measured on the built-in teacher, 32 -> 16 experts (docs/repair.md).
 RIDGE = 1e-2
 SWEEPS = 2
 
 # In the folder of each layer that is finished; the hidden states [rows, seq, hidden] in the last finished layer's only:
-MATRICES = "matrices.safetensors"  # the refitted matrices by block name, [experts, hidden, neurons]
+MATRICES = "matrices.safetensors"  # the refitted tensors by their names in the checkpoint
 STUDENT, TEACHER = "student", "teacher"
-ASKED = "asked"  # what the layer under way asks its experts
+ASKED = "asked"  # what the layer under way asks its networks
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,23 @@ class Course:
     teacher: Sequence[Step]
 
     @property
-    def block(self) -> Block | None:
-        """The student's block whose experts are refitted, if the step has one."""
-        return moe_block(self.student)
+    def block(self) -> Block:
+        """The student's block whose networks are refitted."""
+        return _layer_of(self.student)
 
     @property
     def teacher_block(self) -> Block:
         """The block that the teacher's stream comes out of."""
-        return next(block for block in self.teacher[-1].blocks if block.recall is not None)
+        return _layer_of(self.teacher[-1])
 
     @property
     def passes(self) -> int:
-        """How often the whole text is gone through: by each step, and by the experts in each sweep."""
-        return len(self.teacher) + 1 + (SWEEPS if self.block is not None else 0)
+        """How often the whole text is gone through: by each step, and by the networks in each sweep."""
+        return len(self.teacher) + 1 + SWEEPS
+
+
+def _layer_of(step: Step) -> Block:
+    return next(block for block in step.blocks if block.recall is not None)
 
 
 def courses(student: Sequence[Step], teacher: Sequence[Step], kept_layers: Sequence[int]) -> list[Course]:
@@ -64,15 +68,15 @@ def courses(student: Sequence[Step], teacher: Sequence[Step], kept_layers: Seque
 
 
 class LayerByLayer:
-    """Refits every block of the student that routes to experts. `projection` makes the student's targets of the teacher's stream."""
+    """Refits every layer of the student. `projection` makes the student's targets of the teacher's stream."""
 
     def __init__(self, student: Stream, teacher: Stream, kept_layers: Sequence[int], projection: Projection) -> None:
         self._student, self._teacher, self._projection = student, teacher, projection
         self._tokens = math.prod(student.shape[:2])
         self._courses = courses(student.steps, teacher.steps, kept_layers)
 
-    def run(self, folder: Path, title: str) -> dict[str, Path]:
-        """Block name -> the file with its refitted matrices. What is finished in `folder` already is kept."""
+    def run(self, folder: Path, title: str) -> list[Path]:
+        """The files with the refitted tensors of each layer. What is finished in `folder` already is kept."""
         finished = [folder / f"{number:03d}" for number in range(len(self._courses))]
         found = next((number for number, path in enumerate(finished) if not path.exists()), len(finished))
         passes = [course.passes for course in self._courses]
@@ -84,11 +88,7 @@ class LayerByLayer:
                 for path in finished[:number]:
                     for stream in (STUDENT, TEACHER):
                         (path / stream).unlink(missing_ok=True)
-        return {
-            course.block.name: path / MATRICES
-            for course, path in zip(self._courses, finished, strict=True)
-            if course.block is not None
-        }
+        return [path / MATRICES for path in finished]
 
     def _take(self, course: Course, before: Path | None, after: Path, progress: Progress) -> None:
         """One step of the student, from the folder of the step before, if there is one, to the folder of this one."""
@@ -100,10 +100,7 @@ class LayerByLayer:
                 self._teacher.normed(step, theirs)
         ours = self._begin(self._student, before, after, STUDENT)
         with self._student.weights_of(course.student):
-            if course.block is None:
-                self._student.advance(course.student, ours, progress)
-            else:
-                self._refit(course, course.block, ours, theirs, after, progress)
+            self._refit(course, ours, theirs, after, progress)
         self._student.normed(course.student, ours)
         self._teacher.normed(course.teacher[-1], theirs)
 
@@ -113,27 +110,25 @@ class LayerByLayer:
             return stream.embed(after / name)
         return stream.open(after / name).copy_(stream.open(before / name))
 
-    def _refit(
-        self, course: Course, block: Block, ours: Tensor, theirs: Tensor, folder: Path, progress: Progress
-    ) -> None:
-        """Refit a block's experts; `ours` is the stream before the layer, then the residual, at last the stream after it."""
+    def _refit(self, course: Course, ours: Tensor, theirs: Tensor, folder: Path, progress: Progress) -> None:
+        """Refit a layer's networks; `ours` is the stream before the layer, then the residual, at last the stream after it."""
 
         def subtract_from_target(rows: slice) -> None:
             ours[rows] = self._projection(theirs[rows], course.teacher_block) - ours[rows]
 
-        inputs = self._student.ask_experts(course.student, block, ours, folder / ASKED, progress)
+        outputs = output_specs(self._student.checkpoint, course.block)
+        stored = {spec.name: self._student.checkpoint.read(spec.name).clone() for spec in outputs}
+        networks = self._student.ask(course.student, outputs, ours, folder / ASKED, progress)
         for rows in self._student.passes():
-            subtract_from_target(rows)  # what the experts should say is left
+            subtract_from_target(rows)  # what the networks should say is left
         residual = ours.flatten(0, 1)
         wanted = squared_norm(residual)
-        matrices = output_matrices(self._student.checkpoint, block)
-        subtract_outputs(inputs, matrices, residual)
         shares: list[str] = []
-        for error in refit(inputs, matrices, residual, ridge=RIDGE, sweeps=SWEEPS):
+        for error in refit(networks, matrices_of(stored.values()), residual, ridge=RIDGE, sweeps=SWEEPS):
             progress.advance(self._tokens if shares else 0)
             shares.append(f"{math.sqrt(error / wanted) if wanted else 0.0:.3f}")
-        progress.advance(0, block=block.name, error=f"{shares[0]} to {shares[-1]}")
+        progress.advance(0, block=course.block.name, error=f"{shares[0]} to {shares[-1]}")
         for rows in self._student.passes():
             subtract_from_target(rows)
-        save_file({block.name: matrices}, folder / MATRICES)
+        save_file(stored, folder / MATRICES)
         (folder / ASKED).unlink()

@@ -1,37 +1,29 @@
-"""The matrices through which routed experts write into the residual stream: where the axis table has them, and on disk."""
+"""The matrices through which a layer's networks write into the residual stream: routed experts, shared ones, a dense MLP."""
 
-import torch
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.families.family import Block, Family, TensorSpec
+from slimqwen.families.axes import Axis, axes_of
+from slimqwen.families.family import Block, TensorSpec
 
 
-def output_pattern(family: Family, block: Block) -> str:
-    """The tensor of one expert, below the block, whose rows are the residual channels."""
-    assert block.experts is not None
-    (pattern,) = (name for name, dims in block.experts.per_expert.items() if dims[0] == family.hidden)
-    return pattern
+def output_specs(checkpoint: Checkpoint, block: Block) -> list[TensorSpec]:
+    """The tensors of a block whose rows are the residual channels and whose columns are neurons; the experts' come last.
+
+    A token mixer's output projection is none of them: its columns are units within units.
+    """
+    return [
+        spec
+        for spec in checkpoint.specs.values()
+        if spec.block.name == block.name
+        and len(spec.dims) > 1
+        and axes_of(spec.dims[-2]) == {checkpoint.family.hidden}
+        and isinstance(spec.dims[-1], Axis)
+    ]
 
 
-def stacked_name(family: Family, block: Block) -> str:
-    """The stacked tensor that holds all experts' output matrices and nothing else."""
-    assert block.experts is not None
-    pattern = output_pattern(family, block)
-    (name,) = (name for name, joined in block.experts.fused.items() if joined == (pattern,))
-    return name
-
-
-def output_matrices(checkpoint: Checkpoint, block: Block) -> Tensor:
-    """All experts' output matrices of a block, a copy in the stored dtype, [experts, hidden, neurons]."""
-    if checkpoint.layouts[block.name] == "fused":
-        return checkpoint.read(block.prefix + stacked_name(checkpoint.family, block)).clone()
-    pattern = block.prefix + output_pattern(checkpoint.family, block)
-    experts = range(checkpoint.family.sizes(checkpoint.config)[checkpoint.family.expert])
-    return torch.stack([checkpoint.read(pattern.format(expert=expert)) for expert in experts])
-
-
-def is_output_matrix(family: Family, spec: TensorSpec) -> bool:
-    """Whether a tensor of a checkpoint is an expert's output matrix, or all of a block's."""
-    block = spec.block
-    return block.experts is not None and spec.pattern in (output_pattern(family, block), stacked_name(family, block))
+def matrices_of(stored: Iterable[Tensor]) -> list[Tensor]:
+    """Views of the matrices [hidden, neurons] in tensors as they are stored, of which some stack experts."""
+    return [matrix for tensor in stored for matrix in (tensor.unbind() if tensor.ndim == 3 else [tensor])]

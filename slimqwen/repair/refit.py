@@ -1,100 +1,94 @@
-"""Refitting the matrices through which routed experts write into the residual stream, one expert after another."""
+"""Refitting the matrices through which a layer's networks write into the residual stream, one after another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from slimqwen.calibration.experts import Pairs
 from slimqwen.repair.ridge import RidgeSums
 
-PAIRS_AT_ONCE = 8192  # (token, expert) pairs in the making: of 512 neurons and 2,048 channels 34 and 67 MB in float64
+NUMBERS_AT_ONCE = 1 << 24  # of a network's neurons, or outputs, in the making: 134 MB in float64
 
 
 @dataclass(frozen=True)
-class ExpertInputs:
-    """What each routed expert's down projection reads on a text.
+class Network:
+    """What the output matrix of one network (a routed expert, the shared expert, a dense MLP) reads on a text.
 
-    experts: Transformers' module, of which `gate_up_proj[expert]` and the activation are used. hidden_states: what the module
-    is asked, [tokens, hidden]. pairs: which expert answers which token, with what gate; both may lie on another
-    device than the weights.
+    neurons: from what the network is asked, [n, hidden], to what its output matrix multiplies, [n, neurons]. hidden_states:
+    what the layer's networks are asked, [text, hidden]. tokens: those that this one answers, int64 [n]. gates: the weight
+    of each answer, float32 [n]. All may lie on another device than the network's weights.
     """
 
-    experts: Any
+    neurons: Callable[[Tensor], Tensor]
     hidden_states: Tensor
-    pairs: Pairs
+    tokens: Tensor
+    gates: Tensor
 
-    def of_expert(self, expert: int, pairs: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """The expert's tokens in parts, int64 [n], and its gated neurons there, float32 [n, neurons].
+    def parts(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The network's tokens, up to `size` at once, int64 [n], and its gated neurons there, float32 [n, neurons].
 
-        The down projection W is linear, gate (W a) = W (gate a): the expert's share of the output is F W' with these F.
+        The output matrix W is linear, gate (W a) = W (gate a): the network's share of the output is F W' with these F.
         """
-        weight = self.experts.gate_up_proj[expert]
-        for start in range(pairs.start, pairs.stop, PAIRS_AT_ONCE):
-            some = slice(start, min(start + PAIRS_AT_ONCE, pairs.stop))
-            tokens = self.pairs.tokens[some]
-            neurons = self.experts._apply_gate(F.linear(self.hidden_states[tokens].to(weight), weight)).float()
-            yield tokens, neurons * self.pairs.gates[some, None].to(neurons)
+        for tokens, gates in zip(self.tokens.split(size), self.gates.split(size), strict=True):
+            neurons = self.neurons(self.hidden_states[tokens]).float()
+            yield tokens, neurons * gates[:, None].to(neurons)
 
 
-def refit(inputs: ExpertInputs, matrices: Tensor, residual: Tensor, *, ridge: float, sweeps: int) -> Iterator[float]:
-    """Change `matrices` [experts, hidden, neurons] so that the experts together explain more of a target.
+def refit(
+    networks: Sequence[Network], matrices: Sequence[Tensor], residual: Tensor, *, ridge: float, sweeps: int
+) -> Iterator[float]:
+    """Change `matrices`, [hidden, neurons] of each network, so that together they explain more of a target.
 
     Yields |residual|^2 before the first sweep and after each: it has to be read to its end.
 
-    `residual` [tokens, hidden] float32 is what the matrices leave of the target; both are changed in place and stay
-    consistent, with the matrices as rounded to their dtype. Experts without a token stay as they are.
+    `residual` [tokens, hidden] float32 comes as the target, and is from the first yield on what the matrices leave of it.
+    Both are changed in place and stay consistent, with the matrices as rounded to their dtype. Networks without a token stay
+    as they are.
 
-    Minimises |target - sum_e F_e W_e'|^2 + penalty sum_e |W_e - W_e(start)|^2 by block coordinate descent: expert after
-    expert is solved exactly against what the others leave. No sweep raises the sum, and there is never more than one system of
-    neurons x neurons, in float64. The penalty is `ridge` times the mean, over all neurons, of a neuron's sum of squares:
-    one number for all experts, so that one with few tokens stays nearer to where it was.
+    Minimises |target - sum_e F_e W_e'|^2 + penalty sum_e |W_e - W_e(start)|^2 by block coordinate descent: network after
+    network is solved exactly against what the others leave. No sweep raises the sum, and there is never more than one
+    system of neurons x neurons, in float64. The penalty is `ridge` times the mean, over all neurons, of a neuron's sum of
+    squares: one number for all networks, so that one with few tokens stays nearer to where it was.
     """
-    penalty = ridge * _mean_sum_of_squares(inputs)
+    asked = [(network, matrix) for network, matrix in zip(networks, matrices, strict=True) if len(network.tokens)]
+    squares, neurons = 0.0, 0
+    for network, matrix in asked:
+        for tokens, features in network.parts(_at_once(max(matrix.shape))):
+            squares += float(features.double().square().sum())
+            _subtract(tokens, features, matrix, residual)
+        neurons += matrix.shape[1]
     yield squared_norm(residual)
-    start = matrices.clone()
+    penalty = ridge * squares / max(neurons, 1)
+    start = [matrix.clone() for _, matrix in asked]
     for _ in range(sweeps):
-        for expert, pairs in inputs.pairs.by_expert() if penalty > 0 else ():
-            _refit_one(inputs, expert, pairs, matrices[expert], start[expert], residual, penalty)
+        for (network, matrix), origin in zip(asked, start, strict=True) if penalty > 0 else ():
+            _refit_one(network, matrix, origin, residual, penalty)
         yield squared_norm(residual)
-
-
-def subtract_outputs(inputs: ExpertInputs, matrices: Tensor, target: Tensor) -> None:
-    """Turn `target` [tokens, hidden] into what the experts' outputs with these matrices leave of it, in place."""
-    for expert, pairs in inputs.pairs.by_expert():
-        _subtract(inputs, expert, pairs, matrices[expert].float(), target)
 
 
 def squared_norm(rows: Tensor) -> float:
     """The sum of all squares of [tokens, hidden], in float64."""
-    return float(sum(part.double().square().sum() for part in rows.split(PAIRS_AT_ONCE)))
+    return float(sum(part.double().square().sum() for part in rows.split(_at_once(rows.shape[1]))))
 
 
-def _refit_one(
-    inputs: ExpertInputs, expert: int, pairs: slice, matrix: Tensor, start: Tensor, residual: Tensor, penalty: float
-) -> None:
+def _refit_one(network: Network, matrix: Tensor, start: Tensor, residual: Tensor, penalty: float) -> None:
     """The best `matrix` [hidden, neurons] where all others stay as they are; it and `residual` change in place."""
     sums = RidgeSums()
-    for tokens, features in inputs.of_expert(expert, pairs):
+    for tokens, features in network.parts(_at_once(max(matrix.shape))):
         sums.add(features, residual[tokens].to(features))
-    change = sums.solve((matrix.double() - start.double()), penalty)
+    change = sums.solve(matrix.double() - start.double(), penalty)
     refitted = (start.double() + change.to(start.device)).to(matrix.dtype)
-    _subtract(inputs, expert, pairs, refitted.float() - matrix.float(), residual)
+    step = refitted.float() - matrix.float()
+    for tokens, features in network.parts(_at_once(max(matrix.shape))):
+        _subtract(tokens, features, step, residual)
     matrix.copy_(refitted)
 
 
-def _subtract(inputs: ExpertInputs, expert: int, pairs: slice, matrix: Tensor, rows: Tensor) -> None:
-    for tokens, features in inputs.of_expert(expert, pairs):
-        rows.index_add_(0, tokens, (features @ matrix.to(features).T).to(rows.device), alpha=-1)
+def _subtract(tokens: Tensor, features: Tensor, matrix: Tensor, rows: Tensor) -> None:
+    """What the matrix [hidden, neurons] makes of some tokens' features, from these tokens' rows."""
+    rows.index_add_(0, tokens, (features @ matrix.to(features).T).to(rows.device), alpha=-1)
 
 
-def _mean_sum_of_squares(inputs: ExpertInputs) -> float:
-    """Of the gated neurons of all experts that have tokens."""
-    total, neurons = 0.0, 0
-    for expert, pairs in inputs.pairs.by_expert():
-        for _, features in inputs.of_expert(expert, pairs):
-            total += float(features.double().square().sum())
-        neurons += features.shape[1]
-    return total / max(neurons, 1)
+def _at_once(numbers: int) -> int:
+    """Tokens in a part, of so many numbers each."""
+    return max(1, NUMBERS_AT_ONCE // numbers)

@@ -1,9 +1,11 @@
-"""The stage `repair`: a freshly pruned checkpoint, its teacher and tokens in, the same checkpoint with refitted experts out."""
+"""The stage `repair`: a freshly pruned checkpoint, its teacher and tokens in, the same checkpoint with refitted matrices out."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,7 +22,6 @@ from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.planning.plan import Plan
 from slimqwen.progress import say
 from slimqwen.repair.layers import RIDGE, SWEEPS, LayerByLayer
-from slimqwen.repair.outputs import is_output_matrix
 from slimqwen.repair.projection import Projection
 from slimqwen.repair.stream import Stream
 
@@ -41,11 +42,11 @@ def repair(
     dtype: str = "auto",
     title: str = "repair",
 ) -> Path:
-    """Refit the output matrices of `student`'s routed experts, MTP's too; returns `out`, with the same layout and dtypes.
+    """Refit the output matrices of `student`'s experts (routed, shared) and dense MLPs, MTP's too; returns `out`.
 
     Layer after layer, on the student's own stream, they are solved for in closed form (ridge regression, float64) so that the
-    stream is where the teacher's is after the same layer. Nothing else changes. Only one layer's weights are needed
-    at a time; the text's hidden states lie in files. Interrupted, it continues with the layer under way.
+    stream is where the teacher's is after the same layer. Nothing else changes, layout and dtypes neither. Only one layer's
+    weights are needed at a time; the text's hidden states lie in files. Interrupted, it continues with the layer under way.
 
     Args:
         student: what `prune` made of `teacher` by `plan`, not trained since.
@@ -124,25 +125,23 @@ def check_belong_together(student: Checkpoint, teacher: Checkpoint, plan: Plan) 
         raise UserError("the plan changes the order of the layers, and repair follows the teacher's: keep the order.")
     if not student.family.moe_blocks(student.config):
         raise UserError(
-            f"{student.folder} has no layer with experts, and repair refits nothing else: leave this stage out."
+            f"{student.folder} has no layer with routed experts left, and slimqwen compresses mixtures of experts: keep one."
         )
 
 
-def write_refitted(student: Checkpoint, refitted: Mapping[str, Path], folder: Path) -> None:
-    """The student with some of its matrices replaced, into an existing (temporary) folder.
+def write_refitted(student: Checkpoint, refitted: Iterable[Path], folder: Path) -> None:
+    """The student with some of its tensors replaced, into an existing (temporary) folder.
 
-    refitted: block name -> the file that holds its matrices under that name, [experts, hidden, neurons].
+    refitted: the files that hold these, under their own names.
     """
     planned = [TensorInfo(name, student.dtype(name), spec.shape) for name, spec in student.specs.items()]
-    with CheckpointWriter(folder, planned) as writer:
+    with CheckpointWriter(folder, planned) as writer, ExitStack() as stack:
+        replaced: dict[str, Any] = {}
+        for path in refitted:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            replaced |= dict.fromkeys(file.keys(), file)
         for name, dtype, _ in writer.missing():
-            spec = student.specs[name]
-            if is_output_matrix(student.family, spec):
-                with safe_open(refitted[spec.block.name], framework="pt") as file:
-                    stacked = file.get_slice(spec.block.name)
-                    tensor = stacked[:] if spec.expert is None else stacked[spec.expert]
-            else:
-                tensor = student.read(name)
+            tensor = replaced[name].get_tensor(name) if name in replaced else student.read(name)
             writer.add(name, tensor.to(dtype))
         writer.finish(student.family.to_disk(student.config))
 
@@ -152,8 +151,9 @@ def _announce(folder: Path, student: Checkpoint, teacher: Checkpoint, tokens: in
     hidden = 3 * student.config["hidden_size"] + 2 * teacher.config["hidden_size"]  # before and after a layer; asked
     needed = 4 * tokens * hidden + 2 * student.bytes()  # the refitted matrices, and the result
     free = shutil.disk_usage(folder).free
+    layers = sum(block.recall is not None for block in student.family.blocks(student.config))
     say(
-        f"{title}: {len(student.family.moe_blocks(student.config))} blocks of experts on {tokens:,} tokens; it takes "
+        f"{title}: {layers} layers on {tokens:,} tokens; it takes "
         f"{bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
     )
     if needed > free:

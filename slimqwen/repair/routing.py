@@ -1,7 +1,8 @@
-"""Experts functions for repair: the experts' own answers where weights lie on disk, and silence that tells the question."""
+"""What a layer's networks answer, from where weights lie on disk, and silence that tells what they are asked."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from slimqwen.calibration.experts import OBSERVED_EXPERTS, ExpertsObserver
 from slimqwen.calibration.stopwatch import Stopwatch
+from slimqwen.repair.questions import Questions, answering
 
 ASKED_EXPERTS = "slimqwen_asked"
 
-Listener = Callable[[Tensor, Tensor, Tensor], None]
-"""Told hidden_states [tokens, hidden], the chosen experts and their gates, both [tokens, k]."""
-
 
 def asked_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Zeros; and `self.slimqwen_listener` is told the question."""
-    listener: Any = self.slimqwen_listener
-    listener(hidden_states, top_k_index, top_k_weights)
+    """Zeros; and `self.slimqwen_questions` is told the choice."""
+    questions: Any = self.slimqwen_questions
+    questions.add_choice(top_k_index, top_k_weights)
     return torch.zeros_like(hidden_states)
 
 
@@ -28,14 +27,26 @@ ALL_EXPERTS_FUNCTIONS.register(ASKED_EXPERTS, asked_experts_forward)
 
 
 @contextmanager
-def silent_experts(experts: Any, listener: Listener) -> Iterator[None]:
-    """While open, this experts module adds nothing to the residual stream, and `listener` is told what it is asked."""
-    experts.slimqwen_listener = listener
-    try:
-        with _computed_by(ASKED_EXPERTS, experts):
-            yield
-    finally:
-        del experts.slimqwen_listener
+def silent(mlp: nn.Module, networks: Sequence[nn.Module], experts: Any | None, questions: Questions) -> Iterator[None]:
+    """While open, the module `mlp` adds nothing to the residual stream, and `questions` is told what it is asked.
+
+    networks: its dense ones; `mlp` itself where it is one. Whatever weighs a network's answer is found by what `mlp`
+    makes of a 1: each answers 1 in a channel of its own, and the experts 0.
+    """
+
+    def listen(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        questions.add(inputs[0], output[..., : len(networks)])
+        return torch.zeros_like(output)
+
+    with ExitStack() as stack:
+        for channel, network in enumerate(networks):
+            stack.enter_context(answering(network, partial(_one, channel=channel)))
+        if experts is not None:
+            experts.slimqwen_questions = questions
+            stack.callback(delattr, experts, "slimqwen_questions")
+            stack.enter_context(_computed_by(ASKED_EXPERTS, experts))
+        stack.callback(mlp.register_forward_hook(listen).remove)
+        yield
 
 
 @contextmanager
@@ -57,6 +68,12 @@ def _computed_by(function: str, experts: Any) -> Iterator[None]:
         yield
     finally:
         experts.config._experts_implementation = usual
+
+
+def _one(hidden_states: Tensor, channel: int) -> Tensor:
+    answer = torch.zeros_like(hidden_states)
+    answer[..., channel] = 1
+    return answer
 
 
 def _discard(_name: str, _value: Tensor) -> None:

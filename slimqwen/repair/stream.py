@@ -1,6 +1,6 @@
 """A model walked layer by layer, and the text's hidden states on their way through it, which lie in a file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimqwen.calibration.experts import Pairs
 from slimqwen.calibration.memory import Allotment
 from slimqwen.calibration.step import Step, embeddings, steps_of
 from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.families.family import Block
+from slimqwen.families.family import Block, TensorSpec
 from slimqwen.progress import Progress
-from slimqwen.repair.refit import ExpertInputs
-from slimqwen.repair.routing import experts_on_disk, silent_experts
+from slimqwen.repair.questions import Questions
+from slimqwen.repair.refit import Network
+from slimqwen.repair.routing import experts_on_disk, silent
 
 
 def file_backed(path: Path, *shape: int) -> Tensor:
@@ -65,24 +65,27 @@ class Stream:
                 hidden[rows] = result.cpu().float()
                 progress.advance(hidden[rows, :, 0].numel())
 
-    def ask_experts(self, step: Step, block: Block, hidden: Tensor, asked: Path, progress: Progress) -> ExpertInputs:
-        """Through a layer whose routed experts say nothing, in place; returns what they were asked, kept in the file `asked`."""
-        questions = self.open(asked).flatten(0, 1)
-        chosen: list[Tensor] = []
-        gates: list[Tensor] = []
+    def ask(
+        self, step: Step, outputs: Sequence[TensorSpec], hidden: Tensor, asked: Path, progress: Progress
+    ) -> list[Network]:
+        """Through a layer whose networks say nothing, in place; returns these, in the order of their output matrices.
 
-        def listen(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-            first = sum(map(len, chosen))
-            questions[first : first + len(hidden_states)] = hidden_states.cpu().float()
-            chosen.append(top_k_index.cpu())
-            gates.append(top_k_weights.cpu().float())
-
-        experts = self._experts(block)
-        with silent_experts(experts, listen):
+        What they are asked is kept in the file `asked`. They read the step's weights, which must be there.
+        """
+        dense = [spec.name for spec in outputs if spec.part != "routed_experts"]
+        networks = [self.model.module_of(name.removesuffix(".weight")) for name in dense]
+        block = moe_block(step)
+        experts = None if block is None else self._experts(block)
+        questions = Questions(self.open(asked).flatten(0, 1))
+        with silent(networks[0] if step.moe is None else step.moe, networks, experts, questions):
             for rows in self.passes():
                 hidden[rows] = step.run(self._ready(hidden[rows]), self.tokens[rows]).cpu().float()
                 progress.advance(hidden[rows, :, 0].numel())
-        return ExpertInputs(experts, questions, Pairs.of(torch.cat(chosen), torch.cat(gates), experts.num_experts))
+        result = [
+            questions.to_dense(number, network, self.model.module_of(name))
+            for number, (network, name) in enumerate(zip(networks, dense, strict=True))
+        ]
+        return result if experts is None else result + questions.to_experts(experts)
 
     def normed(self, step: Step, hidden: Tensor) -> None:
         """Through the norm that follows a layer, in place, if there is one."""
