@@ -31,7 +31,7 @@ from slimqwen.rotation.residual import Residual
 
 TOKENS = tiny_tokens(rows=2, columns=13)
 HIDDEN, KEPT = 32, 24
-COMPENSATED = PruningRecipe(width="rotation", compensate=True)
+COMPENSATED = PruningRecipe(width="rotation", compensate=True, repair=False)
 REPAIRED = PruningRecipe(width="rotation", compensate=True, repair=True)
 # OLMoE's heads span its hidden size: it does not get narrower without losing heads.
 CUTTABLE = [name for name in FAMILIES if name != "olmoe"]
@@ -188,7 +188,7 @@ def test_what_carries_nothing_goes_without_a_trace(tmp_path: Path, model_type: s
     statistics = measured(source, tmp_path / "s", texts[1])
     expected = logits(source)
     errors = {}
-    for name, pruning in (("bare", PruningRecipe(width="rotation")), ("full", COMPENSATED), ("repaired", REPAIRED)):
+    for name, pruning in (("bare", PruningRecipe(width="rotation", compensate=False, repair=False)), ("full", COMPENSATED), ("repaired", REPAIRED)):
         file = tmp_path / f"{name}.json"
         made = plan(source, file, statistics=statistics, target=Target(hidden_size=KEPT), pruning=pruning)
         assert made.kept["hidden"] == list(range(KEPT)) and sum(made.scores.hidden[KEPT:]) < 1e-6
@@ -206,7 +206,7 @@ def test_compensation_alone_is_exact_where_dropped_channels_are_empty(tmp_path: 
     errors = {}
     for compensate in (False, True):
         file = tmp_path / f"{compensate}.json"
-        pruning = PruningRecipe(compensate=compensate)
+        pruning = PruningRecipe(width="norm_activation", compensate=compensate)
         made = plan(source, file, statistics=statistics, target=Target(hidden_size=KEPT), pruning=pruning)
         assert made.kept["hidden"] == list(range(8, HIDDEN)) and made.basis is None
         errors[compensate] = difference(logits(prune(source, tmp_path / str(compensate), plan=file)), logits(source))
@@ -334,12 +334,12 @@ def test_what_a_rotation_needs(tmp_path: Path, texts: tuple[Path, Path]) -> None
     target = Target(hidden_size=KEPT)
     source = write_tiny_checkpoint(tmp_path / "source", tokenizer=texts[0])
     bare = measured(source, tmp_path / "s", texts[1], second_moments=False)
-    with pytest.raises(UserError, match="--second-moments"):
+    with pytest.raises(UserError, match="hold no second moments"):
         plan(source, tmp_path / "plan.json", statistics=bare, target=target, pruning=COMPENSATED)
     tied = write_tiny_checkpoint(tmp_path / "tied", tokenizer=texts[0], tie_word_embeddings=True)
     full = measured(tied, tmp_path / "full", texts[1])
     with pytest.raises(UserError, match="tied to the embedding"):
         plan(tied, tmp_path / "plan.json", statistics=full, target=target, pruning=COMPENSATED)
     with pytest.raises(ValueError, match="set width: rotation too"):
-        PruningRecipe(repair=True)
+        PruningRecipe(width="norm_activation", repair=True)
     assert not (tmp_path / "plan.json").exists()
