@@ -196,7 +196,8 @@ def test_killed_and_called_again(checkpoint: Path, texts: Texts, tmp_path: Path)
     options = ["--samples", str(SAMPLES), "--batch-size", str(BATCH_SIZE), "--sequence-length", str(SEQUENCE_LENGTH)]
     for name, folder in texts.sources.items():
         options += ["--tokens", f"{name}={folder}"]
-    command = ["calibrate", str(checkpoint), "--out", str(out), "--streaming", "--no-second-moments", *options]
+    options += ["--streaming", "--no-second-moments", "--device", "cpu"]
+    command = ["calibrate", str(checkpoint), "--out", str(out), *options]
     killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists() and len(list(tmp_path.iterdir())) == 1
