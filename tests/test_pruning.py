@@ -212,7 +212,9 @@ def cut_by_plan(source: Path, out: Path, compression: Any) -> Plan:
         out / "plan.json",
         statistics=measured(source),
         target=TARGET,
-        pruning=PruningRecipe(method="slimqwen-paper", depth="block_influence", experts=ExpertRecipe(compression=compression)),
+        pruning=PruningRecipe(
+            method="slimqwen-paper", depth="block_influence", experts=ExpertRecipe(compression=compression)
+        ),
     )
     prune(source, out / "pruned", plan=chosen)
     return chosen

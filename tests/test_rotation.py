@@ -188,7 +188,11 @@ def test_what_carries_nothing_goes_without_a_trace(tmp_path: Path, model_type: s
     statistics = measured(source, tmp_path / "s", texts[1])
     expected = logits(source)
     errors = {}
-    for name, pruning in (("bare", PruningRecipe(width="rotation", compensate=False, repair=False)), ("full", COMPENSATED), ("repaired", REPAIRED)):
+    for name, pruning in (
+        ("bare", PruningRecipe(width="rotation", compensate=False, repair=False)),
+        ("full", COMPENSATED),
+        ("repaired", REPAIRED),
+    ):
         file = tmp_path / f"{name}.json"
         made = plan(source, file, statistics=statistics, target=Target(hidden_size=KEPT), pruning=pruning)
         assert made.kept["hidden"] == list(range(KEPT)) and sum(made.scores.hidden[KEPT:]) < 1e-6

@@ -17,7 +17,9 @@ from slimqwen.planning.stability import compare, jaccard, stability_text
 from slimqwen.recipe import ExpertRecipe, PruningRecipe, Target
 
 TARGET = Target(num_hidden_layers=3, hidden_size=24, num_experts=4)
-FREQUENCY = PruningRecipe(method="slimqwen-paper", depth="block_influence", experts=ExpertRecipe(importance="frequency", compression="prune"))
+FREQUENCY = PruningRecipe(
+    method="slimqwen-paper", depth="block_influence", experts=ExpertRecipe(importance="frequency", compression="prune")
+)
 TOKENS = 100
 
 
