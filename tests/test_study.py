@@ -110,6 +110,13 @@ def test_drafts_are_measured_by_real_decoding(recipe: Recipe, tmp_path: Path) ->
         assert "draft_0" not in run.one_shot
 
 
+def test_moments_are_not_carried_in_a_study(recipe: Recipe, tmp_path: Path) -> None:
+    published = changed(recipe, {"distil.optimizer_state": "carry", "run_dir": str(tmp_path / "runs")})
+    with pytest.raises(UserError, match="starts the optimiser anew"):
+        study("schedules", published, tmp_path, seeds=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_study_from_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = study("init", recipe, tmp_path / "init", seeds=2)
     assert Study.load(tmp_path / "init" / "results.json") == result

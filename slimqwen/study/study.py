@@ -43,6 +43,8 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         raise UserError(f"there is no study '{name}'{did_you_mean(name, STUDIES)}: choose one of {', '.join(STUDIES)}.")
     if recipe.target is None or recipe.init != "pruned":
         raise UserError("a study varies a recipe with a `target` and `init: pruned`: give these and no `stages`.")
+    if recipe.distil.optimizer_state == "carry":
+        raise UserError("a study starts the optimiser anew at each stage: set distil.optimizer_state: reset.")
     if STUDIES[name].drafts and recipe.evaluation.acceptance_depth < DRAFTS:
         raise UserError(
             f"the study '{name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."

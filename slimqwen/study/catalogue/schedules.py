@@ -55,11 +55,6 @@ SCHEDULES = Definition(
             "depth first, 30 % of the tokens in the first stage",
             {"schedule": "depth_first", "first_stage_token_fraction": 0.3},
         ),
-        Variation(
-            "depth_first_carried",
-            "depth first, optimiser state carried along",
-            {"schedule": "depth_first", "distil.optimizer_state": "carry"},
-        ),
     ],
     [
         Finding(
@@ -73,14 +68,6 @@ SCHEDULES = Definition(
             ("width_first", "Width first"),
             ("depth_first", "Depth first"),
             ("three_depth_first", "Depth first in three stages"),
-        )
-    ]
-    + [
-        Finding(
-            "carrying_helps",
-            "Carrying the optimiser state over a stage beats starting it anew",
-            "held-out loss saved, nats per token",
-            lower(LOSS, "depth_first_carried", "depth_first"),
         )
     ],
 )
