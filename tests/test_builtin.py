@@ -45,9 +45,8 @@ def test_the_demo_recipe_cuts_to_a_third_on_all_three_axes() -> None:
     assert shares == {"num_hidden_layers": 0.75, "hidden_size": 0.75, "num_experts": 0.5}
     assert small["num_experts_per_tok"] < teacher.config["num_experts_per_tok"]
     assert recipe.schedule == "depth_first" and recipe.pruning.method == "slimqwen"
-    assert {"paper", "paper_pruned"} <= set(recipe.baselines), "the table shows the published method beside ours"
     assert recipe.pruning.as_published().experts.compression == "partial"
-    assert recipe.baselines == ["pruned", "random_init"]
+    assert recipe.baselines == ["pruned", "paper_pruned", "paper", "random_init"]
 
 
 def test_the_demo_holds_out_what_the_teacher_never_saw() -> None:
