@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import assert_one_sentence, slimqwen
 from tiny import tiny_config, write_tiny_checkpoint, write_tiny_tokens
 
+from slimqwen import work
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.data.store import load_manifest
 from slimqwen.evaluation.evaluate import evaluate
@@ -32,7 +33,6 @@ from slimqwen.search.gauge import Gauge
 from slimqwen.search.result import SearchResult, tables
 from slimqwen.search.search import search
 from slimqwen.search.sensitivity import Axes, Curve, agreeing_pairs, predicted, spread
-from slimqwen.study.workshop import Workshop
 
 SEQUENCE_LENGTH = 16
 MEASURED_TOKENS = 128
@@ -199,18 +199,17 @@ def test_nothing_is_measured_twice(
 ) -> None:
     _, uninterrupted = found
     cut: list[Target] = []
-    original = Workshop.pruned
+    original = work.cut
 
-    def pruned(
-        workshop: Workshop, recipe: Recipe, checkpoint: Path, statistics: Path, tokens: Path, target: Target
-    ) -> Path:
+    def cut_unless_interrupted(*arguments: Any) -> tuple[Path, Path]:
+        target = arguments[4]
         if len(cut) == 3 and target not in cut:
             cut.append(target)
             raise KeyboardInterrupt
         cut.append(target)
-        return original(workshop, recipe, checkpoint, statistics, tokens, target)
+        return original(*arguments)
 
-    monkeypatch.setattr(Workshop, "pruned", pruned)
+    monkeypatch.setattr(work, "cut", cut_unless_interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_search(world, tmp_path)
     assert not (tmp_path / "search.json").exists()
@@ -222,7 +221,7 @@ def test_nothing_is_measured_twice(
     assert run_search(world, tmp_path) == uninterrupted and len(cut) == made
     assert run_search(world, tmp_path, shapes=3).sensitivities == uninterrupted.sensitivities
     assert len(cut) <= made + 1, "another search shares what it can"
-    assert not list((tmp_path / "pruned").iterdir()), "checkpoints do not pile up"
+    assert not list(tmp_path.rglob("model*.safetensors")), "checkpoints do not pile up"
 
 
 def test_a_refitted_model_is_what_is_measured(world: World, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 from test_pipeline import tiny_recipe
 
+from slimqwen.artifacts import fingerprint
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.families.count import count
+from slimqwen.pipeline import run
 from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import stages_of
-from slimqwen.recipe import Recipe
+from slimqwen.recipe import PruningRecipe, Recipe
 from slimqwen.study.catalogue import STUDIES
 from slimqwen.study.catalogue.init import tokens_to_reach
 from slimqwen.study.result import CurvePoint, Run, Study
@@ -20,6 +22,7 @@ from slimqwen.study.scales import load_scale
 from slimqwen.study.study import study
 from slimqwen.study.variation import changed
 from slimqwen.study.verdict import Finding, interval, judged, lower
+from slimqwen.study.workshop import Workshop
 
 
 def a_run(arm: str, seed: int, loss: float, **changes: Any) -> Run:
@@ -104,16 +107,35 @@ def test_drafts_are_measured_by_real_decoding(recipe: Recipe, tmp_path: Path) ->
         study("mtp", recipe, tmp_path, seeds=1)
     deeper = changed(recipe, {"evaluation.acceptance_depth": 4, "run_dir": str(tmp_path / "runs")})
     result = study("mtp", deeper, tmp_path / "mtp", seeds=1)
-    for run in result.runs:
-        assert run.metrics is not None and run.one_shot is not None
-        assert 1.0 <= run.metrics["tokens_per_verification"] <= 5.0 and "draft_0" in run.metrics
-        assert "draft_0" not in run.one_shot
+    for arm in result.runs:
+        assert arm.metrics is not None and arm.one_shot is not None
+        assert 1.0 <= arm.metrics["tokens_per_verification"] <= 5.0 and "draft_0" in arm.metrics
+        assert "draft_0" not in arm.one_shot
 
 
-def test_moments_are_not_carried_in_a_study(recipe: Recipe, tmp_path: Path) -> None:
-    published = changed(recipe, {"distil.optimizer_state": "carry", "run_dir": str(tmp_path / "runs")})
-    with pytest.raises(UserError, match="starts the optimiser anew"):
-        study("schedules", published, tmp_path, seeds=1)
+@pytest.mark.parametrize(("optimizer_state", "teacher"), [("reset", "live"), ("carry", "live"), ("carry", "cache")])
+def test_a_study_trains_what_a_run_trains(recipe: Recipe, tmp_path: Path, optimizer_state: str, teacher: str) -> None:
+    """Two stages, bit for bit: with moments carried over the second cut and without, by either kind of teacher."""
+    published = recipe.model_copy(
+        update={
+            "run_dir": tmp_path / "run",
+            "schedule": "depth_first",
+            "pruning": PruningRecipe(method="slimqwen-paper"),
+            "distil": recipe.distil.model_copy(update={"optimizer_state": optimizer_state, "teacher": teacher}),
+        }
+    )
+    made = Workshop(tmp_path / "study", "slimqwen study").build(published, trains=True)
+    assert made.trained is not None
+    assert fingerprint(made.trained) == fingerprint(run(published) / "stage-2" / "distilled")
+    states = [state for state in (tmp_path / "study").rglob(".distilled.state") if any(state.glob("step-*"))]
+    assert len(states) == (optimizer_state == "carry")  # of the first stage: another cut of it may need them
+    assert Workshop(tmp_path / "study", "slimqwen study").build(published, trains=True) == made
+
+
+def test_moments_are_not_carried_over_a_rotation(recipe: Recipe, tmp_path: Path) -> None:
+    rotated = recipe.model_copy(update={"run_dir": tmp_path / "runs"})
+    with pytest.raises(UserError, match="the arm 'depth_first_carried': moments cannot follow a rotation"):
+        study("schedules", rotated, tmp_path, seeds=1)
     assert not list(tmp_path.iterdir())
 
 

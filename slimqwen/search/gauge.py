@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slimqwen import work
 from slimqwen.artifacts import fingerprint, write_json
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.config import read_json
@@ -19,6 +20,7 @@ from slimqwen.planning.shapes import completed, shape_of
 from slimqwen.progress import duration, say
 from slimqwen.recipe import Recipe, Target
 from slimqwen.study.workshop import Workshop
+from slimqwen.work import Work
 
 RESULT = "kl.json"
 
@@ -52,8 +54,8 @@ class Gauge:
         if full == shape_of(self._source.family, self._source.config):
             return 0.0
         inputs = self._made_from | {"target": full.model_dump()}
-        measured = self._workshop.made("measured", inputs, lambda folder: self._measure(full, folder / RESULT))
-        kl = float(read_json(measured / RESULT)["kl_to_teacher"])
+        measured = self._workshop.made(RESULT, Work(inputs, lambda out, title: self._measure(full, out)))
+        kl = float(read_json(measured)["kl_to_teacher"])
         self._done += 1
         self._say(target, kl)
         return kl
@@ -64,14 +66,22 @@ class Gauge:
         say(f"search {self._done}/{self._expected}: {in_words(target)}: KL {kl:.4f}{about}")
 
     def _measure(self, target: Target, out: Path) -> None:
-        cut = self._workshop.pruned(self._recipe, self._source.folder, self._statistics, self._tokens, target)
+        scratch = self._workshop.folder / "cut"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a search that was killed
+
+        def made(name: str, step: Work) -> Path:
+            step.make(scratch / name, name)
+            return scratch / name
+
+        recipe, source = self._recipe, self._source.folder
+        cut, _ = work.cut(recipe, source, self._statistics, self._tokens, target, recipe.pruning, made)
         kl = compare(self._recording(cut, "cut model"), self._teacher)["kd"]
         if not math.isfinite(kl):
             raise StageFailed(
                 f"the model cut to {in_words(target)} has no finite KL to the teacher: pin sizes nearer the source's."
             )
         write_json(out, {"target": target.model_dump(exclude_none=True), "kl_to_teacher": kl})
-        shutil.rmtree(cut.parent)
+        shutil.rmtree(scratch)
         self._measured_now += 1
 
     @cached_property

@@ -18,6 +18,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.store import load_manifest
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.evaluation.result import ModelEvaluation
+from slimqwen.preflight import check
 from slimqwen.progress import duration, say
 from slimqwen.recipe import Recipe
 from slimqwen.study.catalogue import STUDIES
@@ -37,14 +38,13 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
     Artefacts lie in the recipe's run_dir, which studies share: what another study or an interrupted one has made is not
     made again. Seeds are recipe.seed, recipe.seed + 1, ..: of the calibration text, the data order and random weights.
 
-    Raises UserError for an unknown study, or a recipe that has no target to vary.
+    Raises UserError, before anything is written, for an unknown study, a recipe that has no target to vary, and an arm that
+    could not be run.
     """
     if name not in STUDIES:
         raise UserError(f"there is no study '{name}'{did_you_mean(name, STUDIES)}: choose one of {', '.join(STUDIES)}.")
     if recipe.target is None or recipe.init != "pruned":
         raise UserError("a study varies a recipe with a `target` and `init: pruned`: give these and no `stages`.")
-    if recipe.distil.optimizer_state == "carry":
-        raise UserError("a study starts the optimiser anew at each stage: set distil.optimizer_state: reset.")
     if STUDIES[name].drafts and recipe.evaluation.acceptance_depth < DRAFTS:
         raise UserError(
             f"the study '{name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."
@@ -57,6 +57,11 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         for seed in all_seeds
         for arm in definition.arms
     ]
+    for arm, varied in plans[: len(definition.arms)]:  # which the other seeds repeat
+        try:
+            check(varied, teacher)
+        except UserError as error:
+            raise UserError(f"the arm '{arm.name}': {error}") from error
     workshop = Workshop(recipe.run_dir, command)
     workshop.steps.begin(recipe)
     made = []

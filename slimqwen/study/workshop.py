@@ -4,37 +4,26 @@ Two variations of a recipe that begin alike (the same statistics, the same first
 a study and between studies; an interrupted study continues where it was.
 """
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_json, write_text
+from slimqwen import work
+from slimqwen.artifacts import fingerprint, fingerprint_value, write_json, write_text
 from slimqwen.builtin import checkpoint_folder
-from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.identity import text_identity
-from slimqwen.data.tokenize import tokenize
-from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil
-from slimqwen.distillation.pretrain import write_initial
+from slimqwen.distillation.distil import remove_state
 from slimqwen.evaluation.acceptance import heldout_prompts
-from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import load
-from slimqwen.planning.plan import plan
-from slimqwen.planning.shapes import target_config
-from slimqwen.preflight import Stage, stages_of
-from slimqwen.pruning.prune import prune
-from slimqwen.recipe import Recipe, Target
-from slimqwen.repair.repair import repair
+from slimqwen.preflight import stages_of
+from slimqwen.recipe import Recipe
 from slimqwen.steps import Steps
-
-STATISTICS, PLAN, CHECKPOINT, METRICS = "statistics.safetensors", "plan.json", "checkpoint", "metrics.jsonl"
-DRAFTS = "drafts.json"
+from slimqwen.work import Work
 
 
 @dataclass(frozen=True)
@@ -51,207 +40,95 @@ class Made:
 
 
 class Workshop:
-    """A folder of artefacts, `KIND/HASH/`; `HASH` is that of everything the artefact is made from."""
+    """A folder of artefacts, `KIND/HASH/NAME`; `HASH` is that of everything the artefact is made from."""
 
     def __init__(self, folder: Path, command: str) -> None:
         self.folder = folder
         self.steps = Steps(folder, command)
 
-    def made(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
-        """The folder `kind`/HASH, filled by `make` unless it is there."""
-        name = f"{kind}/{fingerprint_value(inputs)[:16]}"
-        out = self.folder / name
-
-        def fill() -> None:
-            with atomic_folder(out) as folder:
-                make(folder)
-
-        return self.steps.step(name, out, inputs, fill)
+    def made(self, name: str, step: Work, **details: Any) -> Path:
+        """The artefact `name`, made unless it is there. details: what the hash is of, besides."""
+        made_from = {**step.made_from, **details}
+        kind = Path(name).stem
+        place = f"{kind}/{fingerprint_value(made_from)[:16]}"
+        out = self.folder / place / name
+        return self.steps.step(place, out, made_from, lambda: step.make(out, kind))
 
     def build(self, recipe: Recipe, *, trains: bool) -> Made:
         """All the stages of a recipe; `trains` False stops before the training of the first."""
         teacher = checkpoint_folder(recipe.teacher)
         source = Checkpoint(teacher)
         stages = stages_of(recipe, source)
+        carries = recipe.distil.optimizer_state == "carry"
         tokens = self.tokens(recipe)
+        cache = None
+        if trains and recipe.distil.is_taught and recipe.distil.teacher == "cache":
+            step = work.teacher_cached(recipe, teacher, tokens, stages[-1].span.total_steps)
+            cache = self.made("teacher_cache", step)
         checkpoint, metrics, start = teacher, [], None
         for stage in stages:
+            moments = None
             if recipe.init == "random":
-                checkpoint = self.initial(recipe, source, stage.target)
+                student = self.made("initial", work.initialised(recipe, source, stage.target))
             else:
                 statistics = self.statistics(recipe, checkpoint, tokens)
-                checkpoint = self.pruned(recipe, checkpoint, statistics, tokens, stage.target)
+                student, plan_file = work.cut(
+                    recipe, checkpoint, statistics, tokens, stage.target, recipe.pruning, self.made
+                )
+                if carries and stage.number > 1:
+                    moments = work.carried(checkpoint, plan_file)
             if len(stages) == 1:
-                start = checkpoint
+                start = student
             if not trains:
                 return Made(start, None, [])
-            trained = self.distilled(recipe, checkpoint, teacher, tokens, stage)
-            checkpoint = trained / CHECKPOINT
-            metrics.append(trained / METRICS)
+            step = work.distilled(
+                recipe,
+                recipe.distil,
+                student,
+                teacher=teacher,
+                tokens=tokens,
+                stage=stage,
+                teacher_cache=cache,
+                carried=moments,
+                find=lambda carried: self.made("moments", carried),
+            )
+            checkpoint = self.trained(step, keep_state=carries and stage is not stages[-1])
+            metrics.append(checkpoint.parent / "metrics.jsonl")
         return Made(start, checkpoint, metrics)
 
     def tokens(self, recipe: Recipe) -> Path:
-        data, teacher = recipe.data, checkpoint_folder(recipe.teacher)
-
-        def make(folder: Path) -> None:
-            tokenize(
-                data.sources,
-                teacher,
-                folder / "text",
-                heldout_sources=data.heldout_sources,
-                heldout_fraction=data.heldout_fraction,
-                workers=data.workers,
-            )
-
-        return self.made("tokens", text_identity(data, teacher), make) / "text"
+        return self.made("tokens", work.tokenized(recipe))
 
     def statistics(self, recipe: Recipe, checkpoint: Path, tokens: Path) -> Path:
-        settings, second_moments = recipe.calibration, recipe.pruning.width == "rotation"
-        inputs = {
-            "checkpoint": fingerprint(checkpoint),
-            "tokens": [fingerprint(folder) for folder in settings.sources.values() or [tokens]],
-            "calibration": settings.model_dump(mode="json", exclude={"batch_size", "streaming", "memory_budget_bytes"}),
-            "sequence_length": recipe.data.sequence_length,
-            "seed": recipe.seed,
-            "dtype": recipe.dtype,
-            "second_moments": second_moments,
-        }
+        return self.made("statistics.safetensors", work.calibrated(recipe, checkpoint, tokens, recipe.pruning))
 
-        def make(folder: Path) -> None:
-            calibrate(
-                checkpoint,
-                folder / STATISTICS,
-                tokens=tokens,
-                recipe=settings,
-                sequence_length=recipe.data.sequence_length,
-                seed=recipe.seed,
-                device=recipe.device,
-                dtype=recipe.dtype,
-                second_moments=second_moments,
-            )
-
-        return self.made("statistics", inputs, make) / STATISTICS
-
-    def pruned(self, recipe: Recipe, checkpoint: Path, statistics: Path, tokens: Path, target: Target) -> Path:
-        """Cut by a plan, and repaired where the recipe says so."""
-        inputs: dict[str, Any] = {
-            "checkpoint": fingerprint(checkpoint),
-            "statistics": fingerprint(statistics),
-            "target": target.model_dump(),
-            "pruning": recipe.pruning.model_dump(),
-        }
-        if recipe.pruning.experts.refit:
-            inputs |= {"tokens": fingerprint(tokens), "samples": recipe.calibration.samples, "seed": recipe.seed}
-
-        def make(folder: Path) -> None:
-            plan(checkpoint, folder / PLAN, statistics=statistics, target=target, pruning=recipe.pruning)
-            if not recipe.pruning.experts.refit:
-                prune(checkpoint, folder / CHECKPOINT, plan=folder / PLAN)
-                return
-            prune(checkpoint, folder / "cut", plan=folder / PLAN)
-            repair(
-                folder / "cut",
-                folder / CHECKPOINT,
-                teacher=checkpoint,
-                plan=folder / PLAN,
-                tokens=tokens,
-                samples=recipe.calibration.samples,
-                batch_size=recipe.calibration.batch_size,
-                sequence_length=recipe.data.sequence_length,
-                seed=recipe.seed,
-                device=recipe.device,
-                dtype=recipe.dtype,
-            )
-
-        return self.made("pruned", inputs, make) / CHECKPOINT
-
-    def initial(self, recipe: Recipe, source: Checkpoint, target: Target) -> Path:
-        """The target's shape from random weights."""
-        config = target_config(source.family, source.config, target)
-        inputs = {"config": config, "seed": recipe.seed, "like": fingerprint(source.folder)}
-        return (
-            self.made(
-                "initial",
-                inputs,
-                lambda folder: write_initial(config, recipe.seed, folder / CHECKPOINT, companions=source.folder),
-            )
-            / CHECKPOINT
-        )
-
-    def distilled(self, recipe: Recipe, student: Path, teacher: Path, tokens: Path, stage: Stage) -> Path:
-        """The folder of a trained checkpoint and its metrics. While it trains, its state lies beside it."""
-        span = stage.span
-        inputs = {
-            "student": fingerprint(student),
-            "teacher": fingerprint(teacher),
-            "tokens": fingerprint(tokens),
-            "distil": recipe.distil.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
-            "sequence_length": recipe.data.sequence_length,
-            "documents": recipe.data.documents,
-            "span": [span.first_step, span.end_step, span.total_steps],
-            "seed": recipe.seed,
-            "dtype": recipe.dtype,
-        }
-        work = self.folder / "training" / fingerprint_value(inputs)[:16]
-
-        def make(folder: Path) -> None:
-            trained = distil(
-                student,
-                work / CHECKPOINT,
-                tokens=tokens,
-                recipe=recipe.distil,
-                sequence_length=recipe.data.sequence_length,
-                documents=recipe.data.documents,
-                teacher=teacher,
-                span=span,
-                seed=recipe.seed,
-                device=recipe.device,
-                dtype=recipe.dtype,
-                metrics=work / METRICS,
-                stage=stage.number,
-                keep_state=True,
-            )
-            write_text(folder / METRICS, (work / METRICS).read_text(encoding="utf-8"))
-            trained.rename(folder / CHECKPOINT)
-
-        made = self.made("distilled", inputs, make)
-        shutil.rmtree(work, ignore_errors=True)
-        return made
+    def trained(self, step: Work, *, keep_state: bool) -> Path:
+        """The trained checkpoint; its metrics.jsonl lies beside it and, where it is kept, its training state."""
+        # The same checkpoint with and without: but where the state was not kept, none can be had any more.
+        trained = self.made("distilled", step, keep_state=keep_state)
+        if not keep_state:
+            remove_state(trained)
+        return trained
 
     def evaluated(self, recipe: Recipe, checkpoints: Sequence[Path]) -> list[ModelEvaluation]:
         """Every checkpoint's numbers on the held-out text. The teacher is measured once for all that have none yet."""
-        teacher, tokens = checkpoint_folder(recipe.teacher), self.tokens(recipe)
-        settings = {
-            "teacher": fingerprint(teacher),
-            "tokens": fingerprint(tokens),
-            "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"batch_size"}),
-            "sequence_length": recipe.data.sequence_length,
-            "documents": recipe.data.documents,
-            "dtype": recipe.dtype,
-        }
+        folder, tokens = self.folder / "evaluation", self.tokens(recipe)
+        teacher = checkpoint_folder(recipe.teacher)
+
+        def compared(models: Mapping[str, Path]) -> Work:
+            return work.evaluated(recipe, {"teacher": teacher, **models}, tokens)
+
         results = {
-            path: self.folder
-            / "evaluation"
-            / f"{fingerprint_value({**settings, 'model': fingerprint(path)})[:16]}.json"
+            path: folder / f"{fingerprint_value(compared({'model': path}).made_from)[:16]}.json"
             for path in dict.fromkeys(checkpoints)
         }
         missing = {str(number): path for number, path in enumerate(results) if not results[path].exists()}
         if missing:
-            together = evaluate(
-                {"teacher": teacher, **missing},
-                self.folder / "evaluation" / "latest.json",
-                tokens=tokens,
-                recipe=recipe.evaluation,
-                sequence_length=recipe.data.sequence_length,
-                documents=recipe.data.documents,
-                device=recipe.device,
-                dtype=recipe.dtype,
-            )
+            compared(missing).make(folder / "latest.json", "evaluate")
+            together = Evaluation.load(folder / "latest.json")
             for name, path in missing.items():
-                write_text(
-                    results[path],
-                    together.model_copy(update={"models": {name: together.models[name]}}).model_dump_json(),
-                )
+                alone = together.model_copy(update={"models": {name: together.models[name]}})
+                write_text(results[path], alone.model_dump_json())
         return [next(iter(Evaluation.load(results[path]).models.values())) for path in checkpoints]
 
     def drafted(self, recipe: Recipe, checkpoints: Sequence[Path]) -> list[dict[str, float]]:
@@ -260,23 +137,23 @@ class Workshop:
 
     def _drafted(self, recipe: Recipe, checkpoint: Path) -> dict[str, float]:
         settings, tokens = recipe.evaluation, self.tokens(recipe)
-        inputs = {
-            "checkpoint": fingerprint(checkpoint),
-            "tokens": fingerprint(tokens),
-            "evaluation": settings.model_dump(mode="json", exclude={"batch_size", "tokens"}),
-            "dtype": recipe.dtype,
-        }
 
-        def make(folder: Path) -> None:
+        def make(out: Path, title: str) -> None:
             device = resolve_device(recipe.device)
             shares = speculative_acceptance(
                 load(checkpoint, resolve_dtype(recipe.dtype, device), device),
                 heldout_prompts(tokens, settings.acceptance_prompts, settings.acceptance_prompt_tokens).to(device),
                 draft=settings.acceptance_depth,
                 new_tokens=settings.acceptance_new_tokens,
-                title="drafts",
+                title=title,
             )
-            write_json(folder / DRAFTS, shares)
+            write_json(out, shares)
 
-        shares: dict[str, float] = read_json(self.made("drafts", inputs, make) / DRAFTS)
+        made_from = {
+            "checkpoint": fingerprint(checkpoint),
+            "tokens": fingerprint(tokens),
+            "evaluation": settings.model_dump(mode="json", exclude={"batch_size", "tokens"}),
+            "dtype": recipe.dtype,
+        }
+        shares: dict[str, float] = read_json(self.made("drafts.json", Work(made_from, make)))
         return shares

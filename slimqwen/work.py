@@ -1,0 +1,266 @@
+"""The steps of a recipe: what each is made from, and how. `run` and `study` have them in common and differ in where the
+results lie: a run names its folders by stage, a study by content.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimqwen.artifacts import fingerprint
+from slimqwen.builtin import checkpoint_folder
+from slimqwen.calibration.calibrate import calibrate
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.identity import text_identity
+from slimqwen.data.tokenize import tokenize
+from slimqwen.distillation.carry import carry
+from slimqwen.distillation.course import course_of
+from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, state_folder_of
+from slimqwen.distillation.pretrain import write_initial
+from slimqwen.evaluation.evaluate import evaluate
+from slimqwen.planning.plan import plan
+from slimqwen.planning.shapes import target_config
+from slimqwen.preflight import Stage
+from slimqwen.pruning.prune import prune
+from slimqwen.recipe import DistilRecipe, PruningRecipe, Recipe, Target
+from slimqwen.repair.repair import repair
+from slimqwen.reporting.titles import MAIN_RUN
+from slimqwen.teacher_cache.write import write_teacher_cache
+
+CALIBRATION_WITHOUT_EFFECT = {"batch_size", "streaming", "memory_budget_bytes"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """made_from: all that the result depends on, by name. make: writes it to a path; the title is shown with its progress."""
+
+    made_from: Mapping[str, Any]
+    make: Callable[[Path, str], object]
+
+
+def tokenized(recipe: Recipe) -> Work:
+    data, teacher = recipe.data, checkpoint_folder(recipe.teacher)
+    return Work(
+        text_identity(data, teacher),
+        lambda out, title: tokenize(
+            data.sources,
+            teacher,
+            out,
+            heldout_sources=data.heldout_sources,
+            heldout_fraction=data.heldout_fraction,
+            workers=data.workers,
+            title=title,
+        ),
+    )
+
+
+def teacher_cached(recipe: Recipe, teacher: Path, tokens: Path, total_steps: int) -> Work:
+    """What the teacher says about the text of all the steps, for every stage and baseline."""
+    settings: dict[str, Any] = {
+        "sequence_length": recipe.data.sequence_length,
+        "documents": recipe.data.documents,
+        "with_mtp": recipe.distil.is_taught_by_mtp,
+        "sequences": course_of(recipe.distil, recipe.data.sequence_length).first_row(total_steps),
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+    }
+    return Work(
+        {
+            "teacher": fingerprint(teacher),
+            "tokens": fingerprint(tokens),
+            "teacher_cache": recipe.teacher_cache.model_dump(include={"top_k", "exact"}),
+            **settings,
+        },
+        lambda out, title: write_teacher_cache(
+            teacher, out, tokens=tokens, recipe=recipe.teacher_cache, device=recipe.device, title=title, **settings
+        ),
+    )
+
+
+def calibrated(recipe: Recipe, checkpoint: Path, tokens: Path, pruning: PruningRecipe) -> Work:
+    """The statistics of `checkpoint` that `pruning` needs."""
+    settings: dict[str, Any] = {
+        "sequence_length": recipe.data.sequence_length,
+        "seed": recipe.seed,
+        "second_moments": pruning.width == "rotation",
+        "dtype": recipe.dtype,
+    }
+    return Work(
+        {
+            "checkpoint": fingerprint(checkpoint),
+            "tokens": [fingerprint(folder) for folder in recipe.calibration.sources.values() or [tokens]],
+            "calibration": recipe.calibration.model_dump(mode="json", exclude=CALIBRATION_WITHOUT_EFFECT),
+            **settings,
+        },
+        lambda out, title: calibrate(
+            checkpoint, out, tokens=tokens, recipe=recipe.calibration, device=recipe.device, title=title, **settings
+        ),
+    )
+
+
+def planned(checkpoint: Path, statistics: Path, target: Target, pruning: PruningRecipe) -> Work:
+    return Work(
+        {
+            "checkpoint": fingerprint(checkpoint),
+            "statistics": fingerprint(statistics),
+            "target": target.model_dump(),
+            "pruning": pruning.model_dump(),
+        },
+        lambda out, title: plan(checkpoint, out, statistics=statistics, target=target, pruning=pruning),
+    )
+
+
+def pruned(checkpoint: Path, plan_file: Path) -> Work:
+    return Work(
+        {"checkpoint": fingerprint(checkpoint), "plan": fingerprint(plan_file)},
+        lambda out, title: prune(checkpoint, out, plan=plan_file, title=title),
+    )
+
+
+def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, tokens: Path) -> Work:
+    """`cut`, which `plan_file` made of `checkpoint`, refitted to it."""
+    settings: dict[str, Any] = {
+        "samples": recipe.calibration.samples,
+        "sequence_length": recipe.data.sequence_length,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+    }
+    return Work(
+        {
+            "checkpoint": fingerprint(checkpoint),
+            "plan": fingerprint(plan_file),
+            "tokens": fingerprint(tokens),
+            **settings,
+        },
+        lambda out, title: repair(
+            cut,
+            out,
+            teacher=checkpoint,
+            plan=plan_file,
+            tokens=tokens,
+            batch_size=recipe.calibration.batch_size,
+            memory_budget_bytes=recipe.calibration.memory_budget_bytes,
+            device=recipe.device,
+            title=title,
+            **settings,
+        ),
+    )
+
+
+def cut(
+    recipe: Recipe,
+    checkpoint: Path,
+    statistics: Path,
+    tokens: Path,
+    target: Target,
+    pruning: PruningRecipe,
+    made: Callable[[str, Work], Path],
+) -> tuple[Path, Path]:
+    """The cut checkpoint, repaired where `pruning` says so, and its plan. made: makes the work of that name where it belongs."""
+    plan_file = made("plan.json", planned(checkpoint, statistics, target, pruning))
+    last = made("pruned", pruned(checkpoint, plan_file))
+    if pruning.experts.refit:
+        last = made("repaired", repaired(recipe, last, checkpoint, plan_file, tokens))
+    return last, plan_file
+
+
+def initialised(recipe: Recipe, source: Checkpoint, target: Target) -> Work:
+    """The target's shape from random weights."""
+    config = target_config(source.family, source.config, target)
+    return Work(
+        {"config": config, "seed": recipe.seed, "like": fingerprint(source.folder)},
+        lambda out, title: write_initial(config, recipe.seed, out, companions=source.folder),
+    )
+
+
+def carried(trained: Path, plan_file: Path) -> Work:
+    """The optimiser's moments at the end of `trained`'s training, whose state is kept beside it, cut by the plan."""
+    return Work(
+        {"trained": fingerprint(trained), "plan": fingerprint(plan_file)},
+        lambda out, title: carry(state_folder_of(trained), trained, out, plan=plan_file, title=title),
+    )
+
+
+def distilled(
+    recipe: Recipe,
+    settings: DistilRecipe,
+    student: Path,
+    *,
+    teacher: Path,
+    tokens: Path,
+    stage: Stage,
+    run: str = MAIN_RUN,
+    metrics: Path | None = None,
+    teacher_cache: Path | None = None,
+    carried: Work | None = None,
+    find: Callable[[Work], Path] | None = None,
+) -> Work:
+    """The training of one stage by `settings`, the recipe's own or a baseline's; its state stays beside the result.
+
+    run, metrics: as `distil` has them.
+    carried: the moments that the optimiser goes on with; without, it begins anew.
+    find: makes `carried` or finds it; asked when the training begins, for it is twice the model and may go afterwards.
+    """
+    span = stage.span
+    made_from: dict[str, Any] = {
+        "student": fingerprint(student),
+        "teacher": fingerprint(teacher),
+        "tokens": fingerprint(tokens),
+        "distil": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
+        "sequence_length": recipe.data.sequence_length,
+        "documents": recipe.data.documents,
+        "span": [span.first_step, span.end_step, span.total_steps],
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+    }
+    if teacher_cache is not None:
+        made_from["teacher_cache"] = recipe.teacher_cache.model_dump(include={"top_k", "exact"})
+    if carried is not None:
+        made_from["carry_from"] = carried.made_from["trained"]
+    return Work(
+        made_from,
+        lambda out, title: distil(
+            student,
+            out,
+            tokens=tokens,
+            recipe=settings,
+            sequence_length=recipe.data.sequence_length,
+            documents=recipe.data.documents,
+            teacher=teacher,
+            teacher_cache=teacher_cache,
+            span=span,
+            seed=recipe.seed,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            metrics=metrics,
+            run=run,
+            stage=stage.number,
+            title=title,
+            keep_state=True,
+            moments=None if carried is None or find is None else find(carried),
+        ),
+    )
+
+
+def evaluated(recipe: Recipe, models: Mapping[str, Path], tokens: Path) -> Work:
+    return Work(
+        {
+            "models": {name: fingerprint(folder) for name, folder in models.items()},
+            "tokens": fingerprint(tokens),
+            "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"batch_size"}),
+            "sequence_length": recipe.data.sequence_length,
+            "documents": recipe.data.documents,
+            "dtype": recipe.dtype,
+        },
+        lambda out, title: evaluate(
+            models,
+            out,
+            tokens=tokens,
+            recipe=recipe.evaluation,
+            sequence_length=recipe.data.sequence_length,
+            documents=recipe.data.documents,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            title=title,
+        ),
+    )
