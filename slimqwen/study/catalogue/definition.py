@@ -1,16 +1,19 @@
 """What a study is made of, and what several of them share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.recipe import Recipe
 from slimqwen.study.variation import Changes, Variation
-from slimqwen.study.verdict import Finding
+from slimqwen.study.verdict import Finding, Runs, measured
 
 KL, LOSS = "kl_to_teacher", "loss"
 MEAN = "mean of eight benchmarks"
+RATES = {"fast": Fraction(1), "slow": Fraction(1, 4)}
+"""Of the recipe's learning rate. One that heals a model far from the teacher throws away much of a start that is near."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,29 @@ def cut_along(*sizes: str, **changes: Any) -> Callable[[Recipe, Checkpoint], Cha
 
 def terms(*names: str) -> Changes:
     return {"distil.terms": list(names)}
+
+
+def at_both_rates(arm: Variation) -> list[Variation]:
+    """`arm` as NAME_fast and NAME_slow: where starts differ, no single learning rate is fair to all of them."""
+
+    def made(share: Fraction) -> Callable[[Recipe, Checkpoint], Changes]:
+        return lambda recipe, teacher: {
+            **arm.changes_to(recipe, teacher),
+            "distil.learning_rate": recipe.distil.learning_rate * float(share),
+        }
+
+    slowly = {"fast": "", "slow": f", {RATES['slow']} of the learning rate"}
+    return [
+        replace(arm, name=f"{arm.name}_{rate}", title=f"{arm.title}{slowly[rate]}", changes=made(share))
+        for rate, share in RATES.items()
+    ]
+
+
+def at_the_better_rate(runs: Runs, arm: str, metric: str) -> float:
+    """What `arm` ends with, of a metric that is better where it is lower."""
+    return min(measured(runs[f"{arm}_{rate}"], one_shot=False)[metric] for rate in RATES)
+
+
+def lower_at_the_better_rate(metric: str, better: str, worse: str) -> Callable[[Runs], float]:
+    """The gain of a finding that says: after training, `metric` is lower in `better` than in `worse`, each at its better rate."""
+    return lambda runs: at_the_better_rate(runs, worse, metric) - at_the_better_rate(runs, better, metric)

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.recipe import Recipe
-from slimqwen.study.catalogue.definition import KL, LOSS, Definition
+from slimqwen.study.catalogue.definition import KL, LOSS, Definition, at_both_rates, lower_at_the_better_rate
 from slimqwen.study.variation import Changes, Variation
 from slimqwen.study.verdict import Finding, Runs, lower, measured
 
@@ -24,21 +24,18 @@ CUTS = {"12": Fraction(1, 8), "25": Fraction(1, 4), "37": Fraction(3, 8)}
 """Shares of the channels that go. After the middle one the model is trained."""
 BUDGETS = {"eighth": Fraction(1, 8), "quarter": Fraction(1, 4), "half": Fraction(1, 2)}
 """Shares of the recipe's tokens."""
-RATES = {"fast": Fraction(1), "slow": Fraction(1, 4)}
-"""Of the recipe's learning rate. One that heals a model far from the teacher throws away much of a start that is near."""
 
 
-def _narrowed(cut: Fraction, way: Changes, **training: float) -> Callable[[Recipe, Checkpoint], Changes]:
+def _narrowed(cut: Fraction, way: Changes, budget: Fraction = Fraction(1)) -> Callable[[Recipe, Checkpoint], Changes]:
     def made(recipe: Recipe, teacher: Checkpoint) -> Changes:
         assert recipe.target is not None
         target = dict.fromkeys(recipe.target.model_dump())
         target["hidden_size"] = int(teacher.config["hidden_size"] * (1 - cut))
-        distil = recipe.distil.model_dump()
         return {
             "target": target,
             "pruning.experts.refit": False,
+            "distil.tokens": int(recipe.distil.tokens * budget),
             **way,
-            **{f"distil.{key}": type(distil[key])(distil[key] * share) for key, share in training.items()},
         }
 
     return made
@@ -51,13 +48,14 @@ def _one_shot(cut: str) -> list[Variation]:
     ]
 
 
-def _trained(way: str, budget: str, rate: str) -> Variation:
+def _trained(way: str, budget: str) -> list[Variation]:
     title, how = WAYS[way]
-    slowly = "" if rate == "fast" else f", {RATES[rate]} of the learning rate"
-    return Variation(
-        f"{way}_{budget}_{rate}",
-        f"{title}, -25%, {BUDGETS[budget]} of the tokens{slowly}",
-        _narrowed(CUTS["25"], how, tokens=float(BUDGETS[budget]), learning_rate=float(RATES[rate])),
+    return at_both_rates(
+        Variation(
+            f"{way}_{budget}",
+            f"{title}, -25%, {BUDGETS[budget]} of the tokens",
+            _narrowed(CUTS["25"], how, BUDGETS[budget]),
+        )
     )
 
 
@@ -67,19 +65,6 @@ def _gone(runs: Runs, cut: str) -> float:
     return 1.0 - ours / papers
 
 
-def _ahead(metric: str, budget: str) -> Callable[[Runs], float]:
-    """How far the three together are ahead after training, each way at the better of its learning rates."""
-
-    def gain(runs: Runs) -> float:
-        ours, papers = (
-            min(measured(runs[f"{way}_{budget}_{rate}"], one_shot=False)[metric] for rate in RATES)
-            for way in ("repaired", "paper")
-        )
-        return papers - ours
-
-    return gain
-
-
 ROTATION = Definition(
     "rotation",
     "What do compensation, rotation and repair save of a cut of the width, and what is left of it after training?",
@@ -87,7 +72,7 @@ ROTATION = Definition(
     "paper_half_fast",
     [
         *(arm for cut in CUTS for arm in _one_shot(cut)),
-        *(_trained(way, budget, rate) for budget in BUDGETS for way in ("paper", "repaired") for rate in RATES),
+        *(arm for budget in BUDGETS for way in ("paper", "repaired") for arm in _trained(way, budget)),
     ],
     [
         *(
@@ -119,7 +104,7 @@ ROTATION = Definition(
                 f"After training on {share} of the tokens the three together are still ahead of the paper's cut, each at the better "
                 f"of two learning rates, by {words}",
                 f"{words} saved, nats per token",
-                _ahead(metric, budget),
+                lower_at_the_better_rate(metric, f"repaired_{budget}", f"paper_{budget}"),
             )
             for metric, words in ((KL, "KL to the teacher"), (LOSS, "held-out loss"))
             for budget, share in BUDGETS.items()
