@@ -16,11 +16,12 @@ from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import stages_of
 from slimqwen.recipe import PruningRecipe, Recipe
 from slimqwen.study.catalogue import STUDIES
+from slimqwen.study.catalogue.definition import at_both_rates, at_the_better_rate, lower_at_the_better_rate
 from slimqwen.study.catalogue.init import tokens_to_reach
 from slimqwen.study.result import CurvePoint, Run, Study
 from slimqwen.study.scales import load_scale
 from slimqwen.study.study import study
-from slimqwen.study.variation import changed
+from slimqwen.study.variation import Variation, changed
 from slimqwen.study.verdict import Finding, interval, judged, lower
 from slimqwen.study.workshop import Workshop
 
@@ -67,6 +68,19 @@ def test_tokens_to_reach_a_loss() -> None:
     curve = [CurvePoint(tokens=tokens, lm=lm) for tokens, lm in ((10, 5.0), (20, 4.0), (40, 3.0))]
     run = a_run("a", 0, 3.0, curve=curve)
     assert [tokens_to_reach(run, loss) for loss in (6.0, 4.5, 3.0, 2.0)] == [0.25, 0.5, 1.0, 1.0]
+
+
+def test_each_way_is_judged_at_the_better_of_its_rates() -> None:
+    losses = {"a_fast": 3.0, "a_slow": 2.0, "b_fast": 2.5, "b_slow": 4.0}
+    runs = {arm: a_run(arm, 0, loss) for arm, loss in losses.items()}
+    assert at_the_better_rate(runs, "a", "loss") == 2.0
+    assert lower_at_the_better_rate("loss", "a", "b")(runs) == 0.5
+    recipe = load_scale("cpu")
+    fast, slow = at_both_rates(Variation("a", "A", {}))
+    teacher = Checkpoint(checkpoint_folder(recipe.teacher))
+    rates = [changed(recipe, arm.changes_to(recipe, teacher)).distil.learning_rate for arm in (fast, slow)]
+    assert rates == [recipe.distil.learning_rate, recipe.distil.learning_rate / 4]
+    assert (fast.title, slow.title) == ("A", "A, 1/4 of the learning rate")
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -155,6 +169,7 @@ def test_a_study_from_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.
     assert result.teacher["kl_to_teacher"] == 0.0
     page = (tmp_path / "init" / "index.html").read_text()
     assert all(verdict.quantity[1:] in page for verdict in result.verdicts)
+    assert '<th scope="row">pruned + LM; pruned + KD</th>' in page  # the same before training
     assert page.count("<svg") == 2 and "<script" not in page and len(page) < 100_000
 
     # A second time, and for a study with an arm in common, nothing is made again.

@@ -35,7 +35,9 @@ def report(
 
 @commands.command()
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="init, experts, losses, mtp, schedules, depth or width.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="init, experts, losses, mtp, schedules, depth, width or rotation.")
+    ],
     scale: Annotated[
         str, typer.Option(metavar="cpu|gpu|RECIPE.yaml", help="The recipe that is varied: built in, or your own.")
     ] = "cpu",

@@ -1,5 +1,6 @@
 """The page of a study: findings first, then our table beside the paper's, the differences and the curves."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -8,7 +9,7 @@ import jinja2
 from slimqwen import reporting
 from slimqwen.artifacts import write_text
 from slimqwen.study.drawing import curves, intervals
-from slimqwen.study.result import Run, Study
+from slimqwen.study.result import Arm, Run, Study
 from slimqwen.study.verdict import interval, measured
 
 TEMPLATES = [Path(__file__).parent, Path(reporting.__file__).parent]  # of the latter page.css, which all pages share
@@ -34,6 +35,10 @@ def write_page(study: Study, out: Path) -> None:
     page = templates.get_template("page.html.j2").render(
         study=study,
         tables=[table for one_shot in (True, False) if (table := _table(study, one_shot)) is not None],
+        sources=[
+            source["builtin"] or Path(source["path"] or source["megatron"]).name
+            for source in study.recipe["data"]["sources"]
+        ],
         charts=[chart for chart in (_differences(study), _curves(study)) if chart is not None],
     )
     write_text(out, page)
@@ -56,15 +61,18 @@ def _table(study: Study, one_shot: bool) -> dict[str, object] | None:
     columns = [name for name in COLUMNS if all(name in values for rows in numbers.values() for values in rows)]
     said = dict.fromkeys(column for arm in measured_arms for column in arm.paper)
     paper = [column for column in said if ("one-shot" in column) == one_shot]  # its other numbers are of trained models
+    alike = _alike(measured_arms, numbers) if one_shot else {arm.name: [arm] for arm in measured_arms}
     rows = []
-    for arm in measured_arms:
+    for arm, *others in alike.values():
         cells = [_spread([values[name] for values in numbers[arm.name]], COLUMNS[name][1]) for name in columns]
         theirs = [f"{arm.paper[column]:.2f}" if column in arm.paper else "" for column in paper]
         run = runs_of(study, arm.name, one_shot)[0]
         rows.append(
             {
-                "title": arm.title,
-                "is_baseline": arm.name == study.baseline,
+                "title": "; ".join([arm.title, *(other.title for other in others)])
+                if len(others) < 2
+                else f"{arm.title} (and {len(others)} that begin alike)",
+                "is_baseline": study.baseline in {arm.name, *(other.name for other in others)},
                 "parameters": f"{run.total_parameters:,}",
                 "cells": cells,
                 "paper": theirs,
@@ -78,6 +86,14 @@ def _table(study: Study, one_shot: bool) -> dict[str, object] | None:
         "rows": rows,
         "teacher": teacher,
     }
+
+
+def _alike(arms: Sequence[Arm], numbers: Mapping[str, object]) -> dict[str, list[Arm]]:
+    """Arms that differ in their training only, together: they have the same numbers before it."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(str(numbers[arm.name]), []).append(arm)
+    return groups
 
 
 def _spread(values: list[float], digits: int) -> str:
