@@ -157,7 +157,9 @@ def test_a_study_from_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.
     result = study("init", recipe, tmp_path / "init", seeds=2)
     assert Study.load(tmp_path / "init" / "results.json") == result
     assert [(run.arm, run.seed) for run in result.runs] == [
-        (arm, seed) for seed in (0, 1) for arm in ("random_lm", "random_kd", "pruned_lm", "pruned_kd")
+        (arm, seed)
+        for seed in (0, 1)
+        for arm in ("random_lm", "random_kd", "random_kd_longer", "pruned_lm", "pruned_kd")
     ]
     by_arm = {run.arm: run for run in result.runs if run.seed == 0}
     # Cut alike, trained differently; the same text in the same order for every arm.
@@ -178,7 +180,7 @@ def test_a_study_from_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.
     assert [run.model_dump() for run in again.runs] == [run.model_dump() for run in result.runs]
     study("losses", recipe, tmp_path / "losses", seeds=1)
     shared = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distilled/")]
-    assert sum("done already" in line for line in shared) == 8 + 1
+    assert sum("done already" in line for line in shared) == 10 + 1
 
 
 def test_what_cannot_be_studied_is_refused(recipe: Recipe, tmp_path: Path) -> None:

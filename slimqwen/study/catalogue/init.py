@@ -1,9 +1,18 @@
 """Table 1 and Figure 2: where to start from, and what to learn from."""
 
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.recipe import Recipe
 from slimqwen.study.catalogue.definition import LOSS, MEAN, Definition, terms
 from slimqwen.study.result import Run
-from slimqwen.study.variation import Variation
+from slimqwen.study.variation import Changes, Variation
 from slimqwen.study.verdict import Finding, lower
+
+LONGER = 4
+
+
+def _longer(recipe: Recipe, teacher: Checkpoint) -> Changes:
+    return {"init": "random", "distil.tokens": LONGER * recipe.distil.tokens}
+
 
 INIT = Definition(
     "init",
@@ -13,6 +22,7 @@ INIT = Definition(
     [
         Variation("random_lm", "random + LM", {"init": "random", **terms("lm", "mtp_lm")}),
         Variation("random_kd", "random + KD", {"init": "random"}, paper={MEAN: 61.66}),
+        Variation("random_kd_longer", f"random + KD, {LONGER} times the tokens", _longer),
         Variation("pruned_lm", "pruned + LM", terms("lm", "mtp_lm"), paper={MEAN: 69.96}),
         Variation("pruned_kd", "pruned + KD", {}, paper={MEAN: 73.45}),
     ],
@@ -40,6 +50,14 @@ INIT = Definition(
             "The pruned start needs less than half of the tokens to be where the random one ends",
             "share of the tokens below one half",
             lambda runs: 0.5 - tokens_to_reach(runs["pruned_kd"], final_training_loss(runs["random_kd"])),
+        ),
+        Finding(
+            "random_needs_twice_the_tokens",
+            "A random start needs more than twice the tokens to be where the pruned one ends",
+            f"times the tokens, beyond two ({LONGER - 2} where {LONGER} times as many are not enough)",
+            lambda runs: (
+                LONGER * tokens_to_reach(runs["random_kd_longer"], final_training_loss(runs["pruned_kd"])) - 2.0
+            ),
         ),
     ],
 )
