@@ -1,17 +1,19 @@
 """Which kernels a device has, what is said where one is missing, and experts that autocast would otherwise pass by."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from tiny import canonical, tiny_config
+from tiny import canonical, tiny_config, write_tiny_checkpoint
 from tiny_families import QWEN3_MOE
 
+from slimqwen.errors import UserError
 from slimqwen.families import FAMILIES
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.modeling.kernels import BATCHED_EXPERTS, announce_slow, batched_experts_forward, kernels_of
-from slimqwen.modeling.model import MtpCausalLM, initialise
+from slimqwen.modeling.model import MtpCausalLM, initialise, load
 
 GPU = torch.device("cuda")
 PACKAGES = ("fla.ops.gated_delta_rule", "causal_conv1d")
@@ -112,3 +114,18 @@ def test_lent_experts_follow_autocast_too() -> None:
             vars(experts)[name] = parameter.data.clone()
         found = batched_experts_forward(experts, hidden, choice, gates)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"hidden_size": 42}, "hidden size.*is 42"), ({"moe_intermediate_size": 18}, "intermediate size.*is 18")],
+)
+def test_a_size_that_the_grouped_product_does_not_take(tmp_path: Path, changes: dict[str, int], words: str) -> None:
+    write_tiny_checkpoint(tmp_path / "model", **changes)
+    with pytest.raises(UserError, match=words):
+        load(tmp_path / "model")
+    experts = initialise(tiny_config(hidden_size=36), seed=0).backbone.get_decoder().layers[0].mlp.experts
+    hidden, choice = torch.zeros(2, 36), torch.zeros(2, 1, dtype=torch.long)
+    batched_experts_forward(experts, hidden, choice, torch.ones(2, 1))  # float32 takes multiples of 4
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="hidden size is a multiple of 8"):
+        batched_experts_forward(experts, hidden, choice, torch.ones(2, 1))

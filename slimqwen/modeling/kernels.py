@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from slimqwen.errors import UserError
 from slimqwen.families import Config, Family
 from slimqwen.warning import warn
 
 BATCHED_EXPERTS = "slimqwen_batched"
 FLASH_CAPABILITY = (8, 0)  # of a GPU, from which PyTorch has flash attention and the grouped product
+GROUPED_ROW_BYTES = 16  # a row of each operand of the grouped product is a multiple of them
 FLASH_HEAD_DIM = 256  # the largest that PyTorch's flash attention takes
 
 
@@ -89,12 +91,30 @@ def batched_experts_forward(
     which a GPU has no grouped kernel: PyTorch then runs one expert after another and waits for the GPU in between.
 
     Shapes: hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k]; returns [tokens, hidden].
+    Raises UserError for experts of a size that the grouped product does not take.
     """
     device = hidden_states.device.type
     if not torch.is_autocast_enabled(device):
+        check_rows(self, self.gate_up_proj.dtype)
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    experts: Any = _CastExperts(self, torch.get_autocast_dtype(device))
+    dtype = torch.get_autocast_dtype(device)
+    check_rows(self, dtype)
+    experts: Any = _CastExperts(self, dtype)
     return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def check_rows(experts: Any, dtype: torch.dtype) -> None:
+    """Raise UserError where PyTorch's grouped product in `dtype` does not take routed experts of this size.
+
+    Its own error says neither which size it means nor what would do.
+    """
+    units = GROUPED_ROW_BYTES // dtype.itemsize
+    for size, weight in (("hidden", experts.gate_up_proj), ("intermediate", experts.down_proj)):
+        if weight.shape[-1] % units:
+            raise UserError(
+                f"PyTorch's grouped product of {dtype} takes experts whose {size} size is a multiple of {units}, and it is "
+                f"{weight.shape[-1]} here: choose one that is, of 8 for every dtype."
+            )
 
 
 class _CastExperts:

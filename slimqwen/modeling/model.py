@@ -17,6 +17,7 @@ from slimqwen.errors import UserError
 from slimqwen.families import Config, Family, family_of
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Block, Layout, TensorSpec
+from slimqwen.modeling.kernels import check_rows
 from slimqwen.modeling.mtp import MTP_PREFIX, MtpModule
 
 transformers.utils.logging.set_verbosity_error()  # its load report repeats that `mtp.*` is ignored: we load it ourselves
@@ -91,7 +92,10 @@ class MtpCausalLM(nn.Module):
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MtpCausalLM:
-    """Load a checkpoint folder with its MTP module. Local files only; no code from the folder runs."""
+    """Load a checkpoint folder with its MTP module. Local files only; no code from the folder runs.
+
+    Raises UserError for experts of a size that cannot be computed in `dtype`.
+    """
     checkpoint = Checkpoint(folder)
     backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
     mtp = None
@@ -102,6 +106,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
         blocks = [block for block in checkpoint.family.blocks(checkpoint.config) if block.is_mtp]
         fill(mtp, MTP_PREFIX, checkpoint, blocks)
     model = MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).to(device)
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):  # routed experts
+            check_rows(module, dtype)
     model.eval()
     return model
 

@@ -15,8 +15,8 @@ from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.planning.stability import Agreement, measure_stability
 from slimqwen.planning.units import Units
-from slimqwen.progress import say
 from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.warning import warn
 
 
 class BasisFile(BaseModel):
@@ -114,5 +114,5 @@ def plan(
     result.save(out)
     note = source.family.serving_note(config)
     if note:
-        say(f"note: {note}")
+        warn(f"note: {note}")
     return result
