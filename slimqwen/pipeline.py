@@ -13,14 +13,12 @@ from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, wr
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.check import check_checkpoint
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.data.store import load_manifest
 from slimqwen.distillation.distil import remove_state
 from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.trainer import Span
-from slimqwen.errors import UserError
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation
-from slimqwen.preflight import Stage, announce, check, stages_of
+from slimqwen.preflight import Stage, announce, check, check_heldout, stages_of
 from slimqwen.progress import duration, say
 from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
 from slimqwen.reporting.card import model_card
@@ -84,13 +82,16 @@ class Pipeline:
         self.steps = Steps(recipe.run_dir, command)
 
     def forget_other_schedules(self) -> None:
-        """Remove the folders of stages that an earlier recipe had in this run directory and this one has not."""
-        for record in (self.run_dir / ".steps").glob("stage-*.distilled.json"):
-            name = record.name.removesuffix(".distilled.json")
-            if name not in {f"stage-{stage.number}" for stage in self.stages}:
-                say(f"{self.run_dir / name}: left by another schedule, removed")
-                shutil.rmtree(self.run_dir / name, ignore_errors=True)
-                record.unlink()
+        """Remove what an earlier recipe made in this run directory for stages, or from plans, that this one has not."""
+        numbers = {f"stage-{stage.number}" for stage in self.stages}
+        for folder in [*self.run_dir.glob("stage-*"), *self.run_dir.glob("*/stage-*")]:
+            if folder.is_dir() and folder.name not in numbers:
+                say(f"{folder}: left by another schedule, removed")
+                shutil.rmtree(folder)
+                for record in (self.run_dir / ".steps").glob(f"{self.label(folder).replace('/', '.')}.*.json"):
+                    record.unlink()
+        if self.recipe.init == "random":
+            (self.run_dir / "stage-1" / "plan.json").unlink(missing_ok=True)
         forget_stages_after(self.run_dir / "metrics.jsonl", len(self.stages))
 
     def made(self, name: str, out: Path, step: Work) -> Path:
@@ -99,13 +100,7 @@ class Pipeline:
 
     def tokens(self) -> Path:
         tokens = self.made("tokens", self.run_dir / "tokens", work.tokenized(self.recipe))
-        needed = max(self.recipe.data.sequence_length, self.recipe.evaluation.acceptance_prompt_tokens) + 1
-        heldout = load_manifest(tokens).heldout.tokens
-        if heldout < needed:
-            raise UserError(
-                f"the held-out text has {heldout:,} tokens, and evaluation needs {needed:,} at least: "
-                "add text, raise data.heldout_fraction or give data.heldout_sources."
-            )
+        check_heldout(tokens, self.recipe)
         return tokens
 
     def teacher_cache(self, tokens: Path) -> Path:

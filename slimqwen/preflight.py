@@ -1,11 +1,13 @@
 """Before a run: what would stop it hours later is found now, and what was derived from the recipe is said."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from slimqwen.calibration.statistics import check_source_weights
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.sources import check_sources
+from slimqwen.data.store import load_manifest
 from slimqwen.distillation.cached_teacher import check_temperature
 from slimqwen.distillation.course import course_of
 from slimqwen.distillation.distil import check_terms, total_steps
@@ -69,6 +71,17 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
         raise UserError(
             f"random weights for the vision tower of {teacher} cannot be made: leave out init: random and the random_init "
             "baseline, or use the text model."
+        )
+
+
+def check_heldout(tokens: Path, recipe: Recipe) -> None:
+    """Raise UserError where there is too little held-out text for evaluation."""
+    needed = max(recipe.data.sequence_length, recipe.evaluation.acceptance_prompt_tokens) + 1
+    heldout = load_manifest(tokens).heldout.tokens
+    if heldout < needed:
+        raise UserError(
+            f"the held-out text has {heldout:,} tokens, and evaluation needs {needed:,} at least: "
+            "add text, raise data.heldout_fraction or give data.heldout_sources."
         )
 
 

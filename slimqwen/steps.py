@@ -33,13 +33,12 @@ class Steps:
     def begin(self, recipe: Section) -> None:
         """The run directory, its resolved recipe and where it came from."""
         dump_recipe(recipe, self.run_dir / "recipe.resolved.yaml")
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         provenance = {
             "command": self.command,
             "version": version("slimqwen"),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}",
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "machine": machine(),
+            "device": device_name(),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "torch": version("torch"),
             "transformers": version("transformers"),
@@ -79,6 +78,17 @@ class Steps:
         }
         with (self.run_dir / "stages.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
+
+
+def machine() -> str:
+    """`2 cores, 24 GiB, x86_64`"""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}"
+
+
+def device_name() -> str:
+    """The GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def record_text(key: str, output: Path) -> str:

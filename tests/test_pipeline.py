@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.evaluation.result import Evaluation
-from slimqwen.pipeline import run
+from slimqwen.pipeline import Pipeline, run
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import PruningRecipe, Recipe
 from slimqwen.recipe_file import dump_recipe, load_recipe
@@ -297,3 +297,18 @@ def test_a_model_that_cannot_be_rotated_is_refused_at_once(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"tied to the embedding.*set pruning.width: norm_activation"):
         run(tiny_recipe(tmp_path, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_another_schedule_left_is_removed(finished: Recipe, tmp_path: Path) -> None:
+    recipe = finished.model_copy(update={"run_dir": tmp_path})
+    for name in ("stage-2/plan.json", "stage-3/plan.json", "paper/stage-3/pruned/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".steps").mkdir()
+    for name in ("stage-2.plan.json", "stage-3.plan.json", "paper.stage-3.pruned.json"):
+        (tmp_path / ".steps" / name).write_text("")
+    Pipeline(recipe, "slimqwen run").forget_other_schedules()
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")} == {
+        "stage-2/plan.json",
+        ".steps/stage-2.plan.json",
+    }

@@ -10,11 +10,13 @@ from slimqwen.artifacts import fingerprint
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
+from slimqwen.evaluation.evaluate import Examination
+from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.families.count import count
 from slimqwen.pipeline import run
 from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import stages_of
-from slimqwen.recipe import PruningRecipe, Recipe
+from slimqwen.recipe import PruningRecipe, Recipe, Target
 from slimqwen.study.catalogue import STUDIES
 from slimqwen.study.catalogue.definition import at_both_rates, at_the_better_rate, lower_at_the_better_rate
 from slimqwen.study.catalogue.init import tokens_to_reach
@@ -57,7 +59,8 @@ def test_a_finding_is_judged_by_where_its_interval_lies() -> None:
     assert verdict_of(0.5, 0.6, 0.7).judgement == "confirmed"
     assert verdict_of(-0.5, -0.6, -0.7).judgement == "contradicted"
     assert verdict_of(-0.5, 0.6, 0.1).judgement == "not distinguishable"
-    assert verdict_of(0.5).judgement == "not distinguishable"  # one seed has no interval
+    assert verdict_of(0.5).judgement == "not judged"  # one seed has no interval
+    assert "+0.003 (95 % interval +0.00052 to +0.0055, 3" in verdict_of(0.002, 0.003, 0.004).sentence
     assert "the same with each of 2 seeds" in verdict_of(0.5, 0.5).sentence
     assert verdict_of(0.5, 0.6, 0.7).sentence == (
         "A beats B: confirmed. Loss saved: +0.600 (95 % interval +0.352 to +0.848, 3 seeds)."
@@ -84,18 +87,29 @@ def test_each_way_is_judged_at_the_better_of_its_rates() -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_arm_is_a_recipe_that_can_be_cut(name: str) -> None:
-    recipe = load_scale("cpu")
+@pytest.mark.parametrize("method", ["slimqwen-paper", "slimqwen"])
+def test_every_arm_is_a_recipe_that_can_be_cut(name: str, method: str) -> None:
+    """Also of a recipe whose method and schedule are not the scale's: an arm is what it is called, whatever is varied."""
+    scale, definition = load_scale("cpu"), STUDIES[name]
+    recipe = scale.model_copy(
+        update={
+            "pruning": PruningRecipe.model_validate({"method": method, "depth": scale.pruning.depth}),
+            "schedule": "one_shot" if method == "slimqwen-paper" else "depth_first",
+        }
+    )
     teacher = Checkpoint(checkpoint_folder(recipe.teacher))
-    definition = STUDIES[name]
     assert definition.baseline in {arm.name for arm in definition.arms}
     seen = []
     for arm in definition.arms:
-        varied = changed(recipe, arm.changes_to(recipe, teacher))
+        changes, varied = definition.recipe_of(arm, recipe, teacher)
         assert varied not in seen, f"{arm.name} is another arm again"
+        assert varied.evaluation == recipe.evaluation and varied.data == recipe.data, "arms are measured alike"
+        assert definition.recipe_of(arm, scale, teacher)[0] == changes
         seen.append(varied)
         stages = stages_of(varied, teacher)
         assert stages[-1].span.end_step == varied.distil.tokens // (varied.distil.batch_size * 256)
+        if "stages" not in changes:
+            assert (len(stages) == 1) == (varied.schedule == "one_shot")
 
 
 def test_axes_are_compared_at_equal_parameters() -> None:
@@ -103,7 +117,7 @@ def test_axes_are_compared_at_equal_parameters() -> None:
     teacher = Checkpoint(checkpoint_folder(recipe.teacher))
     left = {}
     for arm in STUDIES["width"].arms:
-        target = stages_of(changed(recipe, arm.changes_to(recipe, teacher)), teacher)[-1].target
+        target = stages_of(STUDIES["width"].recipe_of(arm, recipe, teacher)[1], teacher)[-1].target
         left[arm.name] = count(teacher.family, target_config(teacher.family, teacher.config, target)).total_parameters
     one_expert = count(teacher.family, teacher.config).total_parameters / 32
     assert abs(left["experts_alone"] - left["norm_activation"]) < one_expert
@@ -183,9 +197,39 @@ def test_a_study_from_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.
     assert sum("done already" in line for line in shared) == 10 + 1
 
 
+def test_a_study_goes_on_after_an_interruption_of_its_measurements(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = changed(recipe, {"run_dir": str(tmp_path / "runs")})
+    original, measured = Examination.of, []
+
+    def of(examination: Examination, name: str, checkpoint: Checkpoint, title: str) -> ModelEvaluation:
+        if len(measured) == 3:
+            measured.append("interrupted")
+            raise KeyboardInterrupt
+        measured.append(name)
+        return original(examination, name, checkpoint, title)
+
+    monkeypatch.setattr(Examination, "of", of)
+    with pytest.raises(KeyboardInterrupt):
+        study("init", here, tmp_path / "out", seeds=1)
+    assert not (tmp_path / "out").exists()
+    study("init", here, tmp_path / "out", seeds=1)
+    assert len(measured) == 1 + 8  # the teacher, two starts and what five arms trained them to; nothing twice
+    capsys.readouterr()
+    other = changed(here, {"dtype": "bfloat16"})
+    with pytest.raises(UserError, match="holds work in float32 on cpu, and this is in bfloat16"):
+        study("init", other, tmp_path / "other", seeds=1)
+
+
 def test_what_cannot_be_studied_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'depth'"):
         study("dept", recipe, tmp_path, seeds=1)
+    uncut = recipe.model_copy(update={"target": Target(hidden_size=24)})
+    with pytest.raises(UserError, match="the arm 'last': it cuts nothing"):
+        study("depth", uncut, tmp_path, seeds=1)
+    with pytest.raises(UserError, match=r"the recipe cannot be varied by .*repair"):
+        changed(recipe, {"pruning.width": "random"})
     with pytest.raises(UserError, match="`target` and `init: pruned`"):
         study("init", recipe.model_copy(update={"init": "random"}), tmp_path, seeds=1)
     with pytest.raises(UserError, match="--scale cpi \\(did you mean 'cpu'"):

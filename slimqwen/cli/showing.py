@@ -51,10 +51,13 @@ def study(
 
     Work is shared between studies and continues where it was interrupted; it lies in the recipe's run_dir.
     """
-    from slimqwen.study.scales import load_scale
+    from slimqwen.study.scales import load_scale, pretrain_teacher
+    from slimqwen.study.study import definition_of
     from slimqwen.study.study import study as run_study
 
+    definition_of(name)
     recipe = load_scale(scale, overrides or [])
+    pretrain_teacher(scale, recipe)
     folder = out or Path("docs") / "study" / f"{name}-{recipe.name}"
     result = run_study(name, recipe, folder, seeds=seeds, command=command_line())
     for verdict in result.verdicts:

@@ -30,7 +30,6 @@ LARGEST_LOSS = 700.0  # e^710 is beyond float64
 SPECULATED_PROMPTS = 4  # one at a time: 64 tokens after each take the built-in teacher 6 s of a CPU core
 
 
-@torch.inference_mode()
 def evaluate(
     models: Mapping[str, Path],
     out: Path,
@@ -62,49 +61,89 @@ def evaluate(
         UserError: a checkpoint or token folder that is broken or does not fit the others; too little held-out text.
         StageFailed: a model whose loss is not finite.
     """
-    manifest = load_manifest(tokens)
-    if manifest.heldout.documents == 0:
-        raise UserError(
-            f"{tokens} holds no held-out text: it is a source of the mixture in {tokens.parent}, which has it."
-        )
-    checkpoints = _open(models, teacher, tokens, manifest)
-    tokenizer = load_tokenizer(next(iter(checkpoints.values())).folder)
-    rows = heldout_rows(tokens, sequence_length, recipe.tokens, documents)
-    prompts = heldout_prompts(tokens, recipe.acceptance_prompts, recipe.acceptance_prompt_tokens)
-    torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
-
-    text = tokens / "train" if bin_path(tokens / "train").exists() else tokens / "heldout"  # a mixture's lie deeper
-    ranks = token_ranks(text, next(iter(checkpoints.values())).config["vocab_size"])
-    teacher_recording: Recording | None = None
-    evaluations = {}
-    for name, checkpoint in checkpoints.items():
-        model = load(checkpoint.folder, torch_dtype, torch_device)
-        recording = record(
-            model, checkpoint.family, checkpoint.config, rows, batch_size=recipe.batch_size, title=f"{title} {name}"
-        )
-        if name == teacher:
-            teacher_recording = recording
-        means = compare(recording, teacher_recording)
-        _check_loss(name, models[name], means["lm"])
-        own_prompts = prompts.to(torch_device)
-        acceptance, sample = _generate(model, tokenizer, own_prompts, recipe, f"{title} {name}: drafts")
-        yielded = _speculate(model, own_prompts, recipe, f"{title} {name}: speculative decoding")
-        del model
-        where = breakdown(recording, sequence_length, ranks)
-        evaluations[name] = _summary(
-            models[name], checkpoint, manifest, means, where, recording.utilisation, acceptance, yielded, sample
-        )
-    predicted, _ = count_targets(rows.tokens, rows.mask)
+    checkpoints = _open(models, teacher, tokens)
+    examination = Examination(
+        next(iter(checkpoints.values())),
+        None if teacher is None else checkpoints[teacher],
+        tokens=tokens,
+        recipe=recipe,
+        sequence_length=sequence_length,
+        documents=documents,
+        device=device,
+        dtype=dtype,
+    )
+    evaluations = {
+        name: examination.of(name, checkpoint, f"{title} {name}") for name, checkpoint in checkpoints.items()
+    }
+    predicted, _ = count_targets(examination.rows.tokens, examination.rows.mask)
     evaluation = Evaluation(format=FORMAT, tokens=predicted, sequence_length=sequence_length, models=evaluations)
     write_json(out, evaluation.model_dump(mode="json"))
     return evaluation
 
 
-def _open(
-    models: Mapping[str, Path], teacher: str | None, tokens: Path, manifest: TokenManifest
-) -> dict[str, Checkpoint]:
+class Examination:
+    """The held-out text and prompts that models are measured on, one after another, and what the teacher says of them.
+
+    like: a checkpoint with the vocabulary and the tokenizer that all of them share. The other arguments are those of
+    `evaluate`. Raises UserError where the text does not suffice.
+    """
+
+    def __init__(
+        self,
+        like: Checkpoint,
+        teacher: Checkpoint | None,
+        *,
+        tokens: Path,
+        recipe: EvaluationRecipe,
+        sequence_length: int,
+        documents: DocumentBoundaries = "packed",
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        self.rows = heldout_rows(tokens, sequence_length, recipe.tokens, documents)
+        self._teacher = teacher
+        self._recipe = recipe
+        self._sequence_length = sequence_length
+        self._manifest = load_manifest(tokens)
+        self._tokenizer = load_tokenizer(like.folder)
+        text = tokens / "train" if bin_path(tokens / "train").exists() else tokens / "heldout"  # a mixture's lie deeper
+        self._ranks = token_ranks(text, like.config["vocab_size"])
+        self._device = resolve_device(device)
+        self._dtype = resolve_dtype(dtype, self._device)
+        prompts = heldout_prompts(tokens, recipe.acceptance_prompts, recipe.acceptance_prompt_tokens)
+        self._prompts = prompts.to(self._device)
+        self._teachers_recording: Recording | None = None
+
+    @torch.inference_mode()
+    def of(self, name: str, checkpoint: Checkpoint, title: str) -> ModelEvaluation:
+        """The numbers of one model. Raises StageFailed where its loss is not finite."""
+        is_teacher = self._teacher is not None and checkpoint.folder == self._teacher.folder
+        if self._teacher is not None and self._teachers_recording is None and not is_teacher:
+            self._teachers_recording = self._record(self._teacher, "the teacher's words")[1]
+        model, recording = self._record(checkpoint, title)
+        if is_teacher:
+            self._teachers_recording = recording
+        means = compare(recording, self._teachers_recording)
+        _check_loss(name, checkpoint.folder, means["lm"])
+        acceptance, sample = _generate(model, self._tokenizer, self._prompts, self._recipe, f"{title}: drafts")
+        yielded = _speculate(model, self._prompts, self._recipe, f"{title}: speculative decoding")
+        del model
+        where = breakdown(recording, self._sequence_length, self._ranks)
+        return _summary(checkpoint, self._manifest, means, where, recording.utilisation, acceptance, yielded, sample)
+
+    def _record(self, checkpoint: Checkpoint, title: str) -> tuple[MtpCausalLM, Recording]:
+        model = load(checkpoint.folder, self._dtype, self._device)
+        batch_size = self._recipe.batch_size
+        return model, record(model, checkpoint.family, checkpoint.config, self.rows, batch_size=batch_size, title=title)
+
+
+def _open(models: Mapping[str, Path], teacher: str | None, tokens: Path) -> dict[str, Checkpoint]:
     """Every checkpoint by name, the teacher first, after checking that they can be compared on these tokens."""
+    manifest = load_manifest(tokens)
+    if manifest.heldout.documents == 0:
+        raise UserError(
+            f"{tokens} holds no held-out text: it is a source of the mixture in {tokens.parent}, which has it."
+        )
     if not models:
         raise UserError("there is no model to evaluate: give at least one checkpoint folder.")
     if teacher is not None and teacher not in models:
@@ -169,7 +208,6 @@ def _check_loss(name: str, path: Path, loss: float) -> None:
 
 
 def _summary(
-    path: Path,
     checkpoint: Checkpoint,
     manifest: TokenManifest,
     means: Mapping[str, float],
@@ -182,7 +220,7 @@ def _summary(
     loss = means["lm"]
     counts = count(checkpoint.family, checkpoint.config)
     return ModelEvaluation(
-        checkpoint=str(path),
+        checkpoint=str(checkpoint.folder),
         total_parameters=counts.total_parameters,
         active_parameters=counts.active_parameters,
         mtp_parameters=counts.mtp_parameters,

@@ -9,25 +9,24 @@ from markupsafe import Markup
 WIDTH, LEFT, RIGHT, BOTTOM, TOP = 960, 60, 20, 44, 14
 COLOURS = ("#2271d1", "#c4620e", "#2a8767", "#8e5bb5", "#b3456f", "#8a7000", "#6e7781")
 DASHES = ("", "8 4", "2 4")
-ROW, LEGEND_ROW, LABELS = 30, 20, 300
+ROW, LEGEND_ROW = 42, 20
 
 Interval = tuple[float, float, float]
 """Mean, and the ends of its confidence interval."""
 
 
 def intervals(rows: Mapping[str, Interval], axis: str) -> Markup:
-    """A dot with its interval per row, and a dashed line at zero."""
+    """A dot with its interval per row, its title above it, and a dashed line at zero."""
     low, high = min(0.0, *(row[1] for row in rows.values())), max(0.0, *(row[2] for row in rows.values()))
     margin = 0.04 * (high - low) or 1.0
-    x = _Scale(low - margin, high + margin, LABELS, WIDTH - RIGHT)
+    x = _Scale(low - margin, high + margin, LEFT, WIDTH - RIGHT)
     height = TOP + ROW * len(rows) + BOTTOM
     parts = _vertical_grid(x, height, axis)
     parts.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{TOP}" y2="{height - BOTTOM}" class="zero"/>')
     for number, (title, (mean, left, right)) in enumerate(rows.items()):
-        y = TOP + ROW * (number + 0.5)
-        said = f"{escape(title)}: {mean:+.3f}, 95 % interval {left:+.3f} to {right:+.3f}"
+        y = TOP + ROW * (number + 0.75)
         parts.append(
-            f'<g><title>{said}</title><text x="{LABELS - 12}" y="{y + 4}" text-anchor="end">{escape(title)}</text>'
+            f'<g><text x="{LEFT}" y="{y - 12}">{escape(title)}</text>'
             f'<path d="M{x(left):.1f} {y}H{x(right):.1f}M{x(left):.1f} {y - 5}v10M{x(right):.1f} {y - 5}v10" '
             f'stroke="{COLOURS[0]}" stroke-width="1.5" fill="none"/>'
             f'<circle cx="{x(mean):.1f}" cy="{y}" r="4.5" fill="{COLOURS[0]}"/></g>'

@@ -8,9 +8,9 @@ import jinja2
 
 from slimqwen import reporting
 from slimqwen.artifacts import write_text
-from slimqwen.study.drawing import curves, intervals
+from slimqwen.study.drawing import Interval, curves, intervals
 from slimqwen.study.result import Arm, Run, Study
-from slimqwen.study.verdict import interval, measured
+from slimqwen.study.verdict import interval, measured, signed
 
 TEMPLATES = [Path(__file__).parent, Path(reporting.__file__).parent]  # of the latter page.css, which all pages share
 COLUMNS = {
@@ -107,12 +107,16 @@ def _differences(study: Study) -> dict[str, object] | None:
     one_shot = not any(run.metrics for run in study.runs)
     metric = "kl_to_teacher"
     baseline = {run.seed: measured(run, one_shot)[metric] for run in runs_of(study, study.baseline, one_shot)}
-    rows = {}
+    rows: dict[str, Interval] = {}
+    numbers = []
     for arm in study.arms:
         if arm.name != study.baseline and (runs := runs_of(study, arm.name, one_shot)):
             gaps = [measured(run, one_shot)[metric] - baseline[run.seed] for run in runs]
             mean = fmean(gaps)
-            rows[arm.title] = (mean, *(interval(gaps) or (mean, mean)))
+            bounds = interval(gaps)
+            rows[arm.title] = (mean, *(bounds or (mean, mean)))
+            words = "one seed" if bounds is None else f"{signed(bounds[0])} to {signed(bounds[1])}"
+            numbers.append({"title": arm.title, "mean": signed(mean), "interval": words})
     if not rows:
         return None
     title = next(arm.title for arm in study.arms if arm.name == study.baseline)
@@ -120,6 +124,7 @@ def _differences(study: Study) -> dict[str, object] | None:
         "title": f"Difference to “{title}”",
         "caption": "Paired by seed, with the 95 % confidence interval of the mean. Left of the dashed line is better than the baseline.",
         "drawing": intervals(rows, "KL to the teacher minus the baseline's, nats per token"),
+        "rows": numbers,
     }
 
 
@@ -135,6 +140,7 @@ def _curves(study: Study) -> dict[str, object] | None:
         return None
     return {
         "title": "Training loss",
+        "rows": [],
         "caption": "Cross entropy on the training text, means over a few steps and over seeds; every arm reads the same text in the same order.",
         "drawing": curves(lines, "training tokens", "training loss, nats per token"),
     }

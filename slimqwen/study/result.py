@@ -9,7 +9,7 @@ from slimqwen.errors import UserError
 
 FORMAT = "slimqwen.study/1"
 
-Judgement = Literal["confirmed", "not distinguishable", "contradicted"]
+Judgement = Literal["confirmed", "not distinguishable", "contradicted", "not judged"]
 
 
 class Strict(BaseModel):

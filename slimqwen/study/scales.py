@@ -15,16 +15,18 @@ TEACHERS = {"gpu": FOLDER / "gpu-teacher.yaml"}
 
 
 def load_scale(scale: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a built-in scale or of a file, and its teacher where that is pretrained and not there yet.
-
-    Raises UserError where `scale` is neither.
-    """
+    """The recipe of a built-in scale or of a file. Raises UserError where `scale` is neither."""
     path = SCALES.get(scale, Path(scale))
     if scale not in SCALES and not path.is_file():
         raise UserError(
             f"--scale {scale}{did_you_mean(scale, SCALES)}: give one of {', '.join(SCALES)}, or the path of a recipe."
         )
-    recipe = load_recipe(path, overrides)
+    return load_recipe(path, overrides)
+
+
+def pretrain_teacher(scale: str, recipe: Recipe) -> None:
+    """Pretrain the teacher that a built-in scale comes with, where `recipe` asks for it and it is not there yet."""
     if scale in TEACHERS and not Path(recipe.teacher).is_dir():
-        pretrain(load_recipe(TEACHERS[scale], model=PretrainRecipe), command=f"slimqwen study --scale {scale}")
-    return recipe
+        teacher = load_recipe(TEACHERS[scale], model=PretrainRecipe)
+        if Path(recipe.teacher) == teacher.run_dir / "final":
+            pretrain(teacher, command=f"slimqwen study --scale {scale}")

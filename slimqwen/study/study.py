@@ -1,8 +1,6 @@
 """The command `study`: every arm with every seed, then results.json and a page."""
 
 import json
-import os
-import platform
 import subprocess
 import time
 from collections.abc import Iterable
@@ -10,7 +8,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from slimqwen.artifacts import write_json
 from slimqwen.builtin import checkpoint_folder
@@ -18,13 +15,16 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.store import load_manifest
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.evaluation.result import ModelEvaluation
-from slimqwen.preflight import check
+from slimqwen.planning.shapes import shape_of
+from slimqwen.preflight import check, check_heldout, stages_of
 from slimqwen.progress import duration, say
 from slimqwen.recipe import Recipe
+from slimqwen.steps import device_name, machine
 from slimqwen.study.catalogue import STUDIES
+from slimqwen.study.catalogue.definition import Definition
 from slimqwen.study.page import write_page
 from slimqwen.study.result import Arm, CurvePoint, Run, Study
-from slimqwen.study.variation import Variation, changed
+from slimqwen.study.variation import Changes, Variation, changed
 from slimqwen.study.verdict import judged
 from slimqwen.study.workshop import Made, Workshop
 
@@ -41,29 +41,27 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
     Raises UserError, before anything is written, for an unknown study, a recipe that has no target to vary, and an arm that
     could not be run.
     """
-    if name not in STUDIES:
-        raise UserError(f"there is no study '{name}'{did_you_mean(name, STUDIES)}: choose one of {', '.join(STUDIES)}.")
+    definition, started, clock = definition_of(name), datetime.now(UTC), time.monotonic()
+    recipe = changed(recipe, definition.evaluation(recipe))
     if recipe.target is None or recipe.init != "pruned":
         raise UserError("a study varies a recipe with a `target` and `init: pruned`: give these and no `stages`.")
-    if STUDIES[name].drafts and recipe.evaluation.acceptance_depth < DRAFTS:
+    if definition.drafts and recipe.evaluation.acceptance_depth < DRAFTS:
         raise UserError(
             f"the study '{name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."
         )
-    definition, started, clock = STUDIES[name], datetime.now(UTC), time.monotonic()
     teacher = Checkpoint(checkpoint_folder(recipe.teacher))
     all_seeds = [recipe.seed + number for number in range(seeds)]
-    plans = [
-        (arm, changed(recipe, {**arm.changes_to(recipe, teacher), "seed": seed}))
-        for seed in all_seeds
-        for arm in definition.arms
-    ]
-    for arm, varied in plans[: len(definition.arms)]:  # which the other seeds repeat
+    changes, of_arm = {}, {}
+    for arm in definition.arms:
         try:
-            check(varied, teacher)
+            changes[arm.name], of_arm[arm.name] = definition.recipe_of(arm, recipe, teacher)
+            check_arm(of_arm[arm.name], teacher)
         except UserError as error:
             raise UserError(f"the arm '{arm.name}': {error}") from error
+    plans = [(arm, changed(of_arm[arm.name], {"seed": seed})) for seed in all_seeds for arm in definition.arms]
     workshop = Workshop(recipe.run_dir, command)
-    workshop.steps.begin(recipe)
+    workshop.begin(recipe)
+    check_heldout(workshop.tokens(recipe), recipe)
     made = []
     for number, (arm, varied) in enumerate(plans, start=1):
         passed = time.monotonic() - clock
@@ -79,7 +77,7 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
             numbers[path] |= shares
     sizes = dict(zip(_checkpoints(made), evaluations, strict=True))
     runs = [
-        _run(arm, varied, arm.changes_to(recipe, teacher), result, sizes, numbers)
+        _run(arm, varied, changes[arm.name], result, sizes, numbers)
         for (arm, varied), result in zip(plans, made, strict=True)
     ]
     by_seed = [{run.arm: run for run in runs if run.seed == seed} for seed in all_seeds]
@@ -92,7 +90,7 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         command=command,
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - clock, 1),
-        machine=_machine(),
+        machine=f"{machine()}, {device_name()}",
         commit=_commit(),
         versions={package: version(package) for package in ("slimqwen", "torch", "transformers")},
         recipe=recipe.model_dump(mode="json"),
@@ -109,6 +107,20 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
     return result
 
 
+def definition_of(name: str) -> Definition:
+    """The study called so. Raises UserError where there is none."""
+    if name not in STUDIES:
+        raise UserError(f"there is no study '{name}'{did_you_mean(name, STUDIES)}: choose one of {', '.join(STUDIES)}.")
+    return STUDIES[name]
+
+
+def check_arm(recipe: Recipe, teacher: Checkpoint) -> None:
+    """Raise UserError for what would otherwise stop the study after hours, or leave it nothing to compare."""
+    check(recipe, teacher)
+    if stages_of(recipe, teacher)[-1].target == shape_of(teacher.family, teacher.config):
+        raise UserError("it cuts nothing of the teacher: give the recipe's target the sizes that the study is about.")
+
+
 def _checkpoints(made: Iterable[Made]) -> list[Path]:
     """What is to be measured, each checkpoint once."""
     paths = (path for result in made for path in (result.start, result.trained))
@@ -118,7 +130,7 @@ def _checkpoints(made: Iterable[Made]) -> list[Path]:
 def _run(
     arm: Variation,
     varied: Recipe,
-    changes: dict[str, Any],
+    changes: Changes,
     made: Made,
     sizes: dict[Path, ModelEvaluation],
     numbers: dict[Path, dict[str, float]],
@@ -128,7 +140,7 @@ def _run(
     return Run(
         arm=arm.name,
         seed=varied.seed,
-        changes=changes,
+        changes=dict(changes),
         training_tokens=varied.distil.tokens if arm.trains else 0,
         total_parameters=sizes[final].total_parameters,
         active_parameters=sizes[final].active_parameters,
@@ -160,15 +172,18 @@ def _curve(logs: list[Path]) -> list[CurvePoint]:
     return points
 
 
-def _machine() -> str:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}"
-
-
 def _commit() -> str:
-    """The commit of the code that ran, where it runs from a git checkout; else empty."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    """The commit of the code that ran, `-dirty` where it was changed since; empty where it is not from a git checkout."""
+    own = Path(__file__).parent.parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(own), *command], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not git("ls-files", "."):  # installed within somebody else's repository
+            return ""
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

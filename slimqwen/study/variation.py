@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.errors import UserError
 from slimqwen.recipe import Recipe
 
 Changes = Mapping[str, Any]
@@ -30,7 +33,10 @@ class Variation:
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """`recipe` with other values at dotted keys, validated like one that was read from a file."""
+    """`recipe` with other values at dotted keys, validated like one that was read from a file.
+
+    Raises UserError where they do not go together with the rest of it.
+    """
     values = recipe.model_dump(mode="json")
     for key, value in changes.items():
         *sections, last = key.split(".")
@@ -39,4 +45,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
             section = section[name]
         assert last in section, f"a recipe has no field {key}"
         section[last] = value
-    return Recipe.model_validate_json(json.dumps(values), strict=True)
+    try:
+        return Recipe.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        said = ", ".join(f"{key}: {value}" for key, value in changes.items())
+        raise UserError(f"the recipe cannot be varied by {said} ({error.errors()[0]['msg']}).") from error

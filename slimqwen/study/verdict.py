@@ -59,21 +59,28 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
     return fmean(differences) - half, fmean(differences) + half
 
 
+def signed(value: float) -> str:
+    """`+0.123`, and `+0.0012` of a smaller one: a number that decides must not read as zero."""
+    return f"{value:+.3f}" if abs(value) >= 0.01 or value == 0.0 else f"{value:+.2g}"
+
+
 def judged(finding: Finding, by_seed: Sequence[Runs]) -> Verdict:
-    """The verdict: the interval lies above zero, below it, or on both sides."""
+    """The verdict: the interval lies above zero, below it, or on both sides; a single seed has none and is not judged."""
     gains = [finding.gain(runs) for runs in by_seed]
     bounds, mean = interval(gains), fmean(gains)
     judgement: Judgement = "not distinguishable"
-    if bounds is not None and bounds[0] > 0:
+    if bounds is None:
+        judgement = "not judged"
+    elif bounds[0] > 0:
         judgement = "confirmed"
-    elif bounds is not None and bounds[1] < 0:
+    elif bounds[1] < 0:
         judgement = "contradicted"
     if bounds is None:
         spread = "one seed, no interval"
     elif bounds[0] == bounds[1]:
         spread = f"the same with each of {len(gains)} seeds"
     else:
-        spread = f"95 % interval {bounds[0]:+.3f} to {bounds[1]:+.3f}, {len(gains)} seeds"
+        spread = f"95 % interval {signed(bounds[0])} to {signed(bounds[1])}, {len(gains)} seeds"
     words = {"not distinguishable": "not distinguishable at this scale"}.get(judgement, judgement)
     return Verdict(
         name=finding.name,
@@ -84,5 +91,5 @@ def judged(finding: Finding, by_seed: Sequence[Runs]) -> Verdict:
         mean=mean,
         standard_deviation=stdev(gains) if len(gains) > 1 else None,
         interval=bounds,
-        sentence=f"{finding.statement}: {words}. {finding.quantity[0].upper()}{finding.quantity[1:]}: {mean:+.3f} ({spread}).",
+        sentence=f"{finding.statement}: {words}. {finding.quantity[0].upper()}{finding.quantity[1:]}: {signed(mean)} ({spread}).",
     )

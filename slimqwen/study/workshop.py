@@ -4,19 +4,21 @@ Two variations of a recipe that begin alike (the same statistics, the same first
 a study and between studies; an interrupted study continues where it was.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from slimqwen import work
-from slimqwen.artifacts import fingerprint, fingerprint_value, write_json, write_text
+from slimqwen.artifacts import fingerprint, fingerprint_value, locked, write_json, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.distillation.distil import remove_state
+from slimqwen.errors import UserError
 from slimqwen.evaluation.acceptance import heldout_prompts
-from slimqwen.evaluation.result import Evaluation, ModelEvaluation
+from slimqwen.evaluation.evaluate import Examination
+from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import load
@@ -46,13 +48,26 @@ class Workshop:
         self.folder = folder
         self.steps = Steps(folder, command)
 
-    def made(self, name: str, step: Work, **details: Any) -> Path:
-        """The artefact `name`, made unless it is there. details: what the hash is of, besides."""
-        made_from = {**step.made_from, **details}
+    def begin(self, recipe: Recipe) -> None:
+        """Note what the folder is for. Raises UserError where it holds numbers of another precision: they do not compare."""
+        device = resolve_device(recipe.device)
+        numerics = {"device": device.type, "dtype": str(resolve_dtype(recipe.dtype, device)).removeprefix("torch.")}
+        file = self.folder / "numerics.json"
+        if file.is_file() and (found := read_json(file)) != numerics:
+            raise UserError(
+                f"{self.folder} holds work in {found['dtype']} on {found['device']}, and this is in {numerics['dtype']} on "
+                f"{numerics['device']}: its numbers do not compare; choose another run_dir."
+            )
+        self.steps.begin(recipe)
+        write_json(file, numerics)
+
+    def made(self, name: str, step: Work) -> Path:
+        """The artefact `name`, made unless it is there. Of several processes that want it one makes it, and the others wait."""
         kind = Path(name).stem
-        place = f"{kind}/{fingerprint_value(made_from)[:16]}"
+        place = f"{kind}/{fingerprint_value(step.made_from)[:16]}"
         out = self.folder / place / name
-        return self.steps.step(place, out, made_from, lambda: step.make(out, kind))
+        with locked(self.folder / ".locks" / place.replace("/", ".")):
+            return self.steps.step(place, out, step.made_from, lambda: step.make(out, kind))
 
     def build(self, recipe: Recipe, *, trains: bool) -> Made:
         """All the stages of a recipe; `trains` False stops before the training of the first."""
@@ -104,32 +119,39 @@ class Workshop:
 
     def trained(self, step: Work, *, keep_state: bool) -> Path:
         """The trained checkpoint; its metrics.jsonl lies beside it and, where it is kept, its training state."""
-        # The same checkpoint with and without: but where the state was not kept, none can be had any more.
-        trained = self.made("distilled", step, keep_state=keep_state)
+        trained = self.made("distilled", step)
         if not keep_state:
             remove_state(trained)
         return trained
 
     def evaluated(self, recipe: Recipe, checkpoints: Sequence[Path]) -> list[ModelEvaluation]:
-        """Every checkpoint's numbers on the held-out text. The teacher is measured once for all that have none yet."""
-        folder, tokens = self.folder / "evaluation", self.tokens(recipe)
-        teacher = checkpoint_folder(recipe.teacher)
+        """Every checkpoint's numbers on the held-out text, each kept as soon as it is measured."""
+        teacher, tokens = checkpoint_folder(recipe.teacher), self.tokens(recipe)
 
-        def compared(models: Mapping[str, Path]) -> Work:
-            return work.evaluated(recipe, {"teacher": teacher, **models}, tokens)
+        @cache
+        def examination() -> Examination:
+            source = Checkpoint(teacher)
+            return Examination(
+                source,
+                source,
+                tokens=tokens,
+                recipe=recipe.evaluation,
+                sequence_length=recipe.data.sequence_length,
+                documents=recipe.data.documents,
+                device=recipe.device,
+                dtype=recipe.dtype,
+            )
 
-        results = {
-            path: folder / f"{fingerprint_value(compared({'model': path}).made_from)[:16]}.json"
-            for path in dict.fromkeys(checkpoints)
-        }
-        missing = {str(number): path for number, path in enumerate(results) if not results[path].exists()}
-        if missing:
-            compared(missing).make(folder / "latest.json", "evaluate")
-            together = Evaluation.load(folder / "latest.json")
-            for name, path in missing.items():
-                alone = together.model_copy(update={"models": {name: together.models[name]}})
-                write_text(results[path], alone.model_dump_json())
-        return [next(iter(Evaluation.load(results[path]).models.values())) for path in checkpoints]
+        def of(path: Path, number: int) -> ModelEvaluation:
+            def make(out: Path, title: str) -> None:
+                title = f"{title} {number}/{len(checkpoints)}"
+                write_text(out, examination().of(path.name, Checkpoint(path), title).model_dump_json(indent=1))
+
+            made_from = work.evaluated(recipe, {"teacher": teacher, "model": path}, tokens).made_from
+            measured = self.made("measured.json", Work(made_from, make))
+            return ModelEvaluation.model_validate_json(measured.read_bytes())
+
+        return [of(path, number) for number, path in enumerate(checkpoints, start=1)]
 
     def drafted(self, recipe: Recipe, checkpoints: Sequence[Path]) -> list[dict[str, float]]:
         """How far each checkpoint's MTP module gets in real speculative decoding of the held-out prompts."""

@@ -1,13 +1,13 @@
 """What a study is made of, and what several of them share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.recipe import Recipe
-from slimqwen.study.variation import Changes, Variation
+from slimqwen.study.variation import Changes, Variation, changed
 from slimqwen.study.verdict import Finding, Runs, measured
 
 KL, LOSS = "kl_to_teacher", "loss"
@@ -20,6 +20,8 @@ RATES = {"fast": Fraction(1), "slow": Fraction(1, 4)}
 class Definition:
     """A study: `baseline` is the arm that the page's differences are taken against.
 
+    given: what every arm has that does not say otherwise, whatever the recipe says, so that arms are what they are called.
+    evaluation: what the study measures otherwise than the recipe says.
     drafts: also decode speculatively, with the trained models' own MTP modules.
     """
 
@@ -29,7 +31,14 @@ class Definition:
     baseline: str
     arms: Sequence[Variation]
     findings: Sequence[Finding]
+    given: Changes = field(default_factory=dict)
+    evaluation: Callable[[Recipe], Changes] = lambda recipe: {}
     drafts: bool = False
+
+    def recipe_of(self, arm: Variation, recipe: Recipe, teacher: Checkpoint) -> tuple[Changes, Recipe]:
+        """What the arm changes of `recipe`, and the recipe that comes of it: one cut, unless the arm has a schedule."""
+        changes = {"schedule": "one_shot", **self.given, **arm.changes_to(recipe, teacher)}
+        return changes, changed(recipe, changes)
 
 
 def cut_along(*sizes: str, **changes: Any) -> Callable[[Recipe, Checkpoint], Changes]:
@@ -46,6 +55,10 @@ def cut_along(*sizes: str, **changes: Any) -> Callable[[Recipe, Checkpoint], Cha
 
 def terms(*names: str) -> Changes:
     return {"distil.terms": list(names)}
+
+
+ALL_TERMS = terms("lm", "kd", "mtp_lm", "mtp_kd")
+PAPERS_WIDTH: Changes = {"pruning.width": "norm_activation", "pruning.compensate": False, "pruning.repair": False}
 
 
 def at_both_rates(arm: Variation) -> list[Variation]:

@@ -5,19 +5,23 @@ from fractions import Fraction
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.recipe import Recipe
-from slimqwen.study.catalogue.definition import KL, LOSS, Definition, at_both_rates, lower_at_the_better_rate
+from slimqwen.study.catalogue.definition import (
+    KL,
+    LOSS,
+    PAPERS_WIDTH,
+    Definition,
+    at_both_rates,
+    lower_at_the_better_rate,
+)
 from slimqwen.study.variation import Changes, Variation
 from slimqwen.study.verdict import Finding, Runs, lower, measured
 
 ROTATED = {"pruning.width": "rotation"}
 WAYS: dict[str, tuple[str, Changes]] = {
-    "paper": ("norm activation (the paper's)", {"pruning.width": "norm_activation", "pruning.compensate": False}),
-    "compensated": ("+ compensation", {"pruning.width": "norm_activation", "pruning.compensate": True}),
-    "rotated": ("rotation", {**ROTATED, "pruning.compensate": False, "pruning.repair": False}),
-    "rotated_compensated": (
-        "rotation + compensation",
-        {**ROTATED, "pruning.compensate": True, "pruning.repair": False},
-    ),
+    "paper": ("norm activation (the paper's)", {}),
+    "compensated": ("+ compensation", {"pruning.compensate": True}),
+    "rotated": ("rotation", ROTATED),
+    "rotated_compensated": ("rotation + compensation", {**ROTATED, "pruning.compensate": True}),
     "repaired": ("rotation + compensation + repair", {**ROTATED, "pruning.compensate": True, "pruning.repair": True}),
 }
 CUTS = {"12": Fraction(1, 8), "25": Fraction(1, 4), "37": Fraction(3, 8)}
@@ -33,7 +37,6 @@ def _narrowed(cut: Fraction, way: Changes, budget: Fraction = Fraction(1)) -> Ca
         target["hidden_size"] = int(teacher.config["hidden_size"] * (1 - cut))
         return {
             "target": target,
-            "pruning.experts.refit": False,
             "distil.tokens": int(recipe.distil.tokens * budget),
             **way,
         }
@@ -110,4 +113,5 @@ ROTATION = Definition(
             for budget, share in BUDGETS.items()
         ),
     ],
+    given={**PAPERS_WIDTH, "pruning.experts.refit": False},
 )

@@ -6,7 +6,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families.count import count
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Recipe, Target
-from slimqwen.study.catalogue.definition import KL, Definition, cut_along
+from slimqwen.study.catalogue.definition import KL, PAPERS_WIDTH, Definition, cut_along
 from slimqwen.study.variation import Changes, Variation
 from slimqwen.study.verdict import Finding, Runs, lower, measured
 
@@ -109,4 +109,5 @@ WIDTH = Definition(
             lower(KL, "experts_alone", "norm_activation"),
         ),
     ],
+    given={**PAPERS_WIDTH, "pruning.experts.refit": False},
 )
