@@ -200,6 +200,17 @@ def test_fingerprint_of_a_large_file_notices_size_and_both_ends(tmp_path, monkey
     assert len(set(seen)) == 4
 
 
+def test_fingerprint_of_a_large_file_notices_another_matrix_anywhere(tmp_path, monkeypatch):
+    for name, value in (("FULLY_HASHED_BYTES", 1000), ("SAMPLE_BYTES", 10), ("SAMPLE_EVERY_BYTES", 100)):
+        monkeypatch.setattr(artifacts, name, value)
+    path = tmp_path / "model.safetensors"
+    seen = set()
+    for start in range(0, 2900, 50):
+        path.write_bytes(bytes(start) + b"x" * 110 + bytes(2890 - start))
+        seen.add(fingerprint(path))
+    assert len(seen) == 58
+
+
 def test_fingerprint_of_a_value_ignores_the_order_of_keys():
     assert fingerprint_value({"a": 1, "b": [1, 2]}) == fingerprint_value({"b": [1, 2], "a": 1})
     assert fingerprint_value({"a": 1, "b": [1, 2]}) != fingerprint_value({"a": 1, "b": [2, 1]})
