@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from slimqwen.artifacts import (
     check_replaceable,
     fingerprint,
     fingerprint_value,
+    locked,
     resumable_folder,
     write_json,
 )
@@ -161,6 +163,24 @@ def folder(tmp_path) -> Path:
     (tmp_path / "checkpoint" / "config.json").write_text("{}")
     (tmp_path / "checkpoint" / "shards" / "a.bin").write_bytes(b"0123456789")
     return tmp_path / "checkpoint"
+
+
+def test_one_at_a_time_holds_a_lock(tmp_path, capsys):
+    order = []
+
+    def second():
+        with locked(tmp_path / "locks" / "a"):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    with locked(tmp_path / "locks" / "a"):
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and order == []
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
+    assert "a: another process is making it, waiting" in capsys.readouterr().err
 
 
 def test_fingerprint_changes_with_content_name_and_files(folder):
