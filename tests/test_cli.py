@@ -338,7 +338,7 @@ def test_ctrl_c_is_a_sentence(world: Path, tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slimqwen.pipeline.calibrate", interrupted)
+    monkeypatch.setattr("slimqwen.work.calibrate", interrupted)
     assert_one_sentence(run_recipe(world, tmp_path), 130, "interrupted", "the same command continues")
     monkeypatch.setattr("slimqwen.generation.generate.speculate", interrupted)
     stopped = slimqwen("generate", "builtin", "--prompt", "def ")
