@@ -15,6 +15,7 @@ from slimqwen.reporting.compare import compare
 from slimqwen.reporting.report import report
 from slimqwen.study.page import write_page
 from slimqwen.study.result import Arm, CurvePoint, Run, Study, Verdict
+from slimqwen.study.scales import load_scale
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page with")
@@ -167,7 +168,7 @@ def small_study() -> Study:
         machine="2 cores",
         commit="",
         versions={"torch": "2.13.0"},
-        recipe={},
+        recipe=load_scale("cpu").model_dump(mode="json"),
         text={"training_tokens": 100, "heldout_tokens": 10},
         seeds=[0, 1],
         baseline="a",
