@@ -85,10 +85,12 @@ class Pipeline:
         """Remove what an earlier recipe made in this run directory for stages, or from plans, that this one has not."""
         numbers = {f"stage-{stage.number}" for stage in self.stages}
         for folder in [*self.run_dir.glob("stage-*"), *self.run_dir.glob("*/stage-*")]:
-            if folder.is_dir() and folder.name not in numbers:
+            # Without a record it is not of this run: another may lie in a folder within this one.
+            records = list((self.run_dir / ".steps").glob(f"{self.label(folder).replace('/', '.')}.*.json"))
+            if records and folder.name not in numbers:
                 say(f"{folder}: left by another schedule, removed")
                 shutil.rmtree(folder)
-                for record in (self.run_dir / ".steps").glob(f"{self.label(folder).replace('/', '.')}.*.json"):
+                for record in records:
                     record.unlink()
         if self.recipe.init == "random":
             (self.run_dir / "stage-1" / "plan.json").unlink(missing_ok=True)

@@ -1,5 +1,5 @@
-"""The steps of a recipe: what each is made from, and how. `run` and `study` have them in common and differ in where the
-results lie: a run names its folders by stage, a study by content.
+"""The steps of a recipe: what each is made from, and how. `run`, `study` and the search of shapes have them in common and
+differ in where the results lie: a run names its folders by stage, a study by content, and a search throws them away.
 """
 
 from collections.abc import Callable, Mapping
@@ -189,17 +189,17 @@ def distilled(
     teacher: Path,
     tokens: Path,
     stage: Stage,
+    carried: Work | None,
+    find: Callable[[Work], Path],
     run: str = MAIN_RUN,
     metrics: Path | None = None,
     teacher_cache: Path | None = None,
-    carried: Work | None = None,
-    find: Callable[[Work], Path] | None = None,
 ) -> Work:
     """The training of one stage by `settings`, the recipe's own or a baseline's; its state stays beside the result.
 
-    run, metrics: as `distil` has them.
     carried: the moments that the optimiser goes on with; without, it begins anew.
     find: makes `carried` or finds it; asked when the training begins, for it is twice the model and may go afterwards.
+    run, metrics: as `distil` has them.
     """
     span = stage.span
     made_from: dict[str, Any] = {
@@ -237,7 +237,7 @@ def distilled(
             stage=stage.number,
             title=title,
             keep_state=True,
-            moments=None if carried is None or find is None else find(carried),
+            moments=None if carried is None else find(carried),
         ),
     )
 

@@ -301,7 +301,8 @@ def test_a_model_that_cannot_be_rotated_is_refused_at_once(tmp_path: Path) -> No
 
 def test_what_another_schedule_left_is_removed(finished: Recipe, tmp_path: Path) -> None:
     recipe = finished.model_copy(update={"run_dir": tmp_path})
-    for name in ("stage-2/plan.json", "stage-3/plan.json", "paper/stage-3/pruned/config.json"):
+    another_run = "within/stage-3/plan.json"  # of which this one has no record
+    for name in ("stage-2/plan.json", "stage-3/plan.json", "paper/stage-3/pruned/config.json", another_run):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / ".steps").mkdir()
@@ -311,4 +312,5 @@ def test_what_another_schedule_left_is_removed(finished: Recipe, tmp_path: Path)
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")} == {
         "stage-2/plan.json",
         ".steps/stage-2.plan.json",
+        another_run,
     }

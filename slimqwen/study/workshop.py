@@ -76,10 +76,10 @@ class Workshop:
         stages = stages_of(recipe, source)
         carries = recipe.distil.optimizer_state == "carry"
         tokens = self.tokens(recipe)
-        cache = None
+        teacher_cache = None
         if trains and recipe.distil.is_taught and recipe.distil.teacher == "cache":
             step = work.teacher_cached(recipe, teacher, tokens, stages[-1].span.total_steps)
-            cache = self.made("teacher_cache", step)
+            teacher_cache = self.made("teacher_cache", step)
         checkpoint, metrics, start = teacher, [], None
         for stage in stages:
             moments = None
@@ -103,7 +103,7 @@ class Workshop:
                 teacher=teacher,
                 tokens=tokens,
                 stage=stage,
-                teacher_cache=cache,
+                teacher_cache=teacher_cache,
                 carried=moments,
                 find=lambda carried: self.made("moments", carried),
             )
