@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slimqwen import work
-from slimqwen.artifacts import atomic_folder, fingerprint, fingerprint_value, write_text
+from slimqwen.artifacts import MARKER, alone_in, atomic_folder, fingerprint, fingerprint_value, remove_ours, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.check import check_checkpoint
 from slimqwen.checkpoint.reader import Checkpoint
@@ -37,6 +37,11 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     the run directory.
     """
     pipeline = Pipeline(recipe, command)
+    with alone_in(recipe.run_dir):
+        return _run(pipeline, recipe)
+
+
+def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
     pipeline.steps.begin(recipe)
     with pipeline.steps.warned("recipe", fingerprint_value(recipe.model_dump(mode="json"))):
         announce(recipe, pipeline.source, pipeline.stages)
@@ -165,7 +170,7 @@ class Pipeline:
         self.made(self.label(out), out, step)
         if carry_from is not None:
             remove_state(carry_from)
-            shutil.rmtree(moments, ignore_errors=True)
+            remove_ours(moments)
         if not keep_state:
             remove_state(out)
         return out
@@ -237,7 +242,7 @@ class Pipeline:
 
         def assemble() -> None:
             with atomic_folder(out) as folder:
-                shutil.copytree(trained, folder, dirs_exist_ok=True)
+                shutil.copytree(trained, folder, ignore=shutil.ignore_patterns(MARKER), dirs_exist_ok=True)
                 write_text(folder / "README.md", card)
             for warning in check_checkpoint(out).warnings:
                 warn(f"warning: {warning}")

@@ -16,13 +16,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined, to_json
 
-from slimqwen.artifacts import write_text
+from slimqwen.artifacts import TEXT_MARK, write_text
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import Recipe
 
 Model = TypeVar("Model", bound=BaseModel)
 
-DUMP_HEADER = "# Every field of the recipe, defaults included.\n"
+DUMP_HEADER = f"{TEXT_MARK}: every field of the recipe, defaults included.\n"
 
 WORDS_FOR_TYPES = {str: "text", int: "whole number", float: "number", bool: "true | false", Path: "path"}
 WORDS_FOR_PROBLEMS = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from slimqwen.artifacts import fingerprint, fingerprint_value, write_json, write_text
+from slimqwen.artifacts import fingerprint, fingerprint_value, tidy, write_json, write_text
 from slimqwen.errors import StageFailed
 from slimqwen.progress import say
 from slimqwen.recipe import Section
@@ -32,8 +32,11 @@ class Steps:
 
     def begin(self, recipe: Section) -> None:
         """The run directory, its resolved recipe and where it came from."""
+        for name in ("warnings.jsonl", "metrics.jsonl"):  # the others are written anew
+            tidy(self.run_dir / name)
         dump_recipe(recipe, self.run_dir / "recipe.resolved.yaml")
         provenance = {
+            "format": "slimqwen.provenance/1",
             "command": self.command,
             "version": version("slimqwen"),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -49,7 +52,9 @@ class Steps:
         """Do `action`, which makes `output`, unless the same inputs made it before and it is still what they made."""
         record = self.run_dir / ".steps" / f"{name.replace('/', '.')}.json"
         key = fingerprint_value({"version": version("slimqwen"), **inputs})
+        tidy(record)
         if record.exists() and output.exists() and record.read_text() == record_text(key, output):
+            tidy(output)
             say(f"{name}: done already, {output}")
             self._log(name, 0.0, skipped=True)
             return output

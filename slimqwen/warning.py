@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from slimqwen.artifacts import write_text
+from slimqwen.artifacts import rewrite_text
 from slimqwen.progress import say
 
 _keep: ContextVar[Callable[[str], None]] = ContextVar("_keep", default=lambda text: None)
@@ -31,7 +31,7 @@ def kept_in(path: Path, *, step: str, key: str) -> Iterator[None]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     current = [line for line in lines if not _is_outdated(line, step, key)]
     if current != lines:
-        write_text(path, "".join(line + "\n" for line in current))
+        rewrite_text(path, "".join(line + "\n" for line in current))
 
     def keep(text: str) -> None:
         line = json.dumps({"step": step, "key": key, "text": text}, ensure_ascii=False)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from slimqwen import artifacts
 from slimqwen.artifacts import (
+    MARKER,
     atomic_file,
     atomic_folder,
     check_replaceable,
+    claim_folder,
     fingerprint,
     fingerprint_value,
-    locked,
+    identity,
     resumable_folder,
     write_json,
 )
@@ -22,7 +23,7 @@ from slimqwen.errors import StageFailed, UserError
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir() if file.name != artifacts.MARKER)
+    return sorted(file.name for file in folder.iterdir() if file.name != MARKER)
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
@@ -37,19 +38,19 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path):
 
 def test_a_failed_file_leaves_the_old_one_and_nothing_else(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text("old")
+    with atomic_file(path) as partial:
+        partial.write_text("# Written by slimqwen: old")
     with pytest.raises(KeyboardInterrupt), atomic_file(path) as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
-    assert path.read_text() == "old"
+    assert path.read_text() == "# Written by slimqwen: old"
     assert names(tmp_path) == ["plan.json"]
 
 
 def test_a_folder_replaces_the_old_one_with_all_its_contents(tmp_path):
     path = tmp_path / "pruned"
-    path.mkdir()
-    (path / artifacts.MARKER).touch()
-    (path / "stale.safetensors").write_text("old")
+    with atomic_folder(path) as partial:
+        (partial / "stale.safetensors").write_text("old")
     with atomic_folder(path) as partial:
         (partial / "config.json").write_text("{}")
         assert names(path) == ["stale.safetensors"]
@@ -59,9 +60,8 @@ def test_a_folder_replaces_the_old_one_with_all_its_contents(tmp_path):
 
 def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path):
     path = tmp_path / "pruned"
-    path.mkdir()
-    (path / artifacts.MARKER).touch()
-    (path / "config.json").write_text("old")
+    with atomic_folder(path) as partial:
+        (partial / "config.json").write_text("old")
     with pytest.raises(RuntimeError, match="stopped"), atomic_folder(path) as partial:
         (partial / "config.json").write_text("half")
         raise RuntimeError("stopped")
@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_behind_is_cleared(tmp_path):
     path = tmp_path / "pruned"
     left_behind = tmp_path / ".pruned.partial"
-    left_behind.mkdir()
+    claim_folder(left_behind, None)
     (left_behind / "model-00001.safetensors").write_text("half")
     with atomic_folder(path) as partial:
         (partial / "config.json").write_text("{}")
@@ -113,7 +113,7 @@ def test_a_resumable_folder_of_other_work_begins_empty(tmp_path, capsys):
         raise KeyboardInterrupt
     capsys.readouterr()
     with resumable_folder(tmp_path / "pruned", "plan 2") as partial:
-        assert names(partial) == [artifacts.KEY_FILE]
+        assert names(partial) == []
     assert "was left behind by other work" in capsys.readouterr().err
 
 
@@ -169,17 +169,17 @@ def test_one_at_a_time_holds_a_lock(tmp_path, capsys):
     order = []
 
     def second():
-        with locked(tmp_path / "locks" / "a"):
+        with alone(tmp_path / "new" / "a", wait=True):
             order.append("second")
 
     waiting = threading.Thread(target=second)
-    with locked(tmp_path / "locks" / "a"):
+    with alone(tmp_path / "new" / "a", wait=True):
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive() and order == []
         order.append("first")
     waiting.join()
-    assert order == ["first", "second"]
+    assert order == ["first", "second"] and names(tmp_path) == []
     assert "a: another process is making it, waiting" in capsys.readouterr().err
 
 
@@ -210,8 +210,8 @@ def test_fingerprint_of_one_file(folder):
 
 
 def test_fingerprint_of_a_large_file_notices_size_and_both_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "FULLY_HASHED_BYTES", 1000)
-    monkeypatch.setattr(artifacts, "SAMPLE_BYTES", 10)
+    monkeypatch.setattr(identity, "FULLY_HASHED_BYTES", 1000)
+    monkeypatch.setattr(identity, "SAMPLE_BYTES", 10)
     path = tmp_path / "model.safetensors"
     seen = []
     for contents in (bytes(2000), b"x" + bytes(1999), bytes(1999) + b"x", bytes(2001)):
@@ -222,7 +222,7 @@ def test_fingerprint_of_a_large_file_notices_size_and_both_ends(tmp_path, monkey
 
 def test_fingerprint_of_a_large_file_notices_another_matrix_anywhere(tmp_path, monkeypatch):
     for name, value in (("FULLY_HASHED_BYTES", 1000), ("SAMPLE_BYTES", 10), ("SAMPLE_EVERY_BYTES", 100)):
-        monkeypatch.setattr(artifacts, name, value)
+        monkeypatch.setattr(identity, name, value)
     path = tmp_path / "model.safetensors"
     seen = set()
     for start in range(0, 2900, 50):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimqwen.artifacts import atomic_folder, fingerprint_value, resumable_folder
+from slimqwen.artifacts import atomic_folder, fingerprint_value, scratch_folder
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.calibration.memory import Allotment
 from slimqwen.calibration.observe import add_layer_sums, observe_blocks
@@ -25,7 +25,7 @@ from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.calibration.text import CalibrationText
 from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.errors import StageFailed
 from slimqwen.progress import Progress, say
 
 # In the folder of each layer that is finished:
@@ -35,7 +35,7 @@ HIDDEN_STATES = "hidden_states"  # the layer's output, raw, [rows, seq, hidden];
 
 
 def is_unfinished(out: Path) -> bool:
-    """Whether a walk that was to write `out` was interrupted (what `resumable_folder` keeps is still there)."""
+    """Whether a walk that was to write `out` was interrupted (what `scratch_folder` keeps is still there)."""
     return out.with_name(f".{_scratch(out).name}.partial").is_dir()
 
 
@@ -72,15 +72,14 @@ class Walk:
         """Write to `out` the statistics that `blank` announces. Continues where the same walk was interrupted."""
         settings = [self._allotment.rows_per_pass, self._allotment.rows_per_chunk, str(self._dtype), self._device.type]
         key = fingerprint_value([FORMAT, blank.checkpoint, blank.data, *settings, self._second_moments])
-        with resumable_folder(_scratch(out), key) as folder:
+        with scratch_folder(_scratch(out), key) as folder:
             self._announce(folder, title)
             finished = self._walk(folder, blank, title)
             layers = Statistics.load(finished[-1] / LAYER_SUMS)
             Statistics.joined([layers, *(Statistics.load(path / BLOCK_SUMS) for path in finished)]).save(out)
-        shutil.rmtree(_scratch(out))
 
     def _announce(self, folder: Path, title: str) -> None:
-        """Say what the work will take. Raises UserError where the disk is too small."""
+        """Say what the work will take. Raises StageFailed where the disk is too small."""
         of_text = self._tokens * self._hidden_size * self._dtype.itemsize
         sums = len(self._steps) * self._allotment.sums_bytes
         needed = 2 * (of_text + sums)  # the text before and after a layer; the sums by layer and together
@@ -91,7 +90,7 @@ class Walk:
             f"of memory (page cache apart) and {bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
         )
         if needed > free:
-            raise UserError(
+            raise StageFailed(
                 f"{bytes_in_words(needed)} are to be written to {folder.parent}, and {bytes_in_words(free)} are free: make "
                 "room, write to another disk, or measure fewer samples."
             )

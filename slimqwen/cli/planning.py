@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimqwen.artifacts import check_file_replaceable
 from slimqwen.cli.options import Device, DtypeOption, Seed, command_line, config_path, dtype_of, weights_of
 from slimqwen.errors import UserError
 from slimqwen.progress import say
@@ -220,6 +221,8 @@ def _costs(
 
     if out is not None:
         raise UserError("--out takes the plan of --statistics or the target of --fit: give one of these too.")
+    if html is not None:
+        check_file_replaceable(html, config_file)
     family, config = read_config(config_file)
     comparison = compare(family, config, target, context_length=context_length, training=training)
     if html is not None:
@@ -269,6 +272,8 @@ def _fit(config_file: Path, budgets: str, align: int, pick: int, out: Path | Non
     from slimqwen.checkpoint.config import read_config
     from slimqwen.planning.fit import candidates_table, fit
 
+    if out is not None:
+        check_file_replaceable(out, config_file)
     candidates = fit(*read_config(config_file), budgets, align=align)
     if as_json:
         typer.echo(json.dumps([candidate.model_dump() for candidate in candidates], indent=2))
@@ -288,9 +293,12 @@ def _search(
     out: Path | None,
     as_json: bool,
 ) -> None:
+    from slimqwen.builtin import checkpoint_folder
     from slimqwen.search.result import tables
     from slimqwen.search.search import search
 
+    if out is not None:
+        check_file_replaceable(out, tokens, checkpoint_folder(recipe.teacher))
     result = search(
         recipe, budgets, tokens=tokens, statistics=statistics, align=align, shapes=shapes, command=command_line()
     )

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 
-from slimqwen.artifacts import atomic_folder, check_replaceable, write_json
+from slimqwen.artifacts import atomic_folder, makes_folder, write_json
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.distillation.sharded import fill
@@ -78,6 +78,7 @@ class Moments(Checkpoint):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+@makes_folder("states", "trained", "plan")
 def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "moments") -> Path:
     """Cut the moments that a training ended with as `plan` cuts its result; `out` is for `distil(moments=...)`.
 
@@ -90,7 +91,6 @@ def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "m
 
     Raises UserError where the states are gone, and where the plan was made for another checkpoint.
     """
-    check_replaceable(out, states, trained)
     saved = sorted(states.glob("step-*"))
     if not saved:
         raise UserError(

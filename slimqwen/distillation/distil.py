@@ -1,12 +1,10 @@
 """The stage `distil`: a student checkpoint and tokens (and a teacher) in, a trained checkpoint out."""
 
-import shutil
 from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint, fingerprint_value, write_json
-from slimqwen.checkpoint.config import read_json
+from slimqwen.artifacts import atomic_folder, claim_folder, fingerprint, fingerprint_value, makes_folder, remove_ours
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.store import announce, check_vocabulary, load_manifest, training_stream
@@ -28,7 +26,6 @@ from slimqwen.errors import UserError
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.modeling.kernels import announce_slow
 from slimqwen.modeling.model import MtpCausalLM, load
-from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries
 
 # What changes speed, memory or bookkeeping, and the result by no more than rounding: a run resumes after changing them.
@@ -75,6 +72,7 @@ def span_of(steps: str, total: int) -> Span:
     return Span(int(first), int(end), total)
 
 
+@makes_folder("student", "tokens", "teacher", "teacher_cache", "moments")
 def distil(
     student: Path,
     out: Path,
@@ -120,7 +118,6 @@ def distil(
     Returns:
         `out`.
     """
-    check_replaceable(out, student, tokens, *([teacher] if teacher is not None else []))
     checkpoint = Checkpoint(student)
     manifest = load_manifest(tokens)
     check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
@@ -233,19 +230,12 @@ def state_folder_of(out: Path) -> Path:
 
 
 def remove_state(out: Path) -> None:
-    shutil.rmtree(state_folder_of(out), ignore_errors=True)
+    remove_ours(state_folder_of(out))
 
 
 def claim_state_folder(out: Path, **inputs: object) -> None:
     """Make the folder for `out`'s training state, or empty it if what lies there came from other inputs."""
-    folder = state_folder_of(out)
-    identity = {"inputs": fingerprint_value(inputs)}
-    marker = folder / "inputs.json"
-    if folder.exists() and not (marker.exists() and read_json(marker) == identity):
-        say(f"{folder}: training state of other inputs or settings, removed")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(marker, identity)
+    claim_folder(state_folder_of(out), fingerprint_value(inputs))
 
 
 def check_batch(recipe: DistilRecipe, ranks: Ranks) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from slimqwen.artifacts import write_text
+from slimqwen.artifacts import rewrite_text
 from slimqwen.distillation.loggers import Logger
 
 
@@ -43,7 +43,7 @@ class MetricsLog:
                     lines.append(line)
                 else:
                     last_step = max(last_step, step)
-            write_text(self.path, "".join(line + "\n" for line in lines if _is_whole(line)))
+            rewrite_text(self.path, "".join(line + "\n" for line in lines if _is_whole(line)))
         for logger in self.loggers:
             logger.begin(first_step, last_step)
 
@@ -75,7 +75,7 @@ def forget_stages_after(path: Path, last_stage: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         if any(_stage(line) > last_stage for line in lines):
-            write_text(path, "".join(line + "\n" for line in lines if _stage(line) <= last_stage))
+            rewrite_text(path, "".join(line + "\n" for line in lines if _stage(line) <= last_stage))
 
 
 def _stage(line: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder, fingerprint
+from slimqwen.artifacts import alone_in, atomic_folder, fingerprint
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.sources import check_sources, documents, is_heldout
@@ -25,13 +25,19 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
 
     Finished steps whose inputs have not changed are skipped, and the training resumes from its last saved state.
     """
-    run_dir, data, training = recipe.run_dir, recipe.data, recipe.training
+    run_dir, data = recipe.run_dir, recipe.data
     family = family_of(recipe.config, "the recipe's config")
     config = family.normalise(recipe.config)
     vocab_size = family.sizes(config)[family.vocab]
     check_sources(data.sources, data.heldout_sources)
     resolve_device(recipe.device)
 
+    with alone_in(run_dir):
+        return _pretrain(recipe, config, vocab_size, command)
+
+
+def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: str) -> Path:
+    run_dir, data, training = recipe.run_dir, recipe.data, recipe.training
     steps = Steps(run_dir, command)
     steps.begin(recipe)
     tokenizer, tokens, initial, trained, final = (

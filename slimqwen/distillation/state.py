@@ -6,7 +6,6 @@ schedule are functions of the step, and the models have no dropout. Each rank wr
 again.
 """
 
-import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from slimqwen.artifacts import atomic_folder, write_text
+from slimqwen.artifacts import atomic_folder, discard, rewrite_text, write_text
 from slimqwen.distillation.guard import GuardRecord
 from slimqwen.distillation.parallel import TIMEOUT, Ranks
 
@@ -133,7 +132,7 @@ class States:
                 raise next(iter(error.failures.values()))[0] from error
         if self.ranks.is_first:
             for older in self._saved()[: -self.keep]:
-                shutil.rmtree(older)
+                discard(older)
 
     def load(self) -> tuple[int, GuardRecord] | None:
         """Put the newest state into parameters and optimiser: steps done and the guard's record; None if there is none."""
@@ -152,7 +151,7 @@ class States:
     def note(self, step: int, guard: GuardRecord) -> None:
         """Keep another record of the guard with a state that is saved already."""
         if self.ranks.is_first:
-            write_text(self.folder / _name(step) / GUARD_FILE, guard.model_dump_json())
+            rewrite_text(self.folder / _name(step) / GUARD_FILE, guard.model_dump_json())
 
     def _saved(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))

@@ -7,13 +7,14 @@ times smaller than that of two separate scores.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from slimqwen.artifacts import fingerprint_value, write_json
+from slimqwen.artifacts import fingerprint_value, makes_file, write_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.errors import UserError, did_you_mean
@@ -35,10 +36,12 @@ class _Finished(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    format: Literal["slimqwen.benchmark/1"] = "slimqwen.benchmark/1"
     key: str
     scores: Scores
 
 
+@makes_file("models", "tasks_dir")
 def benchmark(
     models: Mapping[str, Path],
     out: Path,

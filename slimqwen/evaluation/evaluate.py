@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from slimqwen.artifacts import write_json
+from slimqwen.artifacts import makes_file, write_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.packed import bin_path
 from slimqwen.data.store import TokenManifest, check_vocabulary, load_manifest
@@ -30,6 +30,7 @@ LARGEST_LOSS = 700.0  # e^710 is beyond float64
 SPECULATED_PROMPTS = 4  # one at a time: 64 tokens after each take the built-in teacher 6 s of a CPU core
 
 
+@makes_file("models", "tokens")
 def evaluate(
     models: Mapping[str, Path],
     out: Path,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from slimqwen.artifacts import write_text
+from slimqwen.artifacts import TEXT_MARK, write_text
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.errors import UserError
 from slimqwen.families import Config, Family
@@ -283,7 +283,7 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
 def write_target(candidate: Candidate, path: Path) -> None:
     """The candidate's shape as a TARGET.yaml for `slimqwen plan --target`."""
     sizes = candidate.target.model_dump(exclude_none=True)
-    write_text(path, "".join(f"{field}: {size}\n" for field, size in sizes.items()))
+    write_text(path, TEXT_MARK + "\n" + "".join(f"{field}: {size}\n" for field, size in sizes.items()))
 
 
 def _choices(config: Config, align: int) -> dict[str, Sequence[int]]:

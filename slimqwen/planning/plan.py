@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slimqwen.artifacts import write_text
+from slimqwen.artifacts import check_file_replaceable, makes_file, write_text
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
@@ -69,6 +69,7 @@ class Plan(BaseModel):
             raise UserError(f"{path} is not a plan of slimqwen.plan/1: {error.errors()[0]['msg']}.") from error
 
 
+@makes_file("checkpoint", "statistics")
 def plan(
     checkpoint: Path,
     out: Path,
@@ -85,6 +86,9 @@ def plan(
     Raises UserError for a target that is larger than the source or contradicts itself, for statistics that were
     measured on another checkpoint, and for source weights that do not name their sources.
     """
+    basis_file = out.with_name(f"{out.stem}.basis.safetensors")
+    if pruning.width == "rotation":
+        check_file_replaceable(basis_file)
     source = Checkpoint(checkpoint)
     measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
     if measured.checkpoint != source.fingerprint():
@@ -94,8 +98,7 @@ def plan(
     config = target_config(source.family, source.config, target, chosen.kept_layers)
     basis = None
     if chosen.basis is not None:
-        file = out.with_name(f"{out.stem}.basis.safetensors")
-        basis = BasisFile(file=file.name, fingerprint=chosen.basis.save(file))
+        basis = BasisFile(file=basis_file.name, fingerprint=chosen.basis.save(basis_file))
     result = Plan(
         checkpoint=measured.checkpoint,
         statistics_data=measured.data,

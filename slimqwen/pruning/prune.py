@@ -4,13 +4,13 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from slimqwen.artifacts import check_replaceable, fingerprint_value, resumable_folder
+from slimqwen.artifacts import fingerprint_value, makes_folder, resumable_folder
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.checkpoint.check import check_checkpoint, check_config, tensor_hash
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
-from slimqwen.errors import UserError
+from slimqwen.errors import StageFailed, UserError
 from slimqwen.families.family import Layout
 from slimqwen.planning.plan import Plan
 from slimqwen.progress import say
@@ -24,6 +24,7 @@ PROCESS_BYTES = 200_000_000
 BYTES_PER_TENSOR = 1_500
 
 
+@makes_folder("checkpoint", "plan")
 def prune(
     checkpoint: Path,
     out: Path,
@@ -44,7 +45,6 @@ def prune(
 
     Raises UserError where the plan was made for another checkpoint, and where the disk is too small.
     """
-    check_replaceable(out, checkpoint)
     source = Checkpoint(checkpoint)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     if chosen.checkpoint != source.fingerprint():
@@ -71,7 +71,7 @@ def prune(
 
 
 def announce(writer: CheckpointWriter, cut: Cut, title: str) -> None:
-    """Say what the work will take. Raises UserError where the disk is too small."""
+    """Say what the work will take. Raises StageFailed where the disk is too small."""
     free = shutil.disk_usage(writer.folder).free
     needed = writer.missing_file_bytes
     there = f"; {len(writer.found)} are there already" if writer.found else ""
@@ -81,7 +81,7 @@ def announce(writer: CheckpointWriter, cut: Cut, title: str) -> None:
         f"{bytes_in_words(free)} are free"
     )
     if needed > free:
-        raise UserError(
+        raise StageFailed(
             f"{bytes_in_words(needed)} are to be written to {writer.folder.parent}, and {bytes_in_words(free)} are free: "
             "make room, or write to another disk."
         )

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint_value, resumable_folder
+from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, scratch_folder
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.calibration.memory import allot
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
-from slimqwen.errors import UserError
+from slimqwen.errors import StageFailed, UserError
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.planning.plan import Plan
 from slimqwen.progress import say
@@ -26,6 +26,7 @@ from slimqwen.repair.projection import Projection
 from slimqwen.repair.stream import Stream
 
 
+@makes_folder("student", "teacher", "tokens", "plan")
 def repair(
     student: Path,
     out: Path,
@@ -57,7 +58,6 @@ def repair(
     Raises UserError where plan, student and teacher do not belong together, where the student was trained since, and where
     the disk is too small.
     """
-    check_replaceable(out, student, teacher, tokens)
     cut, source = Checkpoint(student), Checkpoint(teacher)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     check_belong_together(cut, source, chosen)
@@ -97,7 +97,7 @@ def repair(
     ]
     layers = out.with_name(f"{out.name}.layers")
     with (
-        resumable_folder(layers, fingerprint_value(made_from)) as folder,
+        scratch_folder(layers, fingerprint_value(made_from)) as folder,
         reproducible(torch_device),
         torch.inference_mode(),
     ):
@@ -107,7 +107,6 @@ def repair(
         with atomic_folder(out) as partial:
             write_refitted(cut, refitted, partial)
             copy_companions(student, partial)
-    shutil.rmtree(layers)
     return out
 
 
@@ -147,7 +146,7 @@ def write_refitted(student: Checkpoint, refitted: Iterable[Path], folder: Path) 
 
 
 def _announce(folder: Path, student: Checkpoint, teacher: Checkpoint, tokens: int, title: str) -> None:
-    """Say what the work will take. Raises UserError where the disk is too small."""
+    """Say what the work will take. Raises StageFailed where the disk is too small."""
     hidden = 3 * student.config["hidden_size"] + 2 * teacher.config["hidden_size"]  # before and after a layer; asked
     needed = 4 * tokens * hidden + 2 * student.bytes()  # the refitted matrices, and the result
     free = shutil.disk_usage(folder).free
@@ -157,7 +156,7 @@ def _announce(folder: Path, student: Checkpoint, teacher: Checkpoint, tokens: in
         f"{bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
     )
     if needed > free:
-        raise UserError(
+        raise StageFailed(
             f"{bytes_in_words(needed)} are to be written to {folder.parent}, and {bytes_in_words(free)} are free: make room, "
             "write to another disk, or repair on fewer samples."
         )

@@ -25,6 +25,7 @@ from slimqwen.rotation.mtp import stretches
 
 RIDGE = 1e-3  # of the mean diagonal entry
 DIRECTIONS = "directions"
+FORMAT = "slimqwen.basis/1"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Basis:
         scales = {f"scales/{norm}": torch.tensor(scale, dtype=torch.float64) for norm, scale in self.scales.items()}
         readers = {f"readers/{norm}": reader for norm, reader in self.readers.items()}
         with atomic_file(path) as partial:
-            save_file({DIRECTIONS: self.directions.contiguous(), **scales, **readers}, partial)
+            save_file(
+                {DIRECTIONS: self.directions.contiguous(), **scales, **readers}, partial, metadata={"slimqwen": FORMAT}
+            )
         return fingerprint(path)
 
     @classmethod

@@ -80,7 +80,9 @@ class Gauge:
             raise StageFailed(
                 f"the model cut to {in_words(target)} has no finite KL to the teacher: pin sizes nearer the source's."
             )
-        write_json(out, {"target": target.model_dump(exclude_none=True), "kl_to_teacher": kl})
+        write_json(
+            out, {"format": "slimqwen.kl/1", "target": target.model_dump(exclude_none=True), "kl_to_teacher": kl}
+        )
         shutil.rmtree(scratch)
         self._measured_now += 1
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slimqwen.artifacts import alone_in, check_file_replaceable
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.store import check_vocabulary, load_manifest
@@ -51,6 +52,21 @@ def search(
 
     Raises UserError for what does not fit together and where no shape meets the budgets, before anything is measured.
     """
+    with alone_in(recipe.run_dir):
+        return _search(recipe, budgets, tokens, statistics, align, sizes_per_axis, shapes, command)
+
+
+def _search(
+    recipe: Recipe,
+    budgets: str,
+    tokens: Path,
+    statistics: Path | None,
+    align: int,
+    sizes_per_axis: int,
+    shapes: int,
+    command: str,
+) -> SearchResult:
+    check_file_replaceable(recipe.run_dir / RESULT)
     source = Checkpoint(checkpoint_folder(recipe.teacher))
     found = feasible(source.family, source.config, budgets, align=align).of_whole_blocks()
     manifest = load_manifest(tokens)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
-from slimqwen.artifacts import write_json
+from slimqwen.artifacts import check_file_replaceable, write_json
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.store import load_manifest
@@ -41,6 +41,8 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
     Raises UserError, before anything is written, for an unknown study, a recipe that has no target to vary, and an arm that
     could not be run.
     """
+    for page in ("results.json", "index.html"):
+        check_file_replaceable(out / page)
     definition, started, clock = definition_of(name), datetime.now(UTC), time.monotonic()
     recipe = changed(recipe, definition.evaluation(recipe))
     if recipe.target is None or recipe.init != "pruned":

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from slimqwen import work
-from slimqwen.artifacts import fingerprint, fingerprint_value, locked, write_json, write_text
+from slimqwen.artifacts import alone, fingerprint, fingerprint_value, write_json
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
@@ -51,7 +51,11 @@ class Workshop:
     def begin(self, recipe: Recipe) -> None:
         """Note what the folder is for. Raises UserError where it holds numbers of another precision: they do not compare."""
         device = resolve_device(recipe.device)
-        numerics = {"device": device.type, "dtype": str(resolve_dtype(recipe.dtype, device)).removeprefix("torch.")}
+        numerics = {
+            "format": "slimqwen.numerics/1",
+            "device": device.type,
+            "dtype": str(resolve_dtype(recipe.dtype, device)).removeprefix("torch."),
+        }
         file = self.folder / "numerics.json"
         if file.is_file() and (found := read_json(file)) != numerics:
             raise UserError(
@@ -66,7 +70,7 @@ class Workshop:
         kind = Path(name).stem
         place = f"{kind}/{fingerprint_value(step.made_from)[:16]}"
         out = self.folder / place / name
-        with locked(self.folder / ".locks" / place.replace("/", ".")):
+        with alone(out, wait=True):
             return self.steps.step(place, out, step.made_from, lambda: step.make(out, kind))
 
     def build(self, recipe: Recipe, *, trains: bool) -> Made:
@@ -145,11 +149,12 @@ class Workshop:
         def of(path: Path, number: int) -> ModelEvaluation:
             def make(out: Path, title: str) -> None:
                 title = f"{title} {number}/{len(checkpoints)}"
-                write_text(out, examination().of(path.name, Checkpoint(path), title).model_dump_json(indent=1))
+                numbers = examination().of(path.name, Checkpoint(path), title).model_dump(mode="json")
+                write_json(out, {"format": "slimqwen.measured/1", "numbers": numbers})
 
             made_from = work.evaluated(recipe, {"teacher": teacher, "model": path}, tokens).made_from
             measured = self.made("measured.json", Work(made_from, make))
-            return ModelEvaluation.model_validate_json(measured.read_bytes())
+            return ModelEvaluation.model_validate(read_json(measured)["numbers"])
 
         return [of(path, number) for number, path in enumerate(checkpoints, start=1)]
 
@@ -169,7 +174,7 @@ class Workshop:
                 new_tokens=settings.acceptance_new_tokens,
                 title=title,
             )
-            write_json(out, shares)
+            write_json(out, {"format": "slimqwen.drafts/1"} | shares)
 
         made_from = {
             "checkpoint": fingerprint(checkpoint),
@@ -177,5 +182,5 @@ class Workshop:
             "evaluation": settings.model_dump(mode="json", exclude={"batch_size", "tokens"}),
             "dtype": recipe.dtype,
         }
-        shares: dict[str, float] = read_json(self.made("drafts.json", Work(made_from, make)))
-        return shares
+        shares = read_json(self.made("drafts.json", Work(made_from, make)))
+        return {name: share for name, share in shares.items() if name != "format"}

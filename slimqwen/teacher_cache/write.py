@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slimqwen.artifacts import check_replaceable, fingerprint_value, resumable_folder, write_json
+from slimqwen.artifacts import alone, check_replaceable, fingerprint_value, make_folder, resumable_folder, write_json
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data import store
@@ -17,7 +17,7 @@ from slimqwen.data.stream import Batch, StoredRows
 from slimqwen.distillation.head import Logits
 from slimqwen.distillation.loss import align
 from slimqwen.distillation.signal import TopTokens
-from slimqwen.errors import UserError
+from slimqwen.errors import StageFailed, UserError
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.progress import Progress, say
 from slimqwen.recipe import DocumentBoundaries, TeacherCacheRecipe
@@ -117,14 +117,31 @@ def write_teacher_cache(
         caches.append(Cache(out / (source or "."), stream, chosen, manifest))
     for cache in caches:
         check_replaceable(cache.out, teacher, tokens)
-    _announce(caches, out, title)
+    with alone(out):
+        _announce(caches, out, title)
+        _write_all(caches, out, checkpoint, recipe, torch_device, torch_dtype, title)
+    return out
+
+
+def _write_all(
+    caches: list[Cache],
+    out: Path,
+    checkpoint: Checkpoint,
+    recipe: TeacherCacheRecipe,
+    torch_device: torch.device,
+    torch_dtype: torch.dtype,
+    title: str,
+) -> None:
+    """Those that are not there yet."""
+    for cache in caches:
+        with make_folder(cache.out):  # in order, whatever killed an earlier call
+            pass
     caches = [cache for cache in caches if not cache.is_done]
     if caches:
         predictor = _predictor(checkpoint, recipe, caches[0].manifest, torch_device, torch_dtype)
         with torch.inference_mode(), reproducible(torch_device):
             for cache in caches:
                 _write(cache, predictor, title if cache.out == out else f"{title} {cache.out.name}")
-    return out
 
 
 def check_teacher(recipe: TeacherCacheRecipe, teacher: Checkpoint, with_mtp: bool) -> None:
@@ -160,7 +177,7 @@ def _sources(
 
 
 def _announce(caches: list[Cache], out: Path, title: str) -> None:
-    """Say what will be written. Raises UserError where the disk has no room for it."""
+    """Say what will be written. Raises StageFailed where the disk has no room for it."""
     total, left = sum(cache.total_bytes for cache in caches), sum(cache.left_bytes for cache in caches)
     place = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
@@ -171,7 +188,7 @@ def _announce(caches: list[Cache], out: Path, title: str) -> None:
         f"{bytes_in_words(total)}, of which {bytes_in_words(left)} are to be written; {bytes_in_words(free)} are free"
     )
     if left > free:
-        raise UserError(
+        raise StageFailed(
             f"{bytes_in_words(left)} are to be written to {out}, and {bytes_in_words(free)} are free: make room, write to "
             "another disk, or lower top_k or the number of sequences."
         )
