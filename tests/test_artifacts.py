@@ -9,6 +9,7 @@ import pytest
 
 from slimqwen.artifacts import (
     MARKER,
+    alone,
     atomic_file,
     atomic_folder,
     check_replaceable,

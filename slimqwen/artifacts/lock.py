@@ -12,7 +12,7 @@ from pathlib import Path
 from slimqwen.errors import UserError, shown
 from slimqwen.progress import say
 
-SIGNATURE = "slimqwen: being made by process"
+SIGNATURE = "slimqwen: held by "
 _held: set[tuple[Path, int]] = set()  # lock files and the threads that hold them
 
 
@@ -85,7 +85,7 @@ def _take(lock: Path, what: Path, wait: bool) -> int:
             if _is_at(lock, descriptor):
                 if _is_ours(descriptor):
                     since = time.strftime("%Y-%m-%d %H:%M:%S")
-                    text = f"{SIGNATURE} {os.getpid()} on {socket.gethostname()} since {since}\n"
+                    text = f"{SIGNATURE}process {os.getpid()} on {socket.gethostname()} since {since}\n"
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, text.encode(), 0)
                 return descriptor
@@ -122,7 +122,7 @@ def _lock(descriptor: int, what: Path, wait: bool) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """` (1234 on HOST since 2026-01-31 12:00:00)`; nothing in the moment in which the lock is taken."""
+    """` (process 1234 on HOST since 2026-01-31 12:00:00)`; nothing in the moment in which the lock is taken."""
     text = os.pread(descriptor, 500, 0).decode(errors="replace")
     return f" ({shown(text.removeprefix(SIGNATURE).strip())[1:-1]})" if text.startswith(SIGNATURE) else ""
 
