@@ -288,7 +288,7 @@ def forked(action: Callable[[], object], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest's may be others
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         action()
         code = 0
     except UserError as error:
@@ -399,7 +399,9 @@ def _contents(path: Path) -> bytes:
 
 def unlike(expected: dict[str, str], found: dict[str, str]) -> list[str]:
     names = sorted(expected.keys() | found.keys())
-    states = {name: ("lost" if name not in found else "left over" if name not in expected else "unlike") for name in names}
+    states = {
+        name: ("lost" if name not in found else "left over" if name not in expected else "unlike") for name in names
+    }
     return [f"{state}: {name}" for name, state in states.items() if expected.get(name) != found.get(name)]
 
 
@@ -426,8 +428,11 @@ def main() -> None:
                     wrong[at] = found
             at_once = trial.twice()
             failed = failed or bool(wrong) or bool(at_once)
-            print(f"{trial.name}: {len(points)} of {trial.changes} points, {len(wrong)} with a fault; two at once: "
-                  f"{at_once or 'fine'}; {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{trial.name}: {len(points)} of {trial.changes} points, {len(wrong)} with a fault; two at once: "
+                f"{at_once or 'fine'}; {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
             for at, found in wrong.items():
                 print(f"  at {at}: {found[:5]}", flush=True)
     sys.exit(failed)

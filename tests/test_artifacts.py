@@ -170,11 +170,11 @@ def test_one_at_a_time_holds_a_lock(tmp_path, capsys):
     order = []
 
     def second():
-        with alone(tmp_path / "new" / "a", wait=True):
+        with alone(tmp_path / "a", wait=True):
             order.append("second")
 
     waiting = threading.Thread(target=second)
-    with alone(tmp_path / "new" / "a", wait=True):
+    with alone(tmp_path / "a", wait=True):
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive() and order == []
