@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from tiny import put_json
 
-from slimqwen.artifacts import write_json
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation, Sample
 from slimqwen.recipe import Recipe
@@ -51,7 +51,7 @@ def a_recipe(teacher: Path) -> Recipe:
 def teacher(tmp_path: Path) -> Path:
     folder = tmp_path / "models--Org--Teacher-80B" / "snapshots" / "0123"
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", {})
+    put_json(folder / "config.json", {})
     (folder / "README.md").write_text(TEACHER_CARD)
     return folder
 
@@ -104,13 +104,13 @@ def test_benchmarks_of_another_checkpoint_are_not_told(teacher: Path) -> None:
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"_name_or_path": "/data/models/teacher"})
+    put_json(tmp_path / "config.json", {"_name_or_path": "/data/models/teacher"})
     data = ModelCard(model_card(a_recipe(tmp_path), tmp_path, an_evaluation(), "x", {})).data.to_dict()
     assert not {"base_model", "base_model_relation", "license"} & data.keys()
 
 
 def test_the_teachers_own_words(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"_name_or_path": "Org/Name"})
+    put_json(tmp_path / "config.json", {"_name_or_path": "Org/Name"})
     assert hub_name(tmp_path) == "Org/Name"
     for broken in ("no front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n"):
         (tmp_path / "README.md").write_text(broken)

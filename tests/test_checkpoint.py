@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import fused, tiny_config, tiny_tensors, tiny_tokens, write_tiny_checkpoint
+from tiny import fused, put_json, tiny_config, tiny_tensors, tiny_tokens, write_tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from slimqwen.artifacts import write_json
 from slimqwen.checkpoint.config import read_config
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
@@ -58,7 +57,7 @@ def with_tensors(folder: Path, change: Change) -> None:
 
 def with_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", config | changes)
+    put_json(folder / "config.json", config | changes)
 
 
 def sentence(folder: Path) -> str:
@@ -148,7 +147,7 @@ def test_a_checkpoint_without_mtp_loads_and_is_saved_without(folder: Path, tmp_p
     config = json.loads((folder / "config.json").read_text())
     for key in ("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types"):
         del config[key]
-    write_json(folder / "config.json", config if said is None else config | {"num_nextn_predict_layers": said})
+    put_json(folder / "config.json", config if said is None else config | {"num_nextn_predict_layers": said})
 
     checkpoint = Checkpoint(folder)
     assert not checkpoint.has_mtp and checkpoint.config["num_nextn_predict_layers"] == 0
@@ -302,7 +301,7 @@ def test_an_index_that_leads_out_of_the_folder(original: Path, tmp_path: Path, f
     shutil.copy(original / "model.safetensors", tmp_path / "model.safetensors")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.norm.weight"] = file
-    write_json(folder / "model.safetensors.index.json", index)
+    put_json(folder / "model.safetensors.index.json", index)
     assert f"names '{file}'" in sentence(folder)
 
 
@@ -310,7 +309,7 @@ def test_an_index_that_names_an_absent_tensor(original: Path, tmp_path: Path) ->
     folder = sharded(original, tmp_path / "sharded", 100_000)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.layers.9.norm.weight"] = next(iter(index["weight_map"].values()))
-    write_json(folder / "model.safetensors.index.json", index)
+    put_json(folder / "model.safetensors.index.json", index)
     assert "places 'model.layers.9.norm.weight'" in sentence(folder)
 
 
@@ -318,16 +317,16 @@ def test_an_index_that_names_an_absent_tensor(original: Path, tmp_path: Path) ->
     "index", [[], {}, {"weight_map": []}, {"weight_map": {"model.norm.weight": 1}}, {"weight_map": {"a": ["b"]}}]
 )
 def test_an_index_that_is_none(folder: Path, index: Any) -> None:
-    write_json(folder / "model.safetensors.index.json", index)
+    put_json(folder / "model.safetensors.index.json", index)
     assert "has no weight_map" in sentence(folder)
 
 
 def test_an_index_beside_a_single_file(folder: Path) -> None:
     names = Checkpoint(folder).specs
-    write_json(folder / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, "model.safetensors")})
+    put_json(folder / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, "model.safetensors")})
     assert Checkpoint(folder).specs.keys() == names.keys()
     file = shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
-    write_json(folder / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, Path(file).name)})
+    put_json(folder / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, Path(file).name)})
     assert "remove the one that is stale" in sentence(folder)
 
 
@@ -346,10 +345,10 @@ def test_a_tensor_that_the_index_places_elsewhere_or_nowhere(original: Path, tmp
     places, name = index["weight_map"], "model.norm.weight"
     there = places[name]
     places[name] = next(file for file in places.values() if file != there)
-    write_json(folder / "model.safetensors.index.json", index)
+    put_json(folder / "model.safetensors.index.json", index)
     assert f"places '{name}' in {places[name]}, which does not hold it" in sentence(folder)
     del places[name]
-    write_json(folder / "model.safetensors.index.json", index)
+    put_json(folder / "model.safetensors.index.json", index)
     assert f"{there} holds '{name}', which the index does not name" in sentence(folder)
 
 

@@ -288,7 +288,7 @@ def test_full_disk(world: Path, tmp_path: Path) -> None:
 
 def test_run_dir_that_is_a_file(world: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("not a folder")
-    assert_one_sentence(run_recipe(world, tmp_path), 1, str(tmp_path / "run"))
+    assert_one_sentence(run_recipe(world, tmp_path), 2, str(tmp_path / "run"))
 
 
 def test_teacher_without_a_tokenizer(world: Path, tmp_path: Path) -> None:

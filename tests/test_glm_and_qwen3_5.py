@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import canonical, fused, tiny_tensors, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint
+from tiny import canonical, fused, put_json, tiny_tensors, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint
 from tiny_families import GLM4_MOE as GLM_NATIVE
 from tiny_families import QWEN3_5_MOE as WRAPPER_NATIVE
 from tiny_families import QWEN3_5_MOE_TEXT as TEXT_NATIVE
@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5MoeForConditionalGeneration
 from transformers.modeling_layers import MtpModel
 
-from slimqwen.artifacts import write_json
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Part, Statistics
 from slimqwen.checkpoint.reader import Checkpoint
@@ -442,7 +441,7 @@ def bfloat16_glm(folder: Path, **overrides: Any) -> dict[str, Tensor]:
     tensors = {name: t if name.endswith(ROUTER_BIAS) else t.to(torch.bfloat16) for name, t in exact.items()}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", GLM4_MOE.to_disk(config))
+    put_json(folder / "config.json", GLM4_MOE.to_disk(config))
     return tensors
 
 

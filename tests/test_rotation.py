@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
+from tiny import put_json, tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
 
-from slimqwen.artifacts import write_json
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.config import read_json
@@ -315,14 +314,14 @@ def test_a_basis_that_is_not_the_plans_is_refused(tmp_path: Path, planned: tuple
     made = read_json(file)
     assert made["basis"]["file"] == "plan.basis.safetensors"
     moved = tmp_path / "plan.json"
-    write_json(moved, made)
+    put_json(moved, made)
     with pytest.raises(UserError, match=r"is not there, or not what was written with plan\.json"):
         prune(source, tmp_path / "out", plan=moved)
     save_file({"directions": torch.zeros(2, 2)}, tmp_path / "plan.basis.safetensors")
     with pytest.raises(UserError, match=r"is not there, or not what was written with plan\.json"):
         prune(source, tmp_path / "out", plan=moved)
     for name in ("../plan.basis.safetensors", str(file.with_name("plan.basis.safetensors"))):
-        write_json(moved, made | {"basis": made["basis"] | {"file": name}})
+        put_json(moved, made | {"basis": made["basis"] | {"file": name}})
         with pytest.raises(UserError, match="not a file beside it"):
             prune(source, tmp_path / "out", plan=moved)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCAB_SIZE, tiny_config, tiny_stream, write_tiny_checkpoint, write_tiny_tokens
 from torch import Tensor
 
-from slimqwen.artifacts import MARKER
+from slimqwen.artifacts import MARKER, claim_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
@@ -302,7 +302,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
 
     # What a process that died in the middle of a write leaves behind.
     partial = tmp_path / ".out.state" / ".step-000000006.partial"
-    partial.mkdir()
+    claim_folder(partial, None)
     (partial / "state.safetensors").write_bytes(b"half of it")
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"run": "slimqwen", "stage": 1, "st')

@@ -4,6 +4,7 @@ Every size differs from every other that it could be mistaken for, and the rando
 cut that one tensor misses must be seen in the logits.
 """
 
+import json
 import re
 import shutil
 from math import prod
@@ -16,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
-from slimqwen.artifacts import write_json
 from slimqwen.data.packed import PackedTokens, PackedWriter
 from slimqwen.data.stream import TokenStream
 from slimqwen.data.tokenize import tokenize
@@ -155,8 +155,13 @@ def write_tiny_checkpoint(
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     tensors = fused(tensors, config) if layout == "fused" else tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", FAMILIES[config["model_type"]].to_disk(config))
+    put_json(folder / "config.json", FAMILIES[config["model_type"]].to_disk(config))
     return folder
+
+
+def put_json(path: Path, value: Any) -> None:
+    """Over whatever is there, as a user's editor would."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def tiny_text(seed: int, lines: int = 40) -> str:

@@ -97,7 +97,8 @@ def _check_unchanged(folder: Path) -> None:
     for name in record.foreign(folder):
         what = "was changed since" if name in (record.files or {}) else "would be lost, and it was not there when"
         raise UserError(
-            f"{shown(name)[1:-1]} in {folder} {what} slimqwen wrote this folder: move it elsewhere, or choose another folder."
+            f"{shown(name)[1:-1]} in {folder} {what} slimqwen wrote this folder: move it elsewhere and give the same command "
+            "again."
         )
 
 

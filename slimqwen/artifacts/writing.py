@@ -11,6 +11,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from pydantic import BaseModel
+
 from slimqwen.artifacts.lock import alone, hidden
 from slimqwen.artifacts.ownership import (
     check_file_replaceable,
@@ -93,8 +95,17 @@ def _stage(
 
 
 def _paths(value: object) -> list[Path]:
-    values = value.values() if isinstance(value, Mapping) else [value]
-    return [path for path in values if isinstance(path, Path)]
+    """Every path that an argument names, itself or in what it holds: a recipe's section, a list of sources."""
+    match value:
+        case Path():
+            return [value]
+        case Mapping():
+            return [path for item in value.values() for path in _paths(item)]
+        case list() | tuple():
+            return [path for item in value for path in _paths(item)]
+        case BaseModel():
+            return [path for _, item in value for path in _paths(item)]
+    return []
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import check_file_replaceable, makes_file
+from slimqwen.artifacts import makes_file
 from slimqwen.calibration.memory import allot, fits
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Statistics
@@ -19,7 +19,7 @@ from slimqwen.progress import Progress, say
 from slimqwen.recipe import CalibrationRecipe
 
 
-@makes_file("checkpoint", "tokens")
+@makes_file("checkpoint", "tokens", "recipe")
 @torch.inference_mode()
 def calibrate(
     checkpoint: Path,
@@ -48,7 +48,6 @@ def calibrate(
     if not sources:
         assert tokens is not None, "there is no text to calibrate on"
         sources = {TRAINING_TEXT: tokens}
-    check_file_replaceable(out, *sources.values())
     text = CalibrationText(sources, source, samples=recipe.samples, sequence_length=sequence_length, seed=seed)
     text.say_what_is_short()
     statistics = Statistics(

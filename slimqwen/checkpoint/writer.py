@@ -114,7 +114,7 @@ class _ShardFile:
         """Whether it is time to flush."""
         with self._lock:
             if self._descriptor is None:
-                self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
                 _write_all(self._descriptor, memoryview(self._header), 0)
         _write_all(self._descriptor, data, place)
         with self._lock:

@@ -6,6 +6,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
+from slimqwen.artifacts import check_file_replaceable
 from slimqwen.cli.options import (
     CheckpointName,
     Device,
@@ -78,6 +79,9 @@ def evaluate(
         raise UserError("a checkpoint is called 'teacher' like --teacher's row: give it as ./teacher.")
     models |= {name: checkpoint_folder(name) for name in checkpoints}
     compared_with = None if teacher is None else "teacher"
+    benchmarks_out = out.with_name("benchmarks.json")
+    if tasks is not None or suite is not None:
+        check_file_replaceable(benchmarks_out, *models.values())
     if tokens is not None:
         result = run_stage(
             models,
@@ -95,7 +99,6 @@ def evaluate(
     if tasks is not None or suite is not None:
         from slimqwen.evaluation.benchmarks import benchmark, print_benchmarks, suite_tasks
 
-        benchmarks_out = out.with_name("benchmarks.json")
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         benchmarks = benchmark(
             models,

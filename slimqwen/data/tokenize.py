@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from slimqwen.artifacts import atomic_folder, check_replaceable, fingerprint, makes_folder, write_json
+from slimqwen.artifacts import atomic_folder, fingerprint, makes_folder, write_json
 from slimqwen.data.encode import Text, TextBatch, encode_in_order, usable_cores
 from slimqwen.data.packed import PackedTokens, PackedWriter, bin_path, idx_path
 from slimqwen.data.sources import check_sources, describe, documents, is_heldout, is_mixture, name_of, size_bytes
@@ -24,7 +24,7 @@ HELDOUT = "heldout"
 FIELDS_WITHOUT_EFFECT = {"sequence_length", "documents", "workers"}
 
 
-@makes_folder("tokenizer")
+@makes_folder("tokenizer", "sources", "heldout_sources")
 def tokenize(
     sources: Sequence[Source],
     tokenizer: Path,
@@ -52,7 +52,6 @@ def tokenize(
     """
     check_sources(sources, heldout_sources)
     everything = [*sources, *heldout_sources]
-    check_replaceable(out, *(path for s in everything if (path := s.path or s.megatron) is not None))
     encoder = load_tokenizer(tokenizer)
     if encoder.eos_token_id is None:
         raise UserError(f"the tokenizer in {tokenizer} has no eos token, which must separate documents: set eos_token.")

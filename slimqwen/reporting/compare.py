@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slimqwen.errors import UserError
-from slimqwen.reporting.html import write_page
+from slimqwen.reporting.html import check_page, write_page
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import training
 from slimqwen.reporting.sections.amounts import NOTHING, Cell, amount
@@ -34,6 +34,7 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     if len({folder.resolve() for folder in run_dirs}) < len(run_dirs):
         raise UserError("a run folder is given twice: give each once.")
+    check_page(out, *run_dirs)
     runs = dict(zip(names(run_dirs), map(Run.read, run_dirs), strict=True))
     steps = {name: run.steps[MAIN_RUN] for name, run in runs.items() if MAIN_RUN in run.steps}
     columns, rows = table(runs)

@@ -10,7 +10,13 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from slimqwen.artifacts import write_text
+from slimqwen.artifacts import check_file_replaceable, write_text
+
+
+def check_page(out: Path, *run_dirs: Path) -> None:
+    """Raise UserError where the page would take the place of what it tells of, or of what slimqwen did not write."""
+    told_of = [file for folder in run_dirs for file in folder.glob("*") if file.is_file() and file.suffix != ".html"]
+    check_file_replaceable(out, *told_of)
 
 
 def write_page(template: str, out: Path, **content: Any) -> None:

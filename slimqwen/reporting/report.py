@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from slimqwen.generation import DEFAULT_DRAFT
-from slimqwen.reporting.html import write_page
+from slimqwen.reporting.html import check_page, write_page
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import (
     benchmarks,
@@ -24,8 +24,9 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
     Reads nothing outside `run_dir`. A section whose artefact is not there is left out. Raises UserError where
     `run_dir` is not a run's folder, or one of its artefacts is not what its name says.
     """
-    run = Run.read(run_dir)
     out = run_dir / "report.html" if out is None else out
+    check_page(out, run_dir)
+    run = Run.read(run_dir)
     write_page(
         "page.html.j2",
         out,
