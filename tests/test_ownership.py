@@ -31,7 +31,7 @@ from slimqwen.artifacts import (
     write_text,
 )
 from slimqwen.artifacts.record import HASHED_BYTES
-from slimqwen.errors import UserError
+from slimqwen.errors import StageFailed, UserError
 
 OURS = {"format": "slimqwen.test/1"}
 
@@ -312,6 +312,17 @@ def test_a_file_system_without_locks_costs_a_line(
     monkeypatch.setattr(fcntl, "flock", refuse)
     replace(tmp_path / "out")
     assert names(tmp_path) == ["out"] and "this file system has no locks" in capsys.readouterr().err
+
+
+def test_a_disk_full_when_the_work_goes_on_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for function in ("open", "mkdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, refuse)
+            with pytest.raises(StageFailed, match="the disk is full"):
+                replace(tmp_path / "new" / "out")
 
 
 def test_only_the_first_rank_holds_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

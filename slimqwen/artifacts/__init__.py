@@ -5,6 +5,7 @@ half-made looks finished. A folder carries a record of what was written into it 
 is ever replaced or removed. One process makes an artefact at a time.
 """
 
+from slimqwen.artifacts.disk import full_disk_explained
 from slimqwen.artifacts.identity import fingerprint, fingerprint_value
 from slimqwen.artifacts.lock import alone, alone_in
 from slimqwen.artifacts.ownership import (
@@ -19,7 +20,6 @@ from slimqwen.artifacts.record import MARKER, TEXT_MARK, is_marked
 from slimqwen.artifacts.writing import (
     atomic_file,
     atomic_folder,
-    full_disk_explained,
     make_file,
     make_folder,
     makes_file,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from slimqwen.artifacts.disk import full_disk_explained
 from slimqwen.errors import UserError, shown
 from slimqwen.progress import say
 
@@ -46,10 +47,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _parent_of(path: Path) -> Iterator[None]:
     missing = [folder for folder in path.parents if not os.path.lexists(folder)]
-    try:
+    with _told(path.parent, "made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be made ({error.strerror}): choose another place.") from error
     try:
         yield
     finally:
@@ -59,12 +58,23 @@ def _parent_of(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _told(what: Path, done: str) -> Iterator[None]:
+    """What the system says against it, as a sentence; a full disk as what it is."""
+    try:
+        with full_disk_explained(what):
+            yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be {done} ({error.strerror}): choose another place.") from error
+
+
+@contextlib.contextmanager
 def _holding(lock: Path, what: Path, wait: bool) -> Iterator[None]:
     me = (lock, threading.get_ident())
     if me in _held or os.environ.get("RANK", "0") != "0":
         yield
         return
-    descriptor = _take(lock, what, wait)
+    with _told(what, "written"):
+        descriptor = _take(lock, what, wait)
     _held.add(me)
     try:
         yield
@@ -79,7 +89,7 @@ def _holding(lock: Path, what: Path, wait: bool) -> Iterator[None]:
 def _take(lock: Path, what: Path, wait: bool) -> int:
     """The descriptor of the lock file, held."""
     while True:
-        descriptor = _open(lock, what)
+        descriptor = _open(lock)
         try:
             _lock(descriptor, what, wait)
             if _is_at(lock, descriptor):
@@ -95,16 +105,14 @@ def _take(lock: Path, what: Path, wait: bool) -> int:
         os.close(descriptor)
 
 
-def _open(lock: Path, what: Path) -> int:
+def _open(lock: Path) -> int:
     while True:
         try:
             return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # a process that ended has removed the folder meanwhile
             if lock.parent.exists():
-                raise UserError(f"{what} cannot be written: choose another place.") from None
+                raise
             lock.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{what} cannot be written ({error.strerror}): choose another place.") from error
 
 
 def _lock(descriptor: int, what: Path, wait: bool) -> None:

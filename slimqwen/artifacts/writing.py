@@ -1,7 +1,6 @@
 """How artefacts are written: under a hidden name, flushed to the disk, then renamed."""
 
 import contextlib
-import errno
 import inspect
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
+from slimqwen.artifacts.disk import full_disk_explained
 from slimqwen.artifacts.lock import alone, hidden
 from slimqwen.artifacts.ownership import (
     check_file_replaceable,
@@ -24,10 +24,7 @@ from slimqwen.artifacts.ownership import (
     working_in,
 )
 from slimqwen.artifacts.record import Record, listed
-from slimqwen.errors import StageFailed
 from slimqwen.progress import say
-
-FULL_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded")  # inside safetensors' own error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -222,22 +219,6 @@ def _umask() -> int:
     """Of this process, as Linux tells it: to ask the system call is to change it."""
     with open("/proc/self/status") as stream:
         return next((int(line.split()[1], 8) for line in stream if line.startswith("Umask:")), 0o022)
-
-
-@contextlib.contextmanager
-def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turn "no space left on device", from Python or from a library's own words, into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not out_of_space and not any(words in str(error) for words in FULL_DISK_WORDS):
-            raise
-        message = (
-            f"{path} could not be written: the disk is full, or a quota or file-size limit is reached. "
-            "Free some space and run the same command again."
-        )
-        raise StageFailed(message) from error
 
 
 def write_text(path: Path, text: str) -> None:

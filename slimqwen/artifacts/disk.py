@@ -1,0 +1,26 @@
+"""A full disk, told in one sentence wherever it is met."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from slimqwen.errors import StageFailed
+
+FULL_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded")  # inside safetensors' own error
+
+
+@contextlib.contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Turn "no space left on device", from Python or from a library's own words, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not out_of_space and not any(words in str(error) for words in FULL_DISK_WORDS):
+            raise
+        message = (
+            f"{path} could not be written: the disk is full, or a quota or file-size limit is reached. "
+            "Free some space and run the same command again."
+        )
+        raise StageFailed(message) from error
