@@ -89,6 +89,13 @@ def test_a_link_put_into_a_folder_of_ours_is_not_followed(written: Path, tmp_pat
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+def test_a_folder_that_became_a_link_is_not_followed(written: Path, tmp_path: Path) -> None:
+    (written / "below").rename(tmp_path / "elsewhere")
+    (written / "below").symlink_to(tmp_path / "elsewhere")
+    assert not remove_ours(written)
+    assert (tmp_path / "elsewhere" / "a").read_text() == "a" and names(written) == ["below"]
+
+
 def test_what_is_missing_of_a_folder_of_ours_is_no_loss(written: Path) -> None:
     (written / "config.json").unlink()
     replace(written)
@@ -102,7 +109,17 @@ def test_a_folder_of_an_earlier_version_does_not_say_what_was_written(tmp_path: 
         replace(tmp_path / "out")
 
 
-@pytest.mark.parametrize("record", ["[]", "{}", '{"format": "slimqwen.folder/1"}', "\0", "[" * 5000])
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[]",
+        "{}",
+        '{"format": "slimqwen.folder/1"}',
+        '{"format": "slimqwen.folder/1", "key": null, "files": ["a"]}',
+        "\0",
+        "[" * 5000,
+    ],
+)
 def test_a_record_that_is_none_claims_nothing(tmp_path: Path, record: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / MARKER).write_text(record)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimqwen.artifacts.lock import alone, hidden
-from slimqwen.artifacts.record import MARKER, Record, is_marked, is_old
+from slimqwen.artifacts.record import MARKER, Record, is_marked, is_old, names_in
 from slimqwen.errors import UserError, shown
 from slimqwen.progress import say
 
@@ -198,9 +198,9 @@ def remove_ours(path: Path) -> bool:
     if record is None or record.files is None:
         say(f"{path} stays: it was not written by slimqwen")
         return False
-    for name in record.files:
+    for name in names_in(path):  # and not those of the record: a folder may have become a link to elsewhere
         if name not in foreign:
-            (path / name).unlink(missing_ok=True)
+            (path / name).unlink()
     (path / MARKER).unlink()
     for parent, _, _ in os.walk(path, topdown=False):
         with contextlib.suppress(OSError):  # not empty

@@ -34,6 +34,11 @@ class Record:
     key: str | None = None
     files: Mapping[str, str | int] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for what only a record made by hand holds."""
+        if not (isinstance(self.key, str | None) and isinstance(self.files, dict | None)):
+            raise TypeError(f"no record has the key {self.key!r} and the files {self.files!r}")
+
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
         """The record of `folder`; None where there is none that can be understood."""
