@@ -385,7 +385,7 @@ def test_a_file_of_before_speculative_decoding_was_measured(student, tokens, tmp
     assert Evaluation.load(path).models["teacher"].tokens_per_verification is None
 
 
-def test_without_a_teacher_and_without_mtp(teacher, tokenizer, tokens, tmp_path):
+def test_without_a_teacher_and_without_mtp(teacher, tokenizer, tokens, tmp_path, capsys):
     config = CONFIG | {"num_nextn_predict_layers": 0}
     plain = write_checkpoint(tmp_path / "plain", initialise(config, seed=1), config, tokenizer)
     evaluation = run({"plain": plain, "full": teacher}, tmp_path / "evaluation.json", tokens, teacher=None)
@@ -398,6 +398,10 @@ def test_without_a_teacher_and_without_mtp(teacher, tokenizer, tokens, tmp_path)
     assert "mtp.layers.0" not in result.expert_utilisation
     assert result.sample.completion
     assert len(evaluation.models["full"].mtp_acceptance) == 3
+    shown = capsys.readouterr().err.splitlines()
+    for part in ("losses", "where the loss is"):  # the products with the vocabulary: a third of the time
+        assert any(line.startswith(f"evaluate plain: {part}") for line in shown)
+    assert not any("plain" in line and "draft" in line for line in shown)  # it has nothing to draft with
 
 
 def test_a_model_that_is_not_finite_stops_the_stage(teacher, tokenizer, tokens, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimqwen.data.packed import PackedTokens
 from slimqwen.evaluation.fidelity import Recording
+from slimqwen.progress import Progress
 
 CHUNK_TOKENS = 1024  # rows whose logits exist at one time
 CONFIDENCE_BINS = 15
@@ -31,27 +32,33 @@ class Breakdown:
 
 
 @torch.inference_mode()
-def breakdown(recording: Recording, sequence_length: int, ranks: Tensor) -> Breakdown:
+def breakdown(
+    recording: Recording, sequence_length: int, ranks: Tensor, *, title: str = "where the loss is"
+) -> Breakdown:
     """Of everything that was recorded, in a few [chunk, vocab] tensors.
 
     ranks: [vocab] int64, the rank of each token, from 1; 0 for one that the text does not have (`token_ranks`).
+    title: shown with the progress.
     """
     device = recording.head.device
     positions, frequencies = Means(), Means()
     bins = torch.zeros(3, CONFIDENCE_BINS, dtype=torch.float64, device=device)  # predictions, right ones, confidence
     ranks = ranks.to(device)
-    for hidden, labels, place in _chunks(recording, sequence_length):
-        log_probs = torch.log_softmax((hidden @ recording.head.T).float(), dim=-1)
-        loss = -log_probs.gather(1, labels[:, None]).squeeze(1).double()
-        positions.add(place.double().add(1).log2().floor().long(), loss)
-        rank = ranks[labels]
-        decade = torch.where(rank > 0, rank.clamp(min=1).double().log10().sub(1e-9).ceil().long(), -1)
-        frequencies.add(decade + 1, loss)
-        confidence, favourite = log_probs.max(dim=-1)
-        confidence = confidence.exp().double()
-        index = (confidence * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
-        right = (favourite == labels).double()
-        bins.index_add_(1, index, torch.stack([torch.ones_like(right), right, confidence]))
+    total = sum(int(said.main_mask.sum()) for said in recording.predictions)
+    with Progress(title, total=total, unit="tokens") as progress:
+        for hidden, labels, place in _chunks(recording, sequence_length):
+            log_probs = torch.log_softmax((hidden @ recording.head.T).float(), dim=-1)
+            loss = -log_probs.gather(1, labels[:, None]).squeeze(1).double()
+            positions.add(place.double().add(1).log2().floor().long(), loss)
+            rank = ranks[labels]
+            decade = torch.where(rank > 0, rank.clamp(min=1).double().log10().sub(1e-9).ceil().long(), -1)
+            frequencies.add(decade + 1, loss)
+            confidence, favourite = log_probs.max(dim=-1)
+            confidence = confidence.exp().double()
+            index = (confidence * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
+            right = (favourite == labels).double()
+            bins.index_add_(1, index, torch.stack([torch.ones_like(right), right, confidence]))
+            progress.advance(len(labels))
     predictions, right, confidence = bins
     gaps = (right - confidence).abs()  # each times the bin's share of the predictions, which cancels its mean's divisor
     return Breakdown(

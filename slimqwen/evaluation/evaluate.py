@@ -120,16 +120,16 @@ class Examination:
         """The numbers of one model. Raises StageFailed where its loss is not finite."""
         is_teacher = self._teacher is not None and checkpoint.folder == self._teacher.folder
         if self._teacher is not None and self._teachers_recording is None and not is_teacher:
-            self._teachers_recording = self._record(self._teacher, "the teacher's words")[1]
+            self._teachers_recording = self._record(self._teacher, f"{title}: the teacher first")[1]
         model, recording = self._record(checkpoint, title)
         if is_teacher:
             self._teachers_recording = recording
-        means = compare(recording, self._teachers_recording)
+        means = compare(recording, self._teachers_recording, title=f"{title}: losses")
         _check_loss(name, checkpoint.folder, means["lm"])
-        acceptance, sample = _generate(model, self._tokenizer, self._prompts, self._recipe, f"{title}: drafts")
+        acceptance, sample = _generate(model, self._tokenizer, self._prompts, self._recipe, title)
         yielded = _speculate(model, self._prompts, self._recipe, f"{title}: speculative decoding")
         del model
-        where = breakdown(recording, self._sequence_length, self._ranks)
+        where = breakdown(recording, self._sequence_length, self._ranks, title=f"{title}: where the loss is")
         return _summary(checkpoint, self._manifest, means, where, recording.utilisation, acceptance, yielded, sample)
 
     def _record(self, checkpoint: Checkpoint, title: str) -> tuple[MtpCausalLM, Recording]:
@@ -176,7 +176,8 @@ def _generate(
     if model.mtp is None:
         prompts = prompts[:1]  # the sample's
     sequences, accepted = [], []
-    with Progress(title, total=len(prompts) * new_tokens, unit="tokens") as progress:
+    what = "a sample" if model.mtp is None else "drafts"
+    with Progress(f"{title}: {what}", total=len(prompts) * new_tokens, unit="tokens") as progress:
         for batch in prompts.split(recipe.batch_size):
             sequences.append(continue_greedily(model.backbone, batch, new_tokens))
             if model.mtp is not None:

@@ -76,21 +76,26 @@ def record(
 
 
 @torch.inference_mode()
-def compare(model: Recording, teacher: Recording | None) -> dict[str, float]:
+def compare(model: Recording, teacher: Recording | None, *, title: str = "compare") -> dict[str, float]:
     """Means over predictions, in nats, by the names of `LossSums`: lm, and mtp_lm with an MTP module; with a teacher
     kd, top1_agreement and mtp_kd too.
 
     Both recordings must be of the same rows in the same batches. The MTP head is compared with the teacher's main
     distribution for the same token (`mtp_target: main`), for the teacher itself too: `compare(teacher, teacher)` has
     kd 0 and top1_agreement 1 exactly, while its mtp_kd says how far its own drafts are from its predictions.
+
+    title: shown with the progress.
     """
     signals = (
         [None] * len(model.predictions)
         if teacher is None
         else [LiveSignal(said.hidden, teacher.head) for said in teacher.predictions]
     )
-    sums = [
-        chunked_loss(predictions, model.head, ONLY_MEASURED, teacher=signal, chunk_tokens=CHUNK_TOKENS)[1]
-        for predictions, signal in zip(model.predictions, signals, strict=True)
-    ]
+    sums = []
+    with Progress(title, total=sum(len(said.labels) for said in model.predictions), unit="tokens") as progress:
+        for predictions, signal in zip(model.predictions, signals, strict=True):
+            sums.append(
+                chunked_loss(predictions, model.head, ONLY_MEASURED, teacher=signal, chunk_tokens=CHUNK_TOKENS)[1]
+            )
+            progress.advance(len(predictions.labels))
     return reduce(operator.add, sums).means()
