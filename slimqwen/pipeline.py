@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slimqwen import work
-from slimqwen.artifacts import MARKER, alone_in, atomic_folder, fingerprint, fingerprint_value, remove_ours, write_text
+from slimqwen.artifacts import alone_in, atomic_folder, fingerprint, fingerprint_value, remove_ours, write_text
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.check import check_checkpoint
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
 from slimqwen.distillation.distil import remove_state
 from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.trainer import Span
@@ -229,11 +230,15 @@ class Pipeline:
         return Evaluation.load(out)
 
     def final(self, trained: Path, evaluation: Evaluation) -> Path:
-        """`final/`: the trained checkpoint with its model card."""
+        """`final/`: the trained checkpoint with its model card, and the teacher's companions as they are now.
+
+        No step before knows the companions: a chat template that is mended costs no training.
+        """
+        checkpoint = Checkpoint(trained)
         made_from = {
-            "teacher": fingerprint(self.teacher),
+            "teacher": self.source.fingerprint(),
             "tokens": fingerprint(self.run_dir / "tokens"),
-            "trained checkpoint": fingerprint(trained),
+            "trained checkpoint": checkpoint.fingerprint(),
         }
         file = self.run_dir / "benchmarks.json"
         benchmarks = Benchmarks.load(file).with_own(trained, MAIN_RUN) if file.is_file() else None
@@ -242,12 +247,19 @@ class Pipeline:
 
         def assemble() -> None:
             with atomic_folder(out) as folder:
-                shutil.copytree(trained, folder, ignore=shutil.ignore_patterns(MARKER), dirs_exist_ok=True)
+                for file in checkpoint.model_files:
+                    shutil.copyfile(file, folder / file.name)
+                copy_companions(self.teacher, folder)
                 write_text(folder / "README.md", card)
             for warning in check_checkpoint(out).warnings:
                 warn(f"warning: {warning}")
 
-        return self.steps.step("final", out, {"trained": fingerprint(trained), "card": card}, assemble)
+        inputs = {
+            "trained": checkpoint.fingerprint(),
+            "companions": companions_fingerprint(self.teacher),
+            "card": card,
+        }
+        return self.steps.step("final", out, inputs, assemble)
 
 
 def summary(run_dir: Path, seconds: float) -> str:

@@ -32,7 +32,7 @@ CALIBRATION_WITHOUT_EFFECT = {"batch_size", "streaming", "memory_budget_bytes"}
 
 @dataclass(frozen=True)
 class Work:
-    """made_from: all that the result depends on, by name. make: writes it to a path; the title is shown with its progress."""
+    """made_from: all that the weights, or numbers, of the result depend on, by name. make: writes it to a path; the title is shown with its progress."""
 
     made_from: Mapping[str, Any]
     make: Callable[[Path, str], object]
@@ -66,7 +66,7 @@ def teacher_cached(recipe: Recipe, teacher: Path, tokens: Path, total_steps: int
     }
     return Work(
         {
-            "teacher": fingerprint(teacher),
+            "teacher": Checkpoint(teacher).fingerprint(),
             "tokens": fingerprint(tokens),
             "teacher_cache": recipe.teacher_cache.model_dump(include={"top_k", "exact"}),
             **settings,
@@ -87,7 +87,7 @@ def calibrated(recipe: Recipe, checkpoint: Path, tokens: Path, pruning: PruningR
     }
     return Work(
         {
-            "checkpoint": fingerprint(checkpoint),
+            "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "tokens": [fingerprint(folder) for folder in recipe.calibration.sources.values() or [tokens]],
             "calibration": recipe.calibration.model_dump(mode="json", exclude=CALIBRATION_WITHOUT_EFFECT),
             **settings,
@@ -101,7 +101,7 @@ def calibrated(recipe: Recipe, checkpoint: Path, tokens: Path, pruning: PruningR
 def planned(checkpoint: Path, statistics: Path, target: Target, pruning: PruningRecipe) -> Work:
     return Work(
         {
-            "checkpoint": fingerprint(checkpoint),
+            "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "statistics": fingerprint(statistics),
             "target": target.model_dump(),
             "pruning": pruning.model_dump(),
@@ -112,7 +112,7 @@ def planned(checkpoint: Path, statistics: Path, target: Target, pruning: Pruning
 
 def pruned(checkpoint: Path, plan_file: Path) -> Work:
     return Work(
-        {"checkpoint": fingerprint(checkpoint), "plan": fingerprint(plan_file)},
+        {"checkpoint": Checkpoint(checkpoint).fingerprint(), "plan": fingerprint(plan_file)},
         lambda out, title: prune(checkpoint, out, plan=plan_file, title=title),
     )
 
@@ -127,7 +127,7 @@ def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, token
     }
     return Work(
         {
-            "checkpoint": fingerprint(checkpoint),
+            "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "plan": fingerprint(plan_file),
             "tokens": fingerprint(tokens),
             **settings,
@@ -168,7 +168,7 @@ def initialised(recipe: Recipe, source: Checkpoint, target: Target) -> Work:
     """The target's shape from random weights."""
     config = target_config(source.family, source.config, target)
     return Work(
-        {"config": config, "seed": recipe.seed, "like": fingerprint(source.folder)},
+        {"config": config, "seed": recipe.seed},
         lambda out, title: write_initial(config, recipe.seed, out, companions=source.folder),
     )
 
@@ -176,7 +176,7 @@ def initialised(recipe: Recipe, source: Checkpoint, target: Target) -> Work:
 def carried(trained: Path, plan_file: Path) -> Work:
     """The optimiser's moments at the end of `trained`'s training, whose state is kept beside it, cut by the plan."""
     return Work(
-        {"trained": fingerprint(trained), "plan": fingerprint(plan_file)},
+        {"trained": Checkpoint(trained).fingerprint(), "plan": fingerprint(plan_file)},
         lambda out, title: carry(state_folder_of(trained), trained, out, plan=plan_file, title=title),
     )
 
@@ -203,8 +203,8 @@ def distilled(
     """
     span = stage.span
     made_from: dict[str, Any] = {
-        "student": fingerprint(student),
-        "teacher": fingerprint(teacher),
+        "student": Checkpoint(student).fingerprint(),
+        "teacher": Checkpoint(teacher).fingerprint(),
         "tokens": fingerprint(tokens),
         "distil": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
         "sequence_length": recipe.data.sequence_length,
@@ -245,7 +245,7 @@ def distilled(
 def evaluated(recipe: Recipe, models: Mapping[str, Path], tokens: Path) -> Work:
     return Work(
         {
-            "models": {name: fingerprint(folder) for name, folder in models.items()},
+            "models": {name: Checkpoint(folder).fingerprint() for name, folder in models.items()},
             "tokens": fingerprint(tokens),
             "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"batch_size"}),
             "sequence_length": recipe.data.sequence_length,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,43 @@ READ_BYTES = 1 << 20
 SAMPLE_BYTES, SAMPLE_EVERY_BYTES = 64 << 10, 4 << 20  # so that no matrix of more than 4 MB is left out
 
 
-def fingerprint(path: Path) -> str:
-    """Hash of a file, or of every file in a folder with its relative name.
+def fingerprint(path: Path, *, most_bytes: int | None = None) -> str:
+    """Hash of a file, or of every file in a folder with its relative name; times do not count.
 
     Files up to 64 MiB are read whole. Of larger ones the size and 64 KiB of every 4 MiB are read, the end included: a
-    sixty-fourth, which notices another choice of experts and is cheap enough for 160 GB.
+    sixty-fourth, which notices another choice of experts and is cheap enough for 160 GB. A change that keeps the size
+    and lies between the samples is not noticed.
     Hidden files (a stage's own bookkeeping) do not count.
+
+    most_bytes: of one file, where less is to be read: a file up to this size is read whole, of a larger one samples of
+        64 KiB at equal distances, both ends included.
     """
     assert path.exists(), f"{path} has no content to recognise"
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        if any(part.startswith(".") for part in Path(name).parts):
+        if any(part.startswith(".") for part in Path(name).parts) and file != path:
             continue
         size = file.stat().st_size
-        digest.update(f"{name}\0{size}\0".encode())
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         with file.open("rb") as stream:
-            if size <= FULLY_HASHED_BYTES:
-                while block := stream.read(READ_BYTES):
+            for start, length in _samples(size, most_bytes):
+                stream.seek(start)
+                while length and (block := stream.read(min(length, READ_BYTES))):
                     digest.update(block)
-            else:
-                for start in (*range(0, size - SAMPLE_BYTES, SAMPLE_EVERY_BYTES), size - SAMPLE_BYTES):
-                    stream.seek(start)
-                    digest.update(stream.read(SAMPLE_BYTES))
+                    length -= len(block)
     return digest.hexdigest()
+
+
+def _samples(size: int, most_bytes: int | None) -> Iterator[tuple[int, int]]:
+    """What is read of a file: (start, length)."""
+    if size <= (FULLY_HASHED_BYTES if most_bytes is None else most_bytes):
+        yield 0, size
+        return
+    every = SAMPLE_EVERY_BYTES if most_bytes is None else size * SAMPLE_BYTES // most_bytes
+    for start in (*range(0, size - SAMPLE_BYTES, every), size - SAMPLE_BYTES):
+        yield start, SAMPLE_BYTES
 
 
 def fingerprint_value(value: Any) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from slimqwen.artifacts import fingerprint
+from slimqwen.artifacts import fingerprint, fingerprint_value
 from slimqwen.checkpoint.config import read_config, read_json
 from slimqwen.checkpoint.header import Entry, read_header
+from slimqwen.checkpoint.identity import content_fingerprint
 from slimqwen.errors import UserError, shown
 
 SINGLE_FILE = "model.safetensors"
@@ -164,11 +165,20 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.files)
 
     @property
+    def model_files(self) -> list[Path]:
+        """What the model is made of: config.json, the index where there is one, and the files of weights."""
+        return [self.folder / "config.json", *[self.folder / INDEX_FILE] * (self.index is not None), *self.files]
+
+    @property
     def has_mtp(self) -> bool:
         return bool(self.config["num_nextn_predict_layers"])
 
     def fingerprint(self) -> str:
-        return fingerprint(self.folder)
+        """Of what the model is made of: config.json, and the files of weights with their names.
+
+        Whatever else is put into the folder changes nothing, and the index says nothing that the files do not.
+        """
+        return fingerprint_value([content_fingerprint(self.folder / "config.json"), *map(fingerprint, self.files)])
 
 
 def _open(file: Path) -> Any:

@@ -11,6 +11,8 @@ from types import TracebackType
 
 import torch
 
+from slimqwen.artifacts import fingerprint_value
+from slimqwen.checkpoint.identity import content_fingerprint
 from slimqwen.checkpoint.reader import INDEX_FILE
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES, Shard, TensorInfo, plan_shards
 from slimqwen.families import Config
@@ -158,8 +160,21 @@ def copy_companions(source: Path, destination: Path) -> None:
 
     Code (*.py), pickles and the old README stay behind: the first two are never run, and the card is rewritten.
     """
-    for file in sorted(source.iterdir()):
+    for file in companions(source):
+        shutil.copyfile(file, destination / file.name)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files that `copy_companions` takes along."""
+    found = []
+    for file in sorted(folder.iterdir()):
         weights = file.name == "config.json" or file.name.endswith(".index.json")
         wanted = file.suffix in (".json", ".txt", ".jinja", ".model") or file.name.upper().startswith("LICENSE")
         if file.is_file() and wanted and not weights and not file.name.startswith("."):
-            shutil.copyfile(file, destination / file.name)
+            found.append(file)
+    return found
+
+
+def companions_fingerprint(folder: Path) -> str:
+    """Of what `copy_companions` takes along, each file by what it says."""
+    return fingerprint_value({file.name: content_fingerprint(file) for file in companions(folder)})

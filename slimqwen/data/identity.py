@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from slimqwen.artifacts import fingerprint
+from slimqwen.checkpoint.identity import tokenizer_fingerprint
 from slimqwen.data.packed import bin_path, idx_path
+from slimqwen.data.sources import files_of
 from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT
 from slimqwen.recipe import DataRecipe, Source
 
+# Read of one file to recognise it, so that terabytes of text cost seconds: a file up to this size is read whole.
+MOST_BYTES = 8 << 20
+
 
 def text_identity(data: DataRecipe, tokenizer: Path) -> dict[str, Any]:
-    """The settings, the tokenizer in the folder `tokenizer`, and the state of the text itself."""
+    """The settings, the tokenizer in the folder `tokenizer`, and the text itself."""
     return {
         "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
-        "tokenizer": fingerprint(tokenizer / "tokenizer.json"),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "python": platform.python_version(),  # whose standard library 'python-stdlib' is
         "packages": _installed_packages() if any(s.builtin == "python-packages" for s in data.sources) else None,
-        "text": [_text_state(source) for source in (*data.sources, *data.heldout_sources) if source.builtin is None],
+        "text": text_contents([*data.sources, *data.heldout_sources]),
     }
 
 
@@ -26,11 +31,19 @@ def _installed_packages() -> list[str]:
     return sorted(f"{d.metadata['Name']} {d.version}" for d in distributions())
 
 
-def _text_state(source: Source) -> list[list[Any]]:
-    """Names, sizes and times of the files of a source: reading terabytes to see that they are unchanged is too much."""
+def text_contents(sources: list[Source]) -> list[list[list[str]]]:
+    """The name and fingerprint of every file that is read of each source that is not built in.
+
+    By content and not by time: a file that was only touched, or copied anew, is the same, and one that was changed is
+    another even where size and time are kept. Of a file over MOST_BYTES its size and 128 samples of 64 KiB at equal
+    distances are read, both ends included; a change between them that keeps the size is not noticed.
+    """
+    return [_contents(source) for source in sources if source.builtin is None]
+
+
+def _contents(source: Source) -> list[list[str]]:
     if source.megatron is not None:
-        files = [bin_path(source.megatron), idx_path(source.megatron)]
+        files = [(path.name, path) for path in (bin_path(source.megatron), idx_path(source.megatron))]
     else:
-        assert source.path is not None
-        files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        files = files_of(source)
+    return [[name, fingerprint(path, most_bytes=MOST_BYTES)] for name, path in files]

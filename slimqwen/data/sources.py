@@ -62,7 +62,7 @@ def documents(source: Source, on_skip: OnSkip = log_skipped, on_read: OnRead = u
     check_source(source)
     if source.megatron is not None:
         raise UserError(f"the data source {source.megatron} is token ids, where text is needed: give a path.")
-    files = _files(source)
+    files = files_of(source)
     kept = 0
     for name, path in files:
         for document in read_documents(name, path, source.text_field, on_skip, on_read):
@@ -171,7 +171,7 @@ def describe(source: Source) -> str:
 
 def size_bytes(source: Source) -> int:
     """Of all files of the source: what `documents` will tell `on_read` in the end, but for a few bytes."""
-    files = [bin_path(source.megatron)] if source.megatron is not None else [path for _, path in _files(source)]
+    files = [bin_path(source.megatron)] if source.megatron is not None else [path for _, path in files_of(source)]
     return sum(path.stat().st_size for path in files)
 
 
@@ -189,8 +189,8 @@ def _hash_fraction(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _files(source: Source) -> list[tuple[str, Path]]:
-    """(name, path) of every file of the source, sorted by name."""
+def files_of(source: Source) -> list[tuple[str, Path]]:
+    """(name, path) of every file that is read of a source of text, sorted by name."""
     if source.builtin == "python-stdlib":
         found = _files_below(Path(sysconfig.get_path("stdlib")), (".py",), EXCLUDED_FOLDERS)
     elif source.builtin == "python-packages":

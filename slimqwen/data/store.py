@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slimqwen.artifacts import fingerprint
+from slimqwen.checkpoint.identity import vocabulary_fingerprint
 from slimqwen.data.isolated import DocumentStream
 from slimqwen.data.mixture import MixedStream
 from slimqwen.data.packed import PackedTokens
@@ -51,7 +51,9 @@ class TokenManifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["slimqwen.tokens/1"]
-    tokenizer_fingerprint: str  # of tokenizer.json: the model must have been trained with the same one
+    tokenizer_fingerprint: (
+        str  # `vocabulary_fingerprint` of tokenizer.json: the model must have been trained with the same one
+    )
     vocab_size: int  # largest id the tokenizer can produce, plus one
     eos_token_id: int
     train: SplitCounts
@@ -85,7 +87,7 @@ def check_vocabulary(manifest: TokenManifest, tokens: Path, checkpoint: Path, vo
             f"{vocab_size:,}: run `slimqwen tokens` again with this checkpoint's tokenizer."
         )
     tokenizer = checkpoint / "tokenizer.json"
-    if tokenizer.is_file() and manifest.tokenizer_fingerprint != fingerprint(tokenizer):
+    if tokenizer.is_file() and manifest.tokenizer_fingerprint != vocabulary_fingerprint(tokenizer):
         raise UserError(
             f"{tokens} was made with another tokenizer than the one in {checkpoint}: run `slimqwen tokens` again with it."
         )

@@ -6,7 +6,8 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from slimqwen.artifacts import atomic_folder, fingerprint, makes_folder, write_json
+from slimqwen.artifacts import atomic_folder, makes_folder, write_json
+from slimqwen.checkpoint.identity import vocabulary_fingerprint
 from slimqwen.data.encode import Text, TextBatch, encode_in_order, usable_cores
 from slimqwen.data.packed import PackedTokens, PackedWriter, bin_path, idx_path
 from slimqwen.data.sources import check_sources, describe, documents, is_heldout, is_mixture, name_of, size_bytes
@@ -78,7 +79,7 @@ def tokenize(
         _check_not_empty(sources, trains, counts[HELDOUT], heldout_fraction)
         manifest = TokenManifest(
             format=FORMAT,
-            tokenizer_fingerprint=fingerprint(tokenizer / "tokenizer.json"),
+            tokenizer_fingerprint=vocabulary_fingerprint(tokenizer / "tokenizer.json"),
             vocab_size=vocab_size,
             eos_token_id=eos_token_id,
             train=sum(trains, SplitCounts()),

@@ -8,7 +8,8 @@ import torch
 
 from slimqwen.artifacts import alone_in, atomic_folder, fingerprint
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.checkpoint.writer import copy_companions
+from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
+from slimqwen.data.identity import text_contents
 from slimqwen.data.sources import check_sources, documents, is_heldout
 from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT, tokenize
 from slimqwen.data.tokenizer import train_tokenizer
@@ -45,6 +46,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
     )
     text = {
         "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
+        "text": text_contents([*data.sources, *data.heldout_sources]),
         "documents": recipe.tokenizer_documents,
     }
     steps.step(
@@ -56,7 +58,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
     steps.step(
         "tokens",
         tokens,
-        {**text, "tokenizer": fingerprint(tokenizer)},
+        {**text, "tokenizer": companions_fingerprint(tokenizer)},
         lambda: tokenize(
             data.sources,
             tokenizer,
@@ -69,14 +71,14 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
     steps.step(
         "initial",
         initial,
-        {"config": config, "seed": recipe.seed, "tokenizer": fingerprint(tokenizer)},
+        {"config": config, "seed": recipe.seed, "tokenizer": companions_fingerprint(tokenizer)},
         lambda: write_initial(config, recipe.seed, initial, companions=tokenizer),
     )
     steps.step(
         "trained",
         trained,
         {
-            "initial": fingerprint(initial),
+            "initial": Checkpoint(initial).fingerprint(),
             "tokens": fingerprint(tokens),
             "training": training.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
             "sequence_length": data.sequence_length,
@@ -99,7 +101,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
     )
     remove_state(trained)
     dtype = getattr(torch, recipe.dtype)
-    inputs = {"trained": fingerprint(trained), "dtype": recipe.dtype}
+    inputs = {"trained": Checkpoint(trained).fingerprint(), "dtype": recipe.dtype}
     return steps.step("final", final, inputs, lambda: write_rounded(trained, final, dtype))
 
 

@@ -5,11 +5,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slimqwen.artifacts import fingerprint, fingerprint_value
+from slimqwen.artifacts import fingerprint_value
+from slimqwen.checkpoint.identity import content_fingerprint
+from slimqwen.checkpoint.writer import companions_fingerprint
 from slimqwen.errors import UserError
 
 FORMAT = "slimqwen.benchmarks/1"
-CARD = "README.md"
 
 
 class Result(BaseModel):
@@ -97,6 +98,9 @@ class Benchmarks(BaseModel):
 
 
 def identity_of(folder: Path) -> str:
-    """The fingerprint of what a benchmark depends on: every file of a checkpoint but its card, which may tell the result."""
-    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-    return fingerprint_value({file.name: fingerprint(file) for file in files if file.name != CARD})
+    """The fingerprint of what a benchmark depends on: a checkpoint's config and weights, and what is copied along with them.
+
+    The card is none of these, for it may tell the result; nor are notes and whatever else lies in the folder.
+    """
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return fingerprint_value([*map(content_fingerprint, files), companions_fingerprint(folder)])

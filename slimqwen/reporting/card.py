@@ -95,7 +95,7 @@ The MTP module's tensors (`mtp.*`) are in the checkpoint for serving engines; Tr
 {yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip()}
 ```
 
-Made from (SHA-256; of files over 64 MiB, of their size and 16 samples):
+Made from (SHA-256; of files over 64 MiB, of their size and 64 KiB of every 4 MiB):
 
 {hashes}
 """

@@ -90,7 +90,7 @@ class Gauge:
     def _made_from(self) -> dict[str, Any]:
         recipe = self._recipe
         inputs: dict[str, Any] = {
-            "teacher": fingerprint(self._source.folder),
+            "teacher": self._source.fingerprint(),
             "statistics": fingerprint(self._statistics),
             "tokens": fingerprint(self._tokens),
             "pruning": recipe.pruning.model_dump(),

@@ -177,7 +177,7 @@ class Workshop:
             write_json(out, {"format": "slimqwen.drafts/1"} | shares)
 
         made_from = {
-            "checkpoint": fingerprint(checkpoint),
+            "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "tokens": fingerprint(tokens),
             "evaluation": settings.model_dump(mode="json", exclude={"batch_size", "tokens"}),
             "dtype": recipe.dtype,
