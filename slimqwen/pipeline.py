@@ -24,7 +24,7 @@ from slimqwen.progress import duration, say
 from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
-from slimqwen.reporting.titles import MAIN_RUN
+from slimqwen.reporting.titles import MAIN_RUN, TITLES
 from slimqwen.steps import Steps
 from slimqwen.warning import warn
 from slimqwen.work import Work
@@ -100,7 +100,7 @@ class Pipeline:
                     record.unlink()
         if self.recipe.init == "random":
             (self.run_dir / "stage-1" / "plan.json").unlink(missing_ok=True)
-        forget_stages_after(self.run_dir / "metrics.jsonl", len(self.stages))
+        forget_stages_after(self.run_dir / "metrics.jsonl", len(self.stages), TITLES)
 
     def made(self, name: str, out: Path, step: Work) -> Path:
         """`out`, made unless it is there; `name` is what people read."""

@@ -17,6 +17,7 @@ from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
 from slimqwen.families.count import Counts, count
 from slimqwen.modeling.device import resolve_device
+from slimqwen.places import check_apart, inputs_of
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.progressive import stage_steps, stage_targets
 from slimqwen.planning.shapes import completed, shape_of, size_of, target_config
@@ -48,8 +49,7 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     if recipe.pruning.source_weights is not None:
         check_source_weights(recipe.pruning.source_weights, sources or [TRAINING_TEXT])
     resolve_device(recipe.device)
-    if recipe.run_dir.resolve() in (teacher.resolve(), *teacher.resolve().parents):
-        raise UserError(f"run_dir {recipe.run_dir} holds the teacher {teacher}: choose another run_dir.")
+    check_apart("run_dir", recipe.run_dir, inputs_of(recipe))
     check_loggers(recipe.distil.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
     check_optimizer(recipe.distil, source)

@@ -1,6 +1,5 @@
 """The steps of a run: each done once, recognised by the content of its inputs and output, timed and logged."""
 
-import json
 import os
 import platform
 import resource
@@ -10,16 +9,39 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slimqwen.artifacts import fingerprint, fingerprint_value, tidy, write_json, write_text
+from slimqwen.artifacts import fingerprint, fingerprint_value, tidy, write_json
 from slimqwen.errors import StageFailed
+from slimqwen.jsonl import append
 from slimqwen.progress import say
 from slimqwen.recipe import Section
 from slimqwen.recipe_file import dump_recipe
-from slimqwen.warning import kept_in
+from slimqwen.warning import kept_in, warn
+
+
+class Record(BaseModel):
+    """What is noted of a finished step, in a file of `.steps/`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["slimqwen.step/1"] = "slimqwen.step/1"
+    key: str  # of what it was made from
+    made: str  # the path of its output within the folder
+    output: str  # whose fingerprint this is
+    threads: int  # that computed it: another number adds up in another order
+
+    @classmethod
+    def read(cls, file: Path) -> "Record | None":
+        """None where there is none, and where it cannot be read: then the step is done again."""
+        try:
+            record = cls.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError):
+            return None
+        return None if Path(record.made).is_absolute() or ".." in Path(record.made).parts else record
 
 
 class Steps:
@@ -29,6 +51,7 @@ class Steps:
     def __init__(self, run_dir: Path, command: str) -> None:
         self.run_dir = run_dir
         self.command = command
+        self._threads_compared = False
 
     def begin(self, recipe: Section) -> None:
         """The run directory, its resolved recipe and where it came from."""
@@ -42,6 +65,7 @@ class Steps:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "device": device_name(),
+            "threads": torch.get_num_threads(),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "torch": version("torch"),
             "transformers": version("transformers"),
@@ -50,23 +74,45 @@ class Steps:
 
     def step(self, name: str, output: Path, inputs: Mapping[str, Any], action: Callable[[], object]) -> Path:
         """Do `action`, which makes `output`, unless the same inputs made it before and it is still what they made."""
-        record = self.run_dir / ".steps" / f"{name.replace('/', '.')}.json"
+        file = self.run_dir / ".steps" / f"{name.replace('/', '.')}.json"
         key = fingerprint_value({"version": version("slimqwen"), **inputs})
-        tidy(record)
-        if record.exists() and output.exists() and record.read_text() == record_text(key, output):
+        tidy(file)
+        record = Record.read(file)
+        if record is not None and record.key == key and output.exists() and record.output == fingerprint(output):
             tidy(output)
             say(f"{name}: done already, {output}")
+            self._compare_threads(record.threads)
             self._log(name, 0.0, skipped=True)
             return output
-        record.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         started = time.perf_counter()
         with self.warned(name, key):
             action()
         if not output.exists():
             raise StageFailed(f"{name} ended without writing {output}.")
-        write_text(record, record_text(key, output))
+        made = output.relative_to(self.run_dir).as_posix()
+        record = Record(key=key, made=made, output=fingerprint(output), threads=torch.get_num_threads())
+        write_json(file, record.model_dump())
         self._log(name, time.perf_counter() - started, skipped=False)
         return output
+
+    def records(self) -> dict[Path, "Record"]:
+        """What this folder's finished steps left, by file; what cannot be read is no record."""
+        found = {file: Record.read(file) for file in sorted((self.run_dir / ".steps").glob("*.json"))}
+        return {file: record for file, record in found.items() if record is not None}
+
+    def _compare_threads(self, before: int) -> None:
+        """Say once that what is there was made with another number of threads."""
+        now = torch.get_num_threads()
+        if before == now or self._threads_compared:
+            return
+        self._threads_compared = True
+        with self.warned("threads", f"{before} and {now}"):
+            warn(
+                f"note: what is there was made with {_threads(before)}, and this process has {_threads(now)}: sums are "
+                "rounded in another order, so the result is not, bit for bit, that of one number of threads; "
+                f"OMP_NUM_THREADS={before} keeps to it."
+            )
 
     def warned(self, name: str, key: str) -> AbstractContextManager[None]:
         """Where warnings are raised that the report is to show: `name`, made from `key`."""
@@ -81,8 +127,11 @@ class Steps:
             "skipped": skipped,
             "command": self.command,
         }
-        with (self.run_dir / "stages.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        append(self.run_dir / "stages.jsonl", entry)
+
+
+def _threads(number: int) -> str:
+    return "one thread" if number == 1 else f"{number} threads"
 
 
 def machine() -> str:
@@ -94,8 +143,3 @@ def machine() -> str:
 def device_name() -> str:
     """The GPU's name, or `cpu`."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def record_text(key: str, output: Path) -> str:
-    """What is noted of a finished step: what it was made from, and what it made."""
-    return json.dumps({"key": key, "output": fingerprint(output)}) + "\n"

@@ -3,15 +3,15 @@
 Every warning passes through `warn`. A run keeps them in warnings.jsonl, from where the report has them.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from slimqwen.artifacts import rewrite_text
+from slimqwen.jsonl import append, is_cut_short, keep_lines, read_lines, value_of
 from slimqwen.progress import say
 
+KEYS = ("step", "key", "text")  # of a line
 _keep: ContextVar[Callable[[str], None]] = ContextVar("_keep", default=lambda text: None)
 
 
@@ -26,20 +26,16 @@ def kept_in(path: Path, *, step: str, key: str) -> Iterator[None]:
     """Append what is warned of within this block to `path`, a line of JSON each; the same words once.
 
     step: what is done. key: what it is made from. A step that continues after an interruption keeps what it was warned
-    of before; one that is made from something else forgets it.
+    of before; one that is made from something else forgets it. Lines of others stay.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    current = [line for line in lines if not _is_outdated(line, step, key)]
-    if current != lines:
-        rewrite_text(path, "".join(line + "\n" for line in current))
+    keep_lines(path, lambda line: not (_is_outdated(line, step, key) or is_cut_short(line, KEYS[0])))
+    current = [value_of(line) for line in read_lines(path)]
 
     def keep(text: str) -> None:
-        line = json.dumps({"step": step, "key": key, "text": text}, ensure_ascii=False)
-        if line not in current:
-            current.append(line)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+        entry = dict(zip(KEYS, (step, key, text), strict=True))
+        if entry not in current:
+            current.append(entry)
+            append(path, entry)
 
     token = _keep.set(keep)
     try:
@@ -48,10 +44,9 @@ def kept_in(path: Path, *, step: str, key: str) -> Iterator[None]:
         _keep.reset(token)
 
 
-def _is_outdated(line: str, step: str, key: str) -> bool:
-    """Whether it is of `step` made from something else, or was cut short by kill -9."""
-    try:
-        entry = json.loads(line)
-        return bool(entry["step"] == step and entry["key"] != key)
-    except (ValueError, TypeError, KeyError):
-        return True
+def _is_outdated(line: bytes, step: str, key: str) -> bool:
+    """Whether it is one of our lines, of `step` made from something else."""
+    entry = value_of(line)
+    if entry is None or not all(isinstance(entry.get(name), str) for name in KEYS):
+        return False
+    return bool(entry["step"] == step and entry["key"] != key)

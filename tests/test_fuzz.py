@@ -17,7 +17,6 @@ from test_cli import slimqwen as run_command
 from tiny import fused, write_tiny_checkpoint
 from tiny_families import FAMILIES_NATIVE
 
-from slimqwen.artifacts import fingerprint
 from slimqwen.checkpoint.check import check_checkpoint
 from slimqwen.checkpoint.config import read_config
 from slimqwen.checkpoint.reader import Checkpoint
@@ -376,13 +375,17 @@ def refusal(work: Callable[[], object]) -> str | None:
     return None
 
 
+def plan_of(everything: Plan, folder: Path) -> Plan:
+    """The plan that keeps everything, of this checkpoint."""
+    return everything.model_copy(update={"checkpoint": Checkpoint(folder).fingerprint()})
+
+
 def check_case(folder: Path, everything: Plan, case: str) -> bool:
     """True where the folder was refused. A checkpoint that `check` takes is pruned, and keeps every byte."""
     out = folder.parent / "out"
     try:
         checked = refusal(lambda: check_checkpoint(folder))
-        plan = everything.model_copy(update={"checkpoint": fingerprint(folder)})
-        pruned = refusal(lambda: prune(folder, out, plan=plan))
+        pruned = refusal(lambda: prune(folder, out, plan=plan_of(everything, folder)))
     except Exception as error:
         raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
     for sentence in filter(None, (checked, pruned)):
@@ -444,7 +447,7 @@ def test_a_damaged_config_of_any_family(tmp_path: Path, family: str) -> None:
 def test_the_commands_say_it_too(healthy: Path, everything: Plan, tmp_path: Path, kind: str) -> None:
     folder = Path(shutil.copytree(healthy, tmp_path / "checkpoint"))
     KINDS[kind](folder, random.Random(0))
-    everything.model_copy(update={"checkpoint": fingerprint(folder)}).save(tmp_path / "plan.json")
+    everything.save(tmp_path / "plan.json")
     for command in (["check", folder], ["prune", folder, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out"]):
         result = run_command(*command)
         assert result.returncode == 2, result

@@ -391,11 +391,9 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
     [
         ("evaluation.json", '{"format": "slimqwen.evaluation/1", "models": {"teacher": {}}}', "evaluation"),
         ("evaluation.json", "not json", "evaluation.json"),
-        ("metrics.jsonl", '{"run": "slimqwen"}', "line 1, stage"),
-        ("stages.jsonl", '{"step": "final"}', "seconds"),
         ("stage-1/plan.json", "{}", "plan"),
         ("benchmarks.json", "{}", "benchmarks.json is not of slimqwen.benchmarks/1 (format"),
-        ("warnings.jsonl", '{"step": "final"}', "line 1, text"),
+        ("provenance.json", "{}", "command: Field required): remove it and run the recipe again to remake it."),
     ],
 )
 def test_an_artefact_that_is_not_one_is_named(name: str, content: str, said: str, tmp_path: Path) -> None:
@@ -405,6 +403,22 @@ def test_an_artefact_that_is_not_one_is_named(name: str, content: str, said: str
     with pytest.raises(UserError, match=re.escape(said)):
         report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "stages.jsonl", "warnings.jsonl"])
+def test_lines_that_are_not_ours_cost_the_report_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_full_run(tmp_path)
+    pages = [Page(report(tmp_path)).text]
+    path = tmp_path / name
+    good = path.read_bytes()
+    path.write_bytes(b'{"run": "somebody\'s"}\n\xff\xfe\n[1]\n' + good + b'{"cut sho')
+    capsys.readouterr()
+    pages.append(Page(report(tmp_path)).text)
+    assert pages[1] == pages[0]
+    said = f"note: {path}: 3 of {len(good.splitlines()) + 3} lines are not what slimqwen writes (line 1 is the first)"
+    assert said in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -229,8 +229,13 @@ def write_text(path: Path, text: str) -> None:
 
 def rewrite_text(path: Path, text: str) -> None:
     """`write_text` for who has read the file and keeps what is not ours in it."""
+    rewrite_bytes(path, text.encode())
+
+
+def rewrite_bytes(path: Path, content: bytes) -> None:
+    """`rewrite_text` where the content need not be text."""
     with _atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from slimqwen.artifacts import fingerprint, fingerprint_value
 from slimqwen.checkpoint.config import parse_json
 
-# What may have a say in how text becomes token ids, by Transformers' names.
+# By Transformers' names.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,12 +21,13 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    "generation_config.json",  # what ends a document may stand here, and in config.json
+    "config.json",
 )
 
 
 def tokenizer_fingerprint(checkpoint: Path) -> str:
-    """Of the files that say how text becomes token ids."""
+    """Of all files that may have a say in how text becomes token ids, each by what it says."""
     files = [checkpoint / name for name in TOKENIZER_FILES]
     return fingerprint_value({file.name: content_fingerprint(file) for file in files if file.is_file()})
 
@@ -34,17 +35,20 @@ def tokenizer_fingerprint(checkpoint: Path) -> str:
 def content_fingerprint(file: Path) -> str:
     """Of a file by what it says: JSON however it is written down, another file byte by byte."""
     if file.name == "tokenizer.json":
-        return vocabulary_fingerprint(file)
+        return _of_json(file, _canonical_tokenizer)
     return _of_json(file, lambda value: value) if file.suffix == ".json" else fingerprint(file)
 
 
-def vocabulary_fingerprint(tokenizer: Path) -> str:
-    """Of a tokenizer.json by what it says, however it is written down.
+def vocabulary_fingerprint(checkpoint: Path) -> str | None:
+    """Of the tokenizer in a folder by what it says, however it is written down; None where there is none.
 
     Merges are pairs, which older files have as two words in one string. What a tokenizer was last asked to cut or pad
     to is stored with it and is no part of it: `tokenize` does neither.
     """
-    return _of_json(tokenizer, _canonical_tokenizer)
+    if (checkpoint / "tokenizer.json").is_file():
+        return content_fingerprint(checkpoint / "tokenizer.json")
+    files = [checkpoint / name for name in ("vocab.json", "merges.txt")]
+    return fingerprint_value([content_fingerprint(file) for file in files]) if all(map(Path.is_file, files)) else None
 
 
 def _canonical_tokenizer(value: Any) -> Any:

@@ -51,9 +51,7 @@ class TokenManifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["slimqwen.tokens/1"]
-    tokenizer_fingerprint: (
-        str  # `vocabulary_fingerprint` of tokenizer.json: the model must have been trained with the same one
-    )
+    tokenizer_fingerprint: str  # `vocabulary_fingerprint`: the model must have been trained with the same one
     vocab_size: int  # largest id the tokenizer can produce, plus one
     eos_token_id: int
     train: SplitCounts
@@ -86,8 +84,7 @@ def check_vocabulary(manifest: TokenManifest, tokens: Path, checkpoint: Path, vo
             f"{tokens} was made with a tokenizer of {manifest.vocab_size:,} tokens, but {checkpoint} has "
             f"{vocab_size:,}: run `slimqwen tokens` again with this checkpoint's tokenizer."
         )
-    tokenizer = checkpoint / "tokenizer.json"
-    if tokenizer.is_file() and manifest.tokenizer_fingerprint != vocabulary_fingerprint(tokenizer):
+    if vocabulary_fingerprint(checkpoint) not in (None, manifest.tokenizer_fingerprint):
         raise UserError(
             f"{tokens} was made with another tokenizer than the one in {checkpoint}: run `slimqwen tokens` again with it."
         )

@@ -64,6 +64,8 @@ def tokenize(
     prefixes = [f"{name_of(source)}/train" if is_mixture(sources) else "train" for source in sources]
     reader = _Reader(zip(prefixes, sources, strict=True), heldout_sources, heldout_fraction)
     encoded = encode_in_order(reader.batches(), encoder.backend_tokenizer, eos_token_id, workers or usable_cores())
+    tokenizer_fingerprint = vocabulary_fingerprint(tokenizer)
+    assert tokenizer_fingerprint is not None, "a tokenizer was loaded from there"
     with atomic_folder(out) as folder:
         for prefix in prefixes:
             (folder / prefix).parent.mkdir(exist_ok=True)
@@ -79,7 +81,7 @@ def tokenize(
         _check_not_empty(sources, trains, counts[HELDOUT], heldout_fraction)
         manifest = TokenManifest(
             format=FORMAT,
-            tokenizer_fingerprint=vocabulary_fingerprint(tokenizer / "tokenizer.json"),
+            tokenizer_fingerprint=tokenizer_fingerprint,
             vocab_size=vocab_size,
             eos_token_id=eos_token_id,
             train=sum(trains, SplitCounts()),

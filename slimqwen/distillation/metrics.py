@@ -1,13 +1,14 @@
 """metrics.jsonl: one line per optimiser step, of every training run in a run directory; and its copies elsewhere."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from slimqwen.artifacts import rewrite_text
 from slimqwen.distillation.loggers import Logger
+from slimqwen.jsonl import append, is_cut_short, keep_lines, value_of
+
+KEYS = ("run", "stage", "step")  # which every line begins with
 
 
 class MetricsLog:
@@ -33,53 +34,45 @@ class MetricsLog:
             logger.close()
 
     def rewind(self, first_step: int) -> None:
-        """Forget this run's lines from `first_step` on: they were written after the state that training resumes from."""
+        """Forget this run's lines from `first_step` on: they were written after the state that training resumes from.
+
+        Lines of others stay, whatever they are.
+        """
         last_step = first_step - 1
-        if self.path.exists():
-            lines = []
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                step = self._step(line)
-                if step is None or step < first_step:
-                    lines.append(line)
-                else:
-                    last_step = max(last_step, step)
-            rewrite_text(self.path, "".join(line + "\n" for line in lines if _is_whole(line)))
+
+        def is_kept(line: bytes) -> bool:
+            nonlocal last_step
+            entry = _entry(line)
+            if entry is None:
+                return not is_cut_short(line, KEYS[0])
+            if (entry["run"], entry["stage"]) != (self.run, self.stage) or entry["step"] < first_step:
+                return True
+            last_step = max(last_step, entry["step"])
+            return False
+
+        keep_lines(self.path, is_kept)
         for logger in self.loggers:
             logger.begin(first_step, last_step)
 
-    def _step(self, line: str) -> int | None:
-        """The step of one of this run's lines, None for others."""
-        if not _is_whole(line):
-            return None
-        entry = json.loads(line)
-        return entry["step"] if (entry["run"], entry["stage"]) == (self.run, self.stage) else None
-
     def append(self, step: int, values: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"run": self.run, "stage": self.stage, "step": step, **values}) + "\n")
+        append(self.path, dict(zip(KEYS, (self.run, self.stage, step), strict=True)) | values)
         for logger in self.loggers:
             logger.log(step, {name: value for name, value in values.items() if isinstance(value, int | float)})
 
 
-def _is_whole(line: str) -> bool:
-    """Whether this is one of our lines: kill -9 may have cut it short."""
-    try:
-        entry = json.loads(line)
-        return all(key in entry for key in ("run", "stage")) and isinstance(entry["step"], int)
-    except (ValueError, TypeError, KeyError):
-        return False
+def forget_stages_after(path: Path, last_stage: int, runs: Collection[str]) -> None:
+    """Drop the lines of stages that the schedule of these runs no longer has."""
+
+    def is_kept(line: bytes) -> bool:
+        entry = _entry(line)
+        return entry is None or entry["run"] not in runs or entry["stage"] <= last_stage
+
+    keep_lines(path, is_kept)
 
 
-def forget_stages_after(path: Path, last_stage: int) -> None:
-    """Drop the lines of stages that the schedule no longer has."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if any(_stage(line) > last_stage for line in lines):
-            rewrite_text(path, "".join(line + "\n" for line in lines if _stage(line) <= last_stage))
-
-
-def _stage(line: str) -> int:
-    try:
-        return int(json.loads(line)["stage"])
-    except (ValueError, TypeError, KeyError):  # not one of our lines: nothing to forget
-        return 0
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """One of our lines; None for what others wrote, or kill -9 cut short."""
+    entry = value_of(line)
+    types = (str, int, int)
+    is_ours = entry is not None and all(isinstance(entry.get(key), kind) for key, kind in zip(KEYS, types, strict=True))
+    return entry if is_ours else None

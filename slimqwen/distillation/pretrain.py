@@ -17,6 +17,7 @@ from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove
 from slimqwen.families import Config, family_of
 from slimqwen.modeling.device import resolve_device
 from slimqwen.modeling.model import initialise, load, save
+from slimqwen.places import check_apart, text_of
 from slimqwen.recipe import DataRecipe, PretrainRecipe
 from slimqwen.steps import Steps
 
@@ -31,6 +32,7 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
     config = family.normalise(recipe.config)
     vocab_size = family.sizes(config)[family.vocab]
     check_sources(data.sources, data.heldout_sources)
+    check_apart("run_dir", run_dir, text_of(data))
     resolve_device(recipe.device)
 
     with alone_in(run_dir):

@@ -1,6 +1,5 @@
 """The artefacts of a run directory, read for the page; a run may be unfinished, and lack some of them."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -11,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from slimqwen.errors import UserError
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
+from slimqwen.jsonl import read_lines
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Recipe
 from slimqwen.recipe_file import load_recipe
 from slimqwen.reporting.charts.curves import Column, Steps
 from slimqwen.reporting.titles import MAIN_RUN
+from slimqwen.warning import warn
 
 
 class Line(BaseModel):
@@ -72,6 +73,7 @@ class Provenance(Line):
     version: str = ""
     started: str = ""
     machine: str = ""
+    threads: int = 0  # of the process; 0 where it was not noted
     device: str = ""  # what the models were computed on, e.g. a GPU's name
     processes: int = 1
     torch: str = ""
@@ -169,24 +171,27 @@ def _read(path: Path, model: type[Artefact]) -> Artefact | None:
 
 
 def _read_lines(path: Path, model: type[Artefact]) -> list[Artefact]:
-    lines = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], start=1):
-        try:
-            json.loads(line)
-        except ValueError:  # cut short by kill -9, or by our reading while it is written
-            continue
+    """What is not one of our lines is left out, and said: damage to what was logged must not cost the report."""
+    lines, strange = [], []
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             lines.append(model.model_validate_json(line))
-        except ValidationError as error:
-            raise _malformed(path, error, f"line {number}, ") from error
+        except ValidationError:
+            if line.endswith(b"\n"):  # otherwise cut short by kill -9, or by our reading while it is written
+                strange.append(number)
+    if strange:
+        warn(
+            f"note: {path}: {len(strange)} of {len(lines) + len(strange)} lines are not what slimqwen writes "
+            f"(line {strange[0]} is the first) and are left out of the report."
+        )
     return lines
 
 
-def _malformed(path: Path, error: ValidationError, where: str = "") -> UserError:
+def _malformed(path: Path, error: ValidationError) -> UserError:
     first = error.errors()[0]
-    where += ".".join(map(str, first["loc"])) or "whole file"
+    where = ".".join(map(str, first["loc"])) or "whole file"
     return UserError(
-        f"{path} is not what slimqwen writes ({where}: {first['msg']}): run the recipe again to remake it."
+        f"{path} is not what slimqwen writes ({where}: {first['msg']}): remove it and run the recipe again to remake it."
     )
 
 

@@ -10,6 +10,7 @@ from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.store import check_vocabulary, load_manifest
 from slimqwen.errors import UserError
+from slimqwen.places import check_apart
 from slimqwen.planning.fit import Feasible, feasible
 from slimqwen.progress import say
 from slimqwen.recipe import Recipe, Target
@@ -68,6 +69,7 @@ def _search(
 ) -> SearchResult:
     check_file_replaceable(recipe.run_dir / RESULT)
     source = Checkpoint(checkpoint_folder(recipe.teacher))
+    check_apart("--work", recipe.run_dir, {"the teacher": [source.folder], "the tokens": [tokens]})
     found = feasible(source.family, source.config, budgets, align=align).of_whole_blocks()
     manifest = load_manifest(tokens)
     check_vocabulary(manifest, tokens, source.folder, source.config["vocab_size"])

@@ -1,6 +1,5 @@
 """The command `study`: every arm with every seed, then results.json and a page."""
 
-import json
 import subprocess
 import time
 from collections.abc import Iterable
@@ -15,6 +14,8 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.store import load_manifest
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.evaluation.result import ModelEvaluation
+from slimqwen.jsonl import read_lines, value_of
+from slimqwen.places import check_apart, inputs_of
 from slimqwen.planning.shapes import shape_of
 from slimqwen.preflight import check, check_heldout, stages_of
 from slimqwen.progress import duration, say
@@ -51,6 +52,7 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         raise UserError(
             f"the study '{name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."
         )
+    check_apart("out", out, inputs_of(recipe))
     teacher = Checkpoint(checkpoint_folder(recipe.teacher))
     all_seeds = [recipe.seed + number for number in range(seeds)]
     changes, of_arm = {}, {}
@@ -161,8 +163,8 @@ def _numbers(model: ModelEvaluation) -> dict[str, float]:
 
 def _curve(logs: list[Path]) -> list[CurvePoint]:
     """The training loss over all stages, in at most CURVE_POINTS means over consecutive steps."""
-    steps = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
-    steps = [step for step in steps if "lm" in step and "tokens" in step]
+    values = (value_of(line) for log in logs for line in read_lines(log))
+    steps = [step for step in values if step is not None and "lm" in step and "tokens" in step]
     size = max(1, -(-len(steps) // CURVE_POINTS))
     points = []
     for begin in range(0, len(steps), size):
