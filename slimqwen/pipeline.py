@@ -4,12 +4,21 @@ Progressive schedules are a loop over calibrate, plan, prune and distil in this 
 nothing of one another and meet in the artefacts of the run directory.
 """
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from slimqwen import work
-from slimqwen.artifacts import alone_in, atomic_folder, fingerprint, fingerprint_value, remove_ours, write_text
+from slimqwen.artifacts import (
+    alone_in,
+    atomic_folder,
+    fingerprint,
+    fingerprint_value,
+    remove_ours,
+    tidy,
+    write_text,
+)
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.check import check_checkpoint
 from slimqwen.checkpoint.reader import Checkpoint
@@ -19,15 +28,29 @@ from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.trainer import Span
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation
+from slimqwen.planning.plan import Plan
 from slimqwen.preflight import Stage, announce, check, check_heldout, stages_of
-from slimqwen.progress import duration, say
+from slimqwen.progress import duration
 from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN, TITLES
-from slimqwen.steps import Steps
+from slimqwen.steps import Record, Steps
 from slimqwen.warning import warn
 from slimqwen.work import Work
+
+# What lies in the run directory, and in the folder of a stage or of a baseline.
+OUTPUTS = ("tokens", "teacher_cache", "evaluation.json", "final", "report.html")
+STAGE_OUTPUTS = (
+    "statistics.safetensors",
+    "plan.json",
+    "plan.basis.safetensors",
+    "pruned",
+    "repaired",
+    "initial",
+    "moments",
+    "distilled",
+)
 
 
 def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
@@ -43,6 +66,7 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
 
 
 def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
+    pipeline.steps.check(pipeline.outputs())
     pipeline.steps.begin(recipe)
     with pipeline.steps.warned("recipe", fingerprint_value(recipe.model_dump(mode="json"))):
         announce(recipe, pipeline.source, pipeline.stages)
@@ -87,20 +111,45 @@ class Pipeline:
         self.stages = stages_of(recipe, self.source)
         self.steps = Steps(recipe.run_dir, command)
 
+    def outputs(self) -> list[Path]:
+        """Every place in the run directory where an artefact of this recipe may come to lie."""
+        stages = [f"stage-{stage.number}" for stage in self.stages]
+        folders = ["one_shot", "paper/one_shot", "random_init", *stages]
+        folders += [f"{baseline}/{stage}" for baseline in ("paper", "lm_only") for stage in stages]
+        of_folders = [f"{folder}/{name}" for folder in folders for name in STAGE_OUTPUTS]
+        return [self.run_dir / name for name in (*OUTPUTS, *of_folders)]
+
     def forget_other_schedules(self) -> None:
-        """Remove what an earlier recipe made in this run directory for stages, or from plans, that this one has not."""
+        """Remove what an earlier recipe made in this run directory for stages, or from plans, that this one has not.
+
+        That is what a record of this run says was made here, and is still as it was made: nothing else is touched.
+        """
         numbers = {f"stage-{stage.number}" for stage in self.stages}
-        for folder in [*self.run_dir.glob("stage-*"), *self.run_dir.glob("*/stage-*")]:
-            # Without a record it is not of this run: another may lie in a folder within this one.
-            records = list((self.run_dir / ".steps").glob(f"{self.label(folder).replace('/', '.')}.*.json"))
-            if records and folder.name not in numbers:
-                say(f"{folder}: left by another schedule, removed")
-                shutil.rmtree(folder)
-                for record in records:
-                    record.unlink()
-        if self.recipe.init == "random":
-            (self.run_dir / "stage-1" / "plan.json").unlink(missing_ok=True)
+        plan = self.run_dir / "stage-1" / "plan.json"
+        left = set()
+        for record in self.steps.records():
+            made = self.run_dir / record.made
+            is_outdated = made.parent.name.startswith("stage-") and made.parent.name not in numbers
+            if is_outdated or (made == plan and self.recipe.init == "random"):
+                left.add(made.parent)
+                self._forget(record)
+        for folder in sorted(left):
+            for name in STAGE_OUTPUTS:
+                tidy(folder / name)
+            remove_state(folder / "distilled")
+            with contextlib.suppress(OSError):  # what others put there stays
+                folder.rmdir()
+                folder.parent.rmdir()
         forget_stages_after(self.run_dir / "metrics.jsonl", len(self.stages), TITLES)
+
+    def _forget(self, record: Record) -> None:
+        """Remove what a step made, and with a plan the basis that lies beside it."""
+        made = self.run_dir / record.made
+        if made.name == "plan.json" and self.steps.is_unchanged(record):
+            basis = Plan.load(made).basis
+            if basis is not None:
+                remove_ours(made.with_name(basis.file))
+        self.steps.forget(record)
 
     def made(self, name: str, out: Path, step: Work) -> Path:
         """`out`, made unless it is there; `name` is what people read."""

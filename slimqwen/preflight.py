@@ -43,13 +43,13 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     if not (teacher / "tokenizer.json").is_file():
         raise UserError(f"{teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it.")
     check_sources(recipe.data.sources, recipe.data.heldout_sources)
+    check_apart("run_dir", recipe.run_dir, inputs_of(recipe))
     length, sources = recipe.data.sequence_length, recipe.calibration.sources
     if sources:
         CalibrationText(sources, source, samples=recipe.calibration.samples, sequence_length=length, seed=recipe.seed)
     if recipe.pruning.source_weights is not None:
         check_source_weights(recipe.pruning.source_weights, sources or [TRAINING_TEXT])
     resolve_device(recipe.device)
-    check_apart("run_dir", recipe.run_dir, inputs_of(recipe))
     check_loggers(recipe.distil.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
     check_optimizer(recipe.distil, source)

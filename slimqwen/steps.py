@@ -4,7 +4,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,13 +14,25 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slimqwen.artifacts import fingerprint, fingerprint_value, tidy, write_json
-from slimqwen.errors import StageFailed
-from slimqwen.jsonl import append
+from slimqwen.artifacts import (
+    MARKER,
+    check_file_replaceable,
+    check_replaceable,
+    fingerprint,
+    fingerprint_value,
+    is_marked,
+    remove_ours,
+    tidy,
+    write_json,
+)
+from slimqwen.errors import StageFailed, UserError
+from slimqwen.jsonl import append, read_lines, value_of
 from slimqwen.progress import say
 from slimqwen.recipe import Section
 from slimqwen.recipe_file import dump_recipe
 from slimqwen.warning import kept_in, warn
+
+FOLDER = ".steps"  # of the records
 
 
 class Record(BaseModel):
@@ -29,6 +41,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["slimqwen.step/1"] = "slimqwen.step/1"
+    name: str  # of the step
     key: str  # of what it was made from
     made: str  # the path of its output within the folder
     output: str  # whose fingerprint this is
@@ -74,7 +87,7 @@ class Steps:
 
     def step(self, name: str, output: Path, inputs: Mapping[str, Any], action: Callable[[], object]) -> Path:
         """Do `action`, which makes `output`, unless the same inputs made it before and it is still what they made."""
-        file = self.run_dir / ".steps" / f"{name.replace('/', '.')}.json"
+        file = self._file_of(name)
         key = fingerprint_value({"version": version("slimqwen"), **inputs})
         tidy(file)
         record = Record.read(file)
@@ -91,15 +104,54 @@ class Steps:
         if not output.exists():
             raise StageFailed(f"{name} ended without writing {output}.")
         made = output.relative_to(self.run_dir).as_posix()
-        record = Record(key=key, made=made, output=fingerprint(output), threads=torch.get_num_threads())
+        record = Record(name=name, key=key, made=made, output=fingerprint(output), threads=torch.get_num_threads())
         write_json(file, record.model_dump())
         self._log(name, time.perf_counter() - started, skipped=False)
         return output
 
-    def records(self) -> dict[Path, "Record"]:
-        """What this folder's finished steps left, by file; what cannot be read is no record."""
-        found = {file: Record.read(file) for file in sorted((self.run_dir / ".steps").glob("*.json"))}
-        return {file: record for file, record in found.items() if record is not None}
+    def _file_of(self, name: str) -> Path:
+        return self.run_dir / FOLDER / f"{name.replace('/', '.')}.json"
+
+    def records(self) -> list[Record]:
+        """What this folder's finished steps left; what cannot be read is no record."""
+        found = [Record.read(file) for file in sorted((self.run_dir / FOLDER).glob("*.json"))]
+        return [record for record in found if record is not None]
+
+    def is_unchanged(self, record: Record) -> bool:
+        """Whether what a step made is there, and as it made it."""
+        output = self.run_dir / record.made
+        return output.exists() and fingerprint(output) == record.output
+
+    def forget(self, record: Record) -> None:
+        """Remove what a step made, and then its record; what was changed since it was made stays, and that is said."""
+        output = self.run_dir / record.made
+        if self.is_unchanged(record):
+            say(f"{output}: left by another schedule, removed")
+            remove_ours(output)
+        elif output.exists():
+            say(f"{output} stays: it was changed since it was made")
+        self._file_of(record.name).unlink(missing_ok=True)
+
+    def check(self, outputs: Iterable[Path]) -> None:
+        """Raise UserError, before any work, where something that is not ours lies in the place of what is to be made.
+
+        What a step of this folder made may have been changed since: that is told where it would be replaced.
+        """
+        made = {self.run_dir / record.made for record in self.records()}
+        for output in outputs:
+            is_known = output in made and (is_marked(output) or (output / MARKER).is_file())
+            if output.suffix and not is_known:
+                check_file_replaceable(output)
+            elif not is_known:
+                check_replaceable(output)
+        for name in ("recipe.resolved.yaml", "provenance.json"):
+            check_file_replaceable(self.run_dir / name)
+        log = self.run_dir / "stages.jsonl"
+        lines = read_lines(log)
+        if lines and not any(is_entry(line) for line in lines):
+            raise UserError(
+                f"{log} exists and was not written by slimqwen: move it elsewhere, or choose another folder."
+            )
 
     def _compare_threads(self, before: int) -> None:
         """Say once that what is there was made with another number of threads."""
@@ -128,6 +180,12 @@ class Steps:
             "command": self.command,
         }
         append(self.run_dir / "stages.jsonl", entry)
+
+
+def is_entry(line: bytes) -> bool:
+    """Whether a line of stages.jsonl is ours."""
+    entry = value_of(line)
+    return entry is not None and {"step", "seconds", "skipped", "command"} <= entry.keys()
 
 
 def _threads(number: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import torch
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slimqwen.artifacts import atomic_folder, claim_folder, write_json
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.distillation.distil import state_folder_of
 from slimqwen.errors import UserError
 from slimqwen.evaluation.result import Evaluation
+from slimqwen.jsonl import read_lines, value_of
 from slimqwen.pipeline import Pipeline, run
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import PruningRecipe, Recipe
@@ -286,6 +290,8 @@ def test_ours_and_the_papers_cut_in_one_run(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path / "run" / "stage-2" / "repaired").config["num_experts"] == 4
     models = Evaluation.load(tmp_path / "run" / "evaluation.json").models
     assert list(models) == ["teacher", "paper_pruned", "pruned", "paper", "slimqwen"]
+    pipeline = Pipeline(recipe, "slimqwen run")
+    assert {recipe.run_dir / record.made for record in pipeline.steps.records()} <= set(pipeline.outputs())
 
     run(tiny_recipe(tmp_path, tmp_path / "published", pruning={"method": "slimqwen-paper"}, baselines=[]))
     trained = Path("stage-2") / "distilled" / "model.safetensors"
@@ -302,18 +308,106 @@ def test_a_model_that_cannot_be_rotated_is_refused_at_once(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_what_another_schedule_left_is_removed(finished: Recipe, tmp_path: Path) -> None:
-    recipe = finished.model_copy(update={"run_dir": tmp_path})
-    another_run = "within/stage-3/plan.json"  # of which this one has no record
-    for name in ("stage-2/plan.json", "stage-3/plan.json", "paper/stage-3/pruned/config.json", another_run):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text("{}")
-    (tmp_path / ".steps").mkdir()
-    for name in ("stage-2.plan.json", "stage-3.plan.json", "paper.stage-3.pruned.json"):
-        (tmp_path / ".steps" / name).write_text("")
-    Pipeline(recipe, "slimqwen run").forget_other_schedules()
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")} == {
-        "stage-2/plan.json",
-        ".steps/stage-2.plan.json",
-        another_run,
+def written(folder: Path, name: str, content: str = "") -> Path:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content or f"the content of {name}")
+    return folder / name
+
+
+def files_in(folder: Path) -> set[str]:
+    """Without bookkeeping."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)}
+
+
+def test_what_another_schedule_left_is_removed_and_nothing_else(finished: Recipe, tmp_path: Path) -> None:
+    """Case by case: only what a record of this run says, and that as it was made."""
+    pipeline = Pipeline(finished.model_copy(update={"run_dir": tmp_path}), "slimqwen run")
+
+    def made(name: str) -> None:
+        def make() -> None:
+            if name.endswith(".json"):
+                write_json(tmp_path / name, {"format": "slimqwen.test/1", "name": name})
+                return
+            with atomic_folder(tmp_path / name) as folder:
+                written(folder, "config.json")
+                written(folder, "model.safetensors")
+
+        pipeline.steps.step(name.removesuffix(".json"), tmp_path / name, {}, make)
+
+    for name in ("stage-2/evaluation.json", "stage-3/evaluation.json", "stage-3/pruned", "stage-4/distilled"):
+        made(name)
+    for name in ("paper/stage-3/pruned", "paper/stage-3/repaired", "stage-5/pruned", "stage-6/evaluation.json"):
+        made(name)
+    claim_folder(state_folder_of(tmp_path / "stage-4" / "distilled"), "key")
+    users = {
+        "stage-final/weights.bin",  # the user's own folder
+        "stage-3-notes/a.txt",
+        "stage-7/plan.json",  # of another run, of which this one has no record
+        "within/stage-3/plan.json",
+        "within/stage-3/pruned/config.json",
+        "stage-3/notes.txt",  # beside what we made, and in it
+        "paper/stage-3/repaired/notes.txt",
+        "stage-5/pruned/config.json",  # in the place of what we made
+        "stage-6/evaluation.json",
     }
+    shutil.rmtree(tmp_path / "stage-5" / "pruned")
+    for name in users:
+        written(tmp_path, name, "the user's")
+    pipeline.forget_other_schedules()
+    assert files_in(tmp_path) == users | {"stage-2/evaluation.json", "stages.jsonl"}
+    assert all((tmp_path / name).read_text() == "the user's" for name in users)
+    assert not (tmp_path / "stage-4").exists() and not (tmp_path / "paper/stage-3/pruned").exists()
+    assert [record.made for record in pipeline.steps.records()] == ["stage-2/evaluation.json"]
+    pipeline.forget_other_schedules()  # and a second time there is nothing to do
+    assert files_in(tmp_path) == users | {"stage-2/evaluation.json", "stages.jsonl"}
+
+
+def test_init_random_leaves_somebodys_plan_alone(tmp_path: Path, finished: Recipe) -> None:
+    plan = written(tmp_path / "run", "stage-1/plan.json", "somebody's")
+    recipe = tiny_recipe(Path(finished.teacher).parent, tmp_path / "run", init="random", baselines=[])
+    Pipeline(recipe, "slimqwen run").forget_other_schedules()
+    assert plan.read_text() == "somebody's"
+
+
+def test_every_place_that_a_run_writes_to_is_checked_before_it(finished: Recipe) -> None:
+    pipeline = Pipeline(finished, "slimqwen run")
+    made = {finished.run_dir / record.made for record in pipeline.steps.records()}
+    assert len(made) > 10 and made <= set(pipeline.outputs())
+
+
+def test_what_lies_beside_the_teacher_redoes_nothing_and_a_companion_makes_final_again(
+    finished: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, final = Path(finished.teacher), finished.run_dir / "final"
+    weights = (final / "model.safetensors").read_bytes()
+
+    def redone() -> list[str]:
+        before = len(read_lines(finished.run_dir / "stages.jsonl"))
+        run(finished)
+        lines = read_lines(finished.run_dir / "stages.jsonl")[before:]
+        return [step["step"] for step in map(value_of, lines) if step is not None and not step["skipped"]]
+
+    beside = [written(teacher, name) for name in ("README.md", "notes.txt.bak", "onnx/config.json")]
+    os.utime(teacher / "model.safetensors", (0, 0))
+    for file in (Path(finished.data.sources[0].path or ""), Path(finished.data.heldout_sources[0].path or "")):
+        for text in file.rglob("*"):
+            os.utime(text, (0, 0))
+    notes = written(final, "notes.md", "the user's, in what we made")
+    companion = teacher / "generation_config.json"
+    original = companion.read_bytes() if companion.exists() else None
+    try:
+        assert redone() == [] and notes.exists()
+        notes.unlink()
+        companion.write_text('{"temperature": 0.25}')
+        assert redone() == ["tokens", "final"]  # what ends a document may stand there
+        assert json.loads((final / "generation_config.json").read_bytes()) == {"temperature": 0.25}
+        assert (final / "model.safetensors").read_bytes() == weights
+        assert "thread" not in capsys.readouterr().err
+    finally:
+        for file in beside:
+            file.unlink()
+        (teacher / "onnx").rmdir()
+        notes.unlink(missing_ok=True)
+        companion.unlink() if original is None else companion.write_bytes(original)
+        run(finished)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slimqwen.artifacts.record import Record
+
 FULLY_HASHED_BYTES = 64 << 20  # larger files are sampled: hashing 160 GB would take longer than pruning it
 READ_BYTES = 1 << 20
 SAMPLE_BYTES, SAMPLE_EVERY_BYTES = 64 << 10, 4 << 20  # so that no matrix of more than 4 MB is left out
@@ -14,20 +16,21 @@ SAMPLE_BYTES, SAMPLE_EVERY_BYTES = 64 << 10, 4 << 20  # so that no matrix of mor
 def fingerprint(path: Path, *, most_bytes: int | None = None) -> str:
     """Hash of a file, or of every file in a folder with its relative name; times do not count.
 
+    Of a folder that slimqwen wrote, those are the files of its record: what somebody put beside them since is no part of it.
+    Of another one they are all but the hidden ones.
+
     Files up to 64 MiB are read whole. Of larger ones the size and 64 KiB of every 4 MiB are read, the end included: a
     sixty-fourth, which notices another choice of experts and is cheap enough for 160 GB. A change that keeps the size
     and lies between the samples is not noticed.
-    Hidden files (a stage's own bookkeeping) do not count.
 
     most_bytes: of one file, where less is to be read: a file up to this size is read whole, of a larger one samples of
         64 KiB at equal distances, both ends included.
     """
     assert path.exists(), f"{path} has no content to recognise"
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        if any(part.startswith(".") for part in Path(name).parts) and file != path:
+    for name, file in [(path.name, path)] if path.is_file() else _files_of(path):
+        if not file.is_file():
+            digest.update(f"{name}\0missing\0".encode("utf-8", "surrogateescape"))
             continue
         size = file.stat().st_size
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
@@ -38,6 +41,17 @@ def fingerprint(path: Path, *, most_bytes: int | None = None) -> str:
                     digest.update(block)
                     length -= len(block)
     return digest.hexdigest()
+
+
+def _files_of(folder: Path) -> list[tuple[str, Path]]:
+    """The files of a folder that count, by relative name."""
+    record = Record.read(folder)
+    if record is not None and record.files is not None:
+        files = [folder / name for name in record.files]
+    else:
+        files = [file for file in folder.rglob("*") if file.is_file()]
+    found = [(file.relative_to(folder), file) for file in sorted(files)]
+    return [(name.as_posix(), file) for name, file in found if not any(part.startswith(".") for part in name.parts)]
 
 
 def _samples(size: int, most_bytes: int | None) -> Iterator[tuple[int, int]]:

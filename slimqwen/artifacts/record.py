@@ -46,6 +46,7 @@ class Record:
             with _open_without_following(folder / MARKER) as stream:
                 found = json.load(stream)
             assert found["format"] == FORMAT
+            assert all(_is_inside(name) for name in found["files"] or ())
             return cls(found["key"], found["files"])
         except (OSError, ValueError, TypeError, KeyError, AssertionError, RecursionError):
             return None
@@ -80,6 +81,12 @@ def names_in(folder: Path) -> list[str]:
 def listed(folder: Path) -> dict[str, str | int]:
     """What `Record.files` says of a complete folder."""
     return {name: _entry(folder / name) for name in names_in(folder)}
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name leads nowhere out of the folder: a record is a file that anyone may have written."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def is_old(folder: Path) -> bool:

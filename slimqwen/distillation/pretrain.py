@@ -42,10 +42,11 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
 def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: str) -> Path:
     run_dir, data, training = recipe.run_dir, recipe.data, recipe.training
     steps = Steps(run_dir, command)
-    steps.begin(recipe)
-    tokenizer, tokens, initial, trained, final = (
+    tokenizer, tokens, initial, trained, final = outputs = [
         run_dir / name for name in ("tokenizer", "tokens", "initial", "trained", "final")
-    )
+    ]
+    steps.check(outputs)
+    steps.begin(recipe)
     text = {
         "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
         "text": text_contents([*data.sources, *data.heldout_sources]),

@@ -1,14 +1,13 @@
 """The KL to the teacher of what a target leaves: cut, repaired where the recipe says so, measured, and thrown away."""
 
 import math
-import shutil
 import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from slimqwen import work
-from slimqwen.artifacts import fingerprint, write_json
+from slimqwen.artifacts import claim_folder, discard, fingerprint, write_json
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
@@ -23,6 +22,7 @@ from slimqwen.study.workshop import Workshop
 from slimqwen.work import Work
 
 RESULT = "kl.json"
+SCRATCH = ".cut"  # the checkpoint that is being measured
 
 
 class Gauge:
@@ -66,25 +66,30 @@ class Gauge:
         say(f"search {self._done}/{self._expected}: {in_words(target)}: KL {kl:.4f}{about}")
 
     def _measure(self, target: Target, out: Path) -> None:
-        scratch = self._workshop.folder / "cut"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a search that was killed
+        scratch = self._workshop.folder / SCRATCH
+        claim_folder(scratch, None)  # and remove what a search that was killed left there
+        try:
+            kl = self._cut_and_compare(target, scratch)
+        finally:
+            discard(scratch)
+        write_json(
+            out, {"format": "slimqwen.kl/1", "target": target.model_dump(exclude_none=True), "kl_to_teacher": kl}
+        )
+        self._measured_now += 1
 
+    def _cut_and_compare(self, target: Target, scratch: Path) -> float:
         def made(name: str, step: Work) -> Path:
             step.make(scratch / name, name)
             return scratch / name
 
         recipe, source = self._recipe, self._source.folder
         cut, _ = work.cut(recipe, source, self._statistics, self._tokens, target, recipe.pruning, made)
-        kl = compare(self._recording(cut, "cut model"), self._teacher)["kd"]
+        kl = float(compare(self._recording(cut, "cut model"), self._teacher)["kd"])
         if not math.isfinite(kl):
             raise StageFailed(
                 f"the model cut to {in_words(target)} has no finite KL to the teacher: pin sizes nearer the source's."
             )
-        write_json(
-            out, {"format": "slimqwen.kl/1", "target": target.model_dump(exclude_none=True), "kl_to_teacher": kl}
-        )
-        shutil.rmtree(scratch)
-        self._measured_now += 1
+        return kl
 
     @cached_property
     def _made_from(self) -> dict[str, Any]:
