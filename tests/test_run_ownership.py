@@ -1,18 +1,22 @@
 """Nothing of the user's is lost to a run, a search or a log, whatever it is called and wherever it lies."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from test_pipeline import tiny_recipe
+from tiny import QWEN3_NEXT
 
 from slimqwen.artifacts import atomic_folder, fingerprint, write_json
 from slimqwen.distillation.metrics import MetricsLog, forget_stages_after
+from slimqwen.distillation.pretrain import pretrain
 from slimqwen.errors import UserError
 from slimqwen.jsonl import append, read_lines, value_of
 from slimqwen.pipeline import run
 from slimqwen.places import check_apart
+from slimqwen.recipe import DataRecipe, DistilRecipe, PretrainRecipe, Source
 from slimqwen.steps import Record, Steps
 from slimqwen.warning import kept_in, warn
 
@@ -251,3 +255,40 @@ def test_neighbours_are_apart(tmp_path: Path) -> None:
     check_apart(
         "run_dir", tmp_path / "runs" / "a", {"the data source": [tmp_path / "runs" / "b", tmp_path / "runs/a2"]}
     )
+
+
+def test_pretraining_reads_changed_text_again_and_keeps_apart(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"left index {number} value " * 20)
+    recipe = PretrainRecipe(
+        run_dir=tmp_path / "run",
+        config=QWEN3_NEXT | {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+        data=DataRecipe(sources=[Source(path=text)], sequence_length=16, heldout_fraction=0.3),
+        training=DistilRecipe(tokens=64, batch_size=2, warmup_steps=1, terms=["lm"]),
+    )
+
+    def skipped() -> list[str]:
+        before = len(read_lines(tmp_path / "run" / "stages.jsonl"))
+        pretrain(recipe)
+        lines = read_lines(tmp_path / "run" / "stages.jsonl")[before:]
+        return [step["step"] for step in map(value_of, lines) if step is not None and step["skipped"]]
+
+    assert skipped() == []
+    assert skipped() == ["tokenizer", "tokens", "initial", "trained", "final"]
+    file = text / "7.txt"
+    stat = file.stat()
+    file.write_text(file.read_text().upper())
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size
+    assert "tokens" not in skipped()
+
+    with pytest.raises(UserError, match=r"run_dir .* lies in the data source"):
+        pretrain(recipe.model_copy(update={"run_dir": text / "run"}))
+    written = tmp_path / "other" / "trained" / "thesis.txt"
+    written.parent.mkdir(parents=True)
+    written.write_text("the user's")
+    with pytest.raises(UserError, match="trained exists and was not written by slimqwen"):
+        pretrain(recipe.model_copy(update={"run_dir": tmp_path / "other"}))
+    assert contents(tmp_path / "other") == {"trained/thesis.txt": b"the user's"}

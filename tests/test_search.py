@@ -13,6 +13,7 @@ from tiny import tiny_config, write_tiny_checkpoint, write_tiny_tokens
 from slimqwen import work
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.data.store import load_manifest
+from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.planning.fit import SEARCHED, feasible
@@ -198,6 +199,8 @@ def test_nothing_is_measured_twice(
     world: World, found: tuple[Path, SearchResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, uninterrupted = found
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "thesis.txt").write_text("the user's")
     cut: list[Target] = []
     original = work.cut
 
@@ -222,6 +225,21 @@ def test_nothing_is_measured_twice(
     assert run_search(world, tmp_path, shapes=3).sensitivities == uninterrupted.sensitivities
     assert len(cut) <= made + 1, "another search shares what it can"
     assert not list(tmp_path.rglob("model*.safetensors")), "checkpoints do not pile up"
+    assert (tmp_path / "cut" / "thesis.txt").read_text() == "the user's"
+
+
+def test_a_search_removes_nothing_that_it_did_not_write(world: World, tmp_path: Path) -> None:
+    (tmp_path / ".cut").mkdir()
+    (tmp_path / ".cut" / "thesis.txt").write_text("the user's")
+    with pytest.raises(UserError, match=r"\.cut is in the way and was not written by slimqwen"):
+        run_search(world, tmp_path)
+    assert (tmp_path / ".cut" / "thesis.txt").read_text() == "the user's"
+
+
+@pytest.mark.parametrize("place", ["teacher", "tokens", "tokens/search", "."])
+def test_a_search_works_apart_from_what_it_reads(world: World, place: str) -> None:
+    with pytest.raises(UserError, match=r"--work .* (lies in|holds) the (teacher|tokens) .*, which is read here"):
+        run_search(world, world.teacher.parent / place)
 
 
 def test_a_refitted_model_is_what_is_measured(world: World, tmp_path: Path) -> None:

@@ -222,6 +222,16 @@ def test_a_study_goes_on_after_an_interruption_of_its_measurements(
         study("init", other, tmp_path / "other", seeds=1)
 
 
+def test_a_study_is_written_apart_from_what_it_reads(recipe: Recipe, tmp_path: Path) -> None:
+    text = recipe.data.sources[0].path
+    assert text is not None
+    for place in (text / "page", text.parent, Path(recipe.teacher) / "page"):
+        with pytest.raises(UserError, match=r"--out .* (lies in|holds) the"):
+            study("init", changed(recipe, {"run_dir": str(tmp_path)}), place, seeds=1)
+        with pytest.raises(UserError, match=r"run_dir .* (lies in|holds) the"):
+            study("init", changed(recipe, {"run_dir": str(place)}), tmp_path, seeds=1)
+
+
 def test_what_cannot_be_studied_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'depth'"):
         study("dept", recipe, tmp_path, seeds=1)

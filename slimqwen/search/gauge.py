@@ -36,6 +36,11 @@ class Gauge:
         self._recipe = recipe
         self._tokens = tokens
         self._workshop = Workshop(recipe.run_dir, command)
+        self._scratch = self._workshop.folder / SCRATCH
+        claim_folder(
+            self._scratch, None
+        )  # before any work: is it ours, and did a killed search leave a checkpoint there
+        discard(self._scratch)
         self._source = Checkpoint(checkpoint_folder(recipe.teacher))
         self._statistics = statistics or self._workshop.statistics(recipe, self._source.folder, tokens)
         self._device = resolve_device(recipe.device)
@@ -66,12 +71,11 @@ class Gauge:
         say(f"search {self._done}/{self._expected}: {in_words(target)}: KL {kl:.4f}{about}")
 
     def _measure(self, target: Target, out: Path) -> None:
-        scratch = self._workshop.folder / SCRATCH
-        claim_folder(scratch, None)  # and remove what a search that was killed left there
+        claim_folder(self._scratch, None)
         try:
-            kl = self._cut_and_compare(target, scratch)
+            kl = self._cut_and_compare(target, self._scratch)
         finally:
-            discard(scratch)
+            discard(self._scratch)
         write_json(
             out, {"format": "slimqwen.kl/1", "target": target.model_dump(exclude_none=True), "kl_to_teacher": kl}
         )

@@ -52,7 +52,7 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         raise UserError(
             f"the study '{name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."
         )
-    check_apart("out", out, inputs_of(recipe))
+    check_apart("--out", out, inputs_of(recipe))
     teacher = Checkpoint(checkpoint_folder(recipe.teacher))
     all_seeds = [recipe.seed + number for number in range(seeds)]
     changes, of_arm = {}, {}
