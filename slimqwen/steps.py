@@ -57,6 +57,12 @@ class Record(BaseModel):
         return None if Path(record.made).is_absolute() or ".." in Path(record.made).parts else record
 
 
+def records_in(run_dir: Path) -> list[Record]:
+    """What the finished steps of a run directory left; what cannot be read is no record."""
+    found = [Record.read(file) for file in sorted((run_dir / FOLDER).glob("*.json"))]
+    return [record for record in found if record is not None]
+
+
 class Steps:
     """Bookkeeping of a run directory: `.steps/` (what was made from what), stages.jsonl, warnings.jsonl,
     provenance.json."""
@@ -113,9 +119,7 @@ class Steps:
         return self.run_dir / FOLDER / f"{name.replace('/', '.')}.json"
 
     def records(self) -> list[Record]:
-        """What this folder's finished steps left; what cannot be read is no record."""
-        found = [Record.read(file) for file in sorted((self.run_dir / FOLDER).glob("*.json"))]
-        return [record for record in found if record is not None]
+        return records_in(self.run_dir)
 
     def is_unchanged(self, record: Record) -> bool:
         """Whether what a step made is there, and as it made it."""

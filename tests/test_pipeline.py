@@ -85,6 +85,7 @@ def test_run_leaves_the_artefacts_that_other_tools_rely_on(finished: Recipe) -> 
         for name in ("plan.json", "pruned/config.json", "distilled/config.json"):
             assert (run_dir / f"stage-{stage}" / name).is_file(), name
     assert load_recipe(run_dir / "recipe.resolved.yaml") == finished
+    assert json.loads((run_dir / "provenance.json").read_text())["threads"] == torch.get_num_threads()
 
     expected = {"run", "stage", "step", "tokens", "lm", "kd", "mtp_lm", "mtp_kd", "lambda", "beta"}
     expected |= {"learning_rate", "grad_norm", "tokens_per_second", "loss", "load_balancing"}

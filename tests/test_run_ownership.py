@@ -12,6 +12,7 @@ from tiny import QWEN3_NEXT
 from slimqwen.artifacts import atomic_folder, fingerprint, write_json
 from slimqwen.distillation.metrics import MetricsLog, forget_stages_after
 from slimqwen.distillation.pretrain import pretrain
+from slimqwen.distillation.state import saved_states
 from slimqwen.errors import UserError
 from slimqwen.jsonl import append, read_lines, value_of
 from slimqwen.pipeline import run
@@ -292,3 +293,9 @@ def test_pretraining_reads_changed_text_again_and_keeps_apart(tmp_path: Path) ->
     with pytest.raises(UserError, match="trained exists and was not written by slimqwen"):
         pretrain(recipe.model_copy(update={"run_dir": tmp_path / "other"}))
     assert contents(tmp_path / "other") == {"trained/thesis.txt": b"the user's"}
+
+
+def test_what_else_lies_beside_saved_states_is_no_state(tmp_path: Path) -> None:
+    for name in ("step-000000002", "step-1234567890", "step-notes", "step-000000001.bak", ".step-000000003.partial"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in saved_states(tmp_path)] == ["step-000000002", "step-1234567890"]

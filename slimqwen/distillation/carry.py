@@ -21,6 +21,7 @@ from slimqwen.artifacts import atomic_folder, makes_folder, write_json
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.distillation.sharded import fill
+from slimqwen.distillation.state import saved_states
 from slimqwen.errors import UserError
 from slimqwen.families.family import Layout
 from slimqwen.planning.plan import Plan
@@ -91,7 +92,7 @@ def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "m
 
     Raises UserError where the states are gone, and where the plan was made for another checkpoint.
     """
-    saved = sorted(states.glob("step-*"))
+    saved = saved_states(states)
     if not saved:
         raise UserError(
             f"{states} has no training state, which distil.optimizer_state carry and `slimqwen distil --keep-state` leave there: "

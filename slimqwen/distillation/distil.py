@@ -20,6 +20,7 @@ from slimqwen.distillation.metrics import MetricsLog
 from slimqwen.distillation.optimizer import check_optimizer
 from slimqwen.distillation.parallel import Ranks, join_ranks
 from slimqwen.distillation.sharded import export, load_sharded
+from slimqwen.distillation.state import saved_states
 from slimqwen.distillation.teacher import LiveTeacher, Teacher
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import UserError
@@ -178,7 +179,7 @@ def distil(
             taught_by = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
         trained = Student(model, checkpoint.family, checkpoint.config)
         trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
-        begun = ranks.largest(int(any(state_folder_of(out).glob("step-*"))))
+        begun = ranks.largest(int(any(saved_states(state_folder_of(out)))))
         if moments is not None and not begun:
             take_moments(moments, trainer.parameters, trainer.optimizer)
         path = metrics or out.parent / "metrics.jsonl"

@@ -6,6 +6,7 @@ schedule are functions of the step, and the models have no dropout. Each rank wr
 again.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,6 +29,7 @@ from slimqwen.distillation.parallel import TIMEOUT, Ranks
 
 FILE_BYTES = 2 << 30  # of a rank's shards in one file, which is in memory once more while it is written
 GUARD_FILE = "guard.json"
+STATE_NAME = re.compile(r"step-\d{9,}")
 
 
 class States:
@@ -154,7 +156,12 @@ class States:
             rewrite_text(self.folder / _name(step) / GUARD_FILE, guard.model_dump_json())
 
     def _saved(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+        return saved_states(self.folder)
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The complete states in the state folder of a training, oldest first; nothing else that lies there."""
+    return sorted(path for path in folder.glob("step-*") if STATE_NAME.fullmatch(path.name))
 
 
 def _name(step: int) -> str:

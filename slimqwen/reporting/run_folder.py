@@ -16,6 +16,7 @@ from slimqwen.recipe import Recipe
 from slimqwen.recipe_file import load_recipe
 from slimqwen.reporting.charts.curves import Column, Steps
 from slimqwen.reporting.titles import MAIN_RUN
+from slimqwen.steps import records_in
 from slimqwen.warning import warn
 
 
@@ -154,9 +155,11 @@ def _benchmarks(run_dir: Path) -> Benchmarks | None:
 
 
 def _read_plans(run_dir: Path) -> list[Plan]:
+    """Of the stages of the run, one after another. Where it kept records, a plan without one is somebody else's."""
     plans: list[Plan] = []
-    while (path := run_dir / f"stage-{len(plans) + 1}" / "plan.json").is_file():
-        plans.append(Plan.load(path))
+    made = {record.made for record in records_in(run_dir)}
+    while (run_dir / (name := f"stage-{len(plans) + 1}/plan.json")).is_file() and (not made or name in made):
+        plans.append(Plan.load(run_dir / name))
     return plans
 
 
