@@ -20,7 +20,6 @@ from slimqwen.artifacts import (
     check_replaceable,
     fingerprint,
     fingerprint_value,
-    is_marked,
     remove_ours,
     tidy,
     write_json,
@@ -139,15 +138,17 @@ class Steps:
     def check(self, outputs: Iterable[Path]) -> None:
         """Raise UserError, before any work, where something that is not ours lies in the place of what is to be made.
 
-        What a step of this folder made may have been changed since: that is told where it would be replaced.
+        What somebody put into a folder that a step made is in nobody's way unless it is made again: that is only said.
         """
         made = {self.run_dir / record.made for record in self.records()}
         for output in outputs:
-            is_known = output in made and (is_marked(output) or (output / MARKER).is_file())
-            if output.suffix and not is_known:
-                check_file_replaceable(output)
-            elif not is_known:
-                check_replaceable(output)
+            check_place = check_file_replaceable if output.suffix else check_replaceable
+            try:
+                check_place(output)
+            except UserError as error:
+                if output not in made or not (output / MARKER).is_file():
+                    raise
+                say(f"note: should {output} have to be made again, the work stops there: {error}")
         for name in ("recipe.resolved.yaml", "provenance.json"):
             check_file_replaceable(self.run_dir / name)
         log = self.run_dir / "stages.jsonl"

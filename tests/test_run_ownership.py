@@ -200,11 +200,12 @@ def test_what_is_in_the_way_is_found_before_any_work(world: Path, tmp_path: Path
     assert contents(tmp_path) == before
 
 
-def test_a_folder_in_the_place_of_ours_is_found_too(tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_ours_is_found_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = Steps(tmp_path, "test")
     make(steps, "final", tmp_path / "final")
     (tmp_path / "final" / "notes.txt").write_text("mine")
     steps.check([tmp_path / "final"])  # what is done is not made again: the notes are in nobody's way
+    assert "note: should" in (said := capsys.readouterr().err) and "notes.txt in" in said and "would be lost" in said
     (tmp_path / "final" / ".slimqwen").unlink()
     with pytest.raises(UserError, match="was not written by slimqwen"):
         steps.check([tmp_path / "final"])
