@@ -47,6 +47,7 @@ class Workshop:
     def __init__(self, folder: Path, command: str) -> None:
         self.folder = folder
         self.steps = Steps(folder, command)
+        self._tokens: dict[str, Path] = {}  # by what was asked for
 
     def begin(self, recipe: Recipe) -> None:
         """Note what the folder is for. Raises UserError where it holds numbers of another precision: they do not compare."""
@@ -116,7 +117,11 @@ class Workshop:
         return Made(start, checkpoint, metrics)
 
     def tokens(self, recipe: Recipe) -> Path:
-        return self.made("tokens", work.tokenized(recipe))
+        """Of the text as it is when it is first asked for: to recognise it means to read of every file."""
+        asked = fingerprint_value([recipe.teacher, recipe.data.model_dump(mode="json")])
+        if asked not in self._tokens:
+            self._tokens[asked] = self.made("tokens", work.tokenized(recipe))
+        return self._tokens[asked]
 
     def statistics(self, recipe: Recipe, checkpoint: Path, tokens: Path) -> Path:
         return self.made("statistics.safetensors", work.calibrated(recipe, checkpoint, tokens, recipe.pruning))
