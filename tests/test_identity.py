@@ -107,6 +107,18 @@ def test_what_is_no_json_is_recognised_by_its_bytes(tmp_path: Path, content: byt
     assert content_fingerprint(file) != seen
 
 
+def test_a_record_made_by_hand_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("one")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+    plain = fingerprint(folder)
+    for name in ("../secret", str(tmp_path / "secret"), "a/../../secret"):
+        record = {"format": "slimqwen.folder/1", "key": None, "files": {name: 3}}
+        (folder / ".slimqwen").write_text(json.dumps(record))
+        assert fingerprint(folder) == plain, "it is no record"
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     folder = tmp_path / "text"

@@ -177,4 +177,5 @@ def companions(folder: Path) -> list[Path]:
 
 def companions_fingerprint(folder: Path) -> str:
     """Of what `copy_companions` takes along, each file by what it says."""
-    return fingerprint_value({file.name: content_fingerprint(file) for file in companions(folder)})
+    files = {file.relative_to(folder).as_posix(): file for file in companions(folder)}
+    return fingerprint_value({name: content_fingerprint(file) for name, file in files.items()})
