@@ -162,7 +162,11 @@ def run_evaluate(inputs: Path, work: Path, earlier: bool) -> object:
 
 def evaluation(earlier: bool) -> EvaluationRecipe:
     return EvaluationRecipe(
-        tokens=32 if earlier else 64, acceptance_prompts=1, acceptance_prompt_tokens=8, acceptance_new_tokens=4
+        tokens=32 if earlier else 64,
+        acceptance_prompts=1,
+        acceptance_prompt_tokens=8,
+        acceptance_new_tokens=6,
+        acceptance_depth=3,
     )
 
 
