@@ -11,6 +11,7 @@ from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families.axes import size
 from slimqwen.families.family import Block
+from slimqwen.modeling.device import aligned
 from slimqwen.modeling.model import MtpCausalLM, weightless
 
 ELSEWHERE = ("embedding", "vision")  # parts that no layer needs: embeddings are looked up in the file, row by row
@@ -53,7 +54,7 @@ def weights_of(
         for block in blocks:
             with watch:
                 for name in dense_tensors(block):
-                    lend(name, checkpoint.read(name).to(device, held_dtype(model, name, dtype)))
+                    lend(name, aligned(checkpoint.read(name).to(device, held_dtype(model, name, dtype))))
             for name in block.experts.fused if block.experts else ():
                 experts = ExpertsOnDisk(checkpoint, block, name, dtype, watch)
                 lend(block.prefix + name, experts if device.type == "cpu" else experts.stacked(device))

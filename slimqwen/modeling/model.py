@@ -17,6 +17,7 @@ from slimqwen.errors import UserError
 from slimqwen.families import Config, Family, family_of
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Block, Layout, TensorSpec
+from slimqwen.modeling.device import aligned
 from slimqwen.modeling.kernels import check_rows
 from slimqwen.modeling.mtp import MTP_PREFIX, MtpModule
 
@@ -106,6 +107,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
         blocks = [block for block in checkpoint.family.blocks(checkpoint.config) if block.is_mtp]
         fill(mtp, MTP_PREFIX, checkpoint, blocks)
     model = MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).to(device)
+    for tensor in model.held().values():  # on a CPU Transformers leaves what needs no other dtype mapped from the file
+        tensor.data = aligned(tensor.data)
     for module in model.modules():
         if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):  # routed experts
             check_rows(module, dtype)

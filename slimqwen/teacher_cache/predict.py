@@ -16,6 +16,7 @@ from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.stream import Batch
+from slimqwen.modeling.device import aligned
 from slimqwen.modeling.model import HiddenStates, load
 from slimqwen.progress import say
 
@@ -88,7 +89,7 @@ class LayerByLayer(Predictor):
             dtype=dtype,
             device=device,
         )
-        self.head = checkpoint.read(_head_name(checkpoint, self._model)).to(device, dtype)
+        self.head = aligned(checkpoint.read(_head_name(checkpoint, self._model)).to(device, dtype))
         self._model.set_experts_implementation(STREAMED_EXPERTS)  # Transformers' own wants all of a layer at once
         held = (1 + with_mtp) * sequences * sequence_length * checkpoint.config["hidden_size"] * dtype.itemsize
         say(
