@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Adds up in another order than any processor does by itself: no vector instructions beyond SSE, and two threads.
+OTHER_ROUNDING := TEST_THREADS=2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 INSTALLED := .venv/.installed
 
 .PHONY: setup demo test clean
@@ -19,7 +21,8 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist worksteal
+	$(OTHER_ROUNDING) $(BIN)/pytest -q -n 2 --dist worksteal -m rounding
 
 clean:
 	rm -rf .venv runs/demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

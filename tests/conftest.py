@@ -1,9 +1,10 @@
-"""What every test needs: one thread, and no network."""
+"""What every test needs: a known number of threads, and no network."""
 
 import os
 
-# Before torch is imported: it reads the number of threads once. Two threads lose badly beside a busy neighbour.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Before torch is imported: it reads both once. Two threads lose badly beside a busy neighbour, the more if they wait awake.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
+os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

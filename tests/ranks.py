@@ -1,4 +1,4 @@
-"""A test's function run by several processes at once, as torchrun would start them: short, and never longer than told."""
+"""A test's function run by other processes, one or several at once as torchrun would start them; never longer than told."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ from slimqwen.errors import UserError
 
 # The server imports once and forks each rank from itself; the test process, with its threads, is never forked.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["conftest", "slimqwen.distillation.distil", "transformers.models.qwen3_next"])
+CONTEXT.set_forkserver_preload(["conftest", "slimqwen.cli.app", "slimqwen.pipeline", "transformers.models.qwen3_next"])
 
 
 class Ranks:

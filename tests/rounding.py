@@ -17,12 +17,14 @@ from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps  # 1.2e-7
 
-SUM = 16 * EPS  # 1.9e-6: one product or sum, of up to some hundred terms
-FORWARD = 512 * EPS  # 6.1e-5: a tiny model's pass: thirty such sums in a row, and weights that magnify what came before
-GRADIENT = 4 * FORWARD  # 2.4e-4: there and back, summed over tokens whose contributions cancel
+SUM = 32 * EPS  # 3.8e-6: one or two products or sums, of up to some hundred terms
+FORWARD = (
+    1024 * EPS
+)  # 1.2e-4: a tiny model's pass: thirty such sums in a row, and weights that magnify what came before
+GRADIENT = 2 * FORWARD  # 2.4e-4: there and back, summed over tokens whose contributions cancel
 # Some steps of Adam later: losses and norms of gradients. Where a gradient is nothing but rounding Adam makes a whole step
 # of it, in either direction.
-TRAINED = 16 * GRADIENT  # 3.9e-3
+TRAINED = 8 * GRADIENT  # 2.0e-3
 WEIGHTS = 0.01  # of the learning rate, the mean difference of a tensor's trained weights: few entries are such
 
 

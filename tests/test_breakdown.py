@@ -12,6 +12,8 @@ from slimqwen.distillation.loss import Predictions
 from slimqwen.evaluation.breakdown import breakdown, token_ranks
 from slimqwen.evaluation.fidelity import Recording
 
+pytestmark = pytest.mark.rounding
+
 HALF, ALL = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([1.0, 1e-30, 1e-30]).log()
 
 

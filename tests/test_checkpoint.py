@@ -23,6 +23,8 @@ from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.errors import UserError
 from slimqwen.modeling.model import load, save
 
+pytestmark = pytest.mark.rounding
+
 Change = Callable[[dict[str, Tensor]], None]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rounding import FORWARD, error
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import canonical, fused, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint, write_tiny_tokens
@@ -38,6 +39,8 @@ from slimqwen.planning.plan import Plan
 from slimqwen.planning.shapes import UNITS_OF_NO_AXIS
 from slimqwen.pruning.cut import Cut
 from slimqwen.recipe import Recipe
+
+pytestmark = pytest.mark.rounding
 
 TOKENS = tiny_tokens(rows=2, columns=13)
 # Never cut: what they count is no unit of the method.
@@ -86,7 +89,7 @@ def logits(model: MtpCausalLM) -> Logits:
 def difference(one: Logits, other: Logits) -> float:
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     assert len(pairs) == sum(head is not None for head in one)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max(error(a, b) for a, b in pairs)
 
 
 def cut(source: Path, out: Path, layers: list[int] | None = None, layout: Layout | None = None, **kept: Any) -> Path:
@@ -147,7 +150,7 @@ def test_the_mtp_tensors_are_those_of_transformers_own_module(source: Path, whol
     stored = fused(load_file(source / "model.safetensors"), whole.config)
     held = {whole.family.module_name(name, whole.config): tensor for name, tensor in stored.items()}
     expected = transformers_mtp_hidden(whole.backbone, held, TOKENS)
-    torch.testing.assert_close(whole(TOKENS).mtp, expected, rtol=0, atol=1e-6)
+    assert error(whole(TOKENS).mtp, expected) < FORWARD
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
@@ -227,7 +230,7 @@ def test_a_permutation_changes_nothing(
     units = Units(source, axis)
     out = cut(source, tmp_path / "out", **{axis: units.everywhere(units.shuffled)})
     permuted = load(out)
-    assert difference(before, logits(permuted)) < 1e-4
+    assert difference(before, logits(permuted)) < FORWARD
     assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
     # It had to follow in every tensor that it changed: with one of them as it was, in all layers, the logits are others.
@@ -290,7 +293,7 @@ def test_dropping_a_layer_is_skipping_it(
     skipping.backbone.get_decoder().layers[dropped].register_forward_hook(lambda _, inputs, __: inputs[0])
     shorter = cut(source, tmp_path / "out", layers=kept)
     expected = logits(skipping)
-    assert difference(expected, logits(load(shorter))) < 1e-4
+    assert difference(expected, logits(load(shorter))) < FORWARD
     assert difference(expected, before) > 1e-2
 
 
@@ -304,7 +307,7 @@ def test_a_cut_is_what_a_mask_does(tmp_path: Path, source: Path, whole: MtpCausa
             layers = masked.mtp.layers if block.is_mtp and masked.mtp else masked.backbone.get_decoder().layers
             mask(layers[block.layer or 0], axis, kept[block.name], masked.config)
     expected = logits(masked)
-    assert difference(expected, logits(load(cut(source, tmp_path / "out", **{axis: kept})))) < 1e-4
+    assert difference(expected, logits(load(cut(source, tmp_path / "out", **{axis: kept})))) < FORWARD
     assert difference(expected, before) > 1e-2
 
 

@@ -27,6 +27,8 @@ from slimqwen.evaluation.fidelity import compare, heldout_rows, record
 from slimqwen.modeling.model import MtpCausalLM, load
 from slimqwen.recipe import DistilRecipe, EvaluationRecipe
 
+pytestmark = pytest.mark.rounding
+
 
 def pack(prefix: Path, documents: list[list[int]]) -> PackedTokens:
     prefix.parent.mkdir(parents=True, exist_ok=True)

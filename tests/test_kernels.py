@@ -15,6 +15,8 @@ from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.modeling.kernels import BATCHED_EXPERTS, announce_slow, batched_experts_forward, kernels_of
 from slimqwen.modeling.model import MtpCausalLM, initialise, load
 
+pytestmark = pytest.mark.rounding
+
 GPU = torch.device("cuda")
 PACKAGES = ("fla.ops.gated_delta_rule", "causal_conv1d")
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
+from rounding import FORWARD, TRAINED
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import write_tiny_checkpoint, write_tiny_tokens
@@ -325,7 +326,7 @@ def test_measuring_on_the_way_changes_nothing(
 
     means = compare(said(out), said(folder / "teacher"))
     found = {name.removeprefix("heldout_"): lines[-1][name] for name in MEASURED if name.startswith("heldout_")}
-    assert found == pytest.approx(means, rel=1e-5)
+    assert found == pytest.approx(means, rel=FORWARD)
     assert 0.0 <= lines[-1]["acc_1"] <= lines[-1]["acc_0"] <= 1.0
 
 
@@ -341,7 +342,22 @@ def test_ranks_measure_together(folder: Path, tmp_path: Path, monkeypatch: pytes
     run_ranks(2, train_evaluated, folder, tmp_path / "pair" / "out")
     for line, wanted in zip(metrics(tmp_path / "pair" / "out"), metrics(alone), strict=True):
         assert line.pop("run") == wanted.pop("run")
-        assert line == pytest.approx(wanted, rel=1e-3)
+        assert line == pytest.approx(wanted, rel=TRAINED)
+
+
+def test_a_training_that_goes_on_with_other_threads_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 2, kill)
+        train(folder, tmp_path / "out", steps=3)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads + 1)
+        train(folder, tmp_path / "out", steps=3)
+    said = capsys.readouterr().err
+    assert f"the training of {tmp_path / 'out'} was begun with {threads} thread" in said
+    assert f"goes on with {threads + 1} threads" in said
 
 
 # --- who is told ------------------------------------------------------------------------------------------------------

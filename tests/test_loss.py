@@ -17,6 +17,8 @@ from slimqwen.distillation.loss import LossSums, LossWeights, align, chunked_los
 from slimqwen.distillation.signal import LiveSignal
 from slimqwen.recipe import LossTerm
 
+pytestmark = pytest.mark.rounding
+
 BATCH, SEQ, HIDDEN, TEACHER_HIDDEN, VOCAB = 3, 5, 4, 6, 11
 WEIGHTS = LossWeights(lm=0.3, kd=0.7, mtp_lm=0.11, mtp_kd=0.19)
 

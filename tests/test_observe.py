@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import SUM, error
 from tiny import canonical, tiny_tokens, write_tiny_checkpoint
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Part, Statistics
 from slimqwen.families import FAMILIES
 from slimqwen.modeling.model import MtpCausalLM, initialise, load
+
+pytestmark = pytest.mark.rounding
 
 PART = Part("text", 0)
 TOKENS, CHOSEN = 13, 2
@@ -70,7 +73,7 @@ def test_the_experts_function_computes_what_transformers_does(model: MtpCausalLM
     told = Told()
     pairs = Pairs.of(experts, gates, module.num_experts)
     found = forward(module, hidden, pairs, told.observer())
-    torch.testing.assert_close(found, grouped_mm_experts_forward(module, hidden, experts, gates), rtol=1e-5, atol=1e-5)
+    assert error(found, grouped_mm_experts_forward(module, hidden, experts, gates)) < SUM
 
     shares = gates / gates.sum(-1, keepdim=True)
     for expert in range(module.num_experts):
@@ -78,10 +81,10 @@ def test_the_experts_function_computes_what_transformers_does(model: MtpCausalLM
         gate, up = (x @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
         neurons = F.silu(gate) * up
         outputs = neurons @ module.down_proj[expert].T
-        torch.testing.assert_close(told["neuron_abs_sums"][expert], neurons.abs().sum(0), rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(told["output_sums"][expert], outputs.sum(0), rtol=1e-5, atol=1e-4)
+        assert error(told["neuron_abs_sums"][expert], neurons.abs().sum(0)) < SUM
+        assert error(told["output_sums"][expert], outputs.sum(0)) < SUM
         gated = (shares[experts == expert] * outputs.norm(dim=-1)).sum()
-        torch.testing.assert_close(told["gated_norm_sums"][expert], gated, rtol=1e-5, atol=1e-4)
+        assert error(told["gated_norm_sums"][expert], gated) < SUM
     assert told["output_sums"][-1].eq(0).all() and told["output_sums"][:-1].ne(0).any(-1).all()
 
 
@@ -106,7 +109,7 @@ def test_the_streamed_function_asks_for_one_expert_at_a_time(model: MtpCausalLM)
         _apply_gate=module._apply_gate,
     )
     found = streamed_experts_forward(lent, hidden, experts, gates)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, grouped_mm_experts_forward(module, hidden, experts, gates), rtol=1e-5, atol=1e-5)
+    assert error(found, grouped_mm_experts_forward(module, hidden, experts, gates)) < SUM
     assert asked == [expert for expert in range(module.num_experts - 1) for _ in range(2)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from rounding import assert_trained_alike
 from safetensors.torch import load_file
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
@@ -327,9 +328,7 @@ def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
     }
     run_ranks(2, train, folder, tmp_path / "pair" / "out", changes)
     alone = weights(train(folder, tmp_path / "alone" / "out", changes))
-    for name, tensor in weights(tmp_path / "pair" / "out").items():
-        difference = (tensor - alone[name]).abs()
-        assert difference.mean() < 1e-6 and difference.max() < 1e-3, name
+    assert_trained_alike(weights(tmp_path / "pair" / "out"), alone)
 
 
 def test_a_first_batch_that_ranks_cannot_share() -> None:

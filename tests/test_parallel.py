@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks, run_ranks
+from rounding import FORWARD, GRADIENT, TRAINED, assert_trained_alike, error
 from safetensors.torch import load_file
 from tiny import tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
@@ -113,13 +114,8 @@ def assert_equal_but_for_rounding(out: Path, expected: Path) -> None:
     assert len(lines) == len(expected_lines)
     for line, expected_line in zip(lines, expected_lines, strict=True):
         assert line.pop("run") == expected_line.pop("run")
-        assert line == pytest.approx(expected_line, rel=1e-4)
-    found, wanted = weights(out), weights(expected)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        # Adam divides a gradient by its own size: where that is nothing but rounding, so is the update's sign.
-        difference = (found[name] - tensor).abs()
-        assert difference.mean() < 1e-6 and difference.max() < 1e-3, name
+        assert line == pytest.approx(expected_line, rel=TRAINED if line["step"] else GRADIENT)
+    assert_trained_alike(weights(out), weights(expected))
 
 
 # --- the same step on any number of ranks ------------------------------------------------------------------------------
@@ -217,9 +213,8 @@ def load_and_export(folder: Path, names: list[str]) -> None:
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
             assert 0.45 * of_all < own < 0.55 * of_all, f"{name}: rank {ranks.rank} holds {own} of {of_all}"
             found, expected = model(tokens), load(folder / name)(tokens)
-            torch.testing.assert_close(found.main, expected.main, msg=name)
-            if checkpoint.has_mtp:
-                torch.testing.assert_close(found.mtp, expected.mtp, msg=name)
+            assert error(found.main, expected.main) < FORWARD, name
+            assert not checkpoint.has_mtp or error(found.mtp, expected.mtp) < FORWARD, name
             model.reshard()
             (folder / f"{name}-exported").mkdir(exist_ok=True)
             export(model, folder / f"{name}-exported" if ranks.is_first else None, checkpoint)
@@ -314,7 +309,7 @@ def train_all_the_while(folder: Path, out: Path, terms: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "terms"), [(1, ["lm", "kd", "mtp_lm", "mtp_kd"]), (2, ["lm", "mtp_lm"])])
-def test_twenty_kills_at_random_moments(folder: Path, tmp_path: Path, size: int, terms: list[str]) -> None:
+def test_kills_at_random_moments(folder: Path, tmp_path: Path, size: int, terms: list[str]) -> None:
     """kill -9 of any rank, while it starts, trains, measures or saves; what is there in the end has not one other bit.
 
     What is expected comes from a run that neither saves nor measures before its end. Two ranks do without a teacher,
@@ -326,7 +321,7 @@ def test_twenty_kills_at_random_moments(folder: Path, tmp_path: Path, size: int,
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     log = out.parent / "metrics.jsonl"
-    for _ in range(20):
+    for _ in range(8):
         before = len(log.read_bytes().splitlines()) if log.exists() else 0
         ranks = Ranks(size, train_all_the_while, folder, out, terms)
         wanted = before + chance.randrange(3)

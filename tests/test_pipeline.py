@@ -4,14 +4,12 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ranks, run_ranks
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +22,7 @@ from slimqwen.jsonl import read_lines, value_of
 from slimqwen.pipeline import Pipeline, run
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import PruningRecipe, Recipe
-from slimqwen.recipe_file import dump_recipe, load_recipe
+from slimqwen.recipe_file import load_recipe
 
 
 def tiny_recipe(folder: Path, run_dir: Path, **overrides: object) -> Recipe:
@@ -139,7 +137,8 @@ def test_a_second_run_does_nothing_again(finished: Recipe, capsys: pytest.Captur
     before = {file: file.stat().st_mtime_ns for file in watched}
     run(finished)
     assert {file: file.stat().st_mtime_ns for file in watched} == before
-    assert "done already" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "done already" in said and "was begun with" not in said
 
 
 def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
@@ -239,37 +238,56 @@ def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished
     assert not (tmp_path / "run").exists()
 
 
+TOLD = {  # when and where it was made, and what depends on that
+    *("provenance.json", "recipe.resolved.yaml", "stages.jsonl", "warnings.jsonl", "report.html", "final/README.md"),
+    *(".steps/evaluation.json", ".steps/final.json"),
+}
+
+
+def artefacts(run_dir: Path) -> dict[str, object]:
+    """All that a run has written, by name, without times and its own path."""
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    found: dict[str, object] = {
+        str(path.relative_to(run_dir)): path.read_bytes().replace(str(run_dir).encode(), b"") for path in files
+    }
+    costs = {"seconds", "tokens_per_second", "memory_bytes"}
+    found["metrics.jsonl"] = [{k: v for k, v in line.items() if k not in costs} for line in metrics(run_dir)]
+    assert found.keys() > TOLD
+    return {name: content for name, content in found.items() if name not in TOLD}
+
+
+def assert_same_artefacts(one: Path, other: Path, seed: int | None = None) -> None:
+    found, expected = artefacts(one), artefacts(other)
+    assert found.keys() == expected.keys(), seed
+    assert not [name for name in expected if found[name] != expected[name]], seed
+
+
+def test_another_process_leaves_the_same_bytes(tmp_path: Path, finished: Recipe) -> None:
+    """Statistics, plans, weights, tokens, metrics, evaluation: the same recipe with the same number of threads."""
+    recipe = tiny_recipe(Path(finished.teacher).parent, tmp_path / "run")
+    run_ranks(1, run, recipe)
+    assert_same_artefacts(recipe.run_dir, finished.run_dir)
+
+
 @pytest.mark.slow
 def test_killed_and_started_again_ends_with_the_same_bytes(tmp_path: Path, finished: Recipe) -> None:
     """kill -9 four times, after a random number of training steps and a random moment more; then left to finish."""
-    folder = Path(finished.teacher).parent
-    recipe = tiny_recipe(folder, tmp_path / "run")
-    dump_recipe(recipe, tmp_path / "recipe.yaml")
-    command = [sys.executable, "-m", "slimqwen", "run", str(tmp_path / "recipe.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    recipe = tiny_recipe(Path(finished.teacher).parent, tmp_path / "run")
     log = recipe.run_dir / "metrics.jsonl"
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     for steps in sorted(chance.sample(range(30), 4)):  # three training runs of ten steps
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        ranks = Ranks(1, run, recipe)
+        (process,) = ranks.processes
         while not (log.exists() and len(log.read_text().splitlines()) > steps):
-            assert process.poll() is None, f"ended by itself before step {steps} (seed {seed})"
+            assert process.is_alive(), f"ended by itself before step {steps} (seed {seed})"
             time.sleep(0.002)
         time.sleep(chance.uniform(0.0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        ranks.end()
         assert not (recipe.run_dir / "final").exists() or steps == 29
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    for name in ("final", "random_init/distilled", "lm_only/stage-2/distilled"):
-        ours, theirs = (d / name / "model.safetensors" for d in (recipe.run_dir, finished.run_dir))
-        assert ours.read_bytes() == theirs.read_bytes(), (name, seed)
-
-    def lines(run_dir: Path) -> list[dict[str, float]]:
-        costs = {"seconds", "tokens_per_second", "memory_bytes"}
-        return [{k: v for k, v in line.items() if k not in costs} for line in metrics(run_dir)]
-
-    assert lines(recipe.run_dir) == lines(finished.run_dir), seed
+    run_ranks(1, run, recipe)
+    assert_same_artefacts(recipe.run_dir, finished.run_dir, seed)
 
 
 def test_ours_and_the_papers_cut_in_one_run(tmp_path: Path) -> None:

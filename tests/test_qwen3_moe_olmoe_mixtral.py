@@ -16,6 +16,8 @@ from slimqwen.planning.shapes import completed, target_config
 from slimqwen.pruning.cut import Cut
 from slimqwen.recipe import Target
 
+pytestmark = pytest.mark.rounding
+
 QWEN3_30B: Config = {  # as released: no num_local_experts, no rope_parameters
     "model_type": "qwen3_moe",
     "attention_bias": False,

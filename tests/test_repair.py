@@ -37,6 +37,8 @@ from slimqwen.repair import layers
 from slimqwen.repair.layers import courses
 from slimqwen.repair.repair import repair
 
+pytestmark = pytest.mark.rounding
+
 SEQUENCE_LENGTH = 16
 SAMPLES = 24
 KEPT_EXPERTS = 4

@@ -14,6 +14,8 @@ from slimqwen.repair import refit
 from slimqwen.repair.refit import Network, squared_norm
 from slimqwen.repair.ridge import RidgeSums
 
+pytestmark = pytest.mark.rounding
+
 
 class Layer(NamedTuple):
     networks: list[Network]

@@ -1,10 +1,12 @@
 """The command `bench`: real generation on a tiny model, a fake vLLM of the same interface, and what is refused."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ranks import CONTEXT
 from tiny import write_tiny_checkpoint
 
 from slimqwen.errors import UserError
@@ -21,6 +23,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "large", folder / "small"]
 
 
+@pytest.fixture
+def imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of their own that are forked from one with all imports, which cost seconds of each that is not."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: CONTEXT)
+
+
+@pytest.mark.usefixtures("imported_once")
 def test_measures_every_checkpoint(checkpoints: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     large, small = speeds = bench(checkpoints, SMALL)
     for speed in speeds:
@@ -33,6 +42,7 @@ def test_measures_every_checkpoint(checkpoints: list[Path], capsys: pytest.Captu
     assert "transformers, float32 on cpu, batch 2, 4 tokens read and 5 generated, 2 runs" in table and "1.00 x" in table
 
 
+@pytest.mark.usefixtures("imported_once")
 def test_refuses_what_cannot_be_measured(checkpoints: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="tokens at most"):
         bench(checkpoints, Protocol(prompt_tokens=10**7))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from rounding import GRADIENT, TRAINED, assert_trained_alike
+from rounding import FORWARD, GRADIENT, TRAINED, assert_trained_alike, error
 from safetensors.torch import load_file
 from test_pipeline import tiny_recipe
 from tiny import VOCAB_SIZE, write_tiny_checkpoint, write_tiny_tokens
@@ -39,6 +39,8 @@ from slimqwen.teacher_cache import write
 from slimqwen.teacher_cache.folder import MANIFEST, TeacherCache
 from slimqwen.teacher_cache.records import bytes_per_token, packed, unpacked
 from slimqwen.teacher_cache.write import write_teacher_cache
+
+pytestmark = pytest.mark.rounding
 
 SEQUENCE_LENGTH = 16
 BATCH_SIZE = 4
@@ -282,7 +284,7 @@ def test_the_whole_vocabulary_is_the_live_teacher(folder: Path, tmp_path: Path, 
         assert hidden is not None and top is not None
         expected = Distribution.of((hidden @ said.head.T)[which]).log_probs
         found = torch.zeros_like(expected).scatter(1, top.ids[which], top.log_probs[which])
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+        assert error(found, expected) < FORWARD
 
 
 @pytest.mark.parametrize("mtp_target", ["main", "mtp"])
@@ -344,8 +346,8 @@ def test_layer_by_layer_says_the_same(folder: Path, tmp_path: Path, model_type: 
         expected, found = one.read(row), other.read(row)
         assert found.keys() == expected.keys()
         for head in expected:
-            torch.testing.assert_close(found[head].log_probs, expected[head].log_probs, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(found[head].log_tail, expected[head].log_tail, rtol=1e-4, atol=1e-4)
+            assert error(found[head].log_probs, expected[head].log_probs) < FORWARD
+            assert error(found[head].log_tail, expected[head].log_tail) < FORWARD
 
 
 # --- interrupted, and several sources ---------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """Streaming calibration: the same sums as in memory, in every family and layout; the same bits after any interruption."""
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from ranks import Ranks
 from rounding import FORWARD, error
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
@@ -26,6 +26,8 @@ from slimqwen.errors import UserError
 from slimqwen.families import FAMILIES
 from slimqwen.modeling.device import ALIGNMENT_BYTES
 from slimqwen.recipe import CalibrationRecipe
+
+pytestmark = pytest.mark.rounding
 
 SEQUENCE_LENGTH = 16
 SAMPLES = 10  # of two sources with two halves: parts of 3 and 2 rows
@@ -181,18 +183,16 @@ def test_other_settings_begin_again(
     assert_same(tight, measured(checkpoint, tmp_path / "tight", texts, streaming=True, memory_budget_bytes=1))
 
 
-KILLED = """
-import os, signal, sys
-from slimqwen.calibration import walk
-from slimqwen.cli import main
-add = walk.add_layer_sums
-def fall(statistics, number, *rest):
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(statistics, number, *rest)
-walk.add_layer_sums = fall
-main()
-"""
+def calibrate_until_killed(command: list[str]) -> None:
+    """kill -9 by itself in the third layer."""
+
+    def fall(statistics: Statistics, number: int, *rest: Any) -> None:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add_layer_sums(statistics, number, *rest)
+
+    walk.add_layer_sums = fall
+    app(command)
 
 
 def test_killed_and_called_again(checkpoint: Path, texts: Texts, tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_killed_and_called_again(checkpoint: Path, texts: Texts, tmp_path: Path)
         options += ["--tokens", f"{name}={folder}"]
     options += ["--streaming", "--no-second-moments", "--device", "cpu"]
     command = ["calibrate", str(checkpoint), "--out", str(out), *options]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    codes, said = Ranks(1, calibrate_until_killed, command).end()
+    assert codes == [-signal.SIGKILL], said
     assert not out.exists() and (tmp_path / ".statistics.layers.partial").is_dir()
 
     result = CliRunner().invoke(app, command)

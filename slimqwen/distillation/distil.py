@@ -24,6 +24,7 @@ from slimqwen.distillation.state import saved_states
 from slimqwen.distillation.teacher import LiveTeacher, Teacher
 from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.errors import UserError
+from slimqwen.modeling.arithmetic import keep_arithmetic
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.modeling.kernels import announce_slow
 from slimqwen.modeling.model import MtpCausalLM, load
@@ -168,6 +169,8 @@ def distil(
                 seed=seed,
                 moments=None if moments is None else fingerprint(moments),
             )
+            if torch_device.type == "cpu":
+                keep_arithmetic(state_folder_of(out) / "arithmetic.json", f"the training of {out}")
             announce(stream, course.first_row(span.end_step) - course.first_row(span.first_step), torch_device.type)
             announce_slow(checkpoint.family, checkpoint.config, torch_device)
         ranks.wait()
