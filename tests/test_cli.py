@@ -385,7 +385,7 @@ def test_readme_commands_run(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
     They do less of their work than they say. Only parsed: `make` (CI runs it), the 80B recipe (its checkpoint is 160 GB), whose keys and override are checked.
     """
     monkeypatch.setattr("slimqwen.builtin.TEACHER", world / "teacher")
-    monkeypatch.setattr("slimqwen.cli.measuring.EvaluationRecipe", partial(EvaluationRecipe, **FEW_DRAFTS))
+    monkeypatch.setattr("slimqwen.recipe.EvaluationRecipe", partial(EvaluationRecipe, **FEW_DRAFTS))
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: CONTEXT)  # bench's: forked with all imports done
     shutil.copytree(world / "teacher", tmp_path / "Qwen3-Next-80B-A3B-Base")
     for name in ("wiki-tokens", "code-tokens"):

@@ -1,6 +1,7 @@
 """What decides the last bits of sums on a CPU beside the work itself, and what is said where that has changed."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def arithmetic() -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
     }
 
 
