@@ -426,7 +426,7 @@ def test_what_a_user_can_get_wrong(teacher, tokenizer, tokens, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         run({"teacher": tmp_path / "nowhere"}, out, tokens)
     with pytest.raises(UserError, match=r"manifest.json cannot be read"):
-        run({"teacher": teacher}, out, tmp_path)
+        run({"teacher": teacher}, out, tmp_path / "nowhere")
 
     config = CONFIG | {"vocab_size": VOCAB_SIZE + 20}
     wider = write_checkpoint(tmp_path / "wider", initialise(config, seed=1), config, tokenizer)

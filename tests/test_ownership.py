@@ -256,6 +256,17 @@ def test_other_work_in_a_working_folder_of_ours_goes(tmp_path: Path, capsys: pyt
         claim_folder(tmp_path / "mine", "one")
 
 
+def test_what_was_unfinished_in_resumable_work_goes_when_it_is_resumed(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), resumable_folder(tmp_path / "x", "key") as folder:
+        (folder / "000").touch()
+        raise KeyboardInterrupt
+    claim_folder(folder / ".001.partial", None)  # as kills leave it
+    (folder / ".002.removed").mkdir()
+    (folder / ".shard.partial").touch()
+    with resumable_folder(tmp_path / "x", "key") as folder:
+        assert names(folder) == ["000"]
+
+
 def test_scratch_goes_with_success_and_stays_with_an_interruption(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), scratch_folder(tmp_path / "x", "key") as folder:
         (folder / "000").touch()

@@ -463,7 +463,7 @@ def test_the_state_of_another_cache_is_not_resumed(
         patched.setattr(Trainer, "step", die)
         train(folder, tmp_path / "out", folder / "exact")
     train(folder, tmp_path / "out", cached(folder, tmp_path / "cache", top_k=8, sequences=16))
-    assert "training state of other inputs" in capsys.readouterr().err
+    assert "left behind by other work" in capsys.readouterr().err
 
 
 def test_two_ranks_read_their_own_rows(folder: Path, tmp_path: Path) -> None:

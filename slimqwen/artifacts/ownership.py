@@ -103,9 +103,10 @@ def _check_unchanged(folder: Path) -> None:
 
 
 def claim_folder(folder: Path, key: str | None) -> None:
-    """Make `folder` a working folder of ours, or find it as one; what is in it stays where it was made from the same `key`.
+    """Make `folder` a working folder of ours, or find it as one: what is finished in it stays where it is of the same `key`.
 
-    Other work of ours in its place is removed, and that is said. Raises UserError where it is not ours.
+    What is not finished has a hidden name, and goes. Other work of ours in its place is removed, and that is said. Raises
+    UserError where it is not ours.
     """
     folder = folder.resolve()
     _check_remains(folder)
@@ -113,6 +114,9 @@ def claim_folder(folder: Path, key: str | None) -> None:
     if folder.exists():
         record = Record.read(folder)
         if record is not None and record.key == key is not None:
+            for entry in list(os.scandir(folder)):
+                if entry.name.startswith(".") and entry.name != MARKER:  # unfinished, or half removed
+                    shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
             return
         if any(not name.startswith(".") for name in os.listdir(folder)) and key is not None:
             say(f"{folder} was left behind by other work (another plan, source or option) and is removed")

@@ -41,7 +41,7 @@ class _Finished(BaseModel):
     scores: Scores
 
 
-@makes_file("models", "tasks_dir")
+@makes_file("models")
 def benchmark(
     models: Mapping[str, Path],
     out: Path,
