@@ -239,8 +239,8 @@ def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished
 
 
 TOLD = {  # when and where it was made, and what depends on that
-    *("provenance.json", "recipe.resolved.yaml", "stages.jsonl", "warnings.jsonl", "report.html", "final/README.md"),
-    *(".steps/evaluation.json", ".steps/final.json"),
+    *("provenance.json", "recipe.resolved.yaml", "stages.jsonl", "warnings.jsonl", "report.html"),
+    *("final/README.md", "final/.slimqwen", ".steps/evaluation.json", ".steps/final.json"),
 }
 
 
