@@ -9,13 +9,13 @@ import torch
 
 from slimqwen.artifacts import write_json
 from slimqwen.checkpoint.config import read_json
-from slimqwen.errors import UserError
 from slimqwen.warning import warn
 
 
 def arithmetic() -> dict[str, Any]:
     """Threads, vector instructions and release of PyTorch: with the same ones the same work gives the same bits."""
     return {
+        "format": "slimqwen.arithmetic/1",
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": version("torch"),
@@ -23,11 +23,11 @@ def arithmetic() -> dict[str, Any]:
 
 
 def keep_arithmetic(file: Path, what: str) -> None:
-    """Write the present arithmetic to `file`, and warn where it was another when that was last written."""
-    try:
-        earlier = read_json(file) if file.exists() else None
-    except UserError:  # damaged: nothing is known
-        earlier = None
+    """Write the present arithmetic to `file`, and warn where it was another when that was last written.
+
+    Raises UserError where `file` is not ours.
+    """
+    earlier = read_json(file) if file.exists() else None
     now = arithmetic()
     if isinstance(earlier, dict) and _is_known(earlier, now) and any(earlier[key] != now[key] for key in now):
         warn(
