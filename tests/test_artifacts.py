@@ -236,3 +236,36 @@ def test_fingerprint_of_a_large_file_notices_another_matrix_anywhere(tmp_path, m
 def test_fingerprint_of_a_value_ignores_the_order_of_keys():
     assert fingerprint_value({"a": 1, "b": [1, 2]}) == fingerprint_value({"b": [1, 2], "a": 1})
     assert fingerprint_value({"a": 1, "b": [1, 2]}) != fingerprint_value({"a": 1, "b": [2, 1]})
+
+
+def test_an_artefact_is_on_the_disk_before_it_gets_its_name_and_its_name_after(tmp_path, monkeypatch):
+    done: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def flushed(descriptor):
+        done.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).relative_to(tmp_path)}")
+        fsync(descriptor)
+
+    def renamed(function):
+        def rename(source, target):
+            done.append(f"rename to {Path(target).relative_to(tmp_path)}")
+            function(source, target)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed(rename))
+    monkeypatch.setattr(os, "replace", renamed(replace))
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "below").mkdir()
+        (partial / "below" / "a").write_text("a")
+    place = done.index("rename to out")
+    folder = ".out.partial"
+    needed = [folder, f"{folder}/below", f"{folder}/below/a", f"{folder}/{MARKER}"]
+    assert {f"flush {name}" for name in needed} <= set(done[done.index(f"rename to {folder}/{MARKER}") : place])
+    assert done[place + 1] == "flush ."
+    done.clear()
+    with atomic_file(tmp_path / "x") as partial:
+        partial.write_text("x")
+    place = done.index("rename to x")
+    assert done[place - 1] == "flush .x.partial/x" and done[place + 1] == "flush ."
