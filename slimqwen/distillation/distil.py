@@ -4,7 +4,15 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder, claim_folder, fingerprint, fingerprint_value, makes_folder, remove_ours
+from slimqwen.artifacts import (
+    atomic_folder,
+    claim_folder,
+    fingerprint,
+    fingerprint_value,
+    makes_folder,
+    remove_ours,
+    tidy,
+)
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.store import announce, check_vocabulary, load_manifest, training_stream
@@ -188,6 +196,7 @@ def distil(
         path = metrics or out.parent / "metrics.jsonl"
         loggers: list[Logger] = []
         if ranks.is_first:
+            tidy(path)  # killed while it was rewritten, it may not be rewritten again
             settings = recipe.model_dump(mode="json")
             loggers = open_loggers(recipe.loggers, path.parent, state_folder_of(out), f"{run}-stage-{stage}", settings)
         if torch_device.type == "cuda":  # a CPU does not refuse memory: it swaps, or the system kills

@@ -1,5 +1,6 @@
 """What decides the last bits of sums on a CPU beside the work itself, and what is said where that has changed."""
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from slimqwen.artifacts import write_json
+from slimqwen.artifacts import rewrite_text
 from slimqwen.checkpoint.config import read_json
 from slimqwen.warning import warn
 
@@ -34,7 +35,7 @@ def keep_arithmetic(file: Path, what: str) -> None:
             f"note: {what} was begun with {_in_words(earlier)} and goes on with {_in_words(now)}: the rest is equal to an "
             "uninterrupted run's up to rounding, which training magnifies, and not to the bit."
         )
-    write_json(file, now)
+    rewrite_text(file, json.dumps(now, indent=2) + "\n")  # it lies in a working folder of ours
 
 
 def _is_known(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
