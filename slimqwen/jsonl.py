@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from slimqwen.artifacts import rewrite_bytes
+from slimqwen.artifacts import alone, rewrite_bytes
 
 
 def read_lines(path: Path) -> list[bytes]:
@@ -35,11 +35,13 @@ def append(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def keep_lines(path: Path, is_kept: Callable[[bytes], bool]) -> None:
-    """Take the other lines out, in one rename; where none is taken out the file is not touched."""
-    lines = read_lines(path)
-    kept = [line for line in lines if is_kept(line)]
-    if len(kept) < len(lines):
-        rewrite_bytes(path, b"".join(kept))
+    """Take the other lines out, in one rename; where none is taken out the file is not touched.
+
+    Who appends while another process may do this holds the file meanwhile (`artifacts.alone`).
+    """
+    if not all(map(is_kept, read_lines(path))):
+        with alone(path, wait=True):
+            rewrite_bytes(path, b"".join(line for line in read_lines(path) if is_kept(line)))
 
 
 def is_cut_short(line: bytes, first_key: str) -> bool:

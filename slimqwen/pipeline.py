@@ -26,6 +26,7 @@ from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
 from slimqwen.distillation.distil import remove_state
 from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.trainer import Span
+from slimqwen.errors import UserError
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
@@ -146,9 +147,10 @@ class Pipeline:
         """Remove what a step made, and with a plan the basis that lies beside it."""
         made = self.run_dir / record.made
         if made.name == "plan.json" and self.steps.is_unchanged(record):
-            basis = Plan.load(made).basis
-            if basis is not None:
-                remove_ours(made.with_name(basis.file))
+            with contextlib.suppress(UserError):  # an earlier version's, which is no plan today
+                basis = Plan.load(made).basis
+                if basis is not None:
+                    remove_ours(made.with_name(basis.file))
         self.steps.forget(record)
 
     def made(self, name: str, out: Path, step: Work) -> Path:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from slimqwen.artifacts import alone
 from slimqwen.jsonl import append, is_cut_short, keep_lines, read_lines, value_of
 from slimqwen.progress import say
 
@@ -35,7 +36,8 @@ def kept_in(path: Path, *, step: str, key: str) -> Iterator[None]:
         entry = dict(zip(KEYS, (step, key, text), strict=True))
         if entry not in current:
             current.append(entry)
-            append(path, entry)
+            with alone(path, wait=True):  # processes of a study share the file
+                append(path, entry)
 
     token = _keep.set(keep)
     try:

@@ -354,9 +354,9 @@ def test_what_another_schedule_left_is_removed_and_nothing_else(finished: Recipe
 
         pipeline.steps.step(name.removesuffix(".json"), tmp_path / name, {}, make)
 
-    for name in ("stage-2/evaluation.json", "stage-3/evaluation.json", "stage-3/pruned", "stage-4/distilled"):
+    for name in ("stage-2/plan.json", "stage-3/plan.json", "stage-3/pruned", "stage-4/distilled"):
         made(name)
-    for name in ("paper/stage-3/pruned", "paper/stage-3/repaired", "stage-5/pruned", "stage-6/evaluation.json"):
+    for name in ("paper/stage-3/pruned", "paper/stage-3/repaired", "stage-5/pruned", "stage-6/plan.json"):
         made(name)
     claim_folder(state_folder_of(tmp_path / "stage-4" / "distilled"), "key")
     users = {
@@ -368,18 +368,18 @@ def test_what_another_schedule_left_is_removed_and_nothing_else(finished: Recipe
         "stage-3/notes.txt",  # beside what we made, and in it
         "paper/stage-3/repaired/notes.txt",
         "stage-5/pruned/config.json",  # in the place of what we made
-        "stage-6/evaluation.json",
+        "stage-6/plan.json",
     }
     shutil.rmtree(tmp_path / "stage-5" / "pruned")
     for name in users:
         written(tmp_path, name, "the user's")
     pipeline.forget_other_schedules()
-    assert files_in(tmp_path) == users | {"stage-2/evaluation.json", "stages.jsonl"}
+    assert files_in(tmp_path) == users | {"stage-2/plan.json", "stages.jsonl"}
     assert all((tmp_path / name).read_text() == "the user's" for name in users)
     assert not (tmp_path / "stage-4").exists() and not (tmp_path / "paper/stage-3/pruned").exists()
-    assert [record.made for record in pipeline.steps.records()] == ["stage-2/evaluation.json"]
+    assert [record.made for record in pipeline.steps.records()] == ["stage-2/plan.json"]
     pipeline.forget_other_schedules()  # and a second time there is nothing to do
-    assert files_in(tmp_path) == users | {"stage-2/evaluation.json", "stages.jsonl"}
+    assert files_in(tmp_path) == users | {"stage-2/plan.json", "stages.jsonl"}
 
 
 def test_init_random_leaves_somebodys_plan_alone(tmp_path: Path, finished: Recipe) -> None:

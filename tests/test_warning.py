@@ -1,6 +1,7 @@
 """Warnings: said, and kept with the step that said them for as long as it is made from the same."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,26 @@ def test_a_step_of_a_run_keeps_what_it_is_warned_of(tmp_path: Path) -> None:
         steps.step("make", out, {"from": 1}, make)
         assert kept(tmp_path / "warnings.jsonl") == [("make", "it is slow")]
     assert json.loads((tmp_path / "warnings.jsonl").read_text())["key"]
+
+
+def _warn_often(path: Path, number: int) -> None:
+    for round_ in range(8):
+        with kept_in(path, step=f"step {number}", key=str(round_)):  # each time made from something else
+            warn(f"{number}: round {round_}")
+
+
+def test_processes_that_share_a_file_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "warnings.jsonl"
+    path.write_bytes(b"somebody's line\n")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_warn_often, args=(path, number)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert lines.count(b"somebody's line\n") == 1 and len(lines) == 4
+    found = {json.loads(line)["text"] for line in lines if line.startswith(b"{")}
+    assert found == {f"{number}: round 7" for number in range(3)}
+    assert [file.name for file in tmp_path.iterdir()] == ["warnings.jsonl"]

@@ -259,8 +259,13 @@ def _data_identity(task: Any) -> Any:
 
 def _definitions(tasks_dir: Path) -> str:
     """Hash of the files that define tasks; their data has a hash of its own (`_data_identity`)."""
-    files = sorted(path for path in tasks_dir.rglob("*") if path.is_file() and path.suffix in (".yaml", ".py", ""))
-    return fingerprint_value({path.relative_to(tasks_dir).as_posix(): fingerprint(path) for path in files})
+    files = {path.relative_to(tasks_dir): path for path in sorted(tasks_dir.rglob("*")) if path.is_file()}
+    defining = {
+        name.as_posix(): fingerprint(path)
+        for name, path in files.items()
+        if path.suffix in (".yaml", ".py", "") and not any(part.startswith(".") for part in name.parts)  # such as .git
+    }
+    return fingerprint_value(defining)
 
 
 @contextlib.contextmanager
