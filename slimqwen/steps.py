@@ -26,10 +26,11 @@ from slimqwen.artifacts import (
 )
 from slimqwen.errors import StageFailed, UserError
 from slimqwen.jsonl import append, read_lines, value_of
+from slimqwen.modeling.arithmetic import arithmetic, warn_of_other_arithmetic
 from slimqwen.progress import say
 from slimqwen.recipe import Section
 from slimqwen.recipe_file import dump_recipe
-from slimqwen.warning import kept_in, warn
+from slimqwen.warning import kept_in
 
 FOLDER = ".steps"  # of the records
 
@@ -44,7 +45,7 @@ class Record(BaseModel):
     key: str  # of what it was made from
     made: str  # the path of its output within the folder
     output: str  # whose fingerprint this is
-    threads: int  # that computed it: another number adds up in another order
+    arithmetic: dict[str, Any]  # that it was computed with
 
     @classmethod
     def read(cls, file: Path) -> "Record | None":
@@ -69,7 +70,8 @@ class Steps:
     def __init__(self, run_dir: Path, command: str) -> None:
         self.run_dir = run_dir
         self.command = command
-        self._threads_compared = False
+        self._other_arithmetic: dict[str, Any] | None = None  # of a step that was done before
+        self._has_compared = False
 
     def begin(self, recipe: Section) -> None:
         """The run directory, its resolved recipe and where it came from."""
@@ -83,9 +85,8 @@ class Steps:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "device": device_name(),
-            "threads": torch.get_num_threads(),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
-            "torch": version("torch"),
+            **arithmetic(),
             "transformers": version("transformers"),
         }
         write_json(self.run_dir / "provenance.json", provenance)
@@ -99,17 +100,19 @@ class Steps:
         if record is not None and record.key == key and output.exists() and record.output == fingerprint(output):
             tidy(output)
             say(f"{name}: done already, {output}")
-            self._compare_threads(record.threads)
+            if record.arithmetic != arithmetic():
+                self._other_arithmetic = record.arithmetic
             self._log(name, 0.0, skipped=True)
             return output
         file.unlink(missing_ok=True)
+        self._compare_arithmetic()
         started = time.perf_counter()
         with self.warned(name, key):
             action()
         if not output.exists():
             raise StageFailed(f"{name} ended without writing {output}.")
         made = output.relative_to(self.run_dir).as_posix()
-        record = Record(name=name, key=key, made=made, output=fingerprint(output), threads=torch.get_num_threads())
+        record = Record(name=name, key=key, made=made, output=fingerprint(output), arithmetic=arithmetic())
         write_json(file, record.model_dump())
         self._log(name, time.perf_counter() - started, skipped=False)
         return output
@@ -158,18 +161,13 @@ class Steps:
                 f"{log} exists and was not written by slimqwen: move it elsewhere, or choose another folder."
             )
 
-    def _compare_threads(self, before: int) -> None:
-        """Say once that what is there was made with another number of threads."""
-        now = torch.get_num_threads()
-        if before == now or self._threads_compared:
-            return
-        self._threads_compared = True
-        with self.warned("threads", f"{before} and {now}"):
-            warn(
-                f"note: what is there was made with {_threads(before)}, and this process has {_threads(now)}: sums are "
-                "rounded in another order, so the result is not, bit for bit, that of one number of threads; "
-                f"OMP_NUM_THREADS={before} keeps to it."
-            )
+    def _compare_arithmetic(self) -> None:
+        """Say once that this goes on from what was computed with, for example, another number of threads."""
+        earlier, self._other_arithmetic = self._other_arithmetic, None
+        if earlier is not None and not self._has_compared:
+            self._has_compared = True
+            with self.warned("arithmetic", fingerprint_value(earlier)):
+                warn_of_other_arithmetic(earlier, f"the run in {self.run_dir}")
 
     def warned(self, name: str, key: str) -> AbstractContextManager[None]:
         """Where warnings are raised that the report is to show: `name`, made from `key`."""
@@ -191,10 +189,6 @@ def is_entry(line: bytes) -> bool:
     """Whether a line of stages.jsonl is ours."""
     entry = value_of(line)
     return entry is not None and {"step", "seconds", "skipped", "command"} <= entry.keys()
-
-
-def _threads(number: int) -> str:
-    return "one thread" if number == 1 else f"{number} threads"
 
 
 def machine() -> str:

@@ -408,7 +408,7 @@ def test_an_artefact_that_is_not_one_is_named(name: str, content: str, said: str
 def test_a_plan_that_the_run_did_not_make_is_not_its_own(tmp_path: Path) -> None:
     write_full_run(tmp_path)
     assert len(Run.read(tmp_path).plans) == 2  # a folder without records: by name
-    record = {"format": "slimqwen.step/1", "name": "stage-1/plan", "key": "", "output": "", "threads": 1}
+    record = {"format": "slimqwen.step/1", "name": "stage-1/plan", "key": "", "output": "", "arithmetic": {}}
     (tmp_path / ".steps").mkdir()
     (tmp_path / ".steps" / "stage-1.plan.json").write_text(json.dumps(record | {"made": "stage-1/plan.json"}))
     assert len(Run.read(tmp_path).plans) == 1

@@ -125,7 +125,7 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, damage: bytes) -> 
 
 @pytest.mark.parametrize("made", ["../thesis", "/etc/passwd", "a/../../thesis"])
 def test_a_record_names_nothing_outside(tmp_path: Path, made: str) -> None:
-    record = Record(name="a", key="a", made=made, output="a", threads=1)
+    record = Record(name="a", key="a", made=made, output="a", arithmetic={})
     (tmp_path / "a.json").write_text(record.model_dump_json())
     assert Record.read(tmp_path / "a.json") is None
 
@@ -145,20 +145,21 @@ def test_notes_in_an_output_do_not_make_it_another_one(tmp_path: Path) -> None:
 def test_another_number_of_threads_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def both() -> str:
+    def said(*names: str) -> str:
         steps = Steps(tmp_path, "test")
-        for name in ("one", "two"):
+        for name in names:
             make(steps, name, tmp_path / name)
         return capsys.readouterr().err
 
-    assert torch.get_num_threads() == 1
-    assert "note:" not in both() + both()
-    assert [record.threads for record in Steps(tmp_path, "test").records()] == [1, 1]
+    assert "note:" not in said("one", "two") + said("one", "two")
+    assert [record.arithmetic["threads"] for record in Steps(tmp_path, "test").records()] == [1, 1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert both().count("note: what is there was made with one thread, and this process has 2 threads") == 1
-    assert "OMP_NUM_THREADS=1 keeps to it" in both()
+    assert "note:" not in said("one", "two"), "nothing goes on"
+    told = said("one", "two", "three", "one", "four")
+    assert told.count("note:") == 1 and f"the run in {tmp_path} was begun with 1 thread, " in told
+    assert "goes on with 2 threads" in told
     kept = [value_of(found) for found in read_lines(tmp_path / "warnings.jsonl")]
-    assert len(kept) == 1 and kept[0] is not None and kept[0]["step"] == "threads"
+    assert len(kept) == 1 and kept[0] is not None and kept[0]["step"] == "arithmetic"
 
 
 # --- a run directory --------------------------------------------------------------------------------------------------

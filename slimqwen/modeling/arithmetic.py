@@ -10,6 +10,7 @@ import torch
 
 from slimqwen.artifacts import rewrite_text
 from slimqwen.checkpoint.config import read_json
+from slimqwen.errors import UserError
 from slimqwen.warning import warn
 
 
@@ -24,18 +25,23 @@ def arithmetic() -> dict[str, Any]:
 
 
 def keep_arithmetic(file: Path, what: str) -> None:
-    """Write the present arithmetic to `file`, and warn where it was another when that was last written.
+    """Write the present arithmetic to `file`, of a working folder, and warn where it was another when that was last written."""
+    try:
+        earlier = read_json(file) if file.exists() else None
+    except UserError:  # damaged: nothing is known
+        earlier = None
+    warn_of_other_arithmetic(earlier, what)
+    rewrite_text(file, json.dumps(arithmetic()) + "\n")
 
-    Raises UserError where `file` is not ours.
-    """
-    earlier = read_json(file) if file.exists() else None
+
+def warn_of_other_arithmetic(earlier: object, what: str) -> None:
+    """Warn where `what` was begun with another `arithmetic` than the present one. Where nothing is known nothing is said."""
     now = arithmetic()
     if isinstance(earlier, dict) and _is_known(earlier, now) and any(earlier[key] != now[key] for key in now):
         warn(
             f"note: {what} was begun with {_in_words(earlier)} and goes on with {_in_words(now)}: the rest is equal to an "
             "uninterrupted run's up to rounding, which training magnifies, and not to the bit."
         )
-    rewrite_text(file, json.dumps(now, indent=2) + "\n")  # it lies in a working folder of ours
 
 
 def _is_known(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
