@@ -30,7 +30,7 @@ from slimqwen.errors import UserError
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.preflight import Stage, announce, check, check_heldout, stages_of
+from slimqwen.preflight import Stage, announce, announce_text, check, check_heldout, stages_of
 from slimqwen.progress import duration
 from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
 from slimqwen.reporting.card import model_card
@@ -160,6 +160,8 @@ class Pipeline:
     def tokens(self) -> Path:
         tokens = self.made("tokens", self.run_dir / "tokens", work.tokenized(self.recipe))
         check_heldout(tokens, self.recipe)
+        with self.steps.warned("text", fingerprint_value(self.recipe.model_dump(mode="json"))):
+            announce_text(tokens, self.recipe, self.stages[-1].span.total_steps)
         return tokens
 
     def teacher_cache(self, tokens: Path) -> Path:

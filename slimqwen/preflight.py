@@ -6,8 +6,10 @@ from pathlib import Path
 from slimqwen.calibration.statistics import check_source_weights
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.announcement import notes_of_length, notes_of_passes
 from slimqwen.data.sources import check_sources
-from slimqwen.data.store import load_manifest
+from slimqwen.data.store import load_manifest, training_stream
+from slimqwen.data.tokenizer import check_tokenizer_files
 from slimqwen.distillation.cached_teacher import check_temperature
 from slimqwen.distillation.course import course_of
 from slimqwen.distillation.distil import check_terms, total_steps
@@ -40,8 +42,7 @@ class Stage:
 def check(recipe: Recipe, source: Checkpoint) -> None:
     """Raise UserError now for what would otherwise stop the run after hours."""
     teacher = source.folder
-    if not (teacher / "tokenizer.json").is_file():
-        raise UserError(f"{teacher} has no tokenizer.json: put the tokenizer that it was trained with beside it.")
+    check_tokenizer_files(teacher)
     check_sources(recipe.data.sources, recipe.data.heldout_sources)
     check_apart("run_dir", recipe.run_dir, inputs_of(recipe))
     length, sources = recipe.data.sequence_length, recipe.calibration.sources
@@ -83,6 +84,14 @@ def check_heldout(tokens: Path, recipe: Recipe) -> None:
             f"the held-out text has {heldout:,} tokens, and evaluation needs {needed:,} at least: "
             "add text, raise data.heldout_fraction or give data.heldout_sources."
         )
+
+
+def announce_text(tokens: Path, recipe: Recipe, total_steps: int) -> None:
+    """Say how often the run reads its training text, where that is too often. Raises UserError where there is too little."""
+    length = recipe.data.sequence_length
+    stream = training_stream(tokens, length, recipe.seed, recipe.data.documents)
+    for note in notes_of_passes(stream, course_of(recipe.distil, length).first_row(total_steps)):
+        warn(note)
 
 
 def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
@@ -138,6 +147,8 @@ def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:
         tokens = course.tokens(stage.span.end_step) - course.tokens(stage.span.first_step)
         share = after.total_parameters / before.total_parameters
         say(f"stage {stage.number}   {_shape(stage.target, after)} ({share:.1%} of the teacher), {tokens:,} tokens")
+    for note in notes_of_length(config, recipe.data.sequence_length):
+        warn(note)
     if course.warmup_steps >= course.total_steps:
         warn(
             f"note: the warm-up of {course.warmup_steps:,} steps is not shorter than the run's {course.total_steps:,}: "

@@ -48,6 +48,7 @@ def tokenized(recipe: Recipe) -> Work:
             out,
             heldout_sources=data.heldout_sources,
             heldout_fraction=data.heldout_fraction,
+            separator=data.separator,
             workers=data.workers,
             title=title,
         ),

@@ -204,11 +204,13 @@ def test_one_source_of_a_mixture_can_be_calibrated_on(world: Path, store: Path, 
 def test_distillation_says_what_it_draws(
     world: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = write_tiny_checkpoint(tmp_path / "model", tokenizer=world / "tokenizer")
+    checkpoint = write_tiny_checkpoint(tmp_path / "model", tokenizer=world / "tokenizer", max_position_embeddings=15)
     recipe = DistilRecipe(tokens=16 * 4 * 2, batch_size=4, warmup_steps=0, terms=["lm"])
     distil(checkpoint, tmp_path / "out", tokens=store, recipe=recipe, sequence_length=16, device="cpu")
     epochs = 2 / TokenStream(PackedTokens(store / "wiki" / "train"), 16, 0).rows_per_epoch
-    assert f"wiki: 25.0% of the training tokens, {epochs:.3g} times its text" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"wiki: 25.0% of the training tokens, {epochs:.3g} times its text" in said
+    assert "sequences of 16 tokens are longer than the model's context of 15" in said
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_a_source_is_called_as_its_file_or_folder() -> None:
 def test_a_source_whose_documents_are_all_held_out_is_named(world: Path, tmp_path: Path) -> None:
     (tmp_path / "few").mkdir()
     shutil.copy(world / "wiki" / "0.txt", tmp_path / "few" / "json")  # no suffix that is read
-    (tmp_path / "few" / "a.txt").write_text("text")
+    (tmp_path / "few" / "a.txt").write_text("ab")  # of which 85 % is all
     given = [*sources(world), Source(path=tmp_path / "few", weight=1.0)]
     with pytest.raises(UserError, match=r"all documents of .*few fall into the held-out share"):
         tokenize(given, world / "tokenizer", tmp_path / "out", heldout_fraction=0.85)

@@ -15,6 +15,7 @@ from slimqwen.warning import warn
 if TYPE_CHECKING:
     import torch
 
+MOST_SAMPLES = 1 << 31  # with sequence_length tokens each they are counted in 64 bits
 TRAINING_TEXT = "training"  # the name of the one source where a recipe names none
 
 
@@ -32,6 +33,10 @@ class CalibrationText:
     def __init__(
         self, sources: Mapping[str, Path], checkpoint: Checkpoint, *, samples: int, sequence_length: int, seed: int
     ) -> None:
+        if samples > MOST_SAMPLES:
+            raise UserError(
+                f"{samples:,} samples are more than the {MOST_SAMPLES:,} that can be counted: lower samples."
+            )
         if samples < len(sources):
             raise UserError(f"{samples} samples cannot be spread over {len(sources)} sources: raise samples.")
         self._streams: dict[str, RowStream] = {}

@@ -19,11 +19,15 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",  # what ends a document may stand here, and in config.json
     "config.json",
 )
+
+# What a tokenizer is made from: the first of these that is there.
+VOCABULARY_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
 
 def tokenizer_fingerprint(checkpoint: Path) -> str:
@@ -45,10 +49,11 @@ def vocabulary_fingerprint(checkpoint: Path) -> str | None:
     Merges are pairs, which older files have as two words in one string. What a tokenizer was last asked to cut or pad
     to is stored with it and is no part of it: `tokenize` does neither.
     """
-    if (checkpoint / "tokenizer.json").is_file():
-        return content_fingerprint(checkpoint / "tokenizer.json")
-    files = [checkpoint / name for name in ("vocab.json", "merges.txt")]
-    return fingerprint_value([content_fingerprint(file) for file in files]) if all(map(Path.is_file, files)) else None
+    for names in VOCABULARY_FILES:
+        files = [checkpoint / name for name in names]
+        if all(map(Path.is_file, files)):
+            return fingerprint_value([content_fingerprint(file) for file in files])
+    return None
 
 
 def _canonical_tokenizer(value: Any) -> Any:

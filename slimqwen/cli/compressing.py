@@ -14,6 +14,7 @@ from slimqwen.cli.options import (
     TokensFolder,
     dtype_of,
     layout_of,
+    text_format_of,
     token_folders,
     weights_of,
 )
@@ -33,13 +34,41 @@ def tokens(
     ],
     tokenizer: Annotated[str, typer.Option(help="Checkpoint folder with the tokenizer, or 'builtin'.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    text_field: Annotated[str, typer.Option(help="Column that holds the text in .jsonl and .parquet.")] = "text",
+    text_field: Annotated[
+        str,
+        typer.Option(
+            help="Column of a table that holds the text. Without one called 'text', conversations in 'messages' or 'conversations' "
+            "are rendered by the chat template."
+        ),
+    ] = "text",
+    text_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Read the sources as 'text', 'json', 'jsonl', 'csv', 'tsv' or 'parquet'. Default: as their names say.",
+            show_default=False,
+        ),
+    ] = None,
     heldout: Annotated[
         list[str] | None, typer.Option(metavar="SOURCE", help="Text for evaluation only. Repeatable.")
     ] = None,
     heldout_fraction: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of documents held out where no --heldout is given.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of documents held out where no --heldout is given; of too few documents, the end of the text.",
+        ),
     ] = 0.05,
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Token that ends each document. Default: the tokenizer's eos, or where this only ends a turn of its chat template the "
+            "token that ends a text.",
+            show_default=False,
+        ),
+    ] = None,
     weights: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,12 +91,14 @@ def tokens(
     from slimqwen.data.sources import named_sources, source_named
     from slimqwen.data.tokenize import tokenize
 
+    read_as = text_format_of(text_format)
     manifest = tokenize(
-        named_sources(sources, text_field, weights_of("--weight", weights or [])),
+        named_sources(sources, text_field, weights_of("--weight", weights or []), read_as),
         checkpoint_folder(tokenizer),
         out,
-        heldout_sources=[source_named(name, text_field) for name in heldout or []],
+        heldout_sources=[source_named(name, text_field, read_as) for name in heldout or []],
         heldout_fraction=heldout_fraction,
+        separator=separator,
         workers=workers,
     )
     typer.echo(f"{out}: {manifest.train.tokens:,} training and {manifest.heldout.tokens:,} held-out tokens")

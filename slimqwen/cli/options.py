@@ -10,7 +10,7 @@ import typer
 
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.families.family import Layout
-from slimqwen.recipe import Dtype
+from slimqwen.recipe import Dtype, TextFormat
 
 Overrides = Annotated[
     list[str] | None,
@@ -77,6 +77,13 @@ def dtype_of(name: str) -> str:
     if name not in known:
         raise UserError(f"--dtype {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
     return name
+
+
+def text_format_of(name: str | None) -> TextFormat | None:
+    known = get_args(TextFormat)
+    if name is not None and name not in known:
+        raise UserError(f"--format {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
+    return cast(TextFormat | None, name)
 
 
 def rank() -> int:

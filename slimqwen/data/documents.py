@@ -1,19 +1,21 @@
-"""The documents of one file: text, or a table with a document in each row.
+"""The documents of one file: text, or a table with a document in each row."""
 
-Tables are read with `json` and `pyarrow` rather than `datasets`, which cannot stream .jsonl whose later rows have
-other keys than the first ones (CastError), takes brackets in a path for a pattern and leaves lock files in the
-user's cache.
-"""
-
-import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from slimqwen.errors import UserError, did_you_mean
+from slimqwen.data.chat import CHAT_COLUMNS, ChatTemplate, is_chat
+from slimqwen.data.formats import OnRead, is_utf16, opened, why_not_utf8
+from slimqwen.data.rows import Row, no_such_column, parquet_rows, rows_of_stream
+from slimqwen.errors import UserError
+from slimqwen.recipe import Source, TextFormat
 
 OnSkip = Callable[[str, str], None]  # called with a document's name and why it was left out
-OnRead = Callable[[int], None]  # called with the bytes of the files as they are read
+
+EMPTY = "empty"
+DEFAULT_TEXT_FIELD = Source.model_fields["text_field"].default
 
 
 @dataclass(frozen=True)
@@ -22,85 +24,132 @@ class Document:
     text: str
 
 
-def read_documents(name: str, path: Path, text_field: str, on_skip: OnSkip, on_read: OnRead) -> Iterator[Document]:
-    """The documents of one file, called `name` or, in a table, `name:row`; those without text come out empty."""
+class LeftOut:
+    """Documents that are left out: how many for each reason, and the first of them."""
+
+    def __init__(self) -> None:
+        self.documents: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, name: str, reason: str) -> None:
+        self.documents[reason] += 1
+        self.first.setdefault(reason, printable(name))
+
+    def __str__(self) -> str:
+        """`2 not UTF-8 but UTF-16 (the first a.txt), 1 empty (b.txt)`"""
+        return ", ".join(
+            f"{number:,} {reason} ({'the first ' if number > 1 else ''}{self.first[reason]})"
+            for reason, number in self.documents.items()
+        )
+
+
+def printable(name: str) -> str:
+    """A name that can be shown and stored: what is no character, or moves a terminal's cursor, is escaped."""
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a source are read.
+
+    text_field: the column of the text. chat: what renders rows of messages; None where there is no template to.
+    on_skip, on_read: told what is left out, and the bytes that were read.
+    """
+
+    text_field: str
+    on_skip: OnSkip
+    on_read: OnRead
+    chat: ChatTemplate | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that text is looked for in, in this order: those of chats only where nobody named another."""
+        return [self.text_field, *(CHAT_COLUMNS if self.text_field == DEFAULT_TEXT_FIELD else ())]
+
+
+def read_documents(name: str, path: Path, text_format: TextFormat, reading: Reading) -> Iterator[Document]:
+    """The documents of one file, called `name` or, in a table, `name:row`; those without text come out empty.
+
+    Raises UserError for a file that cannot be read, or is not what it is read as.
+    """
     try:
-        if path.suffix == ".jsonl":
-            yield from _jsonl_rows(name, path, text_field, on_skip, on_read)
-        elif path.suffix == ".parquet":
-            yield from _parquet_rows(name, path, text_field, on_read)
-        else:
-            content = path.read_bytes()
-            on_read(len(content))
-            yield Document(name, content.decode("utf-8"))
-    except UnicodeDecodeError:
-        on_skip(name, "not UTF-8")
+        if text_format == "parquet":
+            yield from _documents_of_rows(name, parquet_rows(path, reading.columns, reading.on_read), reading)
+            return
+        with opened(path, reading.on_read) as stream:
+            if is_utf16(stream.peek(4096)[:4096]):
+                reading.on_skip(name, "not UTF-8 but UTF-16")
+                while stream.read(1 << 20):  # which is told
+                    pass
+            elif text_format == "text":
+                yield from _whole(name, stream.read(), reading)
+            else:
+                yield from _documents_of_rows(name, rows_of_stream(path, text_format, stream), reading)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _jsonl_rows(name: str, path: Path, text_field: str, on_skip: OnSkip, on_read: OnRead) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for row, line in enumerate(lines):
-            on_read(len(line))
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                on_skip(f"{name}:{row}", "not UTF-8")
-                continue
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {row + 1} is not JSON.") from error
-            if not isinstance(value, dict):
-                raise UserError(f"{path} line {row + 1} is not a JSON object with a field {text_field!r}.")
-            if text_field not in value:
-                raise _no_such_column(f"{path} line {row + 1}", text_field, list(value))
-            text = _text_of_cell(value[text_field], f"{path} line {row + 1}", text_field)
-            if not _encodable(text):  # JSON can spell half of a surrogate pair, "\ud800", which no UTF-8 text holds
-                on_skip(f"{name}:{row}", "not UTF-8")
-                continue
-            yield Document(f"{name}:{row}", text)
-
-
-def _parquet_rows(name: str, path: Path, text_field: str, on_read: OnRead) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _whole(name: str, content: bytes, reading: Reading) -> Iterator[Document]:
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            if text_field not in table.schema_arrow.names:
-                raise _no_such_column(str(path), text_field, table.schema_arrow.names)
-            row, rows, size = 0, table.metadata.num_rows, path.stat().st_size
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
-                    yield Document(f"{name}:{row}", _text_of_cell(value, f"{path} row {row}", text_field))
-                    row += 1
-                on_read(row * size // rows - (row - len(batch)) * size // rows)
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({error}).") from error
+        yield Document(name, content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        reading.on_skip(name, why_not_utf8(content))
 
 
-def _text_of_cell(value: object, where: str, text_field: str) -> str:
-    if value is None:
+def _documents_of_rows(name: str, rows: Iterator[Row], reading: Reading) -> Iterator[Document]:
+    for row in rows:
+        document = f"{name}:{row.number}"
+        text = _text_of(row, reading)
+        reason = _why_not_encodable(text)
+        if reason is None:
+            yield Document(document, text)
+        else:
+            reading.on_skip(document, reason)
+
+
+def has_text(path: Path, text_format: TextFormat, text_field: str) -> bool:
+    """Whether the first row of a table has a column that text is read from; False where it is no table either."""
+    reading = Reading(text_field, lambda *_: None, lambda _: None)
+    try:
+        with opened(path, reading.on_read) as stream:
+            row = next(rows_of_stream(path, text_format, stream), None)
+        return row is not None and any(column in row.values for column in reading.columns)
+    except (UserError, OSError):
+        return False
+
+
+def _text_of(row: Row, reading: Reading) -> str:
+    """The text of a row: its column as it is, or its messages rendered."""
+    column = _column(row.values, reading.columns)
+    if column is None:
+        raise no_such_column(row.where, reading.text_field, list(row.values))
+    cell = row.values[column]
+    if cell is None:
         return ""
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: {text_field!r} holds {type(value).__name__}, not text: set text_field to the text's column."
-        )
-    return value
-
-
-def _no_such_column(where: str, text_field: str, columns: list[str]) -> UserError:
-    known = ", ".join(repr(column) for column in columns)
-    return UserError(
-        f"{where} has no column {text_field!r}{did_you_mean(text_field, columns)}; it has {known}: set text_field."
+    if isinstance(cell, str):
+        return cell
+    if is_chat(cell):
+        if reading.chat is None:
+            raise UserError(f"{row.where}: {column!r} holds messages, and no chat template is at hand to render them.")
+        return reading.chat.render(cell, column, row.where)
+    raise UserError(
+        f"{row.where}: {column!r} holds {type(cell).__name__}, not text: set text_field to the text's column."
     )
 
 
-def _encodable(text: str) -> bool:
+def _column(values: Mapping[str, Any], columns: list[str]) -> str | None:
+    present = [column for column in columns if column in values]
+    filled = [column for column in present if values[column] is not None]
+    return next(iter(filled or present), None)
+
+
+def _why_not_encodable(text: str) -> str | None:
+    """Why a text is no UTF-8: its bytes are not, or its JSON spells half of a surrogate pair, "\\ud800"."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
+        try:
+            return why_not_utf8(text.encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError:
+            return "not UTF-8"
+    return None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from slimqwen.data.worker import Ids, encode, read_ids, write_line
+from slimqwen.data.worker import Frame, Ids, encode, read_ids, write_line
 from slimqwen.errors import StageFailed
 
 BATCHES_PER_WORKER = 2  # that wait or are encoded: enough that no worker waits for text, and all that is in memory
@@ -39,7 +39,7 @@ def usable_cores() -> int:
 
 
 def encode_in_order(
-    batches: Iterator[TextBatch], tokenizer: Tokenizer, eos_token_id: int, workers: int
+    batches: Iterator[TextBatch], tokenizer: Tokenizer, frame: Frame, workers: int
 ) -> Generator[tuple[TextBatch, list[Ids]]]:
     """Each batch with its documents' ids (`worker.encode`), the same whatever the number of `workers`.
 
@@ -50,10 +50,10 @@ def encode_in_order(
     if len(head) < BATCHES_PER_WORKER * workers:
         for batch in chain(head, batches):
             with _one_thread():
-                ids = encode(tokenizer, eos_token_id, [text for _, text in batch.texts])
+                ids = encode(tokenizer, frame, [text for _, text in batch.texts])
             yield batch, ids
         return
-    with _Workers(workers, tokenizer, eos_token_id) as pool:
+    with _Workers(workers, tokenizer, frame) as pool:
         waiting: deque[tuple[TextBatch, Future[list[Ids]]]] = deque()
         for batch in chain(head, batches):
             waiting.append((batch, pool.submit([text for _, text in batch.texts])))
@@ -71,8 +71,8 @@ class _Workers:
     would run again in each of them.
     """
 
-    def __init__(self, number: int, tokenizer: Tokenizer, eos_token_id: int) -> None:
-        greeting = [tokenizer.to_str(), eos_token_id]
+    def __init__(self, number: int, tokenizer: Tokenizer, frame: Frame) -> None:
+        greeting = [tokenizer.to_str(), frame.before, frame.after]
         self._workers = [_Worker(greeting) for _ in range(number)]
         self._threads = ThreadPoolExecutor(number)
         self._idle: SimpleQueue[_Worker] = SimpleQueue()

@@ -23,7 +23,7 @@ def text_identity(data: DataRecipe, tokenizer: Path) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "python": platform.python_version(),  # whose standard library 'python-stdlib' is
         "packages": _installed_packages() if any(s.builtin == "python-packages" for s in data.sources) else None,
-        "text": text_contents([*data.sources, *data.heldout_sources]),
+        "text": text_contents(data),
     }
 
 
@@ -31,19 +31,20 @@ def _installed_packages() -> list[str]:
     return sorted(f"{d.metadata['Name']} {d.version}" for d in distributions())
 
 
-def text_contents(sources: list[Source]) -> list[list[list[str]]]:
+def text_contents(data: DataRecipe) -> list[list[list[str]]]:
     """The name and fingerprint of every file that is read of each source that is not built in.
 
     By content and not by time: a file that was only touched, or copied anew, is the same, and one that was changed is
     another even where size and time are kept. Of a file over MOST_BYTES its size and 128 samples of 64 KiB at equal
     distances are read, both ends included; a change between them that keeps the size is not noticed.
     """
-    return [_contents(source) for source in sources if source.builtin is None]
+    sources = [(source, False) for source in data.sources] + [(source, True) for source in data.heldout_sources]
+    return [_contents(source, heldout=heldout) for source, heldout in sources if source.builtin is None]
 
 
-def _contents(source: Source) -> list[list[str]]:
+def _contents(source: Source, *, heldout: bool) -> list[list[str]]:
     if source.megatron is not None:
         files = [(path.name, path) for path in (bin_path(source.megatron), idx_path(source.megatron))]
     else:
-        files = files_of(source)
+        files = files_of(source, heldout=heldout)
     return [[name, fingerprint(path, most_bytes=MOST_BYTES)] for name, path in files]

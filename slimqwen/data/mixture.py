@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate
-from math import lcm
+from math import inf, lcm
 
 from slimqwen.data.packed import TokenIds
 from slimqwen.data.stream import Place, RowStream, StoredRows
+from slimqwen.errors import UserError
+
+SMALLEST_SHARE = 1e-9  # of a mixture: less gives no row in any training
 
 
 class MixedStream(RowStream):
@@ -17,10 +20,12 @@ class MixedStream(RowStream):
     repeat it. So the number of rows seen is the whole cursor, as for one source.
 
     weights: shares of the predicted tokens, of any sum. A source whose rows hold more padding gives more rows for them.
+    Raises UserError for weights by which nothing can be drawn (`check_weights`).
     """
 
     def __init__(self, streams: Mapping[str, StoredRows], weights: Mapping[str, float]) -> None:
         assert streams.keys() == weights.keys(), "every source has its weight"
+        check_weights(weights)
         self.streams = dict(streams)
         self.sequence_length = next(iter(self.streams.values())).sequence_length
         rows = {
@@ -28,7 +33,8 @@ class MixedStream(RowStream):
             for name, stream in self.streams.items()
         }
         self.row_shares = {name: float(share / sum(rows.values())) for name, share in rows.items()}
-        self.token_shares = {name: weights[name] / sum(weights.values()) for name in self.streams}
+        total = sum(map(Fraction, weights.values()))
+        self.token_shares = {name: float(Fraction(weights[name]) / total) for name in self.streams}
         self.rows_per_epoch = int(min(s.rows_per_epoch / self.row_shares[name] for name, s in self.streams.items()))
         self.padding_fraction = sum(self.row_shares[name] * s.padding_fraction for name, s in self.streams.items())
         whole = lcm(*(share.denominator for share in rows.values()))
@@ -47,6 +53,20 @@ class MixedStream(RowStream):
     def stored(self, place: Place) -> TokenIds:
         assert place.source is not None, "a row of a mixture belongs to one of its sources"
         return self.streams[place.source].stored(place)
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise UserError for a weight that is no positive number, or so small beside the others that it draws nothing."""
+    for name, weight in weights.items():
+        if not 0.0 < weight < inf:
+            raise UserError(f"the weight of '{name}' must be positive, not {weight:g}.")
+    total = sum(map(Fraction, weights.values()))
+    for name, weight in weights.items():
+        if Fraction(weight) / total < SMALLEST_SHARE:
+            raise UserError(
+                f"the weight of '{name}', {weight:g}, is less than a billionth of all weights together: raise it, or leave "
+                "the source out."
+            )
 
 
 def drawn_from(row: int, ends: Sequence[int]) -> tuple[int, int]:

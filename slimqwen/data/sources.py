@@ -6,7 +6,6 @@ source's root, with forward slashes ("json/decoder.py"), and for a row of a tabl
 
 import hashlib
 import logging
-import math
 import os
 import re
 import sysconfig
@@ -14,12 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from slimqwen.data.documents import Document, OnRead, OnSkip, read_documents
+from slimqwen.data.chat import ChatTemplate
+from slimqwen.data.documents import EMPTY, Document, LeftOut, OnSkip, Reading, printable, read_documents
+from slimqwen.data.folder import Selection, select, unreadable
+from slimqwen.data.formats import READ_IN_WORDS, OnRead, format_of, kind_of_special_file, stem_of
+from slimqwen.data.mixture import check_weights
 from slimqwen.data.packed import bin_path, idx_path
 from slimqwen.errors import UserError, did_you_mean
-from slimqwen.recipe import BuiltinSource, Source
-
-SUFFIXES = (".jsonl", ".md", ".parquet", ".py", ".txt")
+from slimqwen.recipe import BuiltinSource, Source, TextFormat
+from slimqwen.warning import warn
 
 # Folders of the built-in sources that are not read, at any depth.
 EXCLUDED_FOLDERS = frozenset(
@@ -48,79 +50,132 @@ def untold(read_bytes: int) -> None:
     """Where nobody wants to know how far it is."""
 
 
-def documents(source: Source, on_skip: OnSkip = log_skipped, on_read: OnRead = untold) -> Iterator[Document]:
+def documents(
+    source: Source,
+    on_skip: OnSkip = log_skipped,
+    on_read: OnRead = untold,
+    *,
+    chat: ChatTemplate | None = None,
+    heldout: bool = False,
+) -> Iterator[Document]:
     """The documents of `source`, sorted by file name and then by row, one at a time.
 
-    Files below a folder are those that end in SUFFIXES; hidden ones and symbolic links are not read (what a link
-    inside the folder points to is found under its own name, and what lies outside does not belong to the folder).
-    Documents that are empty or not UTF-8 are left out and told to `on_skip`. With `keep_fraction` < 1 a share of the
-    documents is kept, by a hash of the name that is independent of `is_heldout`.
+    Which files of a folder are read `folder.select` says, and what it leaves out is said here. Documents that are empty or not
+    UTF-8 are left out and told to `on_skip`. With `keep_fraction` < 1 a share of the documents is kept, by a hash of the name
+    that is independent of `is_heldout`. chat: what renders rows of messages. heldout: whether the text is to be held out,
+    which chooses the split of a data set.
 
     Raises `UserError`, when the iteration gets there: a missing path, an unreadable file, a table without the
     column `text_field`, a row that is not JSON, a source without any document or without text at all.
     """
     check_source(source)
     if source.megatron is not None:
-        raise UserError(f"the data source {source.megatron} is token ids, where text is needed: give a path.")
-    files = files_of(source)
-    kept = 0
-    for name, path in files:
-        for document in read_documents(name, path, source.text_field, on_skip, on_read):
+        raise UserError(f"the data source {describe(source)} is token ids, where text is needed: give a path.")
+    selection = _selection(source, heldout=heldout)
+    note = selection.note(describe(source))
+    if note is not None and selection.files:
+        warn(printable(note))
+    left_out, kept, unkept = LeftOut(), 0, 0
+
+    def skip(name: str, reason: str) -> None:
+        left_out.add(name, reason)
+        on_skip(name, reason)
+
+    reading = Reading(source.text_field, skip, on_read, chat)
+    for name, path, text_format in selection.files:
+        for document in read_documents(name, path, text_format, reading):
             if source.keep_fraction < 1.0 and _hash_fraction("weight\0" + document.name) >= source.keep_fraction:
-                continue
-            if not document.text.strip():
-                on_skip(document.name, "empty")
-                continue
-            kept += 1
-            yield document
+                unkept += 1
+            elif not document.text.strip():
+                skip(document.name, EMPTY)
+            else:
+                kept += 1
+                yield document
     if not kept:
-        wanted = f"no file ending in {', '.join(SUFFIXES)}" if not files else "no document with text"
-        raise UserError(
-            f"the data source {describe(source)} holds {wanted}: check its path, text_field and keep_fraction."
-        )
+        raise _nothing(source, selection, left_out, unkept)
 
 
-def source_named(text: str, text_field: str = "text") -> Source:
+def _nothing(source: Source, selection: Selection, left_out: LeftOut, unkept: int) -> UserError:
+    """Why a source gave no document."""
+    where = f"the data source {describe(source)}"
+    if not selection.files:
+        note = selection.note(where)
+        reasons = f" ({printable(note).removeprefix('note: ')})" if note else ""
+        advice = "; the column is named by text_field" if "without a column" in reasons else ""
+        return UserError(f"{where} holds no file that is read{reasons}: slimqwen reads {READ_IN_WORDS}{advice}.")
+    if left_out.documents:
+        advice = "convert it to UTF-8" if any(reason != EMPTY for reason in left_out.documents) else "add text"
+        return UserError(f"{where} holds no document with text: {left_out}; {advice}.")
+    if unkept:
+        return UserError(f"keep_fraction {source.keep_fraction:g} keeps none of the {unkept:,} documents of {where}.")
+    return UserError(f"{where} holds no document with text: its tables have no rows.")
+
+
+def source_named(text: str, text_field: str = "text", text_format: TextFormat | None = None) -> Source:
     """A source from one word of a command line: NAME=SOURCE or SOURCE, a built-in one, a path, or Megatron's PREFIX."""
     name, named, word = text.partition("=")
-    if not named or not NAME.fullmatch(name) or Path(text).exists():  # a folder may be called lang=en
+    if not named or not NAME.fullmatch(name) or os.path.exists(text):  # a folder may be called lang=en
         name, word = "", text
     path = Path(word)
-    origin: dict[str, Any] = {"path": path}
+    origin: dict[str, Any] = {"path": path, "format": text_format}
     if word in BUILTIN_SOURCES:
         origin = {"builtin": word}
-    elif not path.exists() and idx_path(path).exists():
+    elif not os.path.exists(path) and os.path.exists(idx_path(path)):
         origin = {"megatron": path}
     return Source(name=name or None, text_field=text_field, **origin)
 
 
-def named_sources(words: Sequence[str], text_field: str, weights: Mapping[str, float]) -> list[Source]:
+def named_sources(
+    words: Sequence[str], text_field: str, weights: Mapping[str, float], text_format: TextFormat | None = None
+) -> list[Source]:
     """The sources of a command line with their weights, which are by the names that they have in a mixture.
 
     Raises `UserError` for a weight of no source, or one that is no share.
     """
-    sources = [source_named(word, text_field) for word in words]
+    sources = [source_named(word, text_field, text_format) for word in words]
     names = [name_of(source) for source in sources]
-    for name, weight in weights.items():
+    for name in weights:
         if name not in names:
             raise UserError(
                 f"there is a weight for '{name}'{did_you_mean(name, names)}; the sources are {', '.join(names)}."
             )
-        if not 0.0 < weight < math.inf:
-            raise UserError(f"the weight of '{name}' must be positive, not {weight:g}.")
+    check_weights(weights)
     return [s.model_copy(update={"weight": weights.get(name)}) for name, s in zip(names, sources, strict=True)]
 
 
 def check_source(source: Source) -> None:
-    """Raise `UserError` where the source's files do not exist: cheap, so that it can be asked before long work."""
-    if source.path is not None and not source.path.exists():
-        raise UserError(f"the data source {source.path} does not exist.")
+    """Raise `UserError` where the source's files do not exist or are none that is read: cheap, so asked before long work."""
+    name = str(source.path or source.megatron)
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"the name of the data source {printable(name)} is not UTF-8: rename it.") from None
+    if source.path is not None:
+        _check_path(source, source.path)
     if source.megatron is not None:
         for path in (idx_path(source.megatron), bin_path(source.megatron)):
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise UserError(
-                    f"the data source {source.megatron} has no {path}: give what both files' names begin with."
+                    f"the data source {describe(source)} has no {printable(path.name)}: give what both files' names begin with."
                 )
+
+
+def _check_path(source: Source, path: Path) -> None:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        raise UserError(f"the data source {describe(source)} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"the data source {describe(source)} cannot be read: {error.strerror}.") from error
+    special = kind_of_special_file(path)
+    if special is not None:
+        raise UserError(f"the data source {describe(source)} is a {special}: give a file or folder of text.")
+    if path.is_file() and source.format is None and format_of(path.name) is None:
+        raise UserError(
+            f"the data source {describe(source)} is of a kind that is not read: slimqwen reads {READ_IN_WORDS}; "
+            "to read it all the same say how, as one of "
+            f"{', '.join(map(repr, get_args(TextFormat)))}, by the source's `format` (--format)."
+        )
 
 
 def check_sources(sources: Sequence[Source], heldout_sources: Sequence[Source]) -> None:
@@ -146,6 +201,7 @@ def check_sources(sources: Sequence[Source], heldout_sources: Sequence[Source]) 
             raise UserError(f"'{name}' cannot be a source's name in a mixture: give `name`, a word without '/'.")
         if names.count(name) > 1:
             raise UserError(f"two data sources are called '{name}': tell them apart by `name`.")
+    check_weights({name_of(source): source.weight for source in sources if source.weight is not None})
     if not heldout_sources and all(source.megatron is not None for source in sources):
         raise UserError(
             "all sources are token ids, of which nothing is held out: name held-out text in heldout_sources."
@@ -162,16 +218,21 @@ def name_of(source: Source) -> str:
     path = source.path or source.megatron
     if path is None:
         return source.name or source.builtin or ""
-    return source.name or (path.stem if path.suffix in SUFFIXES else path.name)
+    return source.name or stem_of(path.name)
 
 
 def describe(source: Source) -> str:
-    return source.builtin or str(source.path or source.megatron)
+    """What messages call the source."""
+    return source.builtin or printable(str(source.path or source.megatron))
 
 
-def size_bytes(source: Source) -> int:
+def size_bytes(source: Source, *, heldout: bool = False) -> int:
     """Of all files of the source: what `documents` will tell `on_read` in the end, but for a few bytes."""
-    files = [bin_path(source.megatron)] if source.megatron is not None else [path for _, path in files_of(source)]
+    files = (
+        [bin_path(source.megatron)]
+        if source.megatron is not None
+        else [path for _, path in files_of(source, heldout=heldout)]
+    )
     return sum(path.stat().st_size for path in files)
 
 
@@ -189,34 +250,34 @@ def _hash_fraction(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def files_of(source: Source) -> list[tuple[str, Path]]:
+def files_of(source: Source, *, heldout: bool = False) -> list[tuple[str, Path]]:
     """(name, path) of every file that is read of a source of text, sorted by name."""
-    if source.builtin == "python-stdlib":
-        found = _files_below(Path(sysconfig.get_path("stdlib")), (".py",), EXCLUDED_FOLDERS)
-    elif source.builtin == "python-packages":
-        found = {}
-        for scheme in ("platlib", "purelib"):  # usually one folder; where they are two, purelib's file wins
-            found |= _files_below(Path(sysconfig.get_path(scheme)), (".py",), EXCLUDED_FOLDERS)
-    else:
-        assert source.path is not None, "the recipe checks that a source has a path or is built in"
-        found = (
-            _files_below(source.path, SUFFIXES, frozenset())
-            if source.path.is_dir()
-            else {source.path.name: source.path}
-        )
-    return sorted(found.items())
+    return [(name, path) for name, path, _ in _selection(source, heldout=heldout).files]
 
 
-def _files_below(root: Path, suffixes: tuple[str, ...], excluded_folders: frozenset[str]) -> dict[str, Path]:
+def _selection(source: Source, *, heldout: bool) -> Selection:
+    if source.builtin is not None:
+        # usually platlib and purelib are one folder; where they are two, purelib's file wins
+        schemes = ("stdlib",) if source.builtin == "python-stdlib" else ("platlib", "purelib")
+        found: dict[str, Path] = {}
+        for scheme in schemes:
+            found |= _python_files(Path(sysconfig.get_path(scheme)))
+        return Selection([(name, path, "text") for name, path in sorted(found.items())])
+    assert source.path is not None, "the recipe checks that a source has a path or is built in"
+    if source.path.is_dir():
+        return select(source, heldout=heldout)
+    text_format = source.format or format_of(source.path.name)
+    assert text_format is not None, "check_source comes first"
+    return Selection([(source.path.name, source.path, text_format)])
+
+
+def _python_files(root: Path) -> dict[str, Path]:
+    """The .py files of an installation by their names; what its links point to is found under its own name."""
     found = {}
-    for folder, subfolders, files in os.walk(root, onerror=_unreadable):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in excluded_folders]
+    for folder, subfolders, files in os.walk(root, onerror=unreadable):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in EXCLUDED_FOLDERS]
         for file in files:
             path = Path(folder, file)
-            if file.endswith(suffixes) and not file.startswith(".") and not path.is_symlink():
+            if file.endswith(".py") and not file.startswith(".") and not path.is_symlink():
                 found[path.relative_to(root).as_posix()] = path
     return found
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error

@@ -1,14 +1,13 @@
 """A folder of tokens, as `tokenize` writes it and the other stages read it.
 
 manifest.json               what the folder holds and what it was made from: `TokenManifest`
-train.bin, train.idx        training documents, each followed by one end-of-text token
+train.bin, train.idx        training documents, each followed by one separator
 heldout.bin, heldout.idx    documents that no training ever sees
 
 A mixture has the training documents of each source in a folder of its own, NAME/train.bin, NAME/train.idx and
 NAME/manifest.json, which is a folder of tokens too, but for held-out ones: these are together, above.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +20,6 @@ from slimqwen.data.packed import PackedTokens
 from slimqwen.data.sources import NAME
 from slimqwen.data.stream import RowStream, StoredRows, TokenStream
 from slimqwen.errors import UserError
-from slimqwen.progress import say
 from slimqwen.recipe import DocumentBoundaries, PositiveFloat, Source
 
 FORMAT = "slimqwen.tokens/1"
@@ -34,8 +32,8 @@ class SplitCounts(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     documents: int = 0
-    tokens: int = 0  # one end-of-text token per document included
-    text_bytes: int = 0  # UTF-8, end-of-text not counted: what bits per byte divide by; 0 for token ids made elsewhere
+    tokens: int = 0  # one separator per document included, and what the tokenizer begins a text with
+    text_bytes: int = 0  # UTF-8, special tokens around documents not counted: what bits per byte divide by; 0 for token ids made elsewhere
 
     def __add__(self, other: "SplitCounts") -> "SplitCounts":
         return SplitCounts(
@@ -43,6 +41,15 @@ class SplitCounts(BaseModel):
             tokens=self.tokens + other.tokens,
             text_bytes=self.text_bytes + other.text_bytes,
         )
+
+
+class Skipped(BaseModel):
+    """Documents that were left out for one reason."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: int
+    first: str  # its name
 
 
 class TokenManifest(BaseModel):
@@ -53,10 +60,13 @@ class TokenManifest(BaseModel):
     format: Literal["slimqwen.tokens/1"]
     tokenizer_fingerprint: str  # `vocabulary_fingerprint`: the model must have been trained with the same one
     vocab_size: int  # largest id the tokenizer can produce, plus one
-    eos_token_id: int
+    bos_token_ids: list[int] = []  # before each document, where the tokenizer begins a text with them
+    eos_token_id: int  # the separator, after each document
     train: SplitCounts
     heldout: SplitCounts
+    heldout_in_training: int = 0  # held-out documents that are training documents too; of very many an estimate
     skipped_documents: int  # empty or not UTF-8
+    skipped: dict[str, Skipped] = {}  # the same by reason
     sources: list[Source]
     heldout_sources: list[Source]
     heldout_fraction: float
@@ -109,20 +119,3 @@ def heldout_stream(folder: Path, sequence_length: int, documents: DocumentBounda
 def _rows(prefix: Path, sequence_length: int, seed: int, documents: DocumentBoundaries) -> StoredRows:
     stream = DocumentStream if documents == "isolated" else TokenStream
     return stream(PackedTokens(prefix), sequence_length, seed)
-
-
-def announce(stream: RowStream, rows: int, device_type: str) -> None:
-    """Say what training on the first `rows` rows draws from each source, and what padding costs."""
-    if isinstance(stream, MixedStream):
-        for name, part in stream.streams.items():
-            epochs = rows * stream.row_shares[name] / part.rows_per_epoch
-            say(f"{name}: {stream.token_shares[name]:.1%} of the training tokens, {epochs:.3g} times its text")
-    if stream.padding_fraction > 0:
-        say(
-            f"data.documents is 'isolated': one document to a row, so {stream.padding_fraction:.1%} of the positions are "
-            "padding, which is computed and counts for nothing"
-        )
-        if device_type == "cuda" and find_spec("fla") is not None:
-            say(
-                "flash-linear-attention could keep packed documents apart without padding; slimqwen doesn't do that yet"
-            )

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimqwen.artifacts import atomic_folder
+from slimqwen.checkpoint.identity import VOCABULARY_FILES
+from slimqwen.data.formats import refuse_pointer
 from slimqwen.errors import UserError
+from slimqwen.warning import warn
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -68,14 +72,77 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None
         (partial / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a checkpoint folder; no code from the folder is run and nothing is downloaded."""
-    from transformers import AutoTokenizer
+# Text on which two tokenizers that cut text by other rules differ: words in several scripts, digits, white space, code.
+SAMPLE = (
+    "It's 12,345.67 — don't  'split'\tthis!\n\n\n    def f(x_1):\r\n        return x_1**2  # naïve é e\u0301\n"
+    "WHOLE Words, you'LL see; 漢字かな交じり文。 Привет, мир! नमस्ते 안녕하세요 مرحبا 🎉🏳️‍🌈 http://a.b/c?d=1&e=2\n"
+)
 
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer: tokenizer.json is missing.")
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raise UserError where the folder holds nothing that a tokenizer is made from."""
+    written = folder / "tokenizer.json"
+    if written.is_file():
+        refuse_pointer(written)
+    elif not any(all((folder / name).is_file() for name in names) for names in VOCABULARY_FILES):
+        raise UserError(
+            f"{folder} holds no tokenizer: tokenizer.json is missing, and so are vocab.json and merges.txt; put the tokenizer "
+            "that the model was trained with beside it."
+        )
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a checkpoint folder; no code from the folder is run and nothing is downloaded.
+
+    It cuts text as tokenizer.json says. For some classes Transformers 5 builds the rules anew and leaves aside those of
+    the file, which the model was trained with and the engines outside Transformers read: then the file is followed, and that is
+    said where it makes a difference. Without tokenizer.json it is what Transformers makes of vocab.json and merges.txt.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    check_tokenizer_files(folder)
+    file = folder / "tokenizer.json"
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not isinstance(loaded, PreTrainedTokenizerFast):
+            raise ValueError(f"{type(loaded).__name__} is not one of the tokenizers library's")
+        return _as_written(loaded, Tokenizer.from_file(str(file)), folder) if file.is_file() else loaded
     except Exception as error:  # whatever the libraries raise on a broken file, a plain Exception included
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {folder} cannot be loaded ({reason}).") from error
+
+
+def _as_written(loaded: "PreTrainedTokenizerFast", written: "Tokenizer", folder: Path) -> "PreTrainedTokenizerFast":
+    """`loaded`, or where its rules are not those of tokenizer.json, as `written`, a tokenizer that has them."""
+    from transformers import PreTrainedTokenizerFast
+
+    built = loaded.backend_tokenizer
+    differs = built.encode(SAMPLE, add_special_tokens=False).ids != written.encode(SAMPLE, add_special_tokens=False).ids
+    if not differs and all(_rules(built, part) == _rules(written, part) for part in ("normalizer", "pre_tokenizer")):
+        return loaded
+    if differs:
+        warn(
+            f"note: Transformers' {type(loaded).__name__} cuts text otherwise than {folder}/tokenizer.json says; the file is "
+            "followed, as by engines that read it"
+        )
+    for number in sorted(loaded.added_tokens_decoder):  # which tokenizer_config.json may add to the file's
+        token = loaded.added_tokens_decoder[number]
+        if written.token_to_id(token.content) is None:
+            (written.add_special_tokens if token.special else written.add_tokens)([token])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=written,
+        chat_template=loaded.chat_template,
+        clean_up_tokenization_spaces=loaded.clean_up_tokenization_spaces,
+        model_input_names=loaded.model_input_names,
+        model_max_length=loaded.model_max_length,
+        padding_side=loaded.padding_side,
+        extra_special_tokens=loaded.extra_special_tokens,
+        **loaded.special_tokens_map,
+    )
+
+
+def _rules(tokenizer: "Tokenizer", part: str) -> object:
+    """The normalizer or pre_tokenizer of a tokenizer as JSON; None where there is none."""
+    rules = getattr(tokenizer, part)
+    return None if rules is None else json.loads(rules.__getstate__())

@@ -1,14 +1,14 @@
 """A process that encodes texts: `python -m slimqwen.data.worker`, with pipes for its input and its output.
 
-In come lines of JSON, first [the tokenizer's tokenizer.json, eos_token_id], then a list of texts again and again. Out come, for
-each list, little-endian: the number of texts, int64; the number of ids of each, int64; all ids, uint32. When the input
+In come lines of JSON, first [the tokenizer's tokenizer.json, ids before each text, ids after it], then a list of texts again and
+again. Out come, for each list, little-endian: the number of texts, int64; the number of ids of each, int64; all ids, uint32. When the input
 ends, so does the process: nobody has to kill it, not even where its parent was killed.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,22 @@ from tokenizers import Tokenizer
 Ids = npt.NDArray[np.uint32]
 
 
-def encode(tokenizer: Tokenizer, eos_token_id: int, texts: Sequence[str]) -> list[Ids]:
-    """Each text's ids and eos, without the tokenizer's own special tokens; those that a text spells out are recognised."""
+class Frame(NamedTuple):
+    """Ids before and after each document's own; the last one after it is the separator."""
+
+    before: list[int]
+    after: list[int]
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        """A document's ids framed; what it begins with already, as text of a chat template may, is not put before it again."""
+        before = [] if list(ids[: len(self.before)]) == self.before else self.before
+        return [*before, *ids, *self.after]
+
+
+def encode(tokenizer: Tokenizer, frame: Frame, texts: Sequence[str]) -> list[Ids]:
+    """Each text's ids in their frame; special tokens that a text spells out are recognised."""
     encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array([*encoding.ids, eos_token_id], dtype=np.uint32) for encoding in encodings]
+    return [np.array(frame.around(encoding.ids), dtype=np.uint32) for encoding in encodings]
 
 
 def write_line(stream: IO[bytes], value: object) -> None:
@@ -52,10 +64,10 @@ def _read(stream: IO[bytes], size_bytes: int) -> bytes:
 
 def main() -> None:
     lines = sys.stdin.buffer
-    tokenizer_json, eos_token_id = json.loads(lines.readline())
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer_json, before, after = json.loads(lines.readline())
+    tokenizer, frame = Tokenizer.from_str(tokenizer_json), Frame(before, after)
     for line in lines:
-        write_ids(sys.stdout.buffer, encode(tokenizer, eos_token_id, json.loads(line)))
+        write_ids(sys.stdout.buffer, encode(tokenizer, frame, json.loads(line)))
 
 
 if __name__ == "__main__":

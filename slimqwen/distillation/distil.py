@@ -15,7 +15,8 @@ from slimqwen.artifacts import (
 )
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
-from slimqwen.data.store import announce, check_vocabulary, load_manifest, training_stream
+from slimqwen.data.announcement import announce, notes_of_length, notes_of_overlap
+from slimqwen.data.store import check_vocabulary, load_manifest, training_stream
 from slimqwen.distillation.cached_teacher import CachedTeacher, open_teacher_cache
 from slimqwen.distillation.carry import check_moments, take_moments
 from slimqwen.distillation.course import course_of
@@ -36,6 +37,7 @@ from slimqwen.modeling.arithmetic import keep_arithmetic
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.modeling.kernels import announce_slow
 from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries
 
 # What changes speed, memory or bookkeeping, and the result by no more than rounding: a run resumes after changing them.
@@ -179,6 +181,8 @@ def distil(
             )
             if torch_device.type == "cpu":
                 keep_arithmetic(state_folder_of(out) / "arithmetic.json", f"the training of {out}")
+            for note in (*notes_of_length(checkpoint.config, sequence_length), *notes_of_overlap(manifest)):
+                say(note)
             announce(stream, course.first_row(span.end_step) - course.first_row(span.first_step), torch_device.type)
             announce_slow(checkpoint.family, checkpoint.config, torch_device)
         ranks.wait()

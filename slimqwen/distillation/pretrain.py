@@ -1,7 +1,7 @@
 """`pretrain`: a small teacher from text alone, by the same trainer with the terms lm and mtp_lm."""
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -9,8 +9,9 @@ import torch
 from slimqwen.artifacts import alone_in, atomic_folder, fingerprint
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
+from slimqwen.data.division import divide
 from slimqwen.data.identity import text_contents
-from slimqwen.data.sources import check_sources, documents, is_heldout
+from slimqwen.data.sources import check_sources, describe, documents, is_mixture
 from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT, tokenize
 from slimqwen.data.tokenizer import train_tokenizer
 from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
@@ -49,7 +50,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
     steps.begin(recipe)
     text = {
         "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
-        "text": text_contents([*data.sources, *data.heldout_sources]),
+        "text": text_contents(data),
         "documents": recipe.tokenizer_documents,
     }
     steps.step(
@@ -68,6 +69,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
             tokens,
             heldout_sources=data.heldout_sources,
             heldout_fraction=data.heldout_fraction,
+            separator=data.separator,
             workers=data.workers,
         ),
     )
@@ -110,10 +112,14 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
 
 def training_texts(data: DataRecipe) -> Iterator[str]:
     """Texts of the training split only: not even the tokenizer sees what is held out."""
-    for source in data.sources:
-        for document in documents(source):
-            if data.heldout_sources or not is_heldout(document.name, data.heldout_fraction):
-                yield document.text
+    mixed = is_mixture(data.sources)  # then the text of each source is divided apart
+    for sources in [[source] for source in data.sources] if mixed else [data.sources]:
+        found = chain.from_iterable(documents(source) for source in sources if source.megatron is None)
+        if data.heldout_sources:
+            yield from (document.text for document in found)
+        else:
+            whose = ", ".join(map(describe, sources))
+            yield from (d.text for d, heldout in divide(found, data.heldout_fraction, whose) if not heldout)
 
 
 def write_initial(config: Config, seed: int, out: Path, *, companions: Path) -> Path:

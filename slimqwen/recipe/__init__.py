@@ -4,7 +4,7 @@ A recipe is YAML. Every key is a field of a class here and every field has a des
 a suggestion. `load_recipe` reads the file, applies `--set key=value` overrides and reports all problems together.
 """
 
-from slimqwen.recipe.data import BuiltinSource, DataRecipe, DocumentBoundaries, Source
+from slimqwen.recipe.data import BuiltinSource, DataRecipe, DocumentBoundaries, Source, TextFormat
 from slimqwen.recipe.distil import (
     BatchSizeRamp,
     DistilRecipe,
@@ -76,6 +76,7 @@ __all__ = [
     "StageRecipe",
     "Target",
     "TeacherCacheRecipe",
+    "TextFormat",
     "TrainedPart",
     "WidthCriterion",
 ]

@@ -9,6 +9,7 @@ from slimqwen.recipe.section import PositiveFloat, PositiveInt, Section
 
 BuiltinSource = Literal["python-stdlib", "python-packages"]
 DocumentBoundaries = Literal["packed", "isolated"]
+TextFormat = Literal["text", "json", "jsonl", "csv", "tsv", "parquet"]
 
 
 class Source(Section):
@@ -21,8 +22,14 @@ class Source(Section):
     )
     path: Path | None = Field(
         None,
-        description="A .txt file (one document), .jsonl or .parquet (one document per row), a source file, or a folder: "
-        "all such files below it, each source file a document.",
+        description="A table (.jsonl, .ndjson, .json, .csv, .tsv, .parquet: one document per row), a text (.txt, .md and the like, "
+        "source files: one document), each also as .gz or .zst, or a folder of them. Beside tables only the tables are read, and of a "
+        "data set in splits not its test and validation splits: what is left out is said.",
+    )
+    format: TextFormat | None = Field(
+        None,
+        description="How a file is read whatever its name: 'text' (one document), 'jsonl' (a row to a line), 'json' (a list of rows, "
+        "or rows one after the other), 'csv', 'tsv', 'parquet'. Of a folder: only its files of this format. Default: by its name.",
     )
     megatron: Path | None = Field(
         None,
@@ -38,7 +45,11 @@ class Source(Section):
         description="Share of the training tokens drawn from this source, beside the others' weights; its text is repeated "
         "or left unused as that takes. Give every source a weight, or none: then each text is read once per epoch.",
     )
-    text_field: str = Field("text", description="The column that holds the text, in .jsonl and .parquet.")
+    text_field: str = Field(
+        "text",
+        description="The column of a table that holds the text. Without a column 'text', conversations in 'messages' or "
+        "'conversations' are rendered by the tokenizer's chat template.",
+    )
     keep_fraction: PositiveFloat = Field(
         1.0, description="Share of this source's documents to keep, at most 1.", le=1.0
     )
@@ -51,6 +62,8 @@ class Source(Section):
             raise ValueError(
                 "keep_fraction chooses among documents of text, and 'megatron' is token ids: give a weight"
             )
+        if self.path is None and self.format is not None:
+            raise ValueError("format says how the files of a 'path' are read: leave it out")
         return self
 
 
@@ -62,7 +75,8 @@ class DataRecipe(Section):
     )
     heldout_sources: list[Source] = Field(
         [],
-        description="Text for evaluation only. Empty: a share of `sources` is held out by a hash of each document's path.",
+        description="Text for evaluation only; of a data set in splits its test and validation splits. Empty: a share of `sources` is "
+        "held out by a hash of each document's path, or where there are too few documents, the end of the text.",
     )
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.05, description="Share of documents held out when `heldout_sources` is empty."
@@ -73,6 +87,11 @@ class DataRecipe(Section):
         description="How training and evaluation cut rows. 'packed': documents back to back, and a row's tokens see the document "
         "before theirs. 'isolated': a row holds one document, or a piece of a long one, and padding, which distil.tokens "
         "counts and no loss does. Calibration reads packed rows, which have no padding, in either case.",
+    )
+    separator: str | None = Field(
+        None,
+        description="Token that ends each document. Default: the tokenizer's eos, or where this only ends a turn of its chat template "
+        "the token that ends a text for the model.",
     )
     workers: PositiveInt | None = Field(
         None, description="Processes that tokenize. Changes speed, not the result. Default: one per usable core."

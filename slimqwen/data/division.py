@@ -1,0 +1,70 @@
+"""Which documents are held out of training: by a hash of their names or, where there are too few of them, the end."""
+
+from collections.abc import Iterable, Iterator
+
+from slimqwen.data.documents import Document
+from slimqwen.data.sources import is_heldout
+from slimqwen.warning import warn
+
+WAITING_CHARACTERS = 100_000_000  # of documents that wait for one of the other kind; a single longer one waits too
+BOUNDARIES = ("\n\n", "\n", " ")  # where a document is cut, the first that lies near enough
+
+
+def divide(documents: Iterable[Document], fraction: float, whose: str) -> Iterator[tuple[Document, bool]]:
+    """Each document and whether it is held out, about `fraction` of them.
+
+    By `is_heldout` of the name, on which nothing else has an influence. Where that leaves one of the two without any
+    document, the end of the text is held out instead, cut between paragraphs where it can be: `fraction` of its
+    characters, whatever the documents are called. That is said. whose: what messages call the text.
+    """
+    waiting: list[tuple[Document, bool]] = []
+    characters = 0
+    kinds: set[bool] = set()
+    documents = iter(documents)
+    for document in documents:
+        waiting.append((document, is_heldout(document.name, fraction)))
+        kinds.add(waiting[-1][1])
+        characters += len(document.text)
+        if len(kinds) == 2 or (len(waiting) > 1 and characters > WAITING_CHARACTERS):
+            yield from waiting
+            for later in documents:
+                yield later, is_heldout(later.name, fraction)
+            return
+    yield from _divide_at_the_end([document for document, _ in waiting], fraction, whose)
+
+
+def _divide_at_the_end(documents: list[Document], fraction: float, whose: str) -> list[tuple[Document, bool]]:
+    """The documents of which none, or each, is held out by its name: those before the cut, and those after it."""
+    total = sum(len(document.text) for document in documents)
+    aim = round(fraction * total)
+    if not 0 < aim < total:  # nothing can be held out, or nothing be left: the caller says so
+        return [(document, aim > 0) for document in documents]
+    divided = []
+    left = total - aim
+    for document in documents:
+        if 0 < left < len(document.text):
+            place = _cut_near(document.text, left, slack=aim // 2)
+            divided.append((Document(document.name, document.text[:place]), False))
+            divided.append((Document(document.name, document.text[place:]), True))
+        else:
+            divided.append((document, left <= 0))
+        left -= len(document.text)
+    heldout = sum(len(document.text) for document, is_last in divided if is_last)
+    few = "one document" if len(documents) == 1 else f"{len(documents):,} documents"
+    warn(
+        f"note: {whose} is {few}, too few to hold some of them out: the last {heldout:,} of its {total:,} characters are "
+        f"held out instead ({heldout / total:.1%})"
+    )
+    return divided
+
+
+def _cut_near(text: str, place: int, *, slack: int) -> int:
+    """Where to cut a text: behind the boundary nearest to `place`, at most `slack` characters away, or at `place`."""
+    for boundary in BOUNDARIES:
+        before = text.rfind(boundary, max(0, place - slack), place)
+        after = text.find(boundary, place, min(len(text), place + slack))
+        cuts = [at + len(boundary) for at in (before, after) if at >= 0]
+        cuts = [cut for cut in cuts if text[:cut].strip() and text[cut:].strip()]
+        if cuts:
+            return min(cuts, key=lambda cut: abs(cut - place))
+    return place

@@ -1,0 +1,99 @@
+"""The special tokens around each document: what the tokenizer begins one with, and what separates it from the next."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimqwen.data.worker import Frame
+from slimqwen.errors import UserError, did_you_mean
+from slimqwen.progress import say
+from slimqwen.warning import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# What the released models call the end of a turn, and of a text.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+
+
+def frame_of(tokenizer: "PreTrainedTokenizerFast", folder: Path, separator: str | None) -> Frame:
+    """The frame of the documents that a model with this tokenizer is trained on, which is said.
+
+    Before a document comes, and after it, what the tokenizer adds to a text when it encodes one with special tokens;
+    then the separator, where that does not end with it: the token `separator`, or by default the tokenizer's eos. An
+    eos that only ends a turn of the chat template gives way to a token that ends a text for the model.
+
+    Raises UserError for a separator that is no token, and where there is none.
+    """
+    token = _separator(tokenizer, folder, separator)
+    number = tokenizer.convert_tokens_to_ids(token)
+    before, after = _added(tokenizer)
+    if before:
+        words = " ".join(tokenizer.convert_ids_to_tokens(before))
+        say(f"each document begins with {words}, as this tokenizer begins every text")
+    return Frame(before, after if after[-1:] == [number] else [*after, number])
+
+
+def _added(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text of its own accord."""
+    plain = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return framed[:start], framed[start + len(plain) :]
+    return [], []
+
+
+def _separator(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str | None) -> str:
+    vocabulary = tokenizer.get_vocab()
+    if named is not None:
+        if named not in vocabulary:
+            special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+            raise UserError(
+                f"the separator {named!r} is no token of the tokenizer in {folder}"
+                f"{did_you_mean(named, special)}; its special tokens are {', '.join(map(repr, special)) or 'none'}."
+            )
+        say(f"documents are separated by {named!r}, as asked")
+        return named
+    eos: str | None = tokenizer.eos_token
+    if eos is None:
+        raise UserError(
+            f"the tokenizer in {folder} has no eos token, which must separate documents: set eos_token, or name a separator."
+        )
+    if eos not in TEXT_ENDS and _ends_a_turn(eos, tokenizer):
+        for token, why in _ends_of_text(tokenizer, folder):
+            if token in vocabulary and not _ends_a_turn(token, tokenizer):
+                warn(
+                    f"note: documents are separated by {token!r}, {why}; the tokenizer's eos, {eos!r}, ends a turn of a "
+                    "conversation (name another by data.separator or --separator)"
+                )
+                return token
+    say(f"documents are separated by {eos!r}, the tokenizer's eos")
+    return eos
+
+
+def _ends_a_turn(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether it is known for that, or the chat template spells it out."""
+    template = tokenizer.chat_template
+    return token in TURN_ENDS or token in (template if isinstance(template, str) else str(template or ""))
+
+
+def _ends_of_text(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Iterator[tuple[str, str]]:
+    """Tokens that may end a text for the model, and why, the likeliest first."""
+    for file in ("generation_config.json", "config.json"):
+        for number in _eos_ids(folder / file):
+            yield str(tokenizer.convert_ids_to_tokens(number)), f"an end of text in {file}"
+    for token in TEXT_ENDS:
+        yield token, "which ends a text by its name"
+
+
+def _eos_ids(path: Path) -> list[int]:
+    """`eos_token_id` of a config, its text model's where it is a wrapper; none of what cannot be read."""
+    try:
+        config: Any = json.loads(path.read_bytes())
+        ids = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return []
+    return [number for number in (ids if isinstance(ids, list) else [ids]) if isinstance(number, int)]

@@ -1,0 +1,210 @@
+"""The rows of a table, one at a time: what is in memory is one row, and a piece of the file.
+
+Read with `json`, `csv` and `pyarrow.parquet` rather than `datasets`, which loads a .json list whole, cannot stream
+.jsonl whose later rows have other keys than the first ones (CastError), takes brackets in a path for a pattern and
+leaves lock files in the user's cache.
+"""
+
+import csv
+import io
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TextIO
+
+from slimqwen.data.formats import CODECS, OnRead, opened, refuse_pointer
+from slimqwen.errors import UserError, did_you_mean
+from slimqwen.recipe import TextFormat
+
+JSON_CHARACTERS = 1 << 20  # read at one time, and more where one row is longer
+LONGEST_ROW = 1 << 27  # characters of a JSON row: more is a file that is no table, and would be read whole
+CSV_FIELD_CHARACTERS = 1 << 30  # what one field may hold; csv's own limit is 128 KiB
+PARQUET_ROWS = 1024
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+WHITE_SPACE = re.compile(r"\s*")
+NEAR_THE_END = 16  # characters; no escape, literal or mark of JSON is longer
+
+
+class Row(NamedTuple):
+    """A row of a table: its number, which is part of its document's name, where it stands for a message, its columns."""
+
+    number: int
+    where: str
+    values: Mapping[str, Any]
+
+
+def rows_of_stream(path: Path, table: TextFormat, stream: io.BufferedReader) -> Iterator[Row]:
+    """The rows of a table of any format but Parquet. Bytes that are not UTF-8 come as surrogates (`surrogateescape`).
+
+    stream: the file, opened. Raises UserError for what is no such table.
+    """
+    if table == "jsonl" and not stream.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(
+        b"["
+    ):  # a list, misnamed
+        return _jsonl_rows(path, stream)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    if table in ("json", "jsonl"):
+        return _json_rows(path, text)
+    return _csv_rows(path, text, "\t" if table == "tsv" else ",")
+
+
+def no_such_column(where: str, text_field: str, columns: Sequence[str]) -> UserError:
+    known = ", ".join(repr(column) for column in columns)
+    return UserError(
+        f"{where} has no column {text_field!r}{did_you_mean(text_field, columns)}; it has {known}: set text_field."
+    )
+
+
+def _jsonl_rows(path: Path, lines: IO[bytes]) -> Iterator[Row]:
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        where = f"{path} line {number + 1}"
+        try:
+            value = json.loads(line.decode("utf-8-sig", "surrogateescape"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON.") from error
+        yield Row(number, where, _object(value, where))
+
+
+def _json_rows(path: Path, text: TextIO) -> Iterator[Row]:
+    number = -1
+    try:
+        for number, value in enumerate(_JsonValues(text)):
+            where = f"{path} row {number}"
+            yield Row(number, where, _object(value, where))
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(
+            f"{path} row {number + 1} is not JSON ({reason}): it must hold a list of rows, or rows one after the other."
+        ) from error
+
+
+def _object(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is not a JSON object, which names the column of the text.")
+    return value
+
+
+class _JsonValues:
+    """The members of a list, or values one after the other, decoded as they are read. Raises ValueError."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+        self._decoder = json.JSONDecoder()
+        self._buffer, self._at, self._ended = "", 0, False
+
+    def __iter__(self) -> Iterator[object]:
+        is_list = self._next() == "["
+        if is_list:
+            self._at += 1
+        while (character := self._next()) and not (is_list and character == "]"):
+            yield self._value()
+            if is_list and self._next() != "]":
+                self._skip(",")
+                if self._next() == "]":
+                    raise ValueError("a comma before the end")
+        if is_list:
+            self._skip("]")
+            if self._next():
+                raise ValueError("more after the list")
+
+    def _next(self) -> str:
+        """The next character that is not white space, not taken; "" at the end."""
+        while True:
+            match = WHITE_SPACE.match(self._buffer, self._at)
+            assert match is not None
+            self._at = match.end()
+            if self._at < len(self._buffer) or self._ended:
+                return self._buffer[self._at : self._at + 1]
+            self._read()
+
+    def _skip(self, character: str) -> None:
+        if self._next() != character:
+            raise ValueError(f"no {character} where it must be")
+        self._at += 1
+
+    def _value(self) -> object:
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._at)
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated") or error.pos >= len(self._buffer) - NEAR_THE_END
+                if self._ended or not cut_off:
+                    raise
+            else:
+                if end < len(self._buffer) or self._ended or isinstance(value, dict):  # a number may go on
+                    self._at = end
+                    return value
+            self._read()
+
+    def _read(self) -> None:
+        """Twice as much as is waiting: so a long row is not decoded more often than its length has doublings."""
+        waiting = self._buffer[self._at :]
+        if len(waiting) > LONGEST_ROW:
+            raise ValueError(f"longer than {LONGEST_ROW:,} characters")
+        more = self._text.read(max(JSON_CHARACTERS, len(waiting)))
+        self._buffer, self._at, self._ended = waiting + more, 0, not more
+
+
+def _csv_rows(path: Path, text: TextIO, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(CSV_FIELD_CHARACTERS)
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        for number, cells in enumerate(rows):
+            if cells:
+                yield Row(number, f"{path} row {number}", dict(zip(header, cells, strict=False)))
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num} is not CSV ({error}).") from error
+
+
+def parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead) -> Iterator[Row]:
+    """The rows of a Parquet file, with those of the `columns` that it has; UserError where it has none of them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _seekable(path, on_read) as file, pyarrow.parquet.ParquetFile(file) as table:
+            found = table.schema_arrow.names
+            wanted = [column for column in columns if column in found]
+            if not wanted:
+                raise no_such_column(str(path), columns[0], found)
+            tell = _shares(table.metadata.num_rows, path.stat().st_size, on_read) if file == path else None
+            number = 0
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
+                for values in batch.to_pylist():
+                    yield Row(number, f"{path} row {number}", values)
+                    number += 1
+                if tell is not None:
+                    tell(number)
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise UserError(f"{path} is not a readable Parquet file ({error}).") from error
+
+
+@contextmanager
+def _seekable(path: Path, on_read: OnRead) -> Iterator[Path | IO[bytes]]:
+    """The file, or where it is compressed as a whole its content in a temporary file: Parquet is read from its end."""
+    if path.suffix.lower() not in CODECS:
+        refuse_pointer(path)
+        yield path
+        return
+    with tempfile.TemporaryFile() as plain, opened(path, on_read) as stream:
+        shutil.copyfileobj(stream, plain)
+        yield plain
+
+
+def _shares(rows: int, size_bytes: int, on_read: OnRead) -> Callable[[int], None]:
+    """Tells the bytes of a file by the rows that were read of it."""
+    told_bytes = 0
+
+    def tell(row: int) -> None:
+        nonlocal told_bytes
+        on_read(row * size_bytes // rows - told_bytes)
+        told_bytes = row * size_bytes // rows
+
+    return tell
