@@ -190,11 +190,23 @@ def test_a_data_sets_card_licence_and_other_splits_are_no_training_text(
         "data/train-00000-of-00002.parquet",
         "data/train-00001-of-00002.parquet",
     ]
-    folder = fill(tmp_path / "ds", *card, "data/test-00000-of-00001.parquet", "validation/a.jsonl", "extra.bin")
+    folder = fill(
+        tmp_path / "ds",
+        *card,
+        "data/test-00000-of-00001.parquet",
+        "validation/a.jsonl",
+        "extra.bin",
+        "LICENSE",
+        "blob",
+        "x.y.bin",
+    )
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A data set\n")
     assert texts(Source(path=folder)) == card[3:]
     said = capsys.readouterr().err
-    assert "skipped 1 .bin, 1 README.md, 1 LICENSE.txt, 1 .py; beside tables only the tables are read" in said
+    assert (
+        "skipped 2 .bin, 1 LICENSE, 1 without a suffix, 1 LICENSE.txt, 1 README.md, 1 .py; beside tables only the tables are read"
+        in said
+    )
     assert "left out the test split (data/test-00000-of-00001.parquet): to read it, name it" in said
     assert "left out the validation split (validation/a.jsonl)" in said
     # What was left out can be had: a split by its file or folder, texts by `format`, and to be held out by itself.
@@ -208,6 +220,14 @@ def test_a_folder_of_nothing_but_a_test_split_is_not_trained_on_unasked(tmp_path
     with pytest.raises(UserError, match=r"no file that is read.*left out the test split \(test.jsonl\)"):
         texts(Source(path=folder))
     assert texts(Source(path=folder), heldout=True) == texts(Source(path=folder / "test.jsonl")) == ["test.jsonl"]
+
+
+def test_prose_has_splits_where_one_file_is_called_train_and_code_has_not(tmp_path: Path) -> None:
+    fill(tmp_path / "wiki", "wiki.train.txt", "wiki.valid.txt", "wiki.test.txt", "more.txt")
+    assert read_names(tmp_path / "wiki") == ["more.txt", "wiki.train.txt"]
+    assert read_names(tmp_path / "wiki", heldout=True) == ["wiki.test.txt", "wiki.valid.txt"]
+    assert len(read_names(fill(tmp_path / "code", "train.py", "test.py", "eval.py"))) == 3
+    assert len(read_names(fill(tmp_path / "essays", "my-test.txt", "other.txt"))) == 2
 
 
 def test_a_source_tree_is_read_with_its_readme_and_without_its_settings(

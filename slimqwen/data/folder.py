@@ -3,12 +3,12 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from slimqwen.data.documents import has_text
-from slimqwen.data.formats import format_of, kind_of_special_file, uncompressed
+from slimqwen.data.formats import format_of, is_prose, kind_of_special_file, uncompressed
 from slimqwen.errors import UserError
 from slimqwen.recipe import Source, TextFormat
 
@@ -61,7 +61,7 @@ def select(source: Source, *, heldout: bool) -> Selection:
       is left out too, and every text beside a data set's card (a README.md that begins with "---").
     - A .json, .csv or .tsv file counts as a table where its first row has the column of the text: others are settings.
     - Of tables in splits, those that are not marked test or validation; to be held out (`heldout`) those that are, if any.
-
+      So with prose of which one file is called train: test.txt beside train.txt.
     - Of a data set in the Hugging Face cache, the snapshot that refs/main names, or the only one.
 
     Raises UserError for a folder that cannot be read, and for several snapshots.
@@ -83,10 +83,13 @@ def select(source: Source, *, heldout: bool) -> Selection:
             tables[name] = path, text_format
     for name in _beside(texts, tables):
         selection.beside_tables = True
-        selection.skipped[PurePosixPath(name).name if ABOUT.match(PurePosixPath(name).name) else _kind(name)] += 1
+        selection.skipped[_kind(name)] += 1
         del texts[name]
-    _divide_splits(tables, selection, heldout=heldout)
-    selection.files = [(name, *found) for name, found in sorted((tables | texts).items())]
+    files = tables | texts
+    for name, split in _unwanted(files, _splits(tables, texts), heldout=heldout):
+        selection.left_out.setdefault(split, []).append(name)
+        del files[name]
+    selection.files = [(name, *found) for name, found in sorted(files.items())]
     return selection
 
 
@@ -115,7 +118,7 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
             continue
         entered.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for file in files:
+        for file in sorted(files):
             if not file.startswith("."):
                 path = Path(folder, file)
                 yield path.relative_to(root).as_posix(), path
@@ -151,14 +154,19 @@ def _is_card(texts: Mapping[str, tuple[Path, TextFormat]], folder: PurePosixPath
         return stream.read(4).strip() == b"---"
 
 
-def _divide_splits(tables: dict[str, tuple[Path, TextFormat]], selection: Selection, *, heldout: bool) -> None:
-    """Take the splits that are not wanted out of `tables`."""
-    splits = {name: split_of(name) for name in tables}
+def _splits(tables: Iterable[str], texts: Iterable[str]) -> dict[str, str | None]:
+    """The split of each table, and of prose in a folder where one file is called train; code has tests of another kind."""
+    prose = {name: split_of(PurePosixPath(name).name) for name in texts if is_prose(name)}
+    with_train = {PurePosixPath(name).parent for name, split in prose.items() if split == TRAIN}
+    own = {name: split for name, split in prose.items() if PurePosixPath(name).parent in with_train}
+    return {name: split_of(name) for name in tables} | own
+
+
+def _unwanted(files: Iterable[str], splits: Mapping[str, str | None], *, heldout: bool) -> list[tuple[str, str]]:
+    """(name, split) of the files of other splits than are read."""
     measured = {name for name, split in splits.items() if split in (VALIDATION, TEST)}
-    unwanted = (splits.keys() - measured if measured else set()) if heldout else measured
-    for name in sorted(unwanted):
-        selection.left_out.setdefault(splits[name] or TRAIN, []).append(name)
-        del tables[name]
+    unwanted = (set(files) - measured if measured else set()) if heldout else measured
+    return [(name, splits.get(name) or TRAIN) for name in sorted(unwanted)]
 
 
 def split_of(name: str) -> str | None:
@@ -171,9 +179,11 @@ def split_of(name: str) -> str | None:
 
 
 def _kind(name: str) -> str:
-    """What a file is counted as: its suffixes, or its name where it has none."""
-    file = PurePosixPath(name)
-    return file.name.removeprefix(PurePosixPath(uncompressed(file.name)).stem) or file.name
+    """What a file is counted as: by its name where this says that it is about others, else by its suffixes."""
+    file = PurePosixPath(name).name
+    if ABOUT.match(file):
+        return file
+    return file.removeprefix(PurePosixPath(uncompressed(file)).stem) or "without a suffix"
 
 
 def _counted(kinds: Counter[str]) -> str:

@@ -80,6 +80,11 @@ def format_of(name: str) -> TextFormat | None:
     return TABLES.get(suffix, "text" if suffix in PROSE + CODE else None)
 
 
+def is_prose(name: str) -> bool:
+    """Whether a file is text that is no source code."""
+    return PurePath(uncompressed(name)).suffix.lower() in PROSE
+
+
 def uncompressed(name: str) -> str:
     """The name without the suffix of its compression."""
     path = PurePath(name)
