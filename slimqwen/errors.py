@@ -2,7 +2,8 @@
 
 Everything a user can get wrong (a path, a recipe key, a corrupt file, a full disk) is raised as
 `UserError` with one sentence that says what is wrong, where, and what to do. The command line prints
-the sentence and exits; it never prints a traceback for it. Our own invariants are `assert`s.
+the sentence and exits; it never prints a traceback for it. Our own invariants are `assert`s, and what escapes
+them is told as a fault of slimqwen (`slimqwen.cli.border`).
 """
 
 import difflib
@@ -10,15 +11,28 @@ from collections.abc import Iterable
 from reprlib import Repr
 
 EXIT_FAILED = 1  # the input was understood, and the work failed (a full disk, a non-finite loss)
-EXIT_BAD_INPUT = 2  # the input was wrong: nothing was started
+EXIT_BAD_INPUT = 2  # the input was wrong: mend it first, the same command would end alike
+EXIT_FAULT = 70  # slimqwen itself is at fault (sysexits.h: EX_SOFTWARE)
 EXIT_PREEMPTED = 75  # SIGTERM while training: the state is saved, run the same command again to continue
 EXIT_INTERRUPTED = 130  # Ctrl-C: run the same command again to continue
 
 
 class UserError(Exception):
-    """A problem in the user's input or surroundings, told in one sentence."""
+    """A problem in the user's input or surroundings, told in one sentence; what it lists follows, an argument each."""
 
     exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, sentence: str, *listed: str) -> None:
+        super().__init__(sentence, *listed)
+
+    @property
+    def lines(self) -> list[str]:
+        """The sentence, and what it lists, a line each."""
+        sentence, *listed = self.args
+        return [sentence, *(f"  {item}" for item in listed)]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 class StageFailed(UserError):

@@ -15,20 +15,23 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
+from rich.text import Text
 
 from slimqwen.bytesize import bytes_in_words
+from slimqwen.terminal import visible
 
 PLAIN_LINE_EVERY_SECONDS = 10.0
 REDRAW_EVERY_SECONDS = 0.25
 RATE_WINDOW_SECONDS = 20.0  # long enough to smooth steps, short enough that the time left follows a change of speed
 
 
-def say(text: str) -> None:
-    """Print a line to stderr: above the live line where there is one."""
-    if _on_terminal():
-        _console().print(text, markup=False, highlight=False, soft_wrap=True)
-    else:
-        print(text, file=sys.stderr, flush=True)
+def say(*lines: str) -> None:
+    """Print lines to stderr: above the live line where there is one. What is no text appears as its number (`visible`)."""
+    for line in map(visible, lines):
+        if _on_terminal():
+            _console().print(Text(line), soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -54,7 +57,7 @@ class Progress:
         start: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._title = title
+        self._title = visible(title)
         self._total = total
         self._unit = unit
         self._start = start
@@ -116,7 +119,7 @@ class Progress:
 
     def _join(self, rate: float, time_words: str) -> str:
         speed = f"{self._amount(rate)}/s" if rate else ""
-        fields = [f"{name} {_in_words(value)}" for name, value in self._fields.items()]
+        fields = [visible(f"{name} {_in_words(value)}") for name, value in self._fields.items()]
         return ", ".join(filter(None, [self._done_of_total(), speed, time_words, *fields]))
 
     def _done_of_total(self) -> str:

@@ -16,11 +16,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined, to_json
 
+from slimqwen import strict_yaml
 from slimqwen.artifacts import TEXT_MARK, write_text
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import Recipe
 
 Model = TypeVar("Model", bound=BaseModel)
+
+LARGEST_BYTES = 1_000_000
+DEEPEST_KEY = 32
 
 DUMP_HEADER = f"{TEXT_MARK}: every field of the recipe, defaults included.\n"
 
@@ -60,7 +64,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[
         try:
             _apply_override(values, override)
         except ValueError as problem:
-            problems.append(f"--set {override}: {problem}")
+            problems.append(f"--set {textwrap.shorten(override, 80, placeholder='...')}: {problem}")
     _complete_sections(values, model)
     try:
         # By way of JSON, because there a strict Path may come from a string; in Python values it may not.
@@ -69,14 +73,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[
         problems += [_explain(problem, model) for problem in error.errors()]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError("\n  ".join([f"{path} has {count}:", *problems]))
+        raise UserError(f"{path} has {count}:", *problems)
     return recipe
 
 
 def dump_recipe(recipe: BaseModel, path: Path) -> None:
     """Write `recipe` with every field, so that `load_recipe(path, model=type(recipe))` gives an equal one."""
-    values = recipe.model_dump(mode="json")
-    write_text(path, DUMP_HEADER + yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+    write_text(path, DUMP_HEADER + strict_yaml.dump(recipe.model_dump(mode="json")))
 
 
 def describe(model: type[BaseModel]) -> str:
@@ -94,49 +97,11 @@ def describe(model: type[BaseModel]) -> str:
 # Reading YAML
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, and so is an alias (`*name`), which could grow without end."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            problem = "aliases (*name) are not supported, write the value out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        mapping = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in mapping.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return mapping
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text that `_Loader` would take for a number."""
-
-
-def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    """1e-4 as a float, 40e9 as a whole number: that is how people write token counts."""
-    value = float(loader.construct_yaml_float(node))
-    return int(value) if "e" in node.value.lower() and value.is_integer() else value
-
-
-# YAML 1.1, which PyYAML speaks, wants a dot and a signed exponent in a float: 1e-4 would be text.
-FLOAT_TAG = "tag:yaml.org,2002:float"
-FLOAT_WITHOUT_DOT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")
-_Loader.add_implicit_resolver(FLOAT_TAG, FLOAT_WITHOUT_DOT, list("-+0123456789"))
-_Dumper.add_implicit_resolver(FLOAT_TAG, FLOAT_WITHOUT_DOT, list("-+0123456789"))
-_Loader.add_constructor(FLOAT_TAG, _construct_float)
-
-
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as stream:  # a pipe too: `slimqwen run <(...)`
+            content = stream.read(LARGEST_BYTES + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         neighbours = [file.name for file in path.parent.glob("*.y*ml")]
         raise UserError(f"there is no file {path}{did_you_mean(path.name, neighbours)}") from None
@@ -144,21 +109,17 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start} is not)") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > LARGEST_BYTES:
+        raise UserError(f"{path} is too large to be a recipe: over {LARGEST_BYTES:,} bytes")
     try:
-        values = yaml.load(text, _Loader)
+        values = strict_yaml.load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
+        raise UserError(f"{path} is not valid YAML: {strict_yaml.problem_of(error)}") from None
     if values is None:
         raise UserError(f"{path} is empty: a recipe is a list of key: value pairs")
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold key: value pairs at its top level, not {_in_words(values)}")
     return values
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
-    return str(error).splitlines()[0]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -167,10 +128,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals:
         raise ValueError("write it as key=value")
     try:
-        value = yaml.load(text, _Loader)
+        value = strict_yaml.load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"the value is not valid YAML: {_yaml_problem(error)}") from None
-    _assign(values, key.split("."), value)
+        raise ValueError(f"the value is not valid YAML: {strict_yaml.problem_of(error)}") from None
+    names = key.split(".")
+    if len(names) > DEEPEST_KEY:
+        raise ValueError(f"a key has at most {DEEPEST_KEY} parts")
+    _assign(values, names, value)
 
 
 def _assign(place: Any, names: list[str], value: Any, here: str = "the recipe") -> None:
@@ -213,7 +177,7 @@ def _complete_sections(values: dict[str, Any], model: type[BaseModel]) -> None:
 
 def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     """One line: the dotted key, what is wrong with it, the value found."""
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     fields = {key: field for key, field, _ in _walk(model)}
     declared = ".".join("N" if isinstance(part, int) else part for part in problem["loc"])
     found = f", is {_in_words(problem['input'])}"

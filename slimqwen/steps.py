@@ -30,6 +30,7 @@ from slimqwen.modeling.arithmetic import arithmetic, warn_of_other_arithmetic
 from slimqwen.progress import say
 from slimqwen.recipe import Section
 from slimqwen.recipe_file import dump_recipe
+from slimqwen.torchrun import world_size
 from slimqwen.warning import kept_in
 
 FOLDER = ".steps"  # of the records
@@ -85,7 +86,7 @@ class Steps:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "device": device_name(),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "processes": world_size(),
             **arithmetic(),
             "transformers": version("transformers"),
         }

@@ -1,8 +1,9 @@
 """What ships inside the package: a small real teacher and the demo's recipe."""
 
+import os
 from pathlib import Path
 
-from slimqwen.errors import UserError
+from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import BUILTIN_TEACHER
 
 FOLDER = Path(__file__).parent
@@ -14,8 +15,15 @@ def checkpoint_folder(name: str) -> Path:
     """The folder that a recipe's or a command's checkpoint names: a path, or 'builtin'."""
     if name == BUILTIN_TEACHER:
         return TEACHER
-    if not Path(name).is_dir():
+    folder = Path(os.path.expanduser(name))
+    try:
+        neighbours = [other.name for other in folder.parent.iterdir() if other.is_dir()]
+    except OSError:
+        neighbours = []
+    if not folder.is_dir():
+        what = "is a file, not" if folder.exists() else "is not"
         raise UserError(
-            f"{name} is not a checkpoint folder: give a folder with config.json and safetensors, or 'builtin'."
+            f"{name} {what} a checkpoint folder{did_you_mean(folder.name, [BUILTIN_TEACHER, *neighbours])}: give a folder with "
+            "config.json and safetensors, or 'builtin'."
         )
-    return Path(name)
+    return folder

@@ -1,40 +1,23 @@
-"""The program: its name, its help, and what becomes of Ctrl-C."""
+"""The program: its name and its help."""
 
-import os
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from slimqwen.errors import Interrupted, UserError
-
-TRAINING = {"run", "demo", "pretrain", "distil", "study"}  # what saves its state as it goes
+from slimqwen.cli.border import safe_usage_error
 
 
 class Commands(TyperGroup):
-    """Turns Ctrl-C into a sentence and its exit code, which click would swallow ("Aborted!").
+    """The program's commands; what is wrong with the words of a command line is told without their control characters."""
 
-    Many processes, as torchrun starts them, can only do `distil` together.
-    """
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        if name != "distil" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                f"'{name}' is work for one process, and torchrun has started {os.environ['WORLD_SIZE']}: run it without "
-                "torchrun, and only `slimqwen distil` with it."
-            )
-        return name, command, rest
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        with safe_usage_error():
+            return super().make_context(*args, **settings)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with safe_usage_error():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            if ctx.invoked_subcommand in TRAINING:
-                lost = "nothing is lost but the steps since the last saved state; the same command continues."
-            else:
-                lost = "nothing is left half written; the same command starts again, from what it had finished if it keeps that."
-            raise Interrupted(f"interrupted: {lost}") from None
 
 
 app = typer.Typer(

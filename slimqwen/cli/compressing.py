@@ -14,11 +14,13 @@ from slimqwen.cli.options import (
     TokensFolder,
     dtype_of,
     layout_of,
+    source_texts,
     text_format_of,
     token_folders,
     weights_of,
 )
 from slimqwen.cli.planning import plan
+from slimqwen.terminal import show
 
 commands = typer.Typer()
 
@@ -93,15 +95,15 @@ def tokens(
 
     read_as = text_format_of(text_format)
     manifest = tokenize(
-        named_sources(sources, text_field, weights_of("--weight", weights or []), read_as),
+        named_sources(source_texts(sources), text_field, weights_of("--weight", weights or []), read_as),
         checkpoint_folder(tokenizer),
         out,
-        heldout_sources=[source_named(name, text_field, read_as) for name in heldout or []],
+        heldout_sources=[source_named(name, text_field, read_as) for name in source_texts(heldout or [])],
         heldout_fraction=heldout_fraction,
         separator=separator,
         workers=workers,
     )
-    typer.echo(f"{out}: {manifest.train.tokens:,} training and {manifest.heldout.tokens:,} held-out tokens")
+    show(f"{out}: {manifest.train.tokens:,} training and {manifest.heldout.tokens:,} held-out tokens")
 
 
 @commands.command()
@@ -165,7 +167,7 @@ def calibrate(
         dtype=dtype_of(dtype),
         second_moments=second_moments,
     )
-    typer.echo(str(out))
+    show(str(out))
 
 
 commands.command()(plan)
@@ -191,7 +193,7 @@ def prune(
     from slimqwen.pruning.prune import prune as run_stage
 
     run_stage(checkpoint_folder(checkpoint), out, plan=plan, layout=layout_of(layout), shard_bytes=bytes_of(shard_size))
-    typer.echo(str(out))
+    show(str(out))
 
 
 @commands.command()
@@ -232,4 +234,4 @@ def repair(
         device=device,
         dtype=dtype_of(dtype),
     )
-    typer.echo(str(out))
+    show(str(out))

@@ -17,6 +17,7 @@ from slimqwen.cli.options import (
 )
 from slimqwen.errors import EXIT_FAILED, UserError, did_you_mean
 from slimqwen.progress import say
+from slimqwen.terminal import show, show_generated, show_json
 
 commands = typer.Typer()
 
@@ -95,7 +96,7 @@ def evaluate(
             dtype=dtype_of(dtype),
         )
         print_table(result)
-        typer.echo(str(out))
+        show(str(out))
     if tasks is not None or suite is not None:
         from slimqwen.evaluation.benchmarks import benchmark, print_benchmarks, suite_tasks
 
@@ -113,7 +114,7 @@ def evaluate(
             dtype=dtype_of(dtype),
         )
         print_benchmarks(benchmarks)
-        typer.echo(str(benchmarks_out))
+        show(str(benchmarks_out))
 
 
 @commands.command()
@@ -164,13 +165,13 @@ def generate(
         device=device,
         dtype=dtype_of(dtype),
         compare=compare,
-        write=None if as_json else lambda piece: typer.echo(piece, nl=False),
+        write=None if as_json else show_generated,
     )
     if as_json:
-        typer.echo(result.model_dump_json(indent=2))
+        show_json(result.model_dump_json(indent=2))
     else:
-        typer.echo()
-        say(describe(result))
+        show("")
+        say(*describe(result).splitlines())
 
 
 @commands.command()
@@ -191,7 +192,10 @@ def check(
     from slimqwen.checkpoint.check import check_checkpoint, describe
 
     result = check_checkpoint(checkpoint_folder(checkpoint), engines=engine or ())
-    typer.echo(result.model_dump_json(indent=2) if as_json else describe(result))
+    if as_json:
+        show_json(result.model_dump_json(indent=2))
+    else:
+        show(*describe(result).splitlines())
     if result.refusing():
         raise typer.Exit(EXIT_FAILED)
 
@@ -230,6 +234,6 @@ def bench(
     )
     speeds = run_stage([checkpoint_folder(name) for name in checkpoints], protocol)
     if as_json:
-        typer.echo(json.dumps({"protocol": asdict(protocol), "speeds": [asdict(speed) for speed in speeds]}, indent=2))
+        show_json(json.dumps({"protocol": asdict(protocol), "speeds": [asdict(speed) for speed in speeds]}, indent=2))
     else:
         print_speeds(speeds, protocol)

@@ -11,6 +11,7 @@ import typer
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.families.family import Layout
 from slimqwen.recipe import Dtype, TextFormat
+from slimqwen.terminal import visible
 
 Overrides = Annotated[
     list[str] | None,
@@ -39,7 +40,7 @@ def token_folders(folders: list[str]) -> dict[str, Path]:
     sources: dict[str, Path] = {}
     for given in folders:
         name, named, folder = given.partition("=")
-        path = Path(folder if named else given)
+        path = Path(os.path.expanduser(folder if named else given))
         name = name if named else path.resolve().name
         if name in sources:
             raise UserError(f"two sources are called '{name}': tell them apart, --tokens wiki={path}.")
@@ -62,7 +63,15 @@ def config_path(name: str) -> Path:
     from slimqwen.builtin import TEACHER
     from slimqwen.recipe import BUILTIN_TEACHER
 
-    return TEACHER if name == BUILTIN_TEACHER else Path(name)
+    return TEACHER if name == BUILTIN_TEACHER else Path(os.path.expanduser(name))
+
+
+def source_texts(given: list[str]) -> list[str]:
+    """`[NAME=]SOURCE` with the home folder for a leading ~, also after the name, where the shell leaves it."""
+    parts = [text.rpartition("=~") for text in given]
+    return [
+        f"{name}={os.path.expanduser('~' + path)}" if found else os.path.expanduser(path) for name, found, path in parts
+    ]
 
 
 def layout_of(name: str | None) -> Layout | None:
@@ -86,10 +95,6 @@ def text_format_of(name: str | None) -> TextFormat | None:
     return cast(TextFormat | None, name)
 
 
-def rank() -> int:
-    """This process's number among those that torchrun started."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def command_line() -> str:
-    return shlex.join(["slimqwen", *sys.argv[1:]])
+    """What was given, to be read and to be given again."""
+    return visible(shlex.join(["slimqwen", *sys.argv[1:]]))

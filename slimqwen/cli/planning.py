@@ -1,11 +1,12 @@
 """`slimqwen plan`: what a target costs, what to keep for it, and which target it should be."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel
 
 from slimqwen.artifacts import check_file_replaceable
 from slimqwen.cli.options import Device, DtypeOption, Seed, command_line, config_path, dtype_of, weights_of
@@ -20,11 +21,14 @@ from slimqwen.recipe import (
     Recipe,
     Target,
 )
+from slimqwen.terminal import show, show_json
 
 if TYPE_CHECKING:  # they take numpy, which no other command's --help should wait for
     from slimqwen.planning.counts import Comparison
     from slimqwen.planning.fit import Candidate
     from slimqwen.planning.footprint import TrainingSettings
+
+Shown = TypeVar("Shown", bound=BaseModel)
 
 COSTS = "Predicted costs"
 CHOOSING = "Choosing what to keep (--statistics)"
@@ -204,7 +208,7 @@ def plan(
             comparison = _plan(
                 checkpoint, wanted, statistics, criteria, context_length, training, out, stability, as_json
             )
-        typer.echo(comparison.model_dump_json(indent=2) if as_json else comparison_table(comparison))
+        _show(comparison, comparison_table, as_json)
 
 
 def _costs(
@@ -255,7 +259,7 @@ def _plan(
     folder = checkpoint_folder(checkpoint)
     made = run_stage(folder, out, statistics=statistics, target=target, pruning=pruning, stability=stability)
     if made.stability is not None and not as_json:
-        typer.echo(stability_text(made.stability))
+        show(*stability_text(made.stability).splitlines())
     say(f"plan written to {out}")
     source = Checkpoint(folder)
     return compare(
@@ -276,9 +280,9 @@ def _fit(config_file: Path, budgets: str, align: int, pick: int, out: Path | Non
         check_file_replaceable(out, config_file)
     candidates = fit(*read_config(config_file), budgets, align=align)
     if as_json:
-        typer.echo(json.dumps([candidate.model_dump() for candidate in candidates], indent=2))
+        show_json(json.dumps([candidate.model_dump() for candidate in candidates], indent=2))
     else:
-        typer.echo(candidates_table(candidates))
+        show(*candidates_table(candidates).splitlines())
     _write_picked(candidates, pick, out)
 
 
@@ -302,7 +306,7 @@ def _search(
     result = search(
         recipe, budgets, tokens=tokens, statistics=statistics, align=align, shapes=shapes, command=command_line()
     )
-    typer.echo(result.model_dump_json(indent=2) if as_json else tables(result))
+    _show(result, tables, as_json)
     _write_picked([shape.candidate for shape in result.shapes], pick, out)
 
 
@@ -331,6 +335,13 @@ def _search_recipe(
         distil=DistilRecipe(tokens=1),
         **settings,
     )
+
+
+def _show(result: Shown, in_words: Callable[[Shown], str], as_json: bool) -> None:
+    if as_json:
+        show_json(result.model_dump_json(indent=2))
+    else:
+        show(*in_words(result).splitlines())
 
 
 def _write_picked(candidates: "Sequence[Candidate]", pick: int, out: Path | None) -> None:

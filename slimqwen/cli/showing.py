@@ -9,6 +9,7 @@ from slimqwen.cli.options import (
     Overrides,
     command_line,
 )
+from slimqwen.terminal import show
 
 commands = typer.Typer()
 
@@ -28,9 +29,9 @@ def report(
     from slimqwen.reporting.report import report as run_stage
 
     if len(run_dirs) == 1:
-        typer.echo(str(run_stage(run_dirs[0], out)))
+        show(str(run_stage(run_dirs[0], out)))
     else:
-        typer.echo(str(compare(run_dirs, out or Path("comparison.html"))))
+        show(str(compare(run_dirs, out or Path("comparison.html"))))
 
 
 @commands.command()
@@ -61,5 +62,5 @@ def study(
     folder = out or Path("docs") / "study" / f"{name}-{recipe.name}"
     result = run_study(name, recipe, folder, seeds=seeds, command=command_line())
     for verdict in result.verdicts:
-        typer.echo(verdict.sentence)
-    typer.echo(str(folder / "index.html"))
+        show(verdict.sentence)
+    show(str(folder / "index.html"))

@@ -15,8 +15,9 @@ from slimqwen.cli.options import (
     SequenceLength,
     TokensFolder,
     dtype_of,
-    rank,
 )
+from slimqwen.terminal import show
+from slimqwen.torchrun import rank
 
 commands = typer.Typer()
 
@@ -90,7 +91,7 @@ def teacher_cache(
         device=device,
         dtype=dtype_of(dtype),
     )
-    typer.echo(str(out))
+    show(str(out))
 
 
 @commands.command()
@@ -168,7 +169,7 @@ def distil(
         moments=moments,
     )
     if rank() == 0:
-        typer.echo(str(result))
+        show(str(result))
 
 
 @commands.command()
@@ -187,4 +188,4 @@ def carry(
     """
     from slimqwen.distillation.carry import carry as run_stage
 
-    typer.echo(str(run_stage(states, trained, out, plan=plan)))
+    show(str(run_stage(states, trained, out, plan=plan)))

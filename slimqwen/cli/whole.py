@@ -12,6 +12,7 @@ from slimqwen.cli.options import (
     RecipeFile,
     command_line,
 )
+from slimqwen.terminal import show
 
 commands = typer.Typer()
 
@@ -52,7 +53,7 @@ def _run(recipe) -> None:  # type: ignore[no-untyped-def]
     started = time.monotonic()
     folder = run_recipe(recipe, command_line())
     print_table(Evaluation.load(folder / "evaluation.json"))
-    typer.echo(summary(folder, time.monotonic() - started))
+    show(*summary(folder, time.monotonic() - started).splitlines())
 
 
 @commands.command()
@@ -65,7 +66,7 @@ def recipe(
     from slimqwen.recipe import PretrainRecipe, Recipe
     from slimqwen.recipe_file import describe
 
-    typer.echo(describe(PretrainRecipe if pretraining else Recipe))
+    show(*describe(PretrainRecipe if pretraining else Recipe).splitlines())
 
 
 @commands.command()
@@ -80,4 +81,4 @@ def pretrain(
     from slimqwen.recipe import PretrainRecipe
     from slimqwen.recipe_file import load_recipe
 
-    typer.echo(str(run_stage(load_recipe(recipe, overrides or [], model=PretrainRecipe))))
+    show(str(run_stage(load_recipe(recipe, overrides or [], model=PretrainRecipe))))

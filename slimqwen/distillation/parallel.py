@@ -1,6 +1,5 @@
 """Many processes train one model: the ranks, their mesh, and every `fully_shard` call (PyTorch's FSDP2)."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from slimqwen import torchrun
 from slimqwen.distillation.expert_parallel import share_experts
 from slimqwen.errors import StageFailed, UserError
 from slimqwen.modeling.model import MtpCausalLM
@@ -98,7 +98,7 @@ def join_ranks(
 
     Raises UserError where the ranks cannot be split so, StageFailed where another rank is gone.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = torchrun.world_size()
     if size == 1:
         yield ALONE
         return
@@ -110,7 +110,7 @@ def join_ranks(
             f"distil.expert_ranks {expert_ranks} does not divide the {copy_ranks} ranks that share a copy of the model: "
             "choose a divisor."
         )
-    rank = int(os.environ["RANK"])
+    rank = torchrun.rank()
     try:
         mesh, experts_mesh = _meshes(device, size, copy_ranks, expert_ranks or 1)
         yield Ranks(rank, size, mesh, experts_mesh)

@@ -11,8 +11,6 @@ from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from slimqwen.artifacts import fingerprint_value, makes_file, write_json
 from slimqwen.checkpoint.reader import Checkpoint
@@ -24,6 +22,7 @@ from slimqwen.evaluation.harness import GroupMetric, Harness, Metric, Scores
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import load
 from slimqwen.progress import say
+from slimqwen.terminal import DataTable
 from slimqwen.warning import warn
 
 SUITES = {
@@ -204,19 +203,13 @@ def print_benchmarks(benchmarks: Benchmarks) -> None:
     """Print what was asked for, a model to a column, to stdout; single tasks of a group are in the file."""
     limit = "" if benchmarks.limit is None else f", the first {benchmarks.limit} documents of each task only"
     against = "" if benchmarks.teacher is None else f"; in brackets: minus {benchmarks.teacher}, paired"
-    table = Table(title=f"benchmarks ± standard error{against}{limit}", title_justify="left", box=None, pad_edge=False)
-    for column in ("task", "metric"):
-        table.add_column(column)
-    for column in ("n", *benchmarks.models):
-        table.add_column(column, justify="right")
+    title = f"benchmarks ± standard error{against}{limit}"
+    table = DataTable("task", "metric", "n", *benchmarks.models, title=title, left=2)
     for (task, metric), by_model in benchmarks.lines().items():
         documents = next(iter(by_model.values())).documents
         cells = [_cell(by_model[name], name == benchmarks.teacher) for name in benchmarks.models]
-        table.add_row(task, metric, f"{documents:,}", *cells)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file or pipe has no width to fold a table to
-    console.print(table)
+        table.add(task, metric, f"{documents:,}", *cells)
+    table.show()
 
 
 def _cell(result: Result, is_teacher: bool) -> str:

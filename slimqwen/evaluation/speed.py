@@ -16,8 +16,6 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import GenerationConfig
 
 from slimqwen.bytesize import bytes_in_words
@@ -26,6 +24,7 @@ from slimqwen.errors import StageFailed, UserError
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import load
 from slimqwen.progress import Progress
+from slimqwen.terminal import DataTable
 
 Engine = Literal["transformers", "vllm"]
 
@@ -193,12 +192,10 @@ def print_speeds(speeds: list[Speed], protocol: Protocol) -> None:
         f"{_engine_in_words(protocol)}, batch {protocol.batch_size}, {protocol.prompt_tokens} tokens read and "
         f"{protocol.new_tokens} generated, {protocol.runs} runs"
     )
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("checkpoint")
-    for column in ("prefill, ms", "decode, tokens/s", "decode, against the first", "peak memory", "weights"):
-        table.add_column(column, justify="right")
+    columns = ("prefill, ms", "decode, tokens/s", "decode, against the first", "peak memory", "weights")
+    table = DataTable("checkpoint", *columns, title=title)
     for speed in speeds:
-        table.add_row(
+        table.add(
             speed.checkpoint,
             _mean_and_spread([1000 * seconds for seconds in speed.prefill_seconds]),
             _mean_and_spread(speed.decode_tokens_per_second),
@@ -206,10 +203,7 @@ def print_speeds(speeds: list[Speed], protocol: Protocol) -> None:
             "-" if speed.peak_memory_bytes is None else bytes_in_words(speed.peak_memory_bytes),
             bytes_in_words(speed.weight_bytes),
         )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file or pipe has no width to fold a table to
-    console.print(table)
+    table.show()
 
 
 def _engine_in_words(protocol: Protocol) -> str:

@@ -1,12 +1,12 @@
 """Which device and dtype to compute on, from the recipe's words."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from slimqwen.errors import UserError
+from slimqwen.errors import UserError, shown
+from slimqwen.torchrun import local_rank
 
 ALIGNMENT_BYTES = 64  # where the memory that PyTorch allocates on a CPU begins
 
@@ -18,15 +18,14 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda" and (number := local_rank()) is not None:
+        name = f"cuda:{number}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device '{name}' cannot be used here: {str(error).splitlines()[0]} Try device: auto."
-        ) from error
+        torch.ones(2, device=device).sum().item()  # `meta` has tensors too, and computes nothing
+    except Exception as error:  # each of PyTorch's backends has its own class for "not here"
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"device {shown(name)} cannot be used here ({reason}): try device: auto.") from error
     return device
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
-from rich.table import Table
 
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.families import Config, Family
@@ -12,6 +10,7 @@ from slimqwen.families.count import Counts, count
 from slimqwen.planning.footprint import Footprint, TrainingSettings, footprint
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
+from slimqwen.terminal import DataTable
 
 
 class Footprints(BaseModel):
@@ -59,13 +58,10 @@ def compare(
 def comparison_table(comparison: Comparison) -> str:
     """The comparison side by side, and what each number means, as text."""
     before, after = comparison.before, comparison.after
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for column in ("before", "after", "after/before"):
-        table.add_column(column, justify="right")
+    table = DataTable("", "before", "after", "after/before")
 
     def row(name: str, old: int, new: int, written: Callable[[int], str] = "{:,}".format) -> None:
-        table.add_row(name, written(old), written(new), f"{new / old:.1%}" if old else "-")
+        table.add(name, written(old), written(new), f"{new / old:.1%}" if old else "-")
 
     row("parameters [1]", before.total_parameters, after.total_parameters)
     for part, number in before.parts.items():
@@ -97,10 +93,7 @@ def comparison_table(comparison: Comparison) -> str:
         row(f"  {name}", getattr(train, field), getattr(trained, field), bytes_in_words)
     peaks = (old.checkpointed_training.peak_bytes, new.checkpointed_training.peak_bytes)
     row("  with activation_checkpointing", *peaks, bytes_in_words)
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(table)
-    return f"{capture.get().rstrip()}\n\n{footnotes(old)}"
+    return f"{table.as_text(120)}\n\n{footnotes(old)}"
 
 
 def footnotes(costs: Footprint) -> str:

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
-from rich.table import Table
 
 from slimqwen.artifacts import TEXT_MARK, write_text
 from slimqwen.bytesize import bytes_in_words
@@ -26,6 +24,7 @@ from slimqwen.planning.counts import in_parameters
 from slimqwen.planning.footprint import BYTES_OF, dtype_of
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
+from slimqwen.terminal import DataTable
 
 Array = NDArray[Any]
 
@@ -253,15 +252,12 @@ def period(layer_types: Sequence[str]) -> int:
 
 def candidates_table(candidates: Sequence[Candidate]) -> str:
     """The candidates, best first, as text."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "layers", "hidden", "experts", "top-k", "expert size", "total", "active", "checkpoint"):
-        table.add_column(column, justify="right")
-    for quantity in candidates[0].deviations:
-        table.add_column(f"{quantity.replace('_', ' ')} vs budget", justify="right")
-    table.add_column("distance", justify="right")
+    columns = ("", "layers", "hidden", "experts", "top-k", "expert size", "total", "active", "checkpoint")
+    deviations = [f"{quantity.replace('_', ' ')} vs budget" for quantity in candidates[0].deviations]
+    table = DataTable(*columns, *deviations, "distance", left=0)
     for number, candidate in enumerate(candidates, start=1):
         target = candidate.target
-        table.add_row(
+        table.add(
             str(number),
             str(target.num_hidden_layers),
             str(target.hidden_size),
@@ -274,10 +270,7 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
             *(f"{deviation:+.1%}" for deviation in candidate.deviations.values()),
             f"{candidate.distance:.2f}",
         )
-    console = Console(width=160)
-    with console.capture() as capture:
-        console.print(table)
-    return f"{capture.get().rstrip()}\n\n{FOOTNOTE}"
+    return f"{table.as_text(160)}\n\n{FOOTNOTE}"
 
 
 def write_target(candidate: Candidate, path: Path) -> None:

@@ -5,14 +5,13 @@ from itertools import combinations
 from statistics import mean
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
-from rich.table import Table
 
 from slimqwen.calibration.statistics import HALVES, Half, Part, Statistics
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.planning.choose import Choice, choose
 from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.terminal import DataTable
 
 WHOLE_MODEL = "model"
 LAYER = "layer"
@@ -125,20 +124,14 @@ def stability_text(agreements: Sequence[Agreement]) -> str:
     """The halves as a table, one row per block, and a sentence for them and for each pair of sources."""
     halves = agreements[0]
     axes = halves.axes
-    table = Table(box=None, pad_edge=False)
-    table.add_column(f"kept by both, {' and '.join(halves.between)}")
-    for axis in axes:
-        table.add_column(axis, justify="right")
+    table = DataTable(f"kept by both, {' and '.join(halves.between)}", *axes)
     for place in dict.fromkeys(place for axis in axes.values() for place in axis.jaccard):
-        table.add_row(place, *(f"{axis.jaccard[place]:.2f}" if place in axis.jaccard else "" for axis in axes.values()))
+        table.add(place, *(f"{axis.jaccard[place]:.2f}" if place in axis.jaccard else "" for axis in axes.values()))
     table.add_section()
-    table.add_row("mean", *(f"{axis.mean:.2f}" for axis in axes.values()))
-    table.add_row("lowest", *(f"{axis.jaccard[axis.lowest]:.2f}" for axis in axes.values()))
-    table.add_row("by chance", *(f"{axis.chance:.2f}" for axis in axes.values()))
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join([capture.get().rstrip(), *map(_sentence, agreements)])
+    table.add("mean", *(f"{axis.mean:.2f}" for axis in axes.values()))
+    table.add("lowest", *(f"{axis.jaccard[axis.lowest]:.2f}" for axis in axes.values()))
+    table.add("by chance", *(f"{axis.chance:.2f}" for axis in axes.values()))
+    return "\n".join([table.as_text(120), *map(_sentence, agreements)])
 
 
 def _sentence(agreement: Agreement) -> str:

@@ -1,11 +1,10 @@
 """Text: what is read, and how it is cut into sequences."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slimqwen.recipe.section import PositiveFloat, PositiveInt, Section
+from slimqwen.recipe.section import MOST, PathField, PositiveFloat, PositiveInt, Section
 
 BuiltinSource = Literal["python-stdlib", "python-packages"]
 DocumentBoundaries = Literal["packed", "isolated"]
@@ -20,7 +19,7 @@ class Source(Section):
         description="'python-stdlib': the standard library of the running interpreter; "
         "'python-packages': the packages installed beside slimqwen. Nothing is downloaded.",
     )
-    path: Path | None = Field(
+    path: PathField | None = Field(
         None,
         description="A table (.jsonl, .ndjson, .json, .csv, .tsv, .parquet: one document per row), a text (.txt, .md and the like, "
         "source files: one document), each also as .gz or .zst, or a folder of them. Beside tables only the tables are read, and of a "
@@ -31,7 +30,7 @@ class Source(Section):
         description="How a file is read whatever its name: 'text' (one document), 'jsonl' (a row to a line), 'json' (a list of rows, "
         "or rows one after the other), 'csv', 'tsv', 'parquet'. Of a folder: only its files of this format. Default: by its name.",
     )
-    megatron: Path | None = Field(
+    megatron: PathField | None = Field(
         None,
         description="PREFIX of token ids made elsewhere, PREFIX.bin and PREFIX.idx, with the teacher's tokenizer. They are read "
         "where they are, and all of them are for training: the held-out text comes from other sources.",
@@ -50,8 +49,8 @@ class Source(Section):
         description="The column of a table that holds the text. Without a column 'text', conversations in 'messages' or "
         "'conversations' are rendered by the tokenizer's chat template.",
     )
-    keep_fraction: PositiveFloat = Field(
-        1.0, description="Share of this source's documents to keep, at most 1.", le=1.0
+    keep_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="Share of this source's documents to keep, at most 1."
     )
 
     @model_validator(mode="after")
@@ -81,7 +80,7 @@ class DataRecipe(Section):
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.05, description="Share of documents held out when `heldout_sources` is empty."
     )
-    sequence_length: Annotated[int, Field(ge=8)] = Field(256, description="Tokens in one training sequence.")
+    sequence_length: Annotated[int, Field(ge=8, le=MOST)] = Field(256, description="Tokens in one training sequence.")
     documents: DocumentBoundaries = Field(
         "packed",
         description="How training and evaluation cut rows. 'packed': documents back to back, and a row's tokens see the document "

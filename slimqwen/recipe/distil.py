@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slimqwen.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+from slimqwen.recipe.section import (
+    LARGEST,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -74,14 +82,12 @@ class DistilRecipe(Section):
         "main",
         description="What the MTP head learns from: the teacher's next-token distribution, or the teacher's own MTP head.",
     )
-    load_balancing_coefficient: Annotated[float, Field(ge=0.0)] = Field(
+    load_balancing_coefficient: NonNegativeFloat = Field(
         0.001, description="Weight of the load-balancing loss over the global batch; 0 turns it off."
     )
     learning_rate: PositiveFloat = Field(4e-4, description="Peak learning rate.")
-    final_learning_rate: Annotated[float, Field(ge=0.0)] = Field(
-        3e-5, description="Learning rate at the end of the cosine."
-    )
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+    final_learning_rate: NonNegativeFloat = Field(3e-5, description="Learning rate at the end of the cosine.")
+    warmup_steps: NonNegativeInt | None = Field(
         None, description="Steps of linear warm-up, once per run. Default: 2,000, where warmup_tokens is not given."
     )
     warmup_tokens: PositiveInt | None = Field(
@@ -99,13 +105,13 @@ class DistilRecipe(Section):
         description="What becomes of AdamW's moments at a stage's cut: they start anew, or they are cut as the weights are and "
         "go on. Carrying takes 8 bytes of disk per parameter while the next stage trains.",
     )
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+    weight_decay: NonNegativeFloat = Field(
         0.1, description="AdamW's decay, on matrices only (not norms, biases, A_log, dt_bias)."
     )
     weight_decay_exempt: list[TrainedPart] = Field(
         [], description="Parts of the model whose matrices do not decay either, e.g. [router, embedding]."
     )
-    learning_rate_scale: dict[TrainedPart, Annotated[float, Field(ge=0.0)]] = Field(
+    learning_rate_scale: dict[TrainedPart, NonNegativeFloat] = Field(
         {},
         description="Factors on the learning rate by part of the model, e.g. {router: 0.1}; 0 freezes the part. Weight decay, "
         "which AdamW multiplies by the learning rate, follows. 'embedding' is lm_head too, 'norm' the norms around the layers' "
@@ -146,7 +152,7 @@ class DistilRecipe(Section):
         "more than ten in a row stop the training; or go back to the last saved state and leave out the rows of all steps "
         "since, at most ten times. All of it is logged.",
     )
-    spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(
+    spike_factor: Annotated[float, Field(gt=1.0, le=LARGEST)] | None = Field(
         None,
         description="A loss is a spike if it is more than so many times the median of the last 64. Default: no loss is.",
     )

@@ -1,11 +1,10 @@
 """The cut: the shape to reach, what importance is measured on, and the criterion for each axis."""
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slimqwen.recipe.section import PositiveInt, Section
+from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveInt, Section
 
 DepthCriterion = Literal["last", "similarity", "block_influence"]
 WidthCriterion = Literal["norm_activation", "rotation", "weight_magnitude", "random"]
@@ -27,7 +26,7 @@ PAPER: dict[str, Any] = {
 class CalibrationRecipe(Section):
     """The forward pass that the importance scores are measured on."""
 
-    sources: dict[str, Path] = Field(
+    sources: dict[str, PathField] = Field(
         {},
         description="Text to measure on, by name: folders written by `slimqwen tokens`. Statistics are kept apart per source. "
         "Default: the training text.",
@@ -115,7 +114,7 @@ class PruningRecipe(Section):
         "know no repair.",
     )
     experts: ExpertRecipe = Field(ExpertRecipe(), description="Which experts stay.")
-    source_weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
+    source_weights: dict[str, NonNegativeFloat] | None = Field(
         None, description="What each of calibration.sources counts for. Default: as much as it has tokens."
     )
 

@@ -1,6 +1,5 @@
 """A whole run, and what is measured at its end."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -8,7 +7,7 @@ from pydantic import Field, model_validator
 from slimqwen.recipe.data import DataRecipe
 from slimqwen.recipe.distil import DistilRecipe, TeacherCacheRecipe
 from slimqwen.recipe.pruning import CalibrationRecipe, PruningRecipe, Target
-from slimqwen.recipe.section import PositiveInt, Section
+from slimqwen.recipe.section import CheckpointField, PathField, PositiveInt, Section, SeedInt
 
 BUILTIN_TEACHER = "builtin"
 
@@ -51,11 +50,11 @@ class Recipe(Section):
     """One run: from a teacher and a target to a smaller model, its evaluation and its report."""
 
     name: str = Field("slimqwen", description="Shown in the report and on the model card.")
-    run_dir: Path = Field(description="Folder of every artefact of the run.")
-    teacher: str = Field(
+    run_dir: PathField = Field(description="Folder of every artefact of the run.")
+    teacher: CheckpointField = Field(
         BUILTIN_TEACHER, description="A checkpoint folder, or 'builtin': the small teacher inside the package."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the data order and of random initialisation.")
+    seed: SeedInt = Field(0, description="Seed of the data order and of random initialisation.")
     device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
     dtype: Dtype = Field(
         "auto",
@@ -104,8 +103,8 @@ class PretrainRecipe(Section):
     """A teacher from nothing: tokenizer, random weights, language modelling. The built-in teacher was made by one."""
 
     name: str = Field("pretrain", description="Shown with the progress.")
-    run_dir: Path = Field(description="Folder of every artefact of the run; the result is its `final/`.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the weights and of the data order.")
+    run_dir: PathField = Field(description="Folder of every artefact of the run; the result is its `final/`.")
+    seed: SeedInt = Field(0, description="Seed of the weights and of the data order.")
     device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of the final weights; training is in float32."

@@ -1,23 +1,18 @@
 """The final table on the terminal."""
 
-from rich.console import Console
-from rich.table import Table
-
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.reporting.titles import title_of
+from slimqwen.terminal import DataTable
 
 
 def print_table(evaluation: Evaluation) -> None:
     """Print every model's parameters and quality to stdout."""
-    table = Table(title=f"held-out text, {evaluation.tokens:,} tokens", title_justify="left", box=None, pad_edge=False)
-    table.add_column("model")
     depth = max(len(model.mtp_acceptance) for model in evaluation.models.values())
     columns = ["total", "active", "loss", "perplexity", "bits/byte", "KL to teacher", "top-1 agree"]
     drafting = [*(f"acc_{k}" for k in range(depth)), "tokens/pass"] if depth else []
-    for column in (*columns, *drafting):
-        table.add_column(column, justify="right")
+    table = DataTable("model", *columns, *drafting, title=f"held-out text, {evaluation.tokens:,} tokens")
     for name, model in evaluation.models.items():
-        table.add_row(
+        table.add(
             title_of(name),
             f"{model.total_parameters:,}",
             f"{model.active_parameters:,}",
@@ -28,10 +23,7 @@ def print_table(evaluation: Evaluation) -> None:
             "-" if model.top1_agreement is None else f"{model.top1_agreement:.1%}",
             *(_drafting(model) or ["-"] * len(drafting)),
         )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a log file or pipe has no width to fold a table to
-    console.print(table)
+    table.show()
 
 
 def _drafting(model: ModelEvaluation) -> list[str]:

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
-from rich.table import Table
 
 from slimqwen.artifacts import write_text
 from slimqwen.planning.counts import in_parameters
 from slimqwen.planning.fit import SEARCHED, Candidate
 from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.terminal import DataTable
 
 FOOTNOTE = (
     "KL(teacher || cut model) in nats per token on {tokens:,} held-out tokens, without training. predicted: the sum of each axis cut\n"
@@ -68,15 +67,17 @@ def tables(result: SearchResult) -> str:
     """The sensitivities and the shapes, best first, as text."""
     footnote = FOOTNOTE.format(tokens=result.measured_tokens, feasible=result.feasible)
     agreement = f"Prediction and measurement put {result.agreeing_pairs} of the {result.pairs} pairs of measured shapes in the same order."
-    return "\n\n".join((_text(_sensitivities(result)), _text(_shapes(result)), f"{footnote}\n{agreement}"))
+    return "\n\n".join((_sensitivities(result).as_text(160), _shapes(result).as_text(160), f"{footnote}\n{agreement}"))
 
 
-def _sensitivities(result: SearchResult) -> Table:
-    table = _table("axis alone", "size", "KL", "total saved", "KL per million", "active saved", "KL per million")
+def _sensitivities(result: SearchResult) -> DataTable:
+    table = DataTable(
+        "axis alone", "size", "KL", "total saved", "KL per million", "active saved", "KL per million", left=0
+    )
     if result.base_kl:
-        table.add_row("(pinned sizes)", "", f"{result.base_kl:.4f}", "", "", "", "")
+        table.add("(pinned sizes)", "", f"{result.base_kl:.4f}", "", "", "", "")
     for cut in result.sensitivities:
-        table.add_row(
+        table.add(
             cut.field,
             str(cut.size),
             f"{cut.kl:.4f}",
@@ -90,8 +91,8 @@ def _saved(kl: float, parameters: int) -> tuple[str, str]:
     return (in_parameters(parameters), f"{kl / parameters * 1e6:.2g}") if parameters else ("-", "-")
 
 
-def _shapes(result: SearchResult) -> Table:
-    table = _table(
+def _shapes(result: SearchResult) -> DataTable:
+    table = DataTable(
         "",
         "layers",
         "hidden",
@@ -103,10 +104,11 @@ def _shapes(result: SearchResult) -> Table:
         "predicted KL",
         "measured KL",
         "arithmetic",
+        left=0,
     )
     for number, shape in enumerate(result.shapes, start=1):
         sizes = shape.candidate.target.model_dump()
-        table.add_row(
+        table.add(
             str(number),
             *(str(sizes[field]) for field in SEARCHED),
             in_parameters(shape.candidate.counts.total_parameters),
@@ -116,17 +118,3 @@ def _shapes(result: SearchResult) -> Table:
             str(shape.arithmetic_place),
         )
     return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _text(table: Table) -> str:
-    console = Console(width=160)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()

@@ -1,0 +1,149 @@
+"""The outermost border of the program: whatever happens inside leaves it as one sentence and an exit code.
+
+A fault of our own is a sentence too, and its traceback goes into a file to be reported with; SLIMQWEN_TRACEBACK=1 prints
+it instead, and keeps the file away.
+"""
+
+import errno
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import NoReturn
+
+from slimqwen.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FAULT, EXIT_INTERRUPTED, Interrupted, UserError
+from slimqwen.progress import say
+from slimqwen.terminal import NOT_FOR_A_TERMINAL, accept_every_character, visible
+
+TRACEBACK = "SLIMQWEN_TRACEBACK"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OF_THE_PATH = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EROFS,
+    errno.EINVAL,
+    errno.EBUSY,
+    errno.ENXIO,
+)
+
+
+def guarded(program: Callable[[], object]) -> None:
+    """Run the program and end the process as its result says."""
+    accept_every_character()
+    try:
+        check_arguments(sys.argv[1:])
+        program()
+    except Interrupted as error:
+        if os.environ.get("RANK", "0") == "0":
+            say(*error.lines)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted.")
+        sys.exit(EXIT_INTERRUPTED)
+    except UserError as error:
+        end(exit_code_of(error), *error.lines)
+    except OSError as error:
+        end(EXIT_FAILED, sentence_of(error))
+    except Exception as error:
+        if is_out_of_memory(error):
+            reason = (str(error).splitlines() or ["none is left"])[0]
+            end(
+                EXIT_FAILED,
+                f"there is not enough memory ({reason}): lower the batch size or the sequence length, or leave other "
+                "programs less. What was finished stays; see the command's --help for how it continues.",
+            )
+        end(EXIT_FAULT, report_fault(error))
+
+
+def end(code: int, *lines: str) -> NoReturn:
+    """Say an error and exit; where several processes may report one, it is said which."""
+    speaker = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    first, *others = lines
+    say(f"{speaker}error: {first}", *others)
+    sys.exit(code)
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Raise UserError for an argument whose bytes are no text: it could be neither recorded nor tokenized."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UserError(f"the argument {argument} is not {sys.getfilesystemencoding()} text: rename the file.")
+
+
+def exit_code_of(error: UserError) -> int:
+    """The error's own; but a disk that was full is no wrong input, wherever it was noticed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in FULL_DISK:
+            return EXIT_FAILED
+        cause = cause.__cause__ or cause.__context__
+    return error.exit_code
+
+
+def sentence_of(error: OSError) -> str:
+    """The system's own words, the name, and what to do."""
+    problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+    if error.errno in FULL_DISK:
+        return f"{problem}. Free some space and run the same command again."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{problem}. Allow this process more open files (`ulimit -n`) and run the same command again."
+    if error.errno in OF_THE_PATH:
+        return f"{problem}. Check the path and its permissions."
+    return f"{problem}. The machine, its disk or its network failed: run the same command again."
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host's or a device's memory ran out (PyTorch's class is not imported for it)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def report_fault(error: Exception) -> str:
+    """Write down what happened; the sentence that says so."""
+    about = f"slimqwen {version('slimqwen')}, Python {platform.python_version()}, {platform.platform()}"
+    text = visible(
+        f"{about}\n{shlex.join(['slimqwen', *sys.argv[1:]])}\n\n{''.join(traceback.format_exception(error))}",
+        keep="\n\t",
+    )
+    said = " ".join(str(error).split())[:300]
+    problem = (
+        f"{type(error).__name__}{f': {said}' if said else ''}. This is a fault of slimqwen: please report it with "
+    )
+    if not os.environ.get(TRACEBACK):
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="slimqwen-fault-", suffix=".txt", encoding="utf-8", delete=False
+            ) as file:
+                file.write(text)
+            return f"{problem}the traceback in {file.name}."
+        except OSError:
+            pass
+    say(*text.splitlines())
+    return f"{problem}the traceback above."
+
+
+@contextmanager
+def safe_usage_error() -> Iterator[None]:
+    """Make what is wrong with a command line fit for a terminal, which typer would print as it was given."""
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if getattr(error, "exit_code", None) == EXIT_BAD_INPUT and isinstance(message, str):
+            error.message = NOT_FOR_A_TERMINAL.sub("?", message)  # type: ignore[attr-defined]
+        raise

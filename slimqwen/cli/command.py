@@ -1,0 +1,119 @@
+"""What all commands have in common: what their options may hold, and the words in which they fail or are interrupted."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from typer.core import TyperCommand
+
+from slimqwen.errors import Interrupted, UserError
+from slimqwen.recipe.section import LARGEST_SEED, MOST
+from slimqwen.torchrun import world_size
+
+# What stays of a command that is interrupted, by Ctrl-C.
+STEPS_STAY = "finished steps stay, and training goes on from its last saved state: the same command continues."
+TRAINING_STAYS = "nothing is lost but the steps since the last saved state; the same command continues."
+FILES_STAY = "what was finished stays beside the output: the same command continues."
+NOTHING_STAYS = "nothing is left half written; the same command starts again."
+NOTHING_WRITTEN = "it writes nothing, so nothing is left half written."
+LEFT = {
+    "run": STEPS_STAY,
+    "demo": STEPS_STAY,
+    "study": STEPS_STAY,
+    "pretrain": STEPS_STAY,
+    "distil": TRAINING_STAYS,
+    "prune": FILES_STAY,
+    "repair": FILES_STAY,
+    "teacher-cache": FILES_STAY,
+    "calibrate": "nothing is left half written; the same command continues where it measures layer by layer, and else starts again.",
+    "plan": "nothing is left half written; the same command starts again, after what --work holds of a search.",
+    "evaluate": "nothing is left half written; the same command starts again, after the benchmarks that are finished.",
+    "check": NOTHING_WRITTEN,
+    "generate": NOTHING_WRITTEN,
+    "bench": NOTHING_WRITTEN,
+    "recipe": NOTHING_WRITTEN,
+}
+
+# Recipe fields whose option has another name; else it is the field's.
+OPTION_OF = {
+    "evaluation.tokens": "measured_tokens",
+    "heldout_sources": "heldout",
+    "data.heldout_sources": "heldout",
+}
+SECTION_FILES = {"distil": "distil", "plan": "pruning"}  # commands that read one section of a recipe as a file
+FIELD = re.compile(
+    r"(?<![\w./-])(?:(?P<section>data|calibration|evaluation|teacher_cache|distil|pruning)\.)?"
+    r"(?P<name>[a-z]+(?:_[a-z]+)*)(?![\w/(]|\.\w)(?P<setting>: (?=[\w.\[]))?"
+)
+
+
+class Command(TyperCommand):
+    """A command whose numbers are bounded and finite, whose paths know ~, and whose errors name its own options."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for param in self.params:
+            kind = getattr(param, "type", None)
+            if kind is not None and hasattr(kind, "resolve_path"):  # click's own type of paths
+                kind.convert = from_home(kind.convert)
+
+    def invoke(self, ctx: Any) -> Any:
+        if self.name != "distil" and world_size() > 1:
+            raise UserError(
+                f"'{self.name}' is work for one process, and torchrun has started {world_size()}: run it without "
+                "torchrun, and only `slimqwen distil` with it."
+            )
+        try:
+            check_numbers(ctx.params)
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted: {LEFT.get(self.name or '', NOTHING_STAYS)}") from None
+        except UserError as error:
+            if "overrides" not in ctx.params or self.name in SECTION_FILES:  # else it is told what its recipe says
+                error.args = tuple(in_options(line, self.name or "", options_of(self)) for line in error.args)
+            raise
+
+
+def from_home(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """`convert` of a path in which a leading ~ is the home folder: after `--out=` the shell leaves it as it is."""
+
+    def converted(value: Any, *context: Any) -> Any:
+        return convert(os.path.expanduser(value) if isinstance(value, str) else value, *context)
+
+    return converted
+
+
+def options_of(command: TyperCommand) -> dict[str, str]:
+    """The options of a command by the name of what they set: {"sequence_length": "--sequence-length"}."""
+    return {param.name: max(param.opts, key=len) for param in command.params if param.name and param.opts[0][0] == "-"}
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise UserError for a number that nothing can be done with, which options accept as one: 2^70, nan, inf."""
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        most = LARGEST_SEED if name == "seed" else MOST
+        if isinstance(value, int) and abs(value) > most:
+            raise UserError(f"{option} {value} is too large: at most {most:,}.")
+        if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= MOST):
+            raise UserError(f"{option} {value:g} is no number to compute with: at most {MOST:,}.")
+
+
+def in_options(sentence: str, command: str, options: Mapping[str, str]) -> str:
+    """A stage's sentence in the words of the command that was given: `--sequence-length` for `data.sequence_length`.
+
+    Stages speak of recipe fields, which a single command has as options, or in a file with one section of a recipe.
+    """
+
+    def named(found: re.Match[str]) -> str:
+        section, name, setting = found["section"], found["name"], found["setting"] or ""
+        key = f"{section}.{name}" if section else name
+        if section is not None and section == SECTION_FILES.get(command):
+            return found[0].removeprefix(f"{section}.")
+        is_field = section is not None or "_" in name or (setting and name in ("device", "dtype", "seed"))
+        option = options.get(OPTION_OF.get(key, name)) if is_field else None
+        return found[0] if option is None else option + (" " if setting else "")
+
+    return FIELD.sub(named, sentence)

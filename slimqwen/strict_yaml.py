@@ -1,0 +1,111 @@
+"""YAML as recipes are written in it: safe, small, each key once; and whatever else a file holds is a `YAMLError`.
+
+PyYAML's own constructors raise a class of their own for each kind of nonsense (`!!int x`, `!!timestamp x`, deep nesting);
+here all of it has a line, a column and a sentence.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+DEEPEST = 32  # of nesting; a recipe has 4
+LARGEST_INTEGER = 2**63 - 1
+LONGEST_NUMBER = 64  # characters; float64 has 17 digits
+WORDS = {"int": "whole number", "float": "number", "bool": "true or false"}
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+def load(text: str) -> Any:
+    """The values in `text`: mappings, lists, text, numbers, true and false, null. Raises `yaml.YAMLError`."""
+    return yaml.load(text, _Loader)
+
+
+def dump(values: Any) -> str:
+    """YAML that `load` gives equal values for."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def problem_of(error: yaml.YAMLError) -> str:
+    """Where and what, on one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return str(error).splitlines()[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error, and so is an alias (`*name`), which could grow without end."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _problem("aliases (*name) are not supported, write the value out", event.start_mark)
+        if self._depth >= DEEPEST:
+            raise _problem(f"nested more than {DEEPEST} deep", event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        mapping = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in mapping.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _problem("a key must be a word", key.start_mark)
+            if key.value in seen:
+                raise _problem(f"the key '{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
+        return mapping
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except (ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError):
+            kind = node.tag.removeprefix(TAG)
+            raise _problem(f"this is no {WORDS.get(kind, kind)}", node.start_mark) from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `_Loader` would take for a number."""
+
+
+def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """1e-4 as a float, 40e9 as a whole number: that is how people write token counts."""
+    value = float(loader.construct_yaml_float(node))
+    whole = "e" in node.value.lower() and value.is_integer() and abs(value) <= LARGEST_INTEGER
+    return int(value) if whole else value
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value = loader.construct_yaml_int(node) if len(node.value) <= LONGEST_NUMBER else LARGEST_INTEGER + 1
+    if abs(value) > LARGEST_INTEGER:
+        raise _problem("a whole number this large is not supported", node.start_mark)
+    return value
+
+
+def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    text: str = loader.construct_scalar(node)
+    if HALF_CHARACTER.search(text):
+        raise _problem("half of a character (a lone surrogate) is no text", node.start_mark)
+    return text
+
+
+TAG = "tag:yaml.org,2002:"
+# YAML 1.1, which PyYAML speaks, wants a dot and a signed exponent in a float: 1e-4 would be text.
+FLOAT_WITHOUT_DOT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")
+_Loader.add_implicit_resolver(TAG + "float", FLOAT_WITHOUT_DOT, list("-+0123456789"))
+_Dumper.add_implicit_resolver(TAG + "float", FLOAT_WITHOUT_DOT, list("-+0123456789"))
+_Loader.add_constructor(TAG + "float", _construct_float)
+_Loader.add_constructor(TAG + "int", _construct_int)
+_Loader.add_constructor(TAG + "str", _construct_text)
+_Loader.add_constructor(TAG + "timestamp", _construct_text)  # a name such as 2026-01-31 is what was written
