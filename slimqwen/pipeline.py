@@ -34,6 +34,7 @@ from slimqwen.preflight import Stage, announce, announce_text, check, check_held
 from slimqwen.progress import duration
 from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
 from slimqwen.reporting.card import model_card
+from slimqwen.reporting.parentage import Parentage, parentage_of
 from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN, TITLES
 from slimqwen.steps import Record, Steps
@@ -71,6 +72,7 @@ def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
     pipeline.steps.begin(recipe)
     with pipeline.steps.warned("recipe", fingerprint_value(recipe.model_dump(mode="json"))):
         announce(recipe, pipeline.source, pipeline.stages)
+        pipeline.read_what_is_optional()
     pipeline.forget_other_schedules()
     tokens = pipeline.tokens()
     if recipe.distil.is_taught and recipe.distil.teacher == "cache":
@@ -111,6 +113,18 @@ class Pipeline:
         check(recipe, self.source)
         self.stages = stages_of(recipe, self.source)
         self.steps = Steps(recipe.run_dir, command)
+        self.parentage = Parentage()
+        self.benchmarks: Benchmarks | None = None
+
+    def read_what_is_optional(self) -> None:
+        """What only the model card tells; read before the work, so that what cannot be read costs a warning and no more."""
+        self.parentage = parentage_of(self.teacher)
+        file = self.run_dir / "benchmarks.json"
+        if file.is_file():
+            try:
+                self.benchmarks = Benchmarks.load(file)
+            except UserError as error:
+                warn(f"note: the model card and the report will tell no benchmarks: {error}")
 
     def outputs(self) -> list[Path]:
         """Every place in the run directory where an artefact of this recipe may come to lie."""
@@ -293,9 +307,8 @@ class Pipeline:
             "tokens": fingerprint(self.run_dir / "tokens"),
             "trained checkpoint": checkpoint.fingerprint(),
         }
-        file = self.run_dir / "benchmarks.json"
-        benchmarks = Benchmarks.load(file).with_own(trained, MAIN_RUN) if file.is_file() else None
-        card = model_card(self.recipe, self.teacher, evaluation, self.command, made_from, benchmarks)
+        benchmarks = None if self.benchmarks is None else self.benchmarks.with_own(trained, MAIN_RUN)
+        card = model_card(self.recipe, self.parentage, evaluation, self.command, made_from, benchmarks)
         out = self.run_dir / "final"
 
         def assemble() -> None:

@@ -5,13 +5,15 @@ import os
 from slimqwen.cli import compressing, measuring, showing, training, whole
 from slimqwen.cli.app import app
 from slimqwen.cli.border import guarded
-from slimqwen.cli.command import Command
+from slimqwen.cli.command import Command, let_paths_begin_at_home
 
 __all__ = ["app", "main"]
 
 for module in (whole, compressing, training, measuring, showing):  # the order of `slimqwen --help`
     for registered in module.commands.registered_commands:
         registered.cls = Command
+        if registered.callback is not None:
+            let_paths_begin_at_home(registered.callback)
     app.add_typer(module.commands)
 
 

@@ -4,9 +4,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer.core import TyperCommand
+from typer.models import ParameterInfo
 
 from slimqwen.errors import Interrupted, UserError
 from slimqwen.recipe.section import LARGEST_SEED, MOST
@@ -52,13 +54,6 @@ FIELD = re.compile(
 class Command(TyperCommand):
     """A command whose numbers are bounded and finite, whose paths know ~, and whose errors name its own options."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        for param in self.params:
-            kind = getattr(param, "type", None)
-            if kind is not None and hasattr(kind, "resolve_path"):  # click's own type of paths
-                kind.convert = from_home(kind.convert)
-
     def invoke(self, ctx: Any) -> Any:
         if self.name != "distil" and world_size() > 1:
             raise UserError(
@@ -76,13 +71,18 @@ class Command(TyperCommand):
             raise
 
 
-def from_home(convert: Callable[..., Any]) -> Callable[..., Any]:
-    """`convert` of a path in which a leading ~ is the home folder: after `--out=` the shell leaves it as it is."""
+def let_paths_begin_at_home(command: Callable[..., Any]) -> None:
+    """Make a leading ~ the home folder in every path that the function of a command takes: `--out=~/x` leaves it."""
+    for annotation in get_type_hints(command, include_extras=True).values():
+        kind, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+        for declared in metadata:
+            if isinstance(declared, ParameterInfo) and Path in (kind, *get_args(kind)):
+                declared.parser = path_of
+                declared.metavar = declared.metavar or "PATH"
 
-    def converted(value: Any, *context: Any) -> Any:
-        return convert(os.path.expanduser(value) if isinstance(value, str) else value, *context)
 
-    return converted
+def path_of(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def options_of(command: TyperCommand) -> dict[str, str]:

@@ -1,23 +1,23 @@
 """The model card, README.md of the final checkpoint: parents, shapes, evaluation, and how it was made."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from slimqwen.checkpoint.config import read_json
+from slimqwen import strict_yaml
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.recipe import BUILTIN_TEACHER, Recipe
+from slimqwen.reporting.markdown import block, code, plain
+from slimqwen.reporting.parentage import Parentage
 from slimqwen.reporting.titles import MAIN_RUN, title_of
+from slimqwen.terminal import visible
 
 
 def model_card(
     recipe: Recipe,
-    teacher: Path,
+    parentage: Parentage,
     evaluation: Evaluation,
     command: str,
     made_from: Mapping[str, str],
@@ -25,16 +25,16 @@ def model_card(
 ) -> str:
     """Markdown with Hugging Face front matter. Every number comes from `evaluation` and `benchmarks`.
 
-    teacher: its folder, whose licence, language and hub name the card takes over where they are known there.
+    parentage: what is taken over of the teacher's card (`parentage_of` its folder).
     made_from: what the model was made from -> fingerprint.
     benchmarks: said only where the model itself (MAIN_RUN) is among its models.
     """
     models = evaluation.models
     this = models[MAIN_RUN]
-    teacher_name = "the built-in teacher of slimqwen" if recipe.teacher == BUILTIN_TEACHER else f"`{recipe.teacher}`"
-    base_model = hub_name(teacher)
+    teacher = "the built-in teacher of slimqwen" if recipe.teacher == BUILTIN_TEACHER else code(recipe.teacher)
+    base_model = parentage.base_model
     front = ModelCardData(
-        model_name=recipe.name,
+        model_name=visible(recipe.name),
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base_model,
@@ -51,19 +51,19 @@ def model_card(
             for metric, value in (("loss", this.loss), ("perplexity", this.perplexity))
         ]
         + benchmark_results(benchmarks),
-        **inherited(teacher),
+        **parentage.inherited,
     )
     start = "Pruned from" if recipe.init == "pruned" else "Randomly initialised at a shape cut from"
     training = "with knowledge distillation" if {"kd", "mtp_kd"} & set(recipe.distil.terms) else "on text alone"
     rows = "\n".join(_row(title_of(name), models[name]) for name in models)
-    hashes = "\n".join(f"- {what}: `{fingerprint}`" for what, fingerprint in made_from.items())
+    hashes = "\n".join(f"- {what}: {code(fingerprint)}" for what, fingerprint in made_from.items())
     return f"""---
 {front.to_yaml()}
 ---
 
-# {recipe.name}
+# {plain(recipe.name)}
 
-{start} {teacher_name} to {this.total_parameters:,} parameters ({this.active_parameters:,} active, MTP module of
+{start} {teacher} to {this.total_parameters:,} parameters ({this.active_parameters:,} active, MTP module of
 {this.mtp_parameters:,} apart) and trained {training} on {recipe.distil.tokens:,} tokens. The method is SlimQwen's
 (arXiv 2605.08738), as implemented by slimqwen.
 
@@ -89,11 +89,9 @@ The MTP module's tensors (`mtp.*`) are in the checkpoint for serving engines; Tr
 
 ## How it was made
 
-`{command}` with this recipe:
+{code(command)} with this recipe:
 
-```yaml
-{yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip()}
-```
+{block(strict_yaml.dump(recipe.model_dump(mode="json")).strip(), "yaml")}
 
 Made from (SHA-256; of files over 64 MiB, of their size and 64 KiB of every 4 MiB):
 
@@ -124,9 +122,13 @@ def benchmark_table(benchmarks: Benchmarks | None) -> str:
         return ""
     rows = []
     for (task, metric), by_model in benchmarks.lines().items():
-        own = by_model[MAIN_RUN]
-        teacher = "-" if benchmarks.teacher is None else by_model[benchmarks.teacher].score
-        rows.append(f"| {task}, {metric} | {own.documents:,} | {own.score} | {teacher} | {own.change or '-'} |")
+        own, teachers = by_model.get(MAIN_RUN), by_model.get(benchmarks.teacher or "")
+        if own is None:
+            continue
+        teacher = "-" if teachers is None else teachers.score
+        rows.append(
+            f"| {plain(task)}, {plain(metric)} | {own.documents:,} | {own.score} | {teacher} | {own.change or '-'} |"
+        )
     limit = "" if benchmarks.limit is None else f" Only the first {benchmarks.limit:,} questions of each task."
     shots = "as each task says" if benchmarks.shots is None else str(benchmarks.shots)
     return "\n".join(
@@ -145,35 +147,12 @@ def benchmark_table(benchmarks: Benchmarks | None) -> str:
     )
 
 
-def hub_name(teacher: Path) -> str | None:
-    """The teacher's name on the hub, if its folder tells: a snapshot in the hub's cache, or config.json's _name_or_path."""
-    cached = [part.split("--") for part in teacher.resolve().parts if part.startswith("models--")]
-    if cached and len(cached[-1]) == 3:
-        return "/".join(cached[-1][1:])
-    name = str(read_json(teacher / "config.json").get("_name_or_path", ""))
-    return name if name.count("/") == 1 and not name.startswith((".", "/")) else None
-
-
-def inherited(teacher: Path) -> dict[str, Any]:
-    """What the teacher's own card says of its licence and language, which hold for what is made of it."""
-    card = teacher / "README.md"
-    parts = card.read_text(encoding="utf-8").split("---", 2) if card.is_file() else []
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    known = ("license", "license_name", "license_link", "language")
-    return {key: front[key] for key in known if key in front} if isinstance(front, dict) else {}
-
-
 def _row(title: str, model: ModelEvaluation) -> str:
     acceptance = " / ".join(f"{share:.1%}" for share in model.mtp_acceptance) or "-"
     yielded = "-" if model.tokens_per_verification is None else f"{model.tokens_per_verification:.2f}"
     kl = "-" if model.kl_to_teacher is None else f"{model.kl_to_teacher:.4f}"
     agreement = "-" if model.top1_agreement is None else f"{model.top1_agreement:.1%}"
     return (
-        f"| {title} | {model.total_parameters:,} | {model.active_parameters:,} | {model.loss:.4f} | {model.perplexity:.2f} "
+        f"| {plain(title)} | {model.total_parameters:,} | {model.active_parameters:,} | {model.loss:.4f} | {model.perplexity:.2f} "
         f"| {model.bits_per_byte:.4f} | {kl} | {agreement} | {acceptance} | {yielded} |"
     )

@@ -147,10 +147,15 @@ def _evaluation(run_dir: Path) -> Evaluation | None:
 
 
 def _benchmarks(run_dir: Path) -> Benchmarks | None:
+    """What is optional in a run's folder costs a warning where it cannot be read."""
     path, final = run_dir / "benchmarks.json", run_dir / "final"
     if not path.is_file():
         return None
-    found = Benchmarks.load(path)
+    try:
+        found = Benchmarks.load(path)
+    except UserError as error:
+        warn(f"note: the report leaves benchmarks out: {error}")
+        return None
     return found.with_own(final, MAIN_RUN) if final.is_dir() else found
 
 

@@ -1,0 +1,104 @@
+"""What the model card takes over from the teacher's: its name on the hub, licence and language.
+
+All of it is optional, and read before a run: what cannot be read costs a warning and not the run.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimqwen.checkpoint.config import read_json
+from slimqwen.errors import UserError, shown
+from slimqwen.terminal import NOT_FOR_A_TERMINAL
+from slimqwen.warning import warn
+
+LARGEST_CARD_BYTES = 1_000_000
+LONGEST_VALUE = 500  # characters
+KNOWN = ("license", "license_name", "license_link", "language")
+NOTHING = ("", "~", "null", "Null", "NULL")  # how YAML writes that there is no value
+
+
+@dataclass(frozen=True)
+class Parentage:
+    """base_model: the teacher's name on the hub, None where its folder does not tell. inherited: fields of its own card."""
+
+    base_model: str | None = None
+    inherited: dict[str, Any] = field(default_factory=dict)
+
+
+def parentage_of(teacher: Path) -> Parentage:
+    """What the card of a model made from the checkpoint in `teacher` says of it; warns of what cannot be read."""
+    return Parentage(hub_name(teacher), inherited(teacher))
+
+
+def hub_name(teacher: Path) -> str | None:
+    """The teacher's name on the hub, if its folder tells: a snapshot in the hub's cache, or config.json's _name_or_path."""
+    cached = [part.split("--") for part in teacher.resolve().parts if part.startswith("models--")]
+    if cached and len(cached[-1]) == 3:
+        return "/".join(cached[-1][1:])
+    try:
+        config = read_json(teacher / "config.json")
+    except UserError:
+        return None
+    name = config.get("_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/")) or not _is_plain(name):
+        return None
+    return name
+
+
+def inherited(teacher: Path) -> dict[str, Any]:
+    """What the teacher's own card says of its licence and language, which hold for what is made of it."""
+    card = teacher / "README.md"
+    try:
+        if not card.is_file():
+            return {}
+        with card.open("rb") as stream:
+            content = stream.read(LARGEST_CARD_BYTES)
+        front = _front_matter(content)
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        warn(f"note: the model card will not name the teacher's licence and language: {card} {_in_short(reason)}.")
+        return {}
+    found = {key: front[key] for key in KNOWN if key in front and front[key] not in NOTHING}
+    for key in [key for key, value in found.items() if not _is_value(value)]:
+        warn(f"note: the model card will not name the teacher's {key}: {card} has {shown(found.pop(key))[:80]} there.")
+    return found
+
+
+def _front_matter(content: bytes) -> dict[str, Any]:
+    """The mapping between the first two lines `---`, every scalar as the text that it is (`no` is Norwegian, not false).
+
+    Empty without such lines. Raises ValueError for what cannot be read.
+    """
+    try:
+        text = content.decode("utf-8-sig", errors="strict" if len(content) < LARGEST_CARD_BYTES else "ignore")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte {error.start})") from None
+    lines = text.lstrip().splitlines()
+    if not lines or lines[0].rstrip() != "---":
+        return {}
+    end = next((number for number, line in enumerate(lines[1:], start=1) if line.rstrip() == "---"), None)
+    if end is None:
+        return {}
+    try:
+        front = yaml.load("\n".join(lines[1:end]), yaml.BaseLoader)  # constructs nothing but text, lists and mappings
+    except yaml.YAMLError as error:
+        raise ValueError(f"has front matter that is no YAML ({_in_short(str(error))})") from None
+    except RecursionError:
+        raise ValueError("has front matter that is nested too deep") from None
+    return front if isinstance(front, dict) else {}
+
+
+def _is_value(value: object) -> bool:
+    """Whether it is text, or a list of texts, as these fields are."""
+    return _is_plain(value) or (isinstance(value, list) and 0 < len(value) <= 1000 and all(map(_is_plain, value)))
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_VALUE and NOT_FOR_A_TERMINAL.search(value) is None
+
+
+def _in_short(text: str) -> str:
+    return " ".join(text.split())[:200]

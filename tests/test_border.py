@@ -1,0 +1,280 @@
+"""The command line's border: what options may hold, and that whatever happens ends as a sentence and an exit code."""
+
+import errno
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_tiny_checkpoint
+
+from slimqwen.cli import main
+from slimqwen.cli.command import in_options
+from slimqwen.errors import StageFailed, UserError
+from slimqwen.modeling.device import resolve_device
+from slimqwen.torchrun import local_rank, rank, world_size
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+class Program:
+    """The console script in this process: starting one costs seconds of imports."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: object) -> Result:
+        self.monkeypatch.setattr(sys, "argv", ["slimqwen", *map(str, arguments)])
+        self.monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = self.capsys.readouterr()
+        return Result(int(stop.value.code or 0), printed.out, printed.err)
+
+
+@pytest.fixture
+def slimqwen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
+    return Program(monkeypatch, capsys)
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str = "checkpoint.check.check_checkpoint"
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"slimqwen.{where}", fail)
+
+
+# Faults and failures
+
+
+def test_a_fault_of_our_own_is_a_sentence_and_its_traceback_a_file(
+    slimqwen: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    failing(monkeypatch, KeyError("no\x1b[31m such"))
+    result = slimqwen("check", "builtin")
+    (file,) = tmp_path.iterdir()
+    assert result.code == 70
+    assert result.err.startswith("error: KeyError: ") and "fault of slimqwen" in result.err and str(file) in result.err
+    assert "Traceback" not in result.err and "\x1b" not in result.err and len(result.err.splitlines()) == 1
+    told = file.read_text()
+    assert "Traceback" in told and "KeyError" in told and "slimqwen check builtin" in told and "\x1b" not in told
+
+
+def test_the_traceback_can_be_asked_for(slimqwen: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("SLIMQWEN_TRACEBACK", "1")
+    failing(monkeypatch, AssertionError())
+    result = slimqwen("check", "builtin")
+    assert result.code == 70 and "Traceback" in result.err and "traceback above" in result.err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_traceback_is_never_lost(slimqwen: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device"), "cli.border.tempfile.NamedTemporaryFile")
+    failing(monkeypatch, RuntimeError("x"))
+    result = slimqwen("check", "builtin")
+    assert result.code == 70 and "Traceback" in result.err and "traceback above" in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("the input is wrong."), 2, "error: the input is wrong."),
+        (StageFailed("the work failed."), 1, "error: the work failed."),
+        (PermissionError(errno.EACCES, "Permission denied", "/x\n\x1b[2J"), 1, r"/x\n\x1b[2J: Permission denied"),
+        (OSError(errno.EMFILE, "Too many open files", "/x/shard"), 1, "ulimit -n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "Free some space"),
+        (OSError(errno.EIO, "Input/output error"), 1, "run the same command again"),
+        (MemoryError(), 1, "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "not enough memory (CUDA out of memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate"), 1, "not enough memory"),
+        (KeyboardInterrupt(), 130, "interrupted: it writes nothing"),
+    ],
+)
+def test_each_failure_has_its_code_and_one_sentence(
+    error: BaseException, code: int, words: str, slimqwen: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, error)
+    result = slimqwen("check", "builtin")
+    assert (result.code, len(result.err.splitlines())) == (code, 1), result.err
+    assert words in result.err and "\x1b" not in result.err
+
+
+def test_a_disk_that_is_full_is_no_wrong_input_wherever_it_was_noticed(
+    slimqwen: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = UserError("x.json cannot be written.")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    failing(monkeypatch, error)
+    assert slimqwen("check", "builtin").code == 1
+
+
+def test_what_an_error_lists_stands_line_by_line(slimqwen: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = UserError("2 problems:", "a: wr\nong", "b: wrong")
+    assert str(error) == "2 problems:\n  a: wr\nong\n  b: wrong"
+    failing(monkeypatch, error)
+    assert slimqwen("check", "builtin").err == "error: 2 problems:\n  a: wr\\nong\n  b: wrong\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "words"),
+    [
+        (["tokens", "x", "--tokenizer", "builtin", "--out", "y"], "data.tokenize.tokenize", "starts again"),
+        (["generate", "builtin", "--prompt", "x"], "generation.generate.generate", "it writes nothing"),
+        (["prune", "builtin", "--plan", "p", "--out", "y"], "pruning.prune.prune", "the same command continues"),
+        (["report", "x"], "reporting.report.report", "nothing is left half written"),
+    ],
+)
+def test_an_interruption_says_what_is_true_of_its_command(
+    command: list[str],
+    where: str,
+    words: str,
+    slimqwen: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    failing(monkeypatch, KeyboardInterrupt(), where)
+    result = slimqwen(*command)
+    assert result.code == 130 and words in result.err and "saved state" not in result.err
+
+
+# What a command line may hold
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "builtin", "--prompt", "x", "--seed", 2**70], "--seed"),
+        (["generate", "builtin", "--prompt", "x", "--max-new-tokens", 2**63], "--max-new-tokens"),
+        (["generate", "builtin", "--prompt", "x", "--temperature", "1e300"], "--temperature"),
+        (["calibrate", "builtin", "--tokens", "t", "--samples", 2**63], "--samples"),
+        (["plan", "builtin", "--gpus", 10**30], "--gpus"),
+        (["bench", "builtin", "--runs", 10**30], "--runs"),
+        (["generate", "builtin", "--prompt", "x", "--device", "meta"], "device 'meta' cannot be used here"),
+        (["generate", "builtin", "--prompt", "x", "--device", "a\x1b[31m"], r"device 'a\x1b[31m' cannot"),
+        (["check", "b\udce9"], "is not utf-8 text"),
+        (["check", "builtni"], "did you mean 'builtin'?"),
+        (["check", "x\x1b[31m"], r"x\x1b[31m is not a checkpoint folder"),
+    ],
+)
+def test_what_options_cannot_hold_is_one_sentence(arguments: list[object], words: str, slimqwen: Program) -> None:
+    result = slimqwen(*arguments)
+    assert result.code == 2, result.err
+    assert words in result.err and "\x1b" not in result.err and len(result.err.splitlines()) == 1
+
+
+def test_usage_errors_hold_no_control_characters(slimqwen: Program) -> None:
+    wrong = (["generate", "builtin", "--prompt", "x", "--temperature", "nan"], ["check", "builtin", "\x1b[31mtwo"])
+    for arguments in (*wrong, ["check", "--\x1b[31mx", "y"], ["\x1b[31mcheck"]):
+        result = slimqwen(*arguments)
+        assert result.code == 2 and "\x1b[31m" not in result.err
+
+
+def test_a_tilde_is_the_home_folder_where_the_shell_leaves_it(
+    slimqwen: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    monkeypatch.setenv("HOME", str(home))
+    here.mkdir()
+    monkeypatch.chdir(here)
+    write_tiny_checkpoint(home / "model")
+    assert slimqwen("check", "~/model").code == 0
+    assert slimqwen("plan", "~/model", "--html=~/page.html").code == 0
+    assert (home / "page.html").is_file() and not list(here.iterdir())
+    (here / "~").mkdir()
+    assert slimqwen("plan", "~/model", "--html=./~/page.html").code == 0
+    assert (here / "~" / "page.html").is_file()
+    assert str(home / "no") in slimqwen("calibrate", "~/model", "--tokens", "wiki=~/no", "--out", "s").err
+    assert str(home / "no") in slimqwen("tokens", "wiki=~/no", "--tokenizer", "~/model", "--out=~/t").err
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["x", "-1", "1.5", "9" * 30, "²"])
+def test_what_torchrun_sets_is_a_number(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"the variable {name} is "):
+        (rank(), world_size(), local_rank())
+
+
+def test_ranks_of_torchrun(slimqwen: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "")
+    assert (rank(), world_size(), local_rank()) == (0, 1, None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert (rank(), world_size(), local_rank()) == (1, 2, 3)
+    result = slimqwen("check", "builtin")
+    assert result.code == 2 and result.err.startswith("rank 1: error: 'check' is work for one process")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UserError, match="ranks count from 0"):
+        rank()
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert "the variable WORLD_SIZE is 'x'" in slimqwen("check", "builtin").err
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "nope", "", "a\0b", "cpu:x"])
+def test_a_device_that_computes_nothing_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be used here"):
+        resolve_device(name)
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+# Words
+
+
+OPTIONS = {
+    "sequence_length": "--sequence-length",
+    "heldout_fraction": "--heldout-fraction",
+    "heldout": "--heldout",
+    "measured_tokens": "--measured-tokens",
+    "samples": "--samples",
+    "tokens": "--tokens",
+    "device": "--device",
+    "seed": "--seed",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence", "told"),
+    [
+        (
+            "tokens",
+            "raise data.heldout_fraction or give data.heldout_sources.",
+            "raise --heldout-fraction or give --heldout.",
+        ),
+        ("tokens", "name held-out text in heldout_sources", "name held-out text in --heldout"),
+        ("evaluate", "lower evaluation.tokens", "lower --measured-tokens"),
+        ("calibrate", "try device: auto.", "try --device auto."),
+        ("calibrate", "data.sequence_length: 5 and calibration.samples", "--sequence-length 5 and --samples"),
+        ("distil", "set distil.terms to [lm, mtp_lm].", "set terms to [lm, mtp_lm]."),
+        ("plan", "pruning.depth 'last' drops", "depth 'last' drops"),
+        ("evaluate", "distil.terms has no option here", "distil.terms has no option here"),
+        ("calibrate", "the tokens, samples and seed: words", "the tokens, samples and --seed words"),
+        (
+            "calibrate",
+            "/a/data.samples/sequence_length.txt, a/heldout_fraction",
+            "/a/data.samples/sequence_length.txt, a/heldout_fraction",
+        ),
+    ],
+)
+def test_errors_speak_of_the_options_that_were_given(command: str, sentence: str, told: str) -> None:
+    assert in_options(sentence, command, OPTIONS) == told
+
+
+def test_a_stages_error_names_the_commands_option(slimqwen: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, UserError("too short: lower data.sequence_length."), "generation.generate.generate")
+    assert "data.sequence_length" in slimqwen("generate", "builtin", "--prompt", "x").err  # it has no such option
+    failing(monkeypatch, UserError("too short: lower data.sequence_length."), "calibration.calibrate.calibrate")
+    result = slimqwen("calibrate", "builtin", "--tokens", "t")
+    assert result.err == "error: too short: lower --sequence-length.\n"
