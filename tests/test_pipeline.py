@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimqwen.artifacts import atomic_folder, claim_folder, write_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.distillation.distil import state_folder_of
-from slimqwen.errors import UserError
+from slimqwen.errors import StageFailed, UserError
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.jsonl import read_lines, value_of
 from slimqwen.pipeline import Pipeline, run
@@ -430,3 +430,23 @@ def test_what_lies_beside_the_teacher_redoes_nothing_and_a_companion_makes_final
         notes.unlink(missing_ok=True)
         companion.unlink() if original is None else companion.write_bytes(original)
         run(finished)
+
+
+def test_what_only_the_card_tells_is_read_before_the_work_and_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(tmp_path, tmp_path / "run")
+    (Path(recipe.teacher) / "README.md").write_bytes("---\nauthor: André\nlicense: mit\n---\n".encode("latin-1"))
+    recipe.run_dir.mkdir()
+    (recipe.run_dir / "benchmarks.json").write_text("{}")
+
+    def stop(_: object) -> None:
+        raise StageFailed("the first step")
+
+    monkeypatch.setattr("slimqwen.pipeline.Pipeline.tokens", stop)
+    with pytest.raises(StageFailed, match="the first step"):
+        run(recipe)
+    said = capsys.readouterr().err
+    kept = [json.loads(line)["text"] for line in (recipe.run_dir / "warnings.jsonl").read_text().splitlines()]
+    for words in ("README.md is not UTF-8", "no benchmarks"):
+        assert words in said and any(words in line for line in kept)

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,160 @@ def test_describe_covers_what_a_dumped_recipe_holds(tmp_path):
         return set()
 
     assert keys(json.loads(recipe.model_dump_json())) <= described
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!int x",
+        "!!int 1:z",
+        "!!float x",
+        "!!bool x",
+        "!!binary \u00e9",
+        "!!omap 5",
+        "!!merge x",
+        "=",
+        "!!python/object:os.system {}",
+        "[" * 5000,
+        "[" * 2000 + "]" * 2000,
+        "{a: " * 2000 + "}" * 2000,
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "-0b" + "1" * 100,
+        "1:" * 3000 + "1",
+        '"\\ud800"',
+        "? [a]",
+        "{<<: 4}",
+        "&a [*a]",
+    ],
+)
+def test_whatever_yaml_holds_is_one_sentence(tmp_path, value):
+    lines = refusal(written(tmp_path, SMALLEST + f"  batch_size: {value}\n")).splitlines()
+    assert len(lines) == 1 and "is not valid YAML: line " in lines[0] and len(lines[0]) < 400
+    lines = refusal(written(tmp_path, SMALLEST), f"name={value}").splitlines()
+    assert len(lines) == 2 and "the value is not valid YAML" in lines[1] and len(lines[1]) < 400
+
+
+def test_a_key_without_end_is_refused(tmp_path):
+    assert "at most 32 parts" in refusal(written(tmp_path, SMALLEST), ".".join("a" * 3000) + "=1")
+
+
+def test_dates_are_the_text_that_was_written(tmp_path):
+    for text in ("2026-01-31", "2024-13-45", "2026-01-31 10:00:00"):
+        recipe = load_recipe(written(tmp_path, SMALLEST + f"name: {text}\n"), [f"run_dir={text}"])
+        assert (recipe.name, recipe.run_dir) == (text, Path(text))
+        dump_recipe(recipe, tmp_path / "dumped.yaml")
+        assert load_recipe(tmp_path / "dumped.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("calibration.samples=1e18", "calibration.samples: must be at most 1000000000000000, is 1000000000000000000"),
+        ("calibration.samples=9223372036854775808", "a whole number this large is not supported"),
+        ("calibration.samples=1e30", "calibration.samples: must be a whole number, is 1e+30"),
+        ("seed=9223372036854775808", "a whole number this large is not supported"),
+        ("target.num_experts=1e16", "target.num_experts: must be at most"),
+        (
+            "data.sources=[{path: x, weight: 5e-324}]",
+            "data.sources.0.weight: 4.94066e-324 is too small to compute with",
+        ),
+        ("pruning.source_weights={a: 5e-324}", "pruning.source_weights.a: 4.94066e-324 is too small"),
+        ("distil.final_learning_rate=5e-324", "too small to compute with"),
+        ("distil.max_grad_norm=1e308", "distil.max_grad_norm: must be at most"),
+        ("distil.warmup_steps=1e17", "distil.warmup_steps: must be at most"),
+        ("distil.learning_rate_scale={routr: 1}", "distil.learning_rate_scale.routr: must be"),
+        ("distil.learning_rate_scale={routr: 1}", "(did you mean 'router'?)"),
+        ("schedule=depth-first", "(did you mean 'depth_first'?)"),
+        ("baselines=[lmonly]", "(did you mean 'lm_only'?)"),
+        ("data.sources=[{builtin: stdlib}]", "(did you mean 'python-stdlib'?)"),
+    ],
+)
+def test_values_that_cannot_be_meant(tmp_path, override, sentence):
+    assert sentence in refusal(written(tmp_path, SMALLEST), override)
+
+
+def test_zero_is_a_weight_and_the_largest_seed_a_seed(tmp_path):
+    recipe = load_recipe(
+        written(tmp_path, SMALLEST),
+        ["distil.final_learning_rate=0", f"seed={2**63 - 1}", "pruning.source_weights={a: 0}"],
+    )
+    assert (recipe.distil.final_learning_rate, recipe.seed) == (0.0, 2**63 - 1)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DISK", str(tmp_path / "di$k"))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    return tmp_path / "home"
+
+
+PATHS = """\
+run_dir: ~/run
+teacher: ${DISK}/teacher
+target: {hidden_size: 96}
+data:
+  sources: [{path: $DISK/a.jsonl, weight: 1}, {megatron: ~/b, weight: 2}]
+  heldout_sources: [{path: "$$x/~/./$DISK"}]
+calibration: {sources: {a: "~", b: ./~/c}}
+distil: {tokens: 1000}
+"""
+
+
+def test_home_and_variables_in_every_path(tmp_path, home):
+    disk = tmp_path / "di$k"
+    recipe = load_recipe(written(tmp_path, PATHS))
+    assert recipe.run_dir == home / "run"
+    assert recipe.teacher == f"{disk}/teacher"
+    assert [source.path or source.megatron for source in recipe.data.sources] == [disk / "a.jsonl", home / "b"]
+    assert recipe.data.heldout_sources[0].path == Path(f"$x/~/{disk}")
+    assert recipe.calibration.sources == {"a": home, "b": Path("~/c")}
+
+    dump_recipe(recipe, tmp_path / "resolved.yaml")
+    resolved = (tmp_path / "resolved.yaml").read_text()
+    assert f"run_dir: {home}/run\n" in resolved
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_home_and_variables_in_overrides(tmp_path, home):
+    path = written(tmp_path, SMALLEST)
+    recipe = load_recipe(path, ["run_dir=~/x", "teacher=$DISK/t", "calibration.sources={a: ~/y}"])
+    assert (recipe.run_dir, recipe.teacher) == (home / "x", str(tmp_path / "di$k" / "t"))
+    assert recipe.calibration.sources == {"a": home / "y"}
+    assert load_recipe(path, ["teacher=builtin"]).teacher == "builtin"
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("$NOWHERE/x", "run_dir: the variable NOWHERE is not set: set it, or write $$ for a dollar sign"),
+        ("${NOWHERE}/x", "run_dir: the variable NOWHERE is not set"),
+        ("$EMPTY/x", "run_dir: the variable EMPTY is not set"),
+        ("${a-b}/x", "run_dir: the variable a-b is not set"),
+        ("~nobody-of-this-name/x", "run_dir: there is no home folder ~nobody-of-this-name"),
+        ('"a\\0b"', "run_dir: a path cannot hold the character NUL"),
+        ('""', "run_dir: must not be empty"),
+    ],
+)
+def test_paths_that_lead_nowhere(tmp_path, home, value, sentence):
+    assert sentence in refusal(written(tmp_path, SMALLEST), f"run_dir={value}")
+    assert sentence.replace("run_dir", "teacher") in refusal(written(tmp_path, SMALLEST), f"teacher={value}")
+
+
+def test_a_path_that_a_program_gives_is_taken_as_it_is(home):
+    recipe = Recipe.model_validate(
+        {"run_dir": Path("~/$NOWHERE"), "teacher": "./~/$x", "target": {"hidden_size": 8}, "distil": {"tokens": 8}}
+    )
+    assert (recipe.run_dir, recipe.teacher) == (Path("~/$NOWHERE"), "./~/$x")
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_recipe_comes_through_a_pipe_and_ends(tmp_path):
+    read, write = os.pipe()
+    os.write(write, SMALLEST.encode())
+    os.close(write)
+    assert load_recipe(f"/dev/fd/{read}").distil.tokens == 1000
+    os.close(read)
+    assert "too large to be a recipe" in refusal(Path("/dev/zero"))
