@@ -38,6 +38,7 @@ from slimqwen.reporting.parentage import Parentage, parentage_of
 from slimqwen.reporting.report import report
 from slimqwen.reporting.titles import MAIN_RUN, TITLES
 from slimqwen.steps import Record, Steps
+from slimqwen.terminal import visible
 from slimqwen.warning import warn
 from slimqwen.work import Work
 
@@ -330,9 +331,10 @@ class Pipeline:
 
 def summary(run_dir: Path, seconds: float) -> str:
     """Where everything is, for the end of a run."""
+    folder = visible(str(run_dir))
     return (
-        f"checkpoint  {run_dir / 'final'}\n"
-        f"report      {run_dir / 'report.html'}\n"
-        f"numbers     {run_dir / 'evaluation.json'}\n"
+        f"checkpoint  {folder}/final\n"
+        f"report      {folder}/report.html\n"
+        f"numbers     {folder}/evaluation.json\n"
         f"took        {duration(seconds)}"
     )

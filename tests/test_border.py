@@ -1,7 +1,9 @@
 """The command line's border: what options may hold, and that whatever happens ends as a sentence and an exit code."""
 
 import errno
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def test_a_traceback_is_never_lost(slimqwen: Program, monkeypatch: pytest.Monkey
     [
         (UserError("the input is wrong."), 2, "error: the input is wrong."),
         (StageFailed("the work failed."), 1, "error: the work failed."),
-        (PermissionError(errno.EACCES, "Permission denied", "/x\n\x1b[2J"), 1, r"/x\n\x1b[2J: Permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x\n\x1b[2J"), 2, r"/x\n\x1b[2J: Permission denied"),
         (OSError(errno.EMFILE, "Too many open files", "/x/shard"), 1, "ulimit -n"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "Free some space"),
         (OSError(errno.EIO, "Input/output error"), 1, "run the same command again"),
@@ -278,3 +280,57 @@ def test_a_stages_error_names_the_commands_option(slimqwen: Program, monkeypatch
     failing(monkeypatch, UserError("too short: lower data.sequence_length."), "calibration.calibrate.calibrate")
     result = slimqwen("calibrate", "builtin", "--tokens", "t")
     assert result.err == "error: too short: lower --sequence-length.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "file"], "file is a file, not a checkpoint folder"),
+        (["check", "empty"], "empty has no config.json"),
+        (["check", "nothing"], "nothing is not a checkpoint folder"),
+        (["plan", "file"], "file is not valid JSON"),
+        (["plan", "empty"], "empty has no config.json"),
+        (["plan", "nothing"], "nothing does not exist"),
+        (["plan", "builtin", "--target", "empty"], "empty cannot be read: Is a directory"),
+        (["plan", "builtin", "--target", "nothing"], "there is no file nothing"),
+        (["plan", "builtin", "--target", "file"], "file must hold key: value pairs"),
+        (["plan", "builtin", "--statistics", "empty"], "empty is a folder: give the file"),
+        (["plan", "builtin", "--statistics", "nothing"], "nothing is not a readable statistics file"),
+        (["plan", "builtin", "--statistics", "file"], "file is not a readable statistics file"),
+        (["report", "file"], "file is a file: give the run directory"),
+        (["report", "empty"], "empty is not a run directory"),
+        (["report", "nothing"], "there is no folder nothing"),
+        (["report", "empty", "file"], "empty is not a run directory"),
+    ],
+)
+def test_a_path_of_another_kind_is_one_sentence(
+    arguments: list[str], words: str, slimqwen: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("hi")
+    Path("empty").mkdir()
+    result = slimqwen(*arguments)
+    assert (result.code, len(result.err.splitlines())) == (2, 1) and words in result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Not the superuser, who may read everything."""
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    Path("f").mkdir(mode=0)
+    superuser = os.geteuid() == 0
+    if superuser:
+        os.seteuid(65534)
+    yield
+    if superuser:
+        os.seteuid(0)
+    Path("f").chmod(0o755)
+
+
+@pytest.mark.parametrize("arguments", [["check", "f"], ["plan", "f"], ["report", "f"], ["report", "f", "."]])
+def test_a_folder_that_may_not_be_read_is_one_sentence(arguments: list[str], slimqwen: Program, nobody: None) -> None:
+    result = slimqwen(*arguments)
+    assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
+    assert "f" in result.err and "Permission denied" in result.err

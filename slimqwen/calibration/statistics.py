@@ -224,6 +224,8 @@ class Statistics:
 
         Raises UserError for a file that is missing, corrupt, not statistics, or of an older version.
         """
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give the file that `slimqwen calibrate` wrote.")
         try:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:

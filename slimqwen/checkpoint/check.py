@@ -25,6 +25,7 @@ from slimqwen.checkpoint.serving import (
 )
 from slimqwen.errors import UserError, shown
 from slimqwen.families import Config
+from slimqwen.terminal import visible
 
 SAMPLED_TENSORS = 16
 SAMPLED_BYTES = 1 << 30  # in all: a fused tensor of an 80B checkpoint alone has 2 GB
@@ -260,8 +261,8 @@ def describe(result: CheckResult) -> str:
         **{f"  {name}": f"sha256 {digest[:16]}" for name, digest in result.sampled.items()},
     }
     width = max(map(len, rows))
-    lines = [f"{name.ljust(width)}  {value}" for name, value in rows.items()]
-    lines += [f"warning: {warning}" for warning in result.warnings]
+    lines = [visible(f"{name.ljust(width)}  {value}") for name, value in rows.items()]
+    lines += [visible(f"warning: {warning}") for warning in result.warnings]
     lines += [in_words(name, found) for name, found in result.engines.items()]
     refusing = result.refusing()
     return "\n".join([*lines, f"not loadable in {', '.join(refusing)}" if refusing else "loadable"])

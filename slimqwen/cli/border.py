@@ -55,7 +55,7 @@ def guarded(program: Callable[[], object]) -> None:
     except UserError as error:
         end(exit_code_of(error), *error.lines)
     except OSError as error:
-        end(EXIT_FAILED, sentence_of(error))
+        end(EXIT_BAD_INPUT if error.errno in OF_THE_PATH else EXIT_FAILED, sentence_of(error))
     except Exception as error:
         if is_out_of_memory(error):
             reason = (str(error).splitlines() or ["none is left"])[0]

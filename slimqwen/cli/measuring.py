@@ -171,7 +171,7 @@ def generate(
         show_json(result.model_dump_json(indent=2))
     else:
         show("")
-        say(*describe(result).splitlines())
+        say(*describe(result).split("\n"))
 
 
 @commands.command()
@@ -195,7 +195,7 @@ def check(
     if as_json:
         show_json(result.model_dump_json(indent=2))
     else:
-        show(*describe(result).splitlines())
+        show(*describe(result).split("\n"))
     if result.refusing():
         raise typer.Exit(EXIT_FAILED)
 

@@ -259,7 +259,7 @@ def _plan(
     folder = checkpoint_folder(checkpoint)
     made = run_stage(folder, out, statistics=statistics, target=target, pruning=pruning, stability=stability)
     if made.stability is not None and not as_json:
-        show(*stability_text(made.stability).splitlines())
+        show(*stability_text(made.stability).split("\n"))
     say(f"plan written to {out}")
     source = Checkpoint(folder)
     return compare(
@@ -282,7 +282,7 @@ def _fit(config_file: Path, budgets: str, align: int, pick: int, out: Path | Non
     if as_json:
         show_json(json.dumps([candidate.model_dump() for candidate in candidates], indent=2))
     else:
-        show(*candidates_table(candidates).splitlines())
+        show(*candidates_table(candidates).split("\n"))
     _write_picked(candidates, pick, out)
 
 
@@ -341,7 +341,7 @@ def _show(result: Shown, in_words: Callable[[Shown], str], as_json: bool) -> Non
     if as_json:
         show_json(result.model_dump_json(indent=2))
     else:
-        show(*in_words(result).splitlines())
+        show(*in_words(result).split("\n"))
 
 
 def _write_picked(candidates: "Sequence[Candidate]", pick: int, out: Path | None) -> None:

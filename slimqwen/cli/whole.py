@@ -53,7 +53,7 @@ def _run(recipe) -> None:  # type: ignore[no-untyped-def]
     started = time.monotonic()
     folder = run_recipe(recipe, command_line())
     print_table(Evaluation.load(folder / "evaluation.json"))
-    show(*summary(folder, time.monotonic() - started).splitlines())
+    show(*summary(folder, time.monotonic() - started).split("\n"))
 
 
 @commands.command()
@@ -66,7 +66,7 @@ def recipe(
     from slimqwen.recipe import PretrainRecipe, Recipe
     from slimqwen.recipe_file import describe
 
-    show(*describe(PretrainRecipe if pretraining else Recipe).splitlines())
+    show(*describe(PretrainRecipe if pretraining else Recipe).split("\n"))
 
 
 @commands.command()

@@ -95,8 +95,8 @@ def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "m
     saved = saved_states(states)
     if not saved:
         raise UserError(
-            f"{states} has no training state, which distil.optimizer_state carry and `slimqwen distil --keep-state` leave there: "
-            f"remove {trained} to train it again, or set optimizer_state: reset."
+            f"{states} has no training state, which `slimqwen distil --keep-state` and a recipe's distil.optimizer_state: carry "
+            f"leave there: remove {trained} to train it again, or train on without moments."
         )
     source, chosen = Checkpoint(trained), Plan.load(plan)
     if chosen.checkpoint != source.fingerprint():

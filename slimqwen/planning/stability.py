@@ -11,7 +11,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.planning.choose import Choice, choose
 from slimqwen.recipe import PruningRecipe, Target
-from slimqwen.terminal import DataTable
+from slimqwen.terminal import DataTable, visible
 
 WHOLE_MODEL = "model"
 LAYER = "layer"
@@ -143,4 +143,4 @@ def _sentence(agreement: Agreement) -> str:
         else:
             lowest = f"lowest {axis.jaccard[axis.lowest]:.2f} in {axis.lowest}"
             parts.append(f"{name} mean Jaccard {axis.mean:.2f}, {lowest}")
-    return f"{' against '.join(agreement.between)}: {'; '.join(parts)}"
+    return f"{' against '.join(map(visible, agreement.between))}: {'; '.join(parts)}"

@@ -22,7 +22,8 @@ def planned_cut(source: Checkpoint, plan: Plan, layout: Layout | None = None, re
     """
     if plan.basis is not None and residual is None:
         raise UserError(
-            "the plan rotates the residual stream, and the moments of an optimiser cannot follow: set distil.optimizer_state: reset."
+            "the plan rotates the residual stream, and the moments of an optimiser cannot follow: train on without them (in a "
+            "recipe distil.optimizer_state: reset)."
         )
     layers = source.config["num_hidden_layers"]
     if not _within(plan.kept_layers, layers):

@@ -50,7 +50,10 @@ class Recipe(Section):
     """One run: from a teacher and a target to a smaller model, its evaluation and its report."""
 
     name: str = Field("slimqwen", description="Shown in the report and on the model card.")
-    run_dir: PathField = Field(description="Folder of every artefact of the run.")
+    run_dir: PathField = Field(
+        description="Folder of every artefact of the run. In this and every other path ~ is the home folder, $NAME or ${NAME} a "
+        "variable, and $$ a dollar sign."
+    )
     teacher: CheckpointField = Field(
         BUILTIN_TEACHER, description="A checkpoint folder, or 'builtin': the small teacher inside the package."
     )

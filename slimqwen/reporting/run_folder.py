@@ -107,7 +107,8 @@ class Run:
     def read(cls, run_dir: Path) -> "Run":
         recipe_file = run_dir / "recipe.resolved.yaml"
         if not run_dir.is_dir():
-            raise UserError(f"there is no folder {run_dir}: give the run directory of a `slimqwen run`.")
+            problem = f"{run_dir} is a file" if run_dir.exists() else f"there is no folder {run_dir}"
+            raise UserError(f"{problem}: give the run directory of a `slimqwen run`.")
         if not recipe_file.is_file():
             raise UserError(
                 f"{run_dir} is not a run directory, it has no recipe.resolved.yaml: give a recipe's run_dir."
