@@ -26,6 +26,8 @@ app = typer.Typer(
     help="Compress a pretrained Mixture-of-Experts language model: prune depth, width and experts, then distil.\n\n"
     "Start with `slimqwen demo`; then write a recipe (`slimqwen recipe` lists every field) and `slimqwen run` it. "
     "The other commands are the single stages: each reads and writes artefacts on disk and can be run alone.",
+    epilog="Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 70 a fault of slimqwen (SLIMQWEN_TRACEBACK=1 prints its "
+    "traceback), 75 stopped by SIGTERM with the training state saved, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
