@@ -2,9 +2,10 @@
 
 import re
 
-from slimqwen.errors import UserError
+from slimqwen.errors import UserError, shown
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+LARGEST_BYTES = 10**15
 BINARY_UNITS = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
@@ -13,8 +14,8 @@ def bytes_of(text: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     unit = (UNITS | BINARY_UNITS | {"": 1}).get(match[2].upper()) if match else None
     size = round(float(match[1]) * unit) if match and unit else 0
-    if not 0 < size < 1 << 63:
-        raise UserError(f"'{text}' is not a size in bytes: write it as 5GB, 500MB or 2GiB.")
+    if not 0 < size <= LARGEST_BYTES:
+        raise UserError(f"{shown(text)} is not a size in bytes: write it as 5GB, 500MB or 2GiB, at most 1000TB.")
     return size
 
 

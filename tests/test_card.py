@@ -173,7 +173,7 @@ def test_odd_fields_of_a_teachers_card_do_not_matter(
 def test_a_teachers_card_that_cannot_be_read_costs_a_warning(
     content: bytes, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_json(tmp_path / "config.json", {})
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "README.md").write_bytes(content)
     parentage = parentage_of(tmp_path)
     assert parentage == Parentage()

@@ -125,6 +125,7 @@ def generate(
         int | None,
         typer.Option(
             min=0,
+            max=1000,
             help="Tokens that the MTP module drafts before each verification; 0 is plain decoding. Default: 3 with an MTP module.",
             show_default=False,
         ),

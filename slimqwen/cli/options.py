@@ -11,6 +11,7 @@ import typer
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.families.family import Layout
 from slimqwen.recipe import Dtype, TextFormat
+from slimqwen.recipe.section import LARGEST, SMALLEST
 from slimqwen.terminal import visible
 
 Overrides = Annotated[
@@ -56,6 +57,8 @@ def weights_of(option: str, given: list[str]) -> dict[str, float]:
             weights[name] = float(weight)
         except ValueError:
             raise UserError(f"{option} {text}: write it as NAME=WEIGHT, such as wiki=0.7.") from None
+        if weights[name] != 0.0 and not SMALLEST <= weights[name] <= LARGEST:
+            raise UserError(f"{option} {text}: a weight is a number from {SMALLEST:g} to {LARGEST:g}.")
     return weights
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from slimqwen.errors import UserError
+from slimqwen.recipe.section import SMALLEST
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature {self.temperature:g} must be 0 (greedy) or a positive number.")
+        if self.temperature != 0.0 and not SMALLEST <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature {self.temperature:g} must be 0 (greedy) or a number of at least {SMALLEST:g}."
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p {self.top_p:g} must be above 0 and at most 1 (every token).")
 
