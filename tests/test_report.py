@@ -392,7 +392,6 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
         ("evaluation.json", '{"format": "slimqwen.evaluation/1", "models": {"teacher": {}}}', "evaluation"),
         ("evaluation.json", "not json", "evaluation.json"),
         ("stage-1/plan.json", "{}", "plan"),
-        ("benchmarks.json", "{}", "benchmarks.json is not of slimqwen.benchmarks/1 (format"),
         ("provenance.json", "{}", "command: Field required): remove it and run the recipe again to remake it."),
     ],
 )
@@ -430,9 +429,22 @@ def test_lines_that_are_not_ours_cost_the_report_nothing(
     assert said in capsys.readouterr().err
 
 
+def test_benchmarks_that_cannot_be_read_are_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(tmp_path)
+    (tmp_path / "benchmarks.json").write_text("{}")
+    report(tmp_path)
+    assert (tmp_path / "report.html").exists()
+    assert "leaves benchmarks out" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         report(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file"):
+        report(tmp_path / "file")
     with pytest.raises(UserError, match=r"recipe\.resolved\.yaml"):
         report(tmp_path)
 
