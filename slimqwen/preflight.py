@@ -5,6 +5,7 @@ from pathlib import Path
 
 from slimqwen.calibration.statistics import check_source_weights
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
+from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.announcement import notes_of_length, notes_of_passes
 from slimqwen.data.sources import check_sources
@@ -50,6 +51,7 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
         CalibrationText(sources, source, samples=recipe.calibration.samples, sequence_length=length, seed=recipe.seed)
     if recipe.pruning.source_weights is not None:
         check_source_weights(recipe.pruning.source_weights, sources or [TRAINING_TEXT])
+    check_companions(teacher)
     resolve_device(recipe.device)
     check_loggers(recipe.distil.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher

@@ -7,10 +7,15 @@ line appear as what they are (`\\x1b`, `\\n`); a character that the terminal's e
 import io
 import re
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+Shown = TypeVar("Shown", bound=BaseModel)
 
 # C0, DEL, C1 (a terminal may take U+009B for ESC [), line separators, what turns the direction of text, half characters.
 NOT_FOR_A_TERMINAL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -48,6 +53,14 @@ def show_generated(text: str) -> None:
 def show_json(text: str) -> None:
     """Print JSON to stdout in ASCII, which every terminal and every encoding takes and every reader reads as the same."""
     print(NOT_ASCII.sub(_json_escape, text), flush=True)
+
+
+def show_result(result: Shown, in_words: Callable[[Shown], str], as_json: bool) -> None:
+    """Print a result to stdout as JSON, or as the lines that `in_words` makes of it."""
+    if as_json:
+        show_json(result.model_dump_json(indent=2))
+    else:
+        show(*in_words(result).split("\n"))
 
 
 def _json_escape(found: re.Match[str]) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import write_tiny_checkpoint
 
+from slimqwen.checkpoint.readable import check_companions
 from slimqwen.cli import main
 from slimqwen.cli.command import in_options
 from slimqwen.errors import StageFailed, UserError
@@ -333,6 +334,22 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     if superuser:
         os.seteuid(0)
     Path("f").chmod(0o755)
+
+
+def test_what_is_copied_at_the_end_is_read_at_the_start(nobody: None) -> None:
+    folder = Path("f")  # the folders above it are the superuser's
+    os.seteuid(os.getuid())
+    folder.chmod(0o755)
+    for name in ("generation_config.json", "chat_template.jinja", "LICENSE"):
+        (folder / name).write_text("{}")
+        check_companions(folder)
+        (folder / name).chmod(0)
+        if os.getuid() == 0:
+            os.seteuid(65534)
+        with pytest.raises(UserError, match=rf"{name} is copied into .* cannot be read \(Permission denied\)"):
+            check_companions(folder)
+        os.seteuid(os.getuid())
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize("arguments", [["check", "f"], ["plan", "f"], ["report", "f"], ["report", "f", "."]])

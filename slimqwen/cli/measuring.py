@@ -17,7 +17,7 @@ from slimqwen.cli.options import (
 )
 from slimqwen.errors import EXIT_FAILED, UserError, did_you_mean
 from slimqwen.progress import say
-from slimqwen.terminal import show, show_generated, show_json
+from slimqwen.terminal import show, show_generated, show_json, show_result
 
 commands = typer.Typer()
 
@@ -193,10 +193,7 @@ def check(
     from slimqwen.checkpoint.check import check_checkpoint, describe
 
     result = check_checkpoint(checkpoint_folder(checkpoint), engines=engine or ())
-    if as_json:
-        show_json(result.model_dump_json(indent=2))
-    else:
-        show(*describe(result).split("\n"))
+    show_result(result, describe, as_json)
     if result.refusing():
         raise typer.Exit(EXIT_FAILED)
 

@@ -1,12 +1,11 @@
 """`slimqwen plan`: what a target costs, what to keep for it, and which target it should be."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel
 
 from slimqwen.artifacts import check_file_replaceable
 from slimqwen.cli.options import Device, DtypeOption, Seed, command_line, config_path, dtype_of, weights_of
@@ -21,14 +20,12 @@ from slimqwen.recipe import (
     Recipe,
     Target,
 )
-from slimqwen.terminal import show, show_json
+from slimqwen.terminal import show, show_json, show_result
 
 if TYPE_CHECKING:  # they take numpy, which no other command's --help should wait for
     from slimqwen.planning.counts import Comparison
     from slimqwen.planning.fit import Candidate
     from slimqwen.planning.footprint import TrainingSettings
-
-Shown = TypeVar("Shown", bound=BaseModel)
 
 COSTS = "Predicted costs"
 CHOOSING = "Choosing what to keep (--statistics)"
@@ -208,7 +205,7 @@ def plan(
             comparison = _plan(
                 checkpoint, wanted, statistics, criteria, context_length, training, out, stability, as_json
             )
-        _show(comparison, comparison_table, as_json)
+        show_result(comparison, comparison_table, as_json)
 
 
 def _costs(
@@ -306,7 +303,7 @@ def _search(
     result = search(
         recipe, budgets, tokens=tokens, statistics=statistics, align=align, shapes=shapes, command=command_line()
     )
-    _show(result, tables, as_json)
+    show_result(result, tables, as_json)
     _write_picked([shape.candidate for shape in result.shapes], pick, out)
 
 
@@ -335,13 +332,6 @@ def _search_recipe(
         distil=DistilRecipe(tokens=1),
         **settings,
     )
-
-
-def _show(result: Shown, in_words: Callable[[Shown], str], as_json: bool) -> None:
-    if as_json:
-        show_json(result.model_dump_json(indent=2))
-    else:
-        show(*in_words(result).split("\n"))
 
 
 def _write_picked(candidates: "Sequence[Candidate]", pick: int, out: Path | None) -> None:

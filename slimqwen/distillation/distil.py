@@ -13,6 +13,7 @@ from slimqwen.artifacts import (
     remove_ours,
     tidy,
 )
+from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.data.announcement import announce, notes_of_length, notes_of_overlap
@@ -135,6 +136,7 @@ def distil(
     check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
     is_live = recipe.is_taught and recipe.teacher == "live"
     teacher_checkpoint = Checkpoint(teacher) if is_live and teacher is not None else None
+    check_companions(student)
     check_terms(recipe, checkpoint, teacher_checkpoint)
     check_loggers(recipe.loggers)
     if moments is not None:

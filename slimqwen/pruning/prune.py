@@ -7,6 +7,7 @@ from pathlib import Path
 from slimqwen.artifacts import fingerprint_value, makes_folder, resumable_folder
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.checkpoint.check import check_checkpoint, check_config, tensor_hash
+from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
@@ -46,6 +47,7 @@ def prune(
     Raises UserError where the plan was made for another checkpoint, and where the disk is too small.
     """
     source = Checkpoint(checkpoint)
+    check_companions(checkpoint)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     if chosen.checkpoint != source.fingerprint():
         raise UserError(f"the plan was not made for {checkpoint}: run `slimqwen plan` on it first.")

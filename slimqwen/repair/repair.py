@@ -14,6 +14,7 @@ from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, s
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.calibration.memory import allot
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
+from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
@@ -59,6 +60,7 @@ def repair(
     the disk is too small.
     """
     cut, source = Checkpoint(student), Checkpoint(teacher)
+    check_companions(student)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     check_belong_together(cut, source, chosen)
     projection = Projection(source, chosen, plan if isinstance(plan, Path) else None)
