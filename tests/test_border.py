@@ -16,6 +16,7 @@ from slimqwen.cli import main
 from slimqwen.cli.command import in_options
 from slimqwen.errors import StageFailed, UserError
 from slimqwen.modeling.device import resolve_device
+from slimqwen.regular import read_regular
 from slimqwen.torchrun import local_rank, rank, world_size
 
 
@@ -334,6 +335,17 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     if superuser:
         os.seteuid(0)
     Path("f").chmod(0o755)
+
+
+def test_what_never_ends_is_not_read(slimqwen: Program, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="Not a regular file"):
+            read_regular(path)
+        result = slimqwen("prune", "builtin", "--plan", path, "--out", tmp_path / "out")
+        assert result.code == 2 and f"{path} cannot be read (Not a regular file)" in result.err
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)
 
 
 def test_what_is_copied_at_the_end_is_read_at_the_start(nobody: None) -> None:

@@ -21,6 +21,7 @@ from slimqwen.data.sources import NAME
 from slimqwen.data.stream import RowStream, StoredRows, TokenStream
 from slimqwen.errors import UserError
 from slimqwen.recipe import DocumentBoundaries, PositiveFloat, Source
+from slimqwen.regular import read_regular
 
 FORMAT = "slimqwen.tokens/1"
 MANIFEST = "manifest.json"
@@ -78,7 +79,7 @@ def load_manifest(folder: Path) -> TokenManifest:
     """The manifest of a folder of tokens; `UserError` where it is missing or not one."""
     path = folder / MANIFEST
     try:
-        return TokenManifest.model_validate_json(path.read_bytes())
+        return TokenManifest.model_validate_json(read_regular(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): is {folder} a folder of tokens?") from error
     except ValidationError as error:

@@ -96,7 +96,7 @@ def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "m
     if not saved:
         raise UserError(
             f"{states} has no training state, which `slimqwen distil --keep-state` and a recipe's distil.optimizer_state: carry "
-            f"leave there: remove {trained} to train it again, or train on without moments."
+            f"leave there: train {trained} again, or train on without moments."
         )
     source, chosen = Checkpoint(trained), Plan.load(plan)
     if chosen.checkpoint != source.fingerprint():

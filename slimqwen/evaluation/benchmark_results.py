@@ -9,6 +9,7 @@ from slimqwen.artifacts import fingerprint_value
 from slimqwen.checkpoint.identity import content_fingerprint
 from slimqwen.checkpoint.writer import companions_fingerprint
 from slimqwen.errors import UserError
+from slimqwen.regular import read_regular
 
 FORMAT = "slimqwen.benchmarks/1"
 
@@ -65,7 +66,7 @@ class Benchmarks(BaseModel):
     def load(cls, path: Path) -> "Benchmarks":
         """Raises UserError for a file that is missing or is not of benchmarks."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_regular(path))
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror}): run `slimqwen evaluate --tasks` to make it."

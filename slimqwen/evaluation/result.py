@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimqwen.errors import UserError
+from slimqwen.regular import read_regular
 
 FORMAT = "slimqwen.evaluation/1"
 
@@ -60,7 +61,7 @@ class Evaluation(BaseModel):
     def load(cls, path: Path) -> "Evaluation":
         """Raises UserError for a file that is missing or is not an evaluation."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_regular(path))
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): run `slimqwen evaluate` to make it.") from error
         except ValidationError as error:

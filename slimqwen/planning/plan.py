@@ -16,6 +16,7 @@ from slimqwen.planning.shapes import completed, target_config
 from slimqwen.planning.stability import Agreement, measure_stability
 from slimqwen.planning.units import Units
 from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.regular import read_regular
 from slimqwen.warning import warn
 
 
@@ -60,7 +61,7 @@ class Plan(BaseModel):
     @classmethod
     def load(cls, path: Path) -> "Plan":
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_regular(path))
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror}): give a plan.json written by `slimqwen plan`."

@@ -32,6 +32,7 @@ from slimqwen.data.packed import bin_path, idx_path
 from slimqwen.distillation.signal import TopTokens
 from slimqwen.errors import UserError
 from slimqwen.recipe import DocumentBoundaries, PositiveInt
+from slimqwen.regular import read_regular
 from slimqwen.teacher_cache.records import bytes_per_token, unpacked
 
 MANIFEST = "manifest.json"
@@ -197,7 +198,7 @@ def load_manifest(folder: Path) -> CacheManifest:
     """The manifest of a cache; `UserError` where it is missing or not one."""
     path = folder / MANIFEST
     try:
-        return CacheManifest.model_validate_json(path.read_bytes())
+        return CacheManifest.model_validate_json(read_regular(path))
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): `slimqwen teacher-cache` writes it when it is finished."
