@@ -9,7 +9,7 @@ command goes on where it was interrupted.
 
     llama/                    dequantised to float32, lm_head untied from the embedding, with a tokenizer
     text/, tokens-home/, tokens-python/, tokens-docs/, tokens-mixed/      real_text.py says what they are
-    split/                    which neurons make an expert, and the routers (split_mlps.py)
+    experts-8.safetensors, routers-MODEL.safetensors          which neurons make an expert, and the routers (split_mlps.py)
     dense/                    Mixtral, 8 of 8 experts: equal to llama/, for cuts in width and depth
     routed6of8-start/, routed6of8/    with --routed: 6 of 8, before and after its routers and experts were distilled from dense/
     numbers.json              what was measured, also printed
@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from split_mlps import RouterFit, balanced_clusters, coactivation, hooked, split
 from torch import Tensor
 
-from slimqwen.artifacts import atomic_folder, write_json
+from slimqwen.artifacts import atomic_file, atomic_folder, write_json
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
@@ -47,7 +47,7 @@ from slimqwen.recipe import DistilRecipe, Ramp, Source
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END_OF_TEXT = "<|endoftext|>"  # what separated documents when it was pretrained; the chat's end is another
 SEQUENCE_LENGTH = 256
-CALIBRATION_ROWS = 32  # of each kind of text
+GROUPING_ROWS, ROUTER_ROWS = 32, 6  # of each kind of text
 BATCH_ROWS = 4
 DENSE_DEVIATION = 1e-4  # of router logits; at 1e-2 the massive activations of first tokens move logits by 17
 MIXTURE = {"home": 0.5, "python": 0.25, "docs": 0.25}  # that the routed model is trained on
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--routed", action="store_true", help="make the routed model too")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--experts-per-token", type=int, default=6, help="of the routed model")
-    parser.add_argument("--deviation", type=float, default=0.3, help="of the routed model's first router logits")
+    parser.add_argument("--deviation", type=float, default=0.1, help="of the routed model's first router logits")
     parser.add_argument("--training-tokens", type=int, default=49_152, help="of the routed model")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the routed model")
     parser.add_argument("--measured-tokens", type=int, default=4_096, help="held-out tokens of each kind of text")
@@ -83,23 +83,31 @@ def make(arguments: argparse.Namespace) -> None:
     if begins(out / "text", "gather text"):
         write_text(arguments.text, out / "text")
     write_tokens(out)
-    groups = out / f"split-{arguments.experts}.safetensors"
-    if begins(groups, f"group neurons into {arguments.experts} experts and fit routers"):
+    groups = out / f"experts-{arguments.experts}.safetensors"
+    if begins(groups, f"group neurons into {arguments.experts} experts"):
         group_neurons(out, groups, arguments.experts)
     dense = out / ("dense" if arguments.experts == 8 else f"dense{arguments.experts}")
-    if begins(dense, "write the model whose experts are all chosen"):
-        write_split(out / "llama", groups, dense, arguments.experts, DENSE_DEVIATION)
+    make_split(out, groups, dense, arguments.experts, DENSE_DEVIATION)
     numbers = Numbers(out, dense, arguments.measured_tokens)
-    numbers.add([dense])
     if arguments.routed:
         name = f"routed{arguments.experts_per_token}of{arguments.experts}"
         start, routed = out / f"{name}-start", out / name
-        if begins(start, "write the routed model before training"):
-            write_split(out / "llama", groups, start, arguments.experts_per_token, arguments.deviation)
+        make_split(out, groups, start, arguments.experts_per_token, arguments.deviation)
         if begins(routed, "distil routers and experts"):
             train(start, routed, dense, out, arguments.training_tokens, arguments.learning_rate)
-        numbers.add([start, routed])
+        numbers.add([dense, start, routed])
+    else:
+        numbers.add([dense])
     print(json.dumps(numbers.known, indent=2))
+
+
+def make_split(out: Path, groups: Path, model: Path, experts_per_token: int, deviation: float) -> None:
+    """The routers of a model, and the model."""
+    routers = out / f"routers-{model.name}.safetensors"
+    if begins(routers, "fit routers"):
+        fit_routers(out, groups, routers, experts_per_token, deviation)
+    if begins(model, "write the model"):
+        write_split(out, groups, routers, model, experts_per_token)
 
 
 def begins(path: Path, task: str) -> bool:
@@ -167,32 +175,44 @@ def write_tokens(out: Path) -> None:
 
 @torch.inference_mode()
 def group_neurons(out: Path, path: Path, experts: int) -> None:
-    """Write layer.N.experts [experts, neurons] and layer.N.router [experts, hidden], its logits of a standard deviation of 1."""
+    """Write the neurons of each expert, int64 [experts, neurons] by layer."""
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "llama", local_files_only=True)
-    layers = model.model.layers
-    downs = [layer.mlp.down_proj.weight for layer in layers]
-    streams = [training_stream(out / f"tokens-{kind}", SEQUENCE_LENGTH, seed=0) for kind in KINDS]
-    rows = torch.cat([stream.batch(0, CALIBRATION_ROWS).tokens for stream in streams])[:, :-1]
+    downs = [layer.mlp.down_proj.weight for layer in model.model.layers]
     together = [torch.zeros(down.shape[1], down.shape[1]) for down in downs]
 
     def count(layer: int, hidden: Tensor) -> None:
         together[layer] += coactivation(hidden, downs[layer])
 
-    with hooked(layers, count, "down_proj"):
-        run(model, rows, "co-activation")
-    groups = [balanced_clusters(counts, experts) for counts in together]
-    fits = [RouterFit(group, down) for group, down in zip(groups, downs, strict=True)]
+    with hooked(model.model.layers, count, "down_proj"):
+        run(model, calibration_rows(out, GROUPING_ROWS), "co-activation")
+    with atomic_file(path) as partial:
+        save_file({f"{i}.experts": balanced_clusters(counts, experts) for i, counts in enumerate(together)}, partial)
+
+
+@torch.inference_mode()
+def fit_routers(out: Path, groups: Path, path: Path, experts_per_token: int, deviation: float) -> None:
+    """Write each layer's router, [experts, hidden], and the factor of each expert's outputs, [experts]."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "llama", local_files_only=True)
+    layers, experts = model.model.layers, load_file(groups)
+    fits = [RouterFit(experts[f"{i}.experts"], layer.mlp.down_proj.weight) for i, layer in enumerate(layers)]
     inputs: dict[int, Tensor] = {}
     with (
         hooked(layers, lambda layer, x: inputs.update({layer: x})),
         hooked(layers, lambda layer, hidden: fits[layer].add(inputs.pop(layer), hidden), "down_proj"),
     ):
-        run(model, rows, "routers")
-    tensors = {f"layer.{i}.experts": group for i, group in enumerate(groups)}
-    tensors |= {f"layer.{i}.router": fit.weight(1.0) for i, fit in enumerate(fits)}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial)
-    partial.rename(path)
+        run(model, calibration_rows(out, ROUTER_ROWS), "routers")
+    tensors = {}
+    for number, fit in enumerate(fits):
+        router, factors = fit.solve(experts_per_token, deviation)
+        tensors |= {f"{number}.router": router, f"{number}.factors": factors}
+    with atomic_file(path) as partial:
+        save_file(tensors, partial)
+
+
+def calibration_rows(out: Path, rows: int) -> Tensor:
+    """So many rows of each kind of training text, [rows, seq]."""
+    streams = [training_stream(out / f"tokens-{kind}", SEQUENCE_LENGTH, seed=0) for kind in KINDS]
+    return torch.cat([stream.batch(0, rows).tokens for stream in streams])[:, :-1]
 
 
 def run(model: transformers.PreTrainedModel, rows: Tensor, title: str) -> None:
@@ -202,14 +222,16 @@ def run(model: transformers.PreTrainedModel, rows: Tensor, title: str) -> None:
             progress.advance(batch.numel())
 
 
-def write_split(llama: Path, groups: Path, out: Path, experts_per_token: int, deviation: float) -> None:
-    """Write the Mixtral checkpoint of these groups of neurons."""
+def write_split(out: Path, groups: Path, routers: Path, path: Path, experts_per_token: int) -> None:
+    """Write the Mixtral checkpoint of these groups of neurons and these routers."""
+    llama = out / "llama"
     config = read_json(llama / "config.json")
-    found = load_file(groups)
-    layers = range(config["num_hidden_layers"])
-    experts = [found[f"layer.{i}.experts"] for i in layers]
-    routers = [found[f"layer.{i}.router"] * deviation for i in layers]
-    tensors = split(load_file(llama / "model.safetensors"), experts, routers, experts_per_token)
+    found = load_file(groups) | load_file(routers)
+    experts, weights, factors = (
+        [found[f"{layer}.{what}"] for layer in range(config["num_hidden_layers"])]
+        for what in ("experts", "router", "factors")
+    )
+    tensors = split(load_file(llama / "model.safetensors"), experts, weights, factors)
     left_out = ("mlp_bias", "attention_bias", "pretraining_tp", "transformers_version", "_name_or_path")
     config = {key: value for key, value in config.items() if key not in left_out} | {
         "model_type": "mixtral",
@@ -223,7 +245,7 @@ def write_split(llama: Path, groups: Path, out: Path, experts_per_token: int, de
         "sliding_window": None,
     }
     infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with atomic_folder(out) as folder:
+    with atomic_folder(path) as folder:
         with CheckpointWriter(folder, infos) as writer:
             for info in writer.missing():
                 writer.add(info.name, tensors[info.name])

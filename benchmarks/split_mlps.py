@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 STRONG_FRACTION = 0.1  # of the neurons, per token: those that write most count as active
 ROUNDS = 8  # of k-means; the assignment hardly changes after five
+LARGEST_TARGET = 1.0  # of the router's regression: an expert that writes e times as much as the others
 RIDGE = 1e-3  # of the router's regression, relative to the mean square of its inputs
 
 
@@ -82,50 +83,59 @@ def balanced_clusters(together: Tensor, clusters: int, seed: int = 0) -> Tensor:
 class RouterFit:
     """The router of one layer by ridge regression: from the MLP's input, how much each expert writes.
 
-    The target is the logarithm of the norm of an expert's output, less its mean over the experts, to which a softmax is blind.
+    The target is the logarithm of the norm of an expert's output, less its mean over the experts, to which a softmax is blind,
+    within LARGEST_TARGET: the massive outputs at first tokens would drown the others. All tokens stay in memory.
     """
 
     def __init__(self, experts: Tensor, down: Tensor) -> None:
         """experts: the neurons of each, [experts, neurons]. down: [hidden, neurons of all]."""
-        hidden, count = down.shape[0], len(experts)
         self._experts = experts
         self._down = down.T[experts]  # [experts, neurons, hidden]
-        self._inputs = torch.zeros(hidden, hidden)
-        self._targets = torch.zeros(hidden, count)
-        self.tokens = 0
+        self._inputs: list[Tensor] = []
+        self._norms: list[Tensor] = []
 
     def add(self, inputs: Tensor, hidden: Tensor) -> None:
         """inputs: what the router reads, [tokens, hidden]; hidden: the down projection's input, [tokens, neurons]."""
-        written = torch.bmm(hidden.T[self._experts].transpose(1, 2), self._down).norm(dim=2).T  # [tokens, experts]
-        target = written.clamp(min=1e-6).log()
-        self._inputs += inputs.T @ inputs
-        self._targets += inputs.T @ (target - target.mean(dim=1, keepdim=True))
-        self.tokens += len(inputs)
+        written = torch.bmm(hidden.T[self._experts].transpose(1, 2), self._down)  # [experts, tokens, hidden]
+        self._inputs.append(inputs.clone())
+        self._norms.append(written.norm(dim=2).T)
 
-    def weight(self, deviation: float) -> Tensor:
-        """The router's weight, [experts, hidden], whose logits have this standard deviation over tokens and experts."""
-        gram = self._inputs / self.tokens
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-        weight = torch.linalg.solve(gram + ridge, self._targets / self.tokens)
-        mean_square = torch.einsum("he,hk,ke->", weight, gram, weight) / weight.shape[1]
-        return (weight * (deviation / mean_square.sqrt())).T.contiguous()
+    def solve(self, experts_per_token: int, deviation: float) -> tuple[Tensor, Tensor]:
+        """The router's weight, [experts, hidden], and what the outputs of each expert are multiplied by, [experts].
+
+        deviation: the standard deviation of the logits over tokens and experts. The factors undo the gates in the mean, in
+        least squares over the tokens that chose the expert: sum(g y^2) / sum(g^2 y^2), y the norm of what it writes.
+        """
+        inputs, norms = torch.cat(self._inputs), torch.cat(self._norms)
+        target = norms.clamp(min=1e-6).log()
+        target = (target - target.mean(dim=1, keepdim=True)).clamp(-LARGEST_TARGET, LARGEST_TARGET)
+        gram = inputs.T @ inputs
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        weight = torch.linalg.solve(gram, inputs.T @ target)
+        weight = (weight * (deviation / (inputs @ weight).std())).T.contiguous()
+        chosen = (inputs @ weight.T).topk(experts_per_token)
+        gates = torch.zeros_like(norms).scatter(1, chosen.indices, chosen.values.softmax(dim=1))
+        weighted = gates * norms.square()
+        factors = weighted.sum(dim=0) / (gates * weighted).sum(dim=0)
+        return weight, factors.nan_to_num(nan=float(experts_per_token))  # of an expert that no token chose
 
 
 def split(
-    dense: Mapping[str, Tensor], experts: Sequence[Tensor], routers: Sequence[Tensor], experts_per_token: int
+    dense: Mapping[str, Tensor], experts: Sequence[Tensor], routers: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of a Mixtral out of those of a Llama whose lm_head is its own.
 
-    experts: by layer, the neurons of each expert, [experts, neurons]. Mixtral divides the gates of the chosen experts by their
-    sum, so that each is about 1 / experts_per_token: the down projections are multiplied by it.
+    By layer: the neurons of each expert, [experts, neurons]; the router, [experts, hidden]; and what each expert's down
+    projection is multiplied by, [experts]. Mixtral divides the gates of the chosen experts by their sum, so that they are about
+    1 / experts_per_token each.
     """
     tensors = {name: tensor for name, tensor in dense.items() if ".mlp." not in name}
-    for layer, (neurons_of, router) in enumerate(zip(experts, routers, strict=True)):
+    for layer, (neurons_of, router, factor) in enumerate(zip(experts, routers, factors, strict=True)):
         mlp, moe = f"model.layers.{layer}.mlp.", f"model.layers.{layer}.block_sparse_moe."
         tensors[moe + "gate.weight"] = router
         for number, neurons in enumerate(neurons_of):
             expert = f"{moe}experts.{number}."
             tensors[expert + "w1.weight"] = dense[mlp + "gate_proj.weight"][neurons]
             tensors[expert + "w3.weight"] = dense[mlp + "up_proj.weight"][neurons]
-            tensors[expert + "w2.weight"] = dense[mlp + "down_proj.weight"][:, neurons] * experts_per_token
+            tensors[expert + "w2.weight"] = dense[mlp + "down_proj.weight"][:, neurons] * factor[number]
     return tensors

@@ -123,7 +123,7 @@ def _own_paths(file: Path) -> Mapping[str, str]:
     """The path of this process's group by controller; that of version 2 by the empty name."""
     paths = {}
     for line in _lines(file):
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         paths |= dict.fromkeys(controllers.split(","), path)
     return paths
 
