@@ -31,6 +31,22 @@ def available_bytes(device: torch.device) -> int | None:
     return min(amounts, default=None)
 
 
+def limit_bytes() -> int | None:
+    """The memory of the machine, or what the control groups that this process is in may have at most, where that is less.
+
+    Unlike `available_bytes` it does not change while others work. None where the system does not tell.
+    """
+    return min(_limits(PROC), default=None)
+
+
+def _limits(proc: Path) -> Iterator[int]:
+    total = _counters(proc / "meminfo").get("MemTotal")
+    if total is not None:
+        yield 1024 * total
+    for group in control_groups(proc):
+        yield from group.limits()
+
+
 def _amounts(proc: Path) -> Iterator[int]:
     """What each thing that limits this process leaves it, never less than 0. proc: where /proc is mounted."""
     yield from _free_of_the_machine(proc)
@@ -85,19 +101,21 @@ class ControlGroup:
     folder: Path
     version: Version
 
+    def limits(self) -> Iterator[int]:
+        """In bytes. Nothing where it has none."""
+        numbers = [_number(self.folder / name) for name in self.version.limits]
+        # In version 1 also the least limit of all groups above, of which a container may see none.
+        numbers.append(_counters(self.folder / "memory.stat").get("hierarchical_memory_limit"))
+        yield from (number for number in numbers if number is not None)
+
     def left(self) -> Iterator[int]:
-        """What each of its limits leaves, page cache counted as free. Nothing where it has none."""
-        counters = _counters(self.folder / "memory.stat")
+        """What each limit leaves, page cache counted as free."""
         used = _number(self.folder / self.version.used)
         if used is None:
             return
+        counters = _counters(self.folder / "memory.stat")
         taken = used - sum(counters.get(name, 0) for name in self.version.page_cache)
-        limits = [_number(self.folder / name) for name in self.version.limits]
-        # In version 1 also the least limit of all groups above, of which a container may see none.
-        limits.append(counters.get("hierarchical_memory_limit"))
-        for limit in limits:
-            if limit is not None:
-                yield limit - taken
+        yield from (limit - taken for limit in self.limits())
 
 
 def control_groups(proc: Path) -> Iterator[ControlGroup]:
@@ -121,10 +139,11 @@ def control_groups(proc: Path) -> Iterator[ControlGroup]:
 
 def _own_paths(file: Path) -> Mapping[str, str]:
     """The path of this process's group by controller; that of version 2 by the empty name."""
-    paths = {}
+    paths: dict[str, str] = {}
     for line in _lines(file):
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        paths |= dict.fromkeys(controllers.split(","), path)
+        if path.startswith("/"):
+            paths |= dict.fromkeys(controllers.split(","), path)
     return paths
 
 
@@ -134,8 +153,8 @@ def _up_from(path: str, root: str, mounted: Path) -> Iterator[Path]:
     path: of the group. root: of the group that is seen at `mounted`. Where the one is not below the other, as in a
     container that was given another view, only what is mounted is known.
     """
-    below = os.path.relpath(path, root) if path.startswith("/") and root.startswith("/") else "."
-    folder = mounted if below.startswith("..") else mounted / below
+    below = os.path.relpath(path, root)
+    folder = mounted if below.split("/")[0] == ".." else mounted / below
     while folder != mounted:
         yield folder
         folder = folder.parent

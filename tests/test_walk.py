@@ -15,16 +15,19 @@ from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
 from typer.testing import CliRunner
 
+from slimqwen.calibration import calibrate as calibrate_module
 from slimqwen.calibration import memory, walk, weights
+from slimqwen.calibration import statistics as statistics_module
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.memory import allot
 from slimqwen.calibration.observe import add_layer_sums
-from slimqwen.calibration.statistics import Statistics
+from slimqwen.calibration.statistics import ADDED_AT_ONCE, Part, Statistics, check_finite
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.errors import UserError
 from slimqwen.families import FAMILIES
 from slimqwen.modeling.device import ALIGNMENT_BYTES
+from slimqwen.modeling.live_bytes import measured_peak
 from slimqwen.recipe import CalibrationRecipe
 
 pytestmark = pytest.mark.rounding
@@ -245,18 +248,95 @@ def test_what_does_not_fit_is_streamed(
 ) -> None:
     parameters = sum(torch.Size(spec.shape).numel() for spec in Checkpoint(checkpoint).specs.values())
     sums = 4 * 5 * 8 * (32 + 16 + 8)  # parts x blocks x experts x (hidden + neurons + experts), of 8 bytes
+    copies = 4 * 8 * (32 + 16) + 8 * ADDED_AT_ONCE  # of a batch's sums: experts x (hidden + neurons), of 4 bytes
     budget = 1_000_000
     for spare, streamed in ((0, False), (-1, True)):
         monkeypatch.setattr(
-            memory, "available_bytes", lambda _, spare=spare: 4 * parameters + 8 * sums + budget + spare
+            memory, "available_bytes", lambda _, spare=spare: 4 * parameters + 8 * sums + copies + budget + spare
         )
         measured(checkpoint, tmp_path / f"{streamed}", texts, memory_budget_bytes=budget)
         assert ("layer by layer" in capsys.readouterr().err) is streamed
 
 
-def test_available_memory_is_told() -> None:
-    available = memory.available_bytes(torch.device("cpu"))
-    assert available is None or 1 << 20 < available < 1 << 50
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_next"]
+)  # the latter with an MTP module, which has norms of its own
+def test_second_moments_are_within_what_is_promised(
+    family: str, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By counting live bytes, layer by layer, where second moments are nearly all there is; the last layer has three norms."""
+    wide = write_tiny_checkpoint(
+        tmp_path / "wide", tokenizer=texts.tokenizer, native=FAMILIES_NATIVE[family], hidden_size=512
+    )
+    promised, peaks = [], []
+    allotted, taken = calibrate_module.allot, walk.Walk._take
+
+    def allot_and_tell(*arguments: Any, **options: Any) -> memory.Allotment:
+        promised.append(allotted(*arguments, **options))
+        return promised[-1]
+
+    def take_and_count(*arguments: Any) -> None:
+        with measured_peak(torch.device("cpu")) as peak:
+            taken(*arguments)
+        peaks.append(peak.extra_bytes)
+
+    monkeypatch.setattr(calibrate_module, "allot", allot_and_tell)
+    monkeypatch.setattr(walk.Walk, "_take", take_and_count)
+    measured(wide, tmp_path / "s", texts, second_moments=True, streaming=True)
+    (promise,) = promised
+    assert promise.sums_bytes > 4 * 3 * 8 * 512**2  # of four parts
+    assert promise.sums_bytes < max(peaks) <= promise.total_bytes - promise.process_bytes
+
+
+def test_a_memory_limit_lowers_the_budget(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def allotted(limit: int | None, beside_bytes: int = 0) -> memory.Allotment:
+        monkeypatch.setattr(memory, "limit_bytes", lambda: limit)
+        return allot(
+            Checkpoint(checkpoint),
+            parts=2,
+            rows=64,
+            sequence_length=SEQUENCE_LENGTH,
+            batch_size=8,
+            budget_bytes=10**9,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            beside_bytes=beside_bytes,
+        )
+
+    free = allotted(None)
+    least = free.fixed_bytes + 400_000
+    tight = allotted(least)
+    assert tight.activations_bytes <= 400_000 < free.activations_bytes and tight.total_bytes <= least
+    assert allotted(least + 5_000_000, beside_bytes=5_000_000) == tight
+    assert allotted(10**12) == free and capsys.readouterr().err == ""
+    assert allotted(1_000_000).rows_per_chunk == 1
+    assert "this process may have 1.0 MB: it may be killed" in capsys.readouterr().err
+
+
+def test_sums_are_added_a_few_rows_at_a_time_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Part("text", 0)
+    batches = [torch.randn(7, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    expected = sum(batch.double() for batch in batches)
+    for numbers in (1, 10, 1 << 18):
+        monkeypatch.setattr(statistics_module, "ADDED_AT_ONCE", numbers)
+        statistics = Statistics("", "", {part: {"main": 1, "mtp": 0}})
+        with statistics.part(part):
+            for batch in batches:
+                statistics.add("square", batch)
+                statistics.add("line", batch[0])
+        assert torch.equal(statistics.sums["text/0/square"], expected)
+        assert torch.equal(statistics.sums["text/0/line"], expected[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_sums_that_are_not_finite_are_refused(value: float) -> None:
+    sums = torch.zeros(3, 4, dtype=torch.float64)
+    check_finite("sums", sums, Path("s"))
+    sums[1, 2] = value
+    with pytest.raises(UserError, match="not finite"):
+        check_finite("sums", sums, Path("s"))
 
 
 def test_a_disk_too_small(checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

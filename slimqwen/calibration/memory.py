@@ -1,17 +1,19 @@
-"""How much memory calibration takes, in one go or layer by layer, and how much there is."""
+"""How much memory calibration takes, in one go or layer by layer, and whether there is as much."""
 
-import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 
 import torch
 
 from slimqwen.bytesize import bytes_in_words
+from slimqwen.calibration.statistics import ADDED_AT_ONCE
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Block, Part, Table
+from slimqwen.free_memory import available_bytes, limit_bytes
 from slimqwen.progress import say
+from slimqwen.warning import warn
 
 # Anonymous memory beside weights, sums and activations, measured: Python with PyTorch and Transformers; a name and a shape.
 PROCESS_BYTES = 450_000_000
@@ -27,20 +29,27 @@ class Allotment:
     """How much of the text goes through a layer at once, and the memory that this takes at its peak, in bytes.
 
     Token mixers see `rows_per_pass` sequences at once, experts `rows_per_chunk`. weights_bytes: of the largest layer, but
-    on a CPU of one routed expert only. sums_bytes: of the largest layer's statistics. What the layers read from the
-    checkpoint and from the file of hidden states is page cache, which the system takes back as it needs.
+    on a CPU of one routed expert only. sums_bytes: of the largest layer's statistics; copies_bytes: what is added to them at
+    one time. What the layers read from the checkpoint and from the file of hidden states is page cache, which the system takes
+    back as it needs.
     """
 
     rows_per_pass: int
     rows_per_chunk: int
     weights_bytes: int
     sums_bytes: int
+    copies_bytes: int
     activations_bytes: int
     process_bytes: int
 
     @property
+    def fixed_bytes(self) -> int:
+        """Whatever goes through a layer at once."""
+        return self.weights_bytes + self.sums_bytes + self.copies_bytes + self.process_bytes
+
+    @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.sums_bytes + self.activations_bytes + self.process_bytes
+        return self.fixed_bytes + self.activations_bytes
 
 
 def allot(
@@ -54,15 +63,33 @@ def allot(
     dtype: torch.dtype,
     device: torch.device,
     second_moments: bool = False,
+    beside_bytes: int = 0,
 ) -> Allotment:
     """As many rows at once as the budget for activations allows: at least 1, passes of at most `batch_size`.
 
-    parts: how many are measured apart; rows: of the largest of them.
+    On a CPU the budget is what the memory limit of this process leaves, where that is less: a limit, and not what is free at
+    the moment, so that the same command does the same. Where it leaves too little for one row, that is a warning.
+
+    parts: how many are measured apart; rows: of the largest of them. beside_bytes: what the caller holds in memory meanwhile.
     """
     family, config = checkpoint.family, checkpoint.config
     sizes = family.sizes(config)
+    steps = _steps(checkpoint)
     layers = [block for block in family.blocks(config) if block.recall is not None]
     hidden, experts = sizes[family.hidden], sizes[family.expert]
+    resident = experts if device.type != "cpu" else 1
+    fixed = Allotment(
+        rows_per_pass=1,
+        rows_per_chunk=1,
+        weights_bytes=dtype.itemsize * max(sum(_weights(b, sizes, resident) for b in blocks) for blocks in steps),
+        sums_bytes=8 * parts * max(_sums(blocks, checkpoint, second_moments) for blocks in steps),
+        copies_bytes=_copies_bytes(checkpoint, second_moments) if parts else 0,
+        activations_bytes=0,
+        process_bytes=PROCESS_BYTES + BYTES_PER_TENSOR * len(checkpoint.specs),
+    )
+    limit = limit_bytes() if device.type == "cpu" else None
+    if limit is not None:
+        budget_bytes = min(budget_bytes, max(0, limit - fixed.fixed_bytes - beside_bytes))
     row = dtype.itemsize * sequence_length
     chosen = config["num_experts_per_tok"]
     passing = row * max(_held_in_a_pass(block, sizes, hidden) for block in layers)
@@ -71,15 +98,18 @@ def allot(
     rows_per_pass = int(min(batch_size, rows, max(1, budget_bytes // 2 // passing)))
     left = budget_bytes - rows_per_pass * passing
     rows_per_chunk = int(min(rows, max(rows_per_pass, min(left // waiting, budget_bytes // asking))))
-    resident = device.type != "cpu"
-    return Allotment(
+    allotment = replace(
+        fixed,
         rows_per_pass=rows_per_pass,
         rows_per_chunk=rows_per_chunk,
-        weights_bytes=dtype.itemsize * max(_weights(block, sizes, experts if resident else 1) for block in layers),
-        sums_bytes=8 * parts * max(_sums(block, sizes, hidden, experts, second_moments) for block in layers),
         activations_bytes=int(max(rows_per_pass * passing + rows_per_chunk * waiting, rows_per_chunk * asking)),
-        process_bytes=PROCESS_BYTES + BYTES_PER_TENSOR * len(checkpoint.specs),
     )
+    if limit is not None and allotment.total_bytes + beside_bytes > limit:
+        warn(
+            f"layer by layer it takes {bytes_in_words(allotment.total_bytes + beside_bytes)} of memory, and this process may have "
+            f"{bytes_in_words(limit)}: it may be killed; give it more, or shorter sequences"
+        )
+    return allotment
 
 
 def fits(
@@ -92,12 +122,10 @@ def fits(
     second_moments: bool = False,
 ) -> bool:
     """Whether the whole model and its statistics fit beside a budget for activations, and say so where they do not."""
-    sizes = checkpoint.family.sizes(checkpoint.config)
-    hidden, experts = sizes[checkpoint.family.hidden], sizes[checkpoint.family.expert]
     numbers = sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
-    blocks = checkpoint.family.blocks(checkpoint.config)
-    sums = sum(_sums(block, sizes, hidden, experts, second_moments) for block in blocks)
-    needed, available = numbers * dtype.itemsize + 8 * parts * sums, available_bytes(device)
+    sums = 8 * parts * _sums(checkpoint.family.blocks(checkpoint.config), checkpoint, second_moments)
+    needed = numbers * dtype.itemsize + sums + _copies_bytes(checkpoint, second_moments)
+    available = available_bytes(device)
     if available is None or needed + budget_bytes <= available:
         return True
     say(
@@ -105,38 +133,6 @@ def fits(
         f"{bytes_in_words(needed)}, and {bytes_in_words(available)} of memory are free"
     )
     return False
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that can be had without swapping; on a GPU the less of its own and the machine's, through which models pass.
-
-    None where the system does not tell.
-    """
-    amounts = [_free_of_the_machine(), _free_of_the_container()]
-    if device.type == "cuda":
-        amounts.append(torch.cuda.mem_get_info(device)[0])
-    return min((amount for amount in amounts if amount is not None), default=None)
-
-
-def _free_of_the_machine() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: all there is
-        names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
-        known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
-        return prod(os.sysconf(name) for name in names) if known else None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _free_of_the_container() -> int | None:
-    """Of a control group (version 2) with a limit: what it leaves, page cache counted as free."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group, or no limit ("max")
-        return None
-    return limit - used + int(counters["inactive_file"]) + int(counters["active_file"])
 
 
 def _held_in_a_pass(block: Block, sizes: Sizes, hidden: int) -> float:
@@ -169,12 +165,33 @@ def _weights(block: Block, sizes: Sizes, experts: int) -> int:
     return numbers + experts * sum(prod(size(term, sizes) for term in dims) for dims in each)
 
 
-def _sums(block: Block, sizes: Sizes, hidden: int, experts: int, second_moments: bool) -> int:
-    """Numbers in the sums over a block, nearly all of them its experts' (outputs, neurons and the logits' products) and the
-    second moments of its norms, where they are asked for.
+def _steps(checkpoint: Checkpoint) -> list[list[Block]]:
+    """The blocks that are there at the same time, as in `steps_of`: a decoder layer, the last with the final norm; MTP."""
+    blocks = checkpoint.family.blocks(checkpoint.config)
+    steps = [[block] for block in blocks if block.layer is not None]
+    steps[-1] += [block for block in blocks if block.layer is None and not block.is_mtp]
+    mtp = [block for block in blocks if block.is_mtp]
+    return [*steps, mtp] if mtp else steps
+
+
+def _sums(blocks: Collection[Block], checkpoint: Checkpoint, second_moments: bool) -> int:
+    """Numbers in the sums over these blocks, nearly all of them their experts' (outputs, neurons and the logits' products)
+    and the second moments of their norms, where they are asked for.
     """
-    moments = second_moments * len(block.tables.get("norm", {})) * hidden**2
-    if block.experts is None:
-        return moments
-    neurons = sum(size(axis, sizes) for axis in sizes if axis.scope == "expert")
-    return moments + experts * (hidden + neurons + experts)
+    hidden, experts, neurons = _expert_sizes(checkpoint)
+    norms = [block for block, _ in checkpoint.family.residual_norms(checkpoint.config) if block in blocks]
+    routing = [block for block in blocks if block.experts is not None]
+    return second_moments * len(norms) * hidden**2 + len(routing) * experts * (hidden + neurons + experts)
+
+
+def _copies_bytes(checkpoint: Checkpoint, second_moments: bool) -> int:
+    """What one batch adds, in float32: the second moments of one norm, or outputs and neurons of a layer's experts."""
+    hidden, experts, neurons = _expert_sizes(checkpoint)
+    return 4 * max(second_moments * hidden**2, experts * (hidden + neurons)) + 8 * ADDED_AT_ONCE
+
+
+def _expert_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Hidden size, experts of a layer, neurons of one."""
+    family, sizes = checkpoint.family, checkpoint.family.sizes(checkpoint.config)
+    neurons = sum(count for axis, count in sizes.items() if axis.scope == "expert")
+    return sizes[family.hidden], sizes[family.expert], neurons

@@ -21,6 +21,8 @@ FORMAT = "slimqwen.statistics/2"
 METADATA_KEY = "slimqwen"  # one key, with all of it as JSON: safetensors writes several in a random order
 
 Half = Literal[0, 1]
+ADDED_AT_ONCE = 1 << 18  # numbers of a sum: PyTorch copies what it adds into the wider dtype first
+
 HALVES: tuple[Half, Half] = (0, 1)
 
 
@@ -129,7 +131,10 @@ class Statistics:
         if name not in self.sums:
             with torch.inference_mode(False):  # a tensor born in inference mode could not be added to outside of it
                 self.sums[name] = torch.zeros(value.shape, dtype=torch.float64)
-        self.sums[name] += value.detach().cpu()
+        value = value.detach().cpu()
+        rows = max(1, ADDED_AT_ONCE * len(value) // value.numel())
+        for total, some in zip(self.sums[name].split(rows), value.split(rows), strict=True):
+            total += some
 
     # What was measured
 
@@ -279,7 +284,8 @@ def _names(names: Iterable[str], part: Part) -> set[str]:
 
 def check_finite(name: str, value: Tensor, path: Path) -> None:
     """Raise UserError where a sum that `path` holds, or would hold, is not finite."""
-    if not torch.isfinite(value).all():
+    lowest, highest = value.aminmax()  # which copies nothing, unlike isfinite, and is nan where a value is
+    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise UserError(f"{path}: statistics are not finite, in {name}: the model overflowed on the calibration text.")
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, scratch_folder
 from slimqwen.bytesize import bytes_in_words
-from slimqwen.calibration.memory import allot
+from slimqwen.calibration.memory import Allotment, allot
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
@@ -71,8 +71,8 @@ def repair(
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
 
-    def streamed(checkpoint: Checkpoint) -> Stream:
-        allotment = allot(
+    def allotted(checkpoint: Checkpoint) -> Allotment:
+        return allot(
             checkpoint,
             parts=0,
             rows=len(rows),
@@ -82,16 +82,15 @@ def repair(
             dtype=torch_dtype,
             device=torch_device,
         )
-        return Stream(checkpoint, rows, allotment, torch_dtype, torch_device)
 
+    allotments = [allotted(checkpoint) for checkpoint in (cut, source)]
     made_from = [
         version("slimqwen"),
         cut.fingerprint(),
         source.fingerprint(),
         chosen.model_dump(mode="json"),
         text.fingerprint,
-        batch_size,
-        memory_budget_bytes,
+        [(allotment.rows_per_pass, allotment.rows_per_chunk) for allotment in allotments],
         str(torch_dtype),
         torch_device.type,
         RIDGE,
@@ -103,9 +102,12 @@ def repair(
         reproducible(torch_device),
         torch.inference_mode(),
     ):
-        streams = streamed(cut), streamed(source)
+        streams = [
+            Stream(checkpoint, rows, allotment, torch_dtype, torch_device)
+            for checkpoint, allotment in zip((cut, source), allotments, strict=True)
+        ]
         _announce(folder, cut, source, rows[:, 1:].numel(), title)
-        refitted = LayerByLayer(*streams, chosen.kept_layers, projection).run(folder, title)
+        refitted = LayerByLayer(streams[0], streams[1], chosen.kept_layers, projection).run(folder, title)
         with atomic_folder(out) as partial:
             write_refitted(cut, refitted, partial)
             copy_companions(student, partial)

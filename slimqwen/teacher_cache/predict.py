@@ -10,12 +10,13 @@ from torch import Tensor
 
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.calibration.experts import STREAMED_EXPERTS
-from slimqwen.calibration.memory import allot, available_bytes
+from slimqwen.calibration.memory import allot
 from slimqwen.calibration.step import Step, embeddings, steps_of
 from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.stream import Batch
+from slimqwen.free_memory import available_bytes
 from slimqwen.modeling.device import aligned
 from slimqwen.modeling.model import HiddenStates, load
 from slimqwen.progress import say
@@ -79,6 +80,7 @@ class LayerByLayer(Predictor):
         self._steps = [step for step in steps_of(self._model) if with_mtp or step.number is not None]
         self.passes = len(self._steps)
         self._batch_size = batch_size
+        held = (1 + with_mtp) * sequences * sequence_length * checkpoint.config["hidden_size"] * dtype.itemsize
         self._allotment = allot(
             checkpoint,
             parts=0,
@@ -88,10 +90,10 @@ class LayerByLayer(Predictor):
             budget_bytes=budget_bytes,
             dtype=dtype,
             device=device,
+            beside_bytes=held,
         )
         self.head = aligned(checkpoint.read(_head_name(checkpoint, self._model)).to(device, dtype))
         self._model.set_experts_implementation(STREAMED_EXPERTS)  # Transformers' own wants all of a layer at once
-        held = (1 + with_mtp) * sequences * sequence_length * checkpoint.config["hidden_size"] * dtype.itemsize
         say(
             f"layer by layer: the checkpoint is read once for every {sequences:,} sequences; it takes "
             f"{bytes_in_words(self._allotment.total_bytes + held)} of memory, {bytes_in_words(held)} of it for hidden states"
