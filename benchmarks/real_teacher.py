@@ -46,6 +46,7 @@ from slimqwen.recipe import DistilRecipe, Ramp, Source
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END_OF_TEXT = "<|endoftext|>"  # what separated documents when it was pretrained; the chat's end is another
+FORMAT = "slimqwen.real-teacher/1"
 SEQUENCE_LENGTH = 256
 GROUPING_ROWS, ROUTER_ROWS = 32, 6  # of each kind of text
 BATCH_ROWS = 4
@@ -280,7 +281,7 @@ class Numbers:
     def __init__(self, folder: Path, teacher: Path, tokens: int) -> None:
         self._folder, self._teacher, self._tokens = folder, teacher, tokens
         self._path = folder / "numbers.json"
-        self.known: dict[str, Any] = read_json(self._path) if self._path.exists() else {}
+        self.known: dict[str, Any] = read_json(self._path)["models"] if self._path.exists() else {}
 
     def add(self, models: Sequence[Path]) -> None:
         """Measure perplexity, KL(teacher || model) and agreement on each kind of held-out text, of models not yet known."""
@@ -297,7 +298,7 @@ class Numbers:
             }
             if model == self._teacher:
                 self.known[model.name] |= difference(self._folder / "llama", model, self._folder / "tokens-home")
-            write_json(self._path, self.known)
+            write_json(self._path, {"format": FORMAT, "models": self.known})
 
     def _record(self, path: Path) -> dict[str, Recording]:
         model = load(path)

@@ -1,12 +1,17 @@
 """The real teacher's making (benchmarks/), on tiny random models and text: no package of weights is needed."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB_SIZE, tiny_text, write_tiny_tokens
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from slimqwen.artifacts import atomic_folder
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 EXPERTS, NEURONS = 4, 32
@@ -17,12 +22,12 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(vocab_size: int = 50, intermediate_size: int = NEURONS) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50,
+        vocab_size=vocab_size,
         hidden_size=16,
-        intermediate_size=NEURONS,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -178,3 +183,46 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         real_teacher.main()
     assert exit_info.value.code == 2 and "lies in the repository" in capsys.readouterr().err
     assert not (BENCHMARKS / "made").exists()
+
+
+def test_every_step_and_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole script on a tiny model and text; called again it keeps everything, and measures nothing."""
+    import real_teacher
+
+    tokenizer, _ = write_tiny_tokens(tmp_path / "tiny")
+
+    def dequantise(out: Path) -> None:
+        llama = tiny_llama(vocab_size=VOCAB_SIZE, intermediate_size=64)
+        with atomic_folder(out) as folder:
+            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+            llama.save_pretrained(folder)
+
+    def write_text(prose: Path, out: Path) -> None:
+        with atomic_folder(out) as folder:
+            for number, (kind, split) in enumerate((k, s) for k in real_teacher.KINDS for s in ("train", "heldout")):
+                texts = [json.dumps({"text": tiny_text(10 * number + row)}) + "\n" for row in range(4)]
+                (folder / f"{kind}-{split}.jsonl").write_text("".join(texts))
+
+    monkeypatch.setattr(real_teacher, "dequantise", dequantise)
+    monkeypatch.setattr(real_teacher, "write_text", write_text)
+    monkeypatch.setattr(real_teacher, "SEQUENCE_LENGTH", 16)
+    options = ["--text", "prose.txt", "--routed", "--training-tokens", "128", "--measured-tokens", "64"]
+    monkeypatch.setattr("sys.argv", ["real_teacher.py", "--out", str(tmp_path / "out"), *options])
+    real_teacher.main()
+    numbers = json.loads(capsys.readouterr().out)
+    assert list(numbers) == ["dense", "routed6of8-start", "routed6of8"]
+    assert numbers["dense"]["largest_difference"] < 0.05 and numbers["dense"]["home"]["kl"] == 0.0
+    assert all(model[kind]["kl"] > 0 for model in list(numbers.values())[1:] for kind in real_teacher.KINDS)
+    start, trained = (load_file(tmp_path / "out" / name / "model.safetensors") for name in list(numbers)[1:])
+    changed = {
+        name.rpartition("layers.")[2][2:].partition(".")[0] for name in start if not start[name].equal(trained[name])
+    }
+    assert changed == {"block_sparse_moe"}
+
+    for name in ("group_neurons", "fit_routers", "write_split", "train", "load", "tokenize"):
+        monkeypatch.setattr(real_teacher, name, None)
+    real_teacher.main()
+    again = capsys.readouterr()
+    assert json.loads(again.out) == numbers and "dense: kept" in again.err
