@@ -89,7 +89,7 @@ def allot(
     )
     limit = limit_bytes() if device.type == "cpu" else None
     if limit is not None:
-        budget_bytes = min(budget_bytes, max(0, limit - fixed.fixed_bytes - beside_bytes))
+        budget_bytes = max(0, min(budget_bytes, limit - fixed.fixed_bytes - beside_bytes))
     row = dtype.itemsize * sequence_length
     chosen = config["num_experts_per_tok"]
     passing = row * max(_held_in_a_pass(block, sizes, hidden) for block in layers)
@@ -104,12 +104,17 @@ def allot(
         rows_per_chunk=rows_per_chunk,
         activations_bytes=int(max(rows_per_pass * passing + rows_per_chunk * waiting, rows_per_chunk * asking)),
     )
-    if limit is not None and allotment.total_bytes + beside_bytes > limit:
-        warn(
-            f"layer by layer it takes {bytes_in_words(allotment.total_bytes + beside_bytes)} of memory, and this process may have "
-            f"{bytes_in_words(limit)}: it may be killed; give it more, or shorter sequences"
-        )
+    if limit is not None:
+        _warn_beyond(limit, allotment.total_bytes + beside_bytes)
     return allotment
+
+
+def _warn_beyond(limit: int, needed: int) -> None:
+    if needed > limit:
+        warn(
+            f"layer by layer it takes {bytes_in_words(needed)} of memory, and this process may have {bytes_in_words(limit)}: it may "
+            "be killed; give it more, or shorter sequences"
+        )
 
 
 def fits(
