@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--experts-per-token", type=int, default=6, help="of the routed model")
     parser.add_argument("--deviation", type=float, default=0.1, help="of the routed model's first router logits")
-    parser.add_argument("--training-tokens", type=int, default=49_152, help="of the routed model")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the routed model")
-    parser.add_argument("--measured-tokens", type=int, default=4_096, help="held-out tokens of each kind of text")
+    parser.add_argument("--training-tokens", type=int, default=24_576, help="of the routed model")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the routed model")
+    parser.add_argument("--measured-tokens", type=int, default=2_048, help="held-out tokens of each kind of text")
     arguments = parser.parse_args()
     try:
         make(arguments)
