@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from slimqwen.calibration.statistics import check_source_weights
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.readable import check_companions
@@ -19,7 +21,9 @@ from slimqwen.distillation.optimizer import check_optimizer
 from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
 from slimqwen.families.count import Counts, count
-from slimqwen.modeling.device import resolve_device
+from slimqwen.modeling.device import resolve_device, resolve_dtype
+from slimqwen.modeling.kernels import check_expert_sizes
+from slimqwen.modeling.native import check_buildable
 from slimqwen.places import check_apart, inputs_of
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.progressive import stage_steps, stage_targets
@@ -44,6 +48,8 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     """Raise UserError now for what would otherwise stop the run after hours."""
     teacher = source.folder
     check_tokenizer_files(teacher)
+    check_buildable(source.family, source.config, str(teacher))
+    check_experts(recipe, source.config["hidden_size"], source.config["moe_intermediate_size"], "in the teacher")
     check_sources(recipe.data.sources, recipe.data.heldout_sources)
     check_apart("run_dir", recipe.run_dir, inputs_of(recipe))
     length, sources = recipe.data.sequence_length, recipe.calibration.sources
@@ -75,6 +81,14 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
             f"random weights for the vision tower of {teacher} cannot be made: leave out init: random and the random_init "
             "baseline, or use the text model."
         )
+
+
+def check_experts(recipe: Recipe, hidden: int, intermediate: int, where: str) -> None:
+    """Raise UserError for experts of a size that cannot be computed with in the dtypes of this run."""
+    device = resolve_device(recipe.device)
+    trained = torch.bfloat16 if device.type == "cuda" else torch.float32  # autocast, on a GPU
+    for dtype in (trained, resolve_dtype(recipe.dtype, device)):
+        check_expert_sizes(hidden, intermediate, dtype, where)
 
 
 def check_heldout(tokens: Path, recipe: Recipe) -> None:
@@ -124,6 +138,8 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
     fractions = course_of(recipe.distil, recipe.data.sequence_length).step_fractions(fractions)
     stages, done = [], 0
     for number, (target, steps) in enumerate(zip(targets, stage_steps(fractions, total), strict=True), start=1):
+        after = target_config(source.family, config, target)
+        check_experts(recipe, after["hidden_size"], after["moe_intermediate_size"], f"after stage {number}")
         stages.append(Stage(number, target, Span(done, done + steps, total)))
         done += steps
     return stages

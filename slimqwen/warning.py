@@ -22,6 +22,18 @@ def warn(text: str) -> None:
     _keep.get()(text)
 
 
+def warn_once(text: str) -> None:
+    """`warn` of what comes up again and again: said once by a process, and kept wherever it comes up."""
+    if text in _said:
+        _keep.get()(text)
+    else:
+        _said.add(text)
+        warn(text)
+
+
+_said: set[str] = set()
+
+
 @contextmanager
 def kept_in(path: Path, *, step: str, key: str) -> Iterator[None]:
     """Append what is warned of within this block to `path`, a line of JSON each; the same words once.

@@ -177,11 +177,6 @@ def test_the_config_of_a_checkpoint_that_lost_its_mtp_module_does_not_promise_on
     assert "num_mtp_layers" not in written and "mtp_layer_types" not in written
 
 
-def test_mtp_tensors_that_the_config_denies_are_an_error(folder: Path) -> None:
-    with_config(folder, num_nextn_predict_layers=0)
-    assert "mtp." in sentence(folder)
-
-
 def test_a_config_can_be_read_without_weights(original: Path, tmp_path: Path) -> None:
     shutil.copy(original / "config.json", tmp_path / "config.json")
     assert read_config(tmp_path / "config.json") == read_config(original) == read_config(tmp_path)

@@ -75,7 +75,14 @@ NASTY: list[Any] = [
     {},
     {"a": {}},
     {"quantization_config": {"bits": 4}},
+    {"rope_type": "yarn", "factor": "x"},
+    {"rope_type": ["yarn"]},
+    "flash_attention_2",
 ]
+
+
+KEYS = ["attention_bias", "mlp_only_layers", "layer_types", "rope_scaling", "dtype", "torch_dtype", "auto_map"]
+KEYS += ["_attn_implementation", "quantization_config", "attention_dropout", "hidden_act", "architectures"]
 
 
 def nasty(chance: random.Random) -> Any:
@@ -96,8 +103,11 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def everything(healthy: Path) -> Plan:
-    """The plan that keeps all of it."""
-    source = Checkpoint(healthy)
+    return keep_everything(Checkpoint(healthy))
+
+
+def keep_everything(source: Checkpoint) -> Plan:
+    """The plan that keeps all of a checkpoint."""
     counts = count(source.family, source.config)
     experts = range(source.config["num_experts"])
     return Plan(
@@ -318,7 +328,7 @@ def config_values(folder: Path, chance: random.Random) -> None:
     def change(config: Any) -> None:
         for _ in range(chance.choice([1, 1, 2])):
             section = chance.choice([config, config, *(value for value in config.values() if isinstance(value, dict))])
-            key = chance.choice([*sorted(section), "attention_bias", "mlp_only_layers", "layer_types", "rope_scaling"])
+            key = chance.choice([*sorted(section), *KEYS])
             if chance.random() < 0.15:
                 section.pop(key, None)
             else:

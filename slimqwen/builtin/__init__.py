@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from slimqwen.checkpoint.folder import snapshot_of
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import BUILTIN_TEACHER
 
@@ -16,6 +17,10 @@ def checkpoint_folder(name: str) -> Path:
     if name == BUILTIN_TEACHER:
         return TEACHER
     folder = Path(os.path.expanduser(name))
+    if name.lower().endswith(".gguf"):
+        raise UserError(
+            f"{name} is a GGUF file, and slimqwen reads safetensors only: give the original model's folder."
+        )
     try:
         neighbours = [other.name for other in folder.parent.iterdir() if other.is_dir()]
     except OSError:
@@ -26,4 +31,4 @@ def checkpoint_folder(name: str) -> Path:
             f"{name} {what} a checkpoint folder{did_you_mean(folder.name, [BUILTIN_TEACHER, *neighbours])}: give a folder with "
             "config.json and safetensors, or 'builtin'."
         )
-    return folder
+    return snapshot_of(folder)

@@ -4,18 +4,28 @@ import json
 from collections import Counter
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+from slimqwen.checkpoint.folder import what_it_is
 from slimqwen.errors import UserError, shown
 from slimqwen.families import Config, Family, family_of
 
+POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that git keeps in place of a large one
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
+# How one program loaded the model, or where code lies that is never run: no property of the model.
+CIRCUMSTANCES = (
+    *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("_attn_implementation_autoset", "_experts_implementation", "experts_implementation"),
+    *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript", *QUANTISATION_KEYS),
+)
+DTYPE_KEYS = ("dtype", "torch_dtype")
 DEEPEST_NESTING = 32  # of a config.json; real ones need 4
 LARGEST_JSON_BYTES = 100_000_000  # safetensors' own limit for a header; the index of an 80B checkpoint has 7 MB
 
 
 def read_json(path: Path) -> Any:
     """A JSON file, or one sentence about why it cannot be read."""
+    refuse_pointer(path)
     try:
         if path.stat().st_size > LARGEST_JSON_BYTES:
             raise UserError(f"{path} is too large to be what it should: over {LARGEST_JSON_BYTES:,} bytes.")
@@ -28,6 +38,19 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: {error}.") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise UserError where a file is not itself there, but git-lfs' word for it."""
+    try:
+        with path.open("rb") as stream:
+            is_pointer = stream.read(len(POINTER)) == POINTER
+    except OSError:  # told by who reads the file
+        return
+    if is_pointer:
+        raise UserError(
+            f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its folder, or download it again."
+        )
 
 
 def parse_json(text: bytes) -> Any:
@@ -56,37 +79,73 @@ def _refused(constant: str) -> NoReturn:
     raise ValueError(f"it has a number that is not finite, {shown(constant)}")
 
 
+class Described(NamedTuple):
+    """What a config.json says. notes: what it says beside the model and is left out, one sentence each."""
+
+    family: Family
+    config: Config
+    notes: list[str]
+
+
 def read_config(folder_or_file: Path) -> tuple[Family, Config]:
     """The family and the canonical config of a checkpoint folder, or of a config.json by itself.
 
     Raises UserError for whatever is no config.json of a family, is quantised, or has sizes that cannot be.
     """
+    described = read_described(folder_or_file)
+    return described.family, described.config
+
+
+def read_described(folder_or_file: Path) -> Described:
+    """`read_config`, and what was left out of it."""
     path = folder_or_file / "config.json" if folder_or_file.is_dir() else folder_or_file
     if not path.is_file():
-        missing = (
-            f"{folder_or_file} does not exist"
-            if not folder_or_file.exists()
-            else f"{folder_or_file} has no config.json"
-        )
-        raise UserError(f"{missing}: give the folder of a Hugging Face checkpoint.")
+        if not folder_or_file.exists():
+            raise UserError(f"{folder_or_file} does not exist: give the folder of a Hugging Face checkpoint.")
+        instead = what_it_is(folder_or_file) or "give the folder of a Hugging Face checkpoint."
+        raise UserError(f"{folder_or_file} has no config.json: {instead}")
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a model config: its top level must be a mapping.")
     if _depth_exceeds(config, DEEPEST_NESTING):
         raise UserError(f"{path} is not a model config: it is nested more than {DEEPEST_NESTING} deep.")
     family = family_of(config, str(path))
-    if any(section.get(key) for section in sections(config) for key in QUANTISATION_KEYS):
-        raise UserError(
-            f"{path}: the checkpoint is quantised (quantization_config); slimqwen prunes bfloat16, float16 and float32 "
-            "weights: use the original, unquantised checkpoint."
-        )
+    _check_words(config, path)
+    left_out = {key: section[key] for section in sections(config) for key in CIRCUMSTANCES if section.get(key)}
+    notes = [f"{path}: left out {', '.join(left_out)}, which is no property of the model."] if left_out else []
     try:
-        canonical = family.normalise(config)
+        canonical = family.normalise(model_words(config))
         family.sizes(canonical)
         family.to_disk(canonical)  # what could not be written again is told now, not after the work
     except UserError as error:
         raise UserError(f"{folder_or_file}: {error}") from error
-    return family, canonical
+    return Described(family, canonical, notes)
+
+
+def _check_words(config: Config, path: Path) -> None:
+    """Raise UserError for a quantised checkpoint, and for dtypes that are no words."""
+    for section in sections(config):
+        if any(section.get(key) for key in QUANTISATION_KEYS):
+            raise UserError(
+                f"{path}: the checkpoint is quantised (quantization_config); slimqwen prunes bfloat16, float16 and float32 "
+                "weights: use the original, unquantised checkpoint."
+            )
+        for key in DTYPE_KEYS:
+            if not isinstance(section.get(key), str | None):
+                raise UserError(
+                    f"{path}: '{key}' must be the name of a dtype, such as 'bfloat16', is {shown(section[key])}."
+                )
+
+
+def model_words(on_disk: Config) -> Config:
+    """A config.json less CIRCUMSTANCES, in it and in its sections; the original stays as it is."""
+    return {
+        key: {inner: word for inner, word in value.items() if inner not in CIRCUMSTANCES}
+        if isinstance(value, dict)
+        else value
+        for key, value in on_disk.items()
+        if key not in CIRCUMSTANCES
+    }
 
 
 def sections(on_disk: Config) -> list[Config]:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimqwen.checkpoint.config import LARGEST_JSON_BYTES, parse_json
+from slimqwen.checkpoint.config import LARGEST_JSON_BYTES, parse_json, refuse_pointer
 from slimqwen.errors import UserError, shown
 
 LARGEST_SIZE = 1 << 63  # exclusive; of a shape's numbers and of offsets
@@ -26,9 +26,10 @@ BITS = {
 
 
 class Entry(NamedTuple):
-    """One tensor as its file declares it; `dtype` in safetensors' words ("BF16")."""
+    """One tensor as its file declares it, by the name that it has there; `dtype` in safetensors' words ("BF16")."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
@@ -40,6 +41,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     Raises UserError where the header is not one, or does not describe the bytes that follow it: they must be covered
     by the tensors without gap or overlap, each as long as its dtype and shape say.
     """
+    refuse_pointer(file)
     try:
         return _entries(file)
     except OSError as error:
@@ -66,7 +68,7 @@ def _entries(file: Path) -> dict[str, Entry]:
     spans, entries = [], {}
     for name, described in header.items():
         try:
-            begin, end, entries[name] = _entry(file, described)
+            begin, end, entries[name] = _entry(file, name, described)
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"its header describes {shown(name)} as {shown(described)}") from None
         spans.append((begin, end, name))
@@ -81,7 +83,7 @@ def _entries(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(file: Path, described: Any) -> tuple[int, int, Entry]:
+def _entry(file: Path, name: str, described: Any) -> tuple[int, int, Entry]:
     """First byte, last byte + 1, and the tensor. Raises KeyError, TypeError or ValueError for a wrong description."""
     dtype, shape, (begin, end) = described["dtype"], described["shape"], described["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MOST_DIMS:
@@ -90,4 +92,4 @@ def _entry(file: Path, described: Any) -> tuple[int, int, Entry]:
         raise ValueError("not sizes")
     if 8 * (end - begin) != BITS[dtype] * prod(shape):
         raise ValueError("the offsets do not span the shape")
-    return begin, end, Entry(file, dtype, tuple(shape), end - begin)
+    return begin, end, Entry(file, name, dtype, tuple(shape), end - begin)

@@ -1,6 +1,8 @@
 """Reading a Hugging Face checkpoint folder, one memory-mapped tensor at a time."""
 
-from itertools import islice
+import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -8,45 +10,51 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from slimqwen.artifacts import fingerprint, fingerprint_value
-from slimqwen.checkpoint.config import read_config, read_json
+from slimqwen.checkpoint.config import read_described, read_json
+from slimqwen.checkpoint.folder import what_it_is
 from slimqwen.checkpoint.header import Entry, read_header
 from slimqwen.checkpoint.identity import content_fingerprint
+from slimqwen.checkpoint.match import match, some
 from slimqwen.errors import UserError, shown
+from slimqwen.warning import warn_once
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+OPEN_FILES = 32  # at a time: a checkpoint may have a thousand shards, and a process 256 descriptors
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-# Where the numbers of a quantised tensor lie beside it: FP8, GPTQ and AWQ, compressed-tensors.
-QUANTISED_NAMES = (".weight_scale_inv", ".weight_scale", ".input_scale", ".qweight", ".qzeros", ".scales")
 
 
 class Checkpoint:
     """A checkpoint folder: its config, its tensors by name, nothing in memory but the headers.
 
-    Opening it checks that every tensor of the family's table is there with its shape and nothing else is
-    (a checkpoint without the MTP module is accepted: its config then says so, `num_nextn_predict_layers` 0).
+    Opening it checks that every tensor of the family's table is there with its shape and nothing else is, but for what
+    Transformers and vLLM leave out or rename too (`match`): that is told in `notes`, which `tell` says.
+    (A checkpoint without the MTP module is accepted: its config then says so, `num_nextn_predict_layers` 0.)
     Raises UserError for anything missing, unknown, truncated or outside the folder. Only the names in the index must
     stay in the folder: they may be links to elsewhere, as in every download of the Hugging Face hub.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tell: Callable[[str], None] = warn_once) -> None:
         self.folder = folder
-        self.family, config = read_config(folder)
+        described = read_described(folder)
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: give the folder of a Hugging Face checkpoint.")
+        self.notes = list(described.notes)
         present = {path.name for path in folder.iterdir() if path.is_file()}
         self.index = self._read_index() if INDEX_FILE in present else None
         self.files = self._find_files(present)
-        self._entries = self._read_headers()
-        self._handles = {file: _open(file) for file in self.files}
-        self._refuse_quantised()
-        self.config = self.family.as_found(config, self._entries.keys())
-        self.layouts = self.family.detect_layouts(self.config, set(self._entries))
-        # A config may claim billions of experts. Of twice as many tensors as there are, most are missing anyway.
-        claimed = islice(self.family.tensors(self.config, self.layouts), 2 * len(self._entries) + 1)
-        self.specs = {spec.name: spec for spec in claimed}
+        stored = self._read_headers()
+        self._opened = lru_cache(OPEN_FILES)(open_weights)
+        for file in self.files:  # whatever safetensors itself refuses is told before any work
+            open_weights(file)
+        found = match(folder, described.family, described.config, stored, self._read)
+        self.family, self.config, self.layouts, self.specs, self._entries, notes = found
+        self.notes += notes
         self._check_tensors()
+        for note in self.notes:
+            tell(f"note: {note}")
 
     def _read_index(self) -> dict[str, Any]:
         """model.safetensors.index.json: {"weight_map": {tensor: file}, "metadata": {"total_size": bytes}}."""
@@ -60,11 +68,7 @@ class Checkpoint:
     def _find_files(self, present: set[str]) -> list[Path]:
         """The safetensors files, none of which may be named outside the folder."""
         if self.index is None:
-            if SINGLE_FILE not in present:
-                raise UserError(
-                    f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: slimqwen reads safetensors only."
-                )
-            return [self.folder / SINGLE_FILE]
+            return [self.folder / SINGLE_FILE] if SINGLE_FILE in present else self._shards_without_index(present)
         files = sorted(set(self.index["weight_map"].values()))
         for file in files:
             if Path(file).name != file or not file.endswith(".safetensors"):
@@ -78,6 +82,23 @@ class Checkpoint:
                 f"{self.folder} has a {SINGLE_FILE} and an index that does not name it: remove the one that is stale."
             )
         return [self.folder / file for file in files]
+
+    def _shards_without_index(self, present: set[str]) -> list[Path]:
+        """Every shard, where by their own numbers none is missing."""
+        numbers = {name: found.groups() for name in sorted(present) if (found := SHARD.fullmatch(name))}
+        if not numbers:
+            instead = what_it_is(self.folder) or "slimqwen reads safetensors only."
+            raise UserError(f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: {instead}")
+        totals = {int(total) for _, total in numbers.values()}
+        if len(totals) > 1 or len(numbers) != max(totals):
+            raise UserError(
+                f"{self.folder} has no {INDEX_FILE}, and {len(numbers)} shards of {max(totals)}: download what is missing."
+            )
+        self.notes.append(
+            f"{self.folder} has no {INDEX_FILE}, without which Transformers does not find the {len(numbers)} shards: they "
+            "are read by their numbers."
+        )
+        return [self.folder / name for name in numbers]
 
     def _read_headers(self) -> dict[str, Entry]:
         """Every tensor of every file, each in one file and where the index has it."""
@@ -105,24 +126,16 @@ class Checkpoint:
             )
         return entries
 
-    def _refuse_quantised(self) -> None:
-        for name, entry in self._entries.items():
-            if entry.dtype not in SAFETENSORS_DTYPES or name.endswith(QUANTISED_NAMES):
-                raise UserError(
-                    f"{self.folder} is quantised ({shown(name)} is {entry.dtype}); slimqwen reads bfloat16, float16 and "
-                    "float32 weights: use the original, unquantised checkpoint."
-                )
-
     def _check_tensors(self) -> None:
         missing = [name for name in self.specs if name not in self._entries]
         unknown = [name for name in self._entries if name not in self.specs]
         cut_off = len(self.specs) > 2 * len(self._entries)
         if missing or unknown:
             number = f"at least {len(missing)}" if cut_off else f"{len(missing)}"
-            problems = [f"lacks {number} tensors ({_some(missing)})"] * bool(missing)
+            problems = [f"lacks {number} tensors ({some(missing)})"] * bool(missing)
             # Where the expected names were cut off, the unknown ones may only lie beyond.
             told = bool(unknown) and not cut_off
-            problems += [f"has {len(unknown)} that its config does not account for ({_some(unknown)})"] * told
+            problems += [f"has {len(unknown)} that its config does not account for ({some(unknown)})"] * told
             raise UserError(
                 f"{self.folder} {' and '.join(problems)}: config.json and the weights do not belong together."
             )
@@ -140,10 +153,14 @@ class Checkpoint:
         cache, which the system takes back as it needs, and no memory of the process: measured with safetensors 0.8
         on a tensor of 200 MB, RssAnon +0, RssFile +200 MB once it is touched.
         """
+        return self._read(self._entries[name])
+
+    def _read(self, entry: Entry) -> torch.Tensor:
         try:
-            return self._handles[self.file_of(name)].get_tensor(name)
+            tensor: torch.Tensor = self._opened(entry.file).get_tensor(entry.name)
+            return tensor
         except SafetensorError as error:
-            raise UserError(f"{self.file_of(name)}: '{name}' cannot be read: {_one_line(error)}.") from error
+            raise UserError(f"{entry.file}: {shown(entry.name)} cannot be read: {_one_line(error)}.") from error
 
     def read_slice(self, name: str, index: Any) -> torch.Tensor:
         """`read(name)[index]`, e.g. one expert of a fused tensor; nothing else of the tensor is touched."""
@@ -181,8 +198,8 @@ class Checkpoint:
         return fingerprint_value([content_fingerprint(self.folder / "config.json"), *map(fingerprint, self.files)])
 
 
-def _open(file: Path) -> Any:
-    """Memory-map a file whose header has been read: whatever safetensors itself refuses is told before any work."""
+def open_weights(file: Path) -> Any:
+    """Memory-map a safetensors file. Raises UserError where safetensors refuses it."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -193,7 +210,3 @@ def _open(file: Path) -> Any:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(shown(name)[1:-1] for name in names[:3]) + (", ..." if len(names) > 3 else "")

@@ -2,16 +2,18 @@
 
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from slimqwen.artifacts import fingerprint_value
+from slimqwen.checkpoint.config import parse_json
 from slimqwen.checkpoint.identity import content_fingerprint
 from slimqwen.checkpoint.reader import INDEX_FILE
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES, Shard, TensorInfo, plan_shards
@@ -97,6 +99,7 @@ class CheckpointWriter:
             weight_map = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        config = _with_dtype_in_both_words(config)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -155,27 +158,51 @@ def _write_all(descriptor: int, data: memoryview, place: int) -> None:
         data, place = data[written:], place + written
 
 
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what makes a checkpoint usable beside its weights: tokenizer, generation config, chat template, licence.
+def _with_dtype_in_both_words(config: Config) -> Config:
+    """`torch_dtype`, where a config has it too, says what `dtype` says; in it and in its sections."""
+    new = {key: _with_dtype_in_both_words(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return new | {"torch_dtype": new["dtype"]} if {"dtype", "torch_dtype"} <= new.keys() else new
 
-    Code (*.py), pickles and the old README stay behind: the first two are never run, and the card is rewritten.
+
+# What makes a checkpoint usable beside its weights: tokenizer, processors, generation config, chat templates, licence.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template.json"),
+    *("generation_config.json", "*processor_config.json", "license*", "licence*", "notice*", "copying*"),
+)
+TEMPLATES = "additional_chat_templates"  # a folder: one template a file, by name
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy COMPANIONS and named chat templates. All else stays behind, what training left (optimizer, trainer_state) too.
+
+    So do code and the old README: the one is never run, and the card is rewritten. What a JSON file says of code
+    (`auto_map`) is taken out of the copy.
     """
     for file in companions(source):
-        shutil.copyfile(file, destination / file.name)
+        to = destination / file.relative_to(source)
+        to.parent.mkdir(exist_ok=True)
+        to.write_bytes(_without_code(file))
 
 
 def companions(folder: Path) -> list[Path]:
     """The files that `copy_companions` takes along."""
-    found = []
-    for file in sorted(folder.iterdir()):
-        weights = file.name == "config.json" or file.name.endswith(".index.json")
-        wanted = file.suffix in (".json", ".txt", ".jinja", ".model") or file.name.upper().startswith("LICENSE")
-        if file.is_file() and wanted and not weights and not file.name.startswith("."):
-            found.append(file)
-    return found
+    named = (file for file in folder.iterdir() if any(fnmatchcase(file.name.lower(), name) for name in COMPANIONS))
+    return [file for file in [*sorted(named), *sorted((folder / TEMPLATES).glob("*.jinja"))] if file.is_file()]
 
 
 def companions_fingerprint(folder: Path) -> str:
     """Of what `copy_companions` takes along, each file by what it says."""
     files = {file.relative_to(folder).as_posix(): file for file in companions(folder)}
     return fingerprint_value({name: content_fingerprint(file) for name, file in files.items()})
+
+
+def _without_code(file: Path) -> bytes:
+    """What a file says, less where code lies."""
+    content = file.read_bytes()
+    if file.suffix == ".json" and b'"auto_map"' in content:
+        with suppress(ValueError):  # not JSON: whoever reads it will say so
+            parsed = parse_json(content)
+            if isinstance(parsed, dict) and parsed.pop("auto_map", None) is not None:
+                content = (json.dumps(parsed, indent=2, ensure_ascii=False) + "\n").encode()
+    return content

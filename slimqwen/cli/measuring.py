@@ -186,13 +186,16 @@ def check(
             "sglang, llama.cpp or all. Repeatable. Exit code 1 where one cannot load it.",
         ),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look for NaN and infinity in a sample of the tensors only, not in all.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Tell whether a checkpoint is whole and loads in Transformers, vLLM and SGLang; reads headers and a sample."""
+    """Tell whether a checkpoint is whole, finite and loads in Transformers, vLLM and SGLang; reads every tensor."""
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.checkpoint.check import check_checkpoint, describe
 
-    result = check_checkpoint(checkpoint_folder(checkpoint), engines=engine or ())
+    result = check_checkpoint(checkpoint_folder(checkpoint), engines=engine or (), quick=quick)
     show_result(result, describe, as_json)
     if result.refusing():
         raise typer.Exit(EXIT_FAILED)

@@ -64,9 +64,10 @@ def weights_of(option: str, given: list[str]) -> dict[str, float]:
 
 def config_path(name: str) -> Path:
     from slimqwen.builtin import TEACHER
+    from slimqwen.checkpoint.folder import snapshot_of
     from slimqwen.recipe import BUILTIN_TEACHER
 
-    return TEACHER if name == BUILTIN_TEACHER else Path(os.path.expanduser(name))
+    return TEACHER if name == BUILTIN_TEACHER else snapshot_of(Path(os.path.expanduser(name)))
 
 
 def source_texts(given: list[str]) -> list[str]:

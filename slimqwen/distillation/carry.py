@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import Tensor
 
 from slimqwen.artifacts import atomic_folder, makes_folder, write_json
 from slimqwen.checkpoint.config import read_json
-from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.distillation.sharded import fill
+from slimqwen.checkpoint.reader import Checkpoint, open_weights
+from slimqwen.distillation.sharded import fill_own
 from slimqwen.distillation.state import saved_states
 from slimqwen.errors import UserError
 from slimqwen.families.family import Layout
@@ -54,7 +53,7 @@ class Moments(Checkpoint):
             first_row = index.offset[0] if index.offset else 0
             self._pieces.setdefault(index.fqn, []).append((first_row, Path(where.relative_path)))
         files = {file for pieces in self._pieces.values() for _, file in pieces}
-        self._handles = {file: safe_open(file, framework="pt") for file in files}
+        self._handles = {file: open_weights(file) for file in files}
         self._joined = lru_cache(maxsize=2)(self._join)  # a layer's experts come by turns out of two stacks
         self._lock = threading.Lock()
 
@@ -135,7 +134,7 @@ def _stacked_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def take_moments(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Put carried moments into AdamW, each rank its own rows."""
     for name in MOMENTS:
-        fill(
+        fill_own(
             {own: optimizer.state[parameter][name] for own, parameter in parameters.items()}, Checkpoint(folder / name)
         )
     for parameter in parameters.values():

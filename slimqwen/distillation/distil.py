@@ -38,6 +38,7 @@ from slimqwen.modeling.arithmetic import keep_arithmetic
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.modeling.kernels import announce_slow
 from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.modeling.native import announce_noise
 from slimqwen.progress import say
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries
 
@@ -187,6 +188,7 @@ def distil(
                 say(note)
             announce(stream, course.first_row(span.end_step) - course.first_row(span.first_step), torch_device.type)
             announce_slow(checkpoint.family, checkpoint.config, torch_device)
+            announce_noise(checkpoint.config)
         ranks.wait()
         model = load_student(checkpoint, torch_device, recipe, ranks)
         taught_by: Teacher | None = cached_teacher

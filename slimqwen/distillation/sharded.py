@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -14,8 +14,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo, plan_shards
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.distillation.parallel import Ranks, shard
-from slimqwen.families.family import Block
-from slimqwen.modeling.model import MtpCausalLM, disk_tensor, weightless
+from slimqwen.modeling.model import MtpCausalLM, Rows, allocate, disk_tensor, fill, weightless
 
 
 def load_sharded(
@@ -35,53 +34,17 @@ def load_sharded(
     model.requires_grad_(trains)
     mixed_precision = trains and device.type == "cuda"
     shard(model, ranks, mixed_precision=mixed_precision, reshard_after_forward=reshard_after_forward)
-    _allocate(model, device)
-    fill(model.held(), checkpoint)
+    allocate(model, device)
+    fill_own(model.held(), checkpoint)
     return model
 
 
-def _allocate(model: MtpCausalLM, device: torch.device) -> None:
-    """Memory for every tensor on the meta device. `to_empty` would part tied tensors."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor.device.type != "meta":
-                continue
-            if id(tensor) not in made:
-                empty = torch.empty_like(tensor, device=device)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-            setattr(module, name, made[id(tensor)])
+def fill_own(held: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """`modeling.model.fill` of tensors that may be sharded: each rank reads its own rows."""
+    fill(held, checkpoint, _own_rows)
 
 
-@torch.no_grad()
-def fill(held: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint into tensors that go by their names in the model, whole or sharded: each rank its own rows."""
-    family, config = checkpoint.family, checkpoint.config
-    filled = set()
-    for block in family.blocks(config):
-        for name in block.module_tensors():
-            own = family.module_name(name, config)
-            if own in held:  # the vision tower is not
-                _fill_rows(held[own], checkpoint, block, name)
-                filled.add(id(held[own]))
-    unfilled = [name for name, tensor in held.items() if id(tensor) not in filled]
-    assert not unfilled, f"{family.model_type}: no tensor fills {unfilled}"
-
-
-def _fill_rows(tensor: Tensor, checkpoint: Checkpoint, block: Block, name: str) -> None:
-    """Copy this rank's rows out of a checkpoint tensor, or out of the experts that the module holds stacked."""
-    local, first = _own_rows(tensor)
-    if name in checkpoint.specs:
-        local.copy_(checkpoint.read_slice(name, slice(first, first + len(local))))
-        return
-    assert block.experts is not None
-    joined = block.experts.fused[name.removeprefix(block.prefix)]
-    for row, expert in zip(local, range(first, first + len(local)), strict=True):
-        row.copy_(torch.cat([checkpoint.read(block.prefix + part.format(expert=expert)) for part in joined]))
-
-
-def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+def _own_rows(tensor: Tensor) -> Rows:
     """This rank's rows and the number of the first of them."""
     if not isinstance(tensor, DTensor):
         return tensor, 0

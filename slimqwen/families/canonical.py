@@ -1,6 +1,7 @@
 """What several families' config.json have in common, made explicit; see `Family.normalise` and `Family.to_disk`."""
 
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from typing import Any
 
 from slimqwen.errors import UserError, shown
@@ -141,18 +142,23 @@ def with_mlp_only_layers(config: Config) -> Config:
 def with_both_rope_forms(config: Config, partial_rotary_factor: float | None = None) -> Config:
     """Transformers 5 writes `rope_parameters`, serving engines read the older keys too: have both (formats.md 1).
 
-    `partial_rotary_factor` is the family's default; None where it rotates whole heads.
+    The older keys are `rope_theta`, `partial_rotary_factor` and, for YaRN and other kinds that stretch the context,
+    `rope_scaling`; where it is there it counts before `rope_parameters`, as in Transformers. `partial_rotary_factor` is the
+    family's default; None where it rotates whole heads.
     """
-    new = dict(config)
-    rope: dict[str, Any] | None = config.get("rope_parameters")
-    if rope is not None and not isinstance(rope, dict):
-        raise UserError(f"config.json: 'rope_parameters' must be a mapping, is {shown(rope)}.")
-    if rope:
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if key in rope:
-                new.setdefault(key, rope[key])
-    elif "rope_theta" in config and not config.get("rope_scaling"):
-        new["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-        if partial_rotary_factor is not None:
-            new["rope_parameters"]["partial_rotary_factor"] = config.get("partial_rotary_factor", partial_rotary_factor)
-    return new
+    for key in ("rope_parameters", "rope_scaling"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            raise UserError(f"config.json: '{key}' must be a mapping, is {shown(config[key])}.")
+    rope: dict[str, Any] = deepcopy(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if (not rope and config.get("rope_theta") is None) or any(isinstance(value, dict) for value in rope.values()):
+        return dict(config)  # nothing to say twice, or one of them for each type of layer, which older keys cannot say
+    kind = rope.setdefault("rope_type", rope.get("type") or "default")
+    if config.get("rope_theta") is not None:
+        rope.setdefault("rope_theta", config["rope_theta"])
+    if partial_rotary_factor is not None:
+        rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", partial_rotary_factor))
+    new = config | {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    stretched = {"rope_scaling": {**scaling, "type": kind}} if kind != "default" else {}
+    rope.pop("type", None)
+    return new | {"rope_parameters": rope} | stretched

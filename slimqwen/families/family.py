@@ -157,6 +157,12 @@ class Family:
     """Where Transformers' modules (and `mtp.` ours) hold what a checkpoint calls by this name."""
     as_found: Callable[[Config, Collection[str]], Config] = lambda config, names: config
     """The canonical config of a checkpoint with these tensor names, where the names know more than config.json."""
+    mtp_names: Callable[[Config, Collection[str]], set[str]] = lambda config, names: {
+        name for name in names if name.startswith("mtp.")
+    }
+    """Those of these tensor names that are an MTP module's, whether config.json knows of one or not."""
+    language_model: "Callable[[Config], tuple[Family, Config]] | None" = None
+    """Of a wrapper: its language model by itself, which is what a checkpoint without the vision tower holds."""
     mtp_config: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of Transformers' config that make its decoder layer number 0 the MTP module's."""
     router_scores: Literal["softmax", "sigmoid"] = "softmax"

@@ -183,6 +183,12 @@ def as_found(config: Config, names: Collection[str]) -> Config:
     return {**config, "num_nextn_predict_layers": number, "mtp_copies": [name for name in MTP_COPIES if name in below]}
 
 
+def mtp_names(config: Config, names: Collection[str]) -> set[str]:
+    """Every tensor of the layer behind the last, where it is an MTP module and not a decoder layer too many."""
+    prefix = mtp_prefix(config)
+    return {name for name in names if name.startswith(prefix)} if f"{prefix}eh_proj.weight" in names else set()
+
+
 GLM4_MOE = Family(
     model_type="glm4_moe",
     vocab=VOCAB,
@@ -203,6 +209,7 @@ GLM4_MOE = Family(
     serving_note=serving_note,
     module_name=module_name,
     as_found=as_found,
+    mtp_names=mtp_names,
     mtp_config={"num_hidden_layers": 1, "first_k_dense_replace": 0},
     router_scores="sigmoid",
 )

@@ -5,6 +5,7 @@ below another prefix and whose vision tower is carried along. Names and shapes a
 `Qwen3_5MoeForCausalLM` and `Qwen3_5MoeForConditionalGeneration`.
 """
 
+from collections.abc import Collection
 from functools import partial
 
 from slimqwen.errors import UserError, shown
@@ -45,6 +46,7 @@ DELTANET: Table = {
     "linear_attn.in_proj_a.weight": (VALUE_HEADS, MIXER_INPUT),
     **DELTANET_CORE,
 }
+HEAD = "lm_head.weight"
 QWEN3_5_MIXERS: Mixers = {**MIXERS, "linear_attention": ("deltanet", DELTANET, DELTANET_RECALL)}
 
 # --- the text model ---------------------------------------------------------------------------------------------------
@@ -70,7 +72,16 @@ def to_disk(config: Config) -> Config:
     config = with_mtp_layer_types(with_full_attention_interval(config))
     config["mtp_num_hidden_layers"] = config.pop("num_nextn_predict_layers")
     del config["mlp_layer_types"]
-    return config
+    return {key: value for key, value in config.items() if key != "text_is_tied"}
+
+
+def as_found(config: Config, names: Collection[str]) -> Config:
+    """Without a module or a head that is not stored; the head where config.json ties it within the wrapper only.
+
+    Transformers' text model goes by the inner word, and by the outer one its wrapper, which writes false unasked.
+    """
+    config = without_absent_mtp(config, names)
+    return config | {"tie_word_embeddings": True} if config.get("text_is_tied") and HEAD not in names else config
 
 
 # --- the vision-language model ----------------------------------------------------------------------------------------
@@ -99,7 +110,9 @@ def unwrapped(config: Config) -> Config:
                 "without a vision tower is a qwen3_5_moe_text."
             )
     hoisted = {key: config[key] for key in HOISTED if key in config}
-    text = normalise(config["text_config"] | hoisted)
+    text = normalise(
+        config["text_config"] | hoisted | {"text_is_tied": config["text_config"].get("tie_word_embeddings")}
+    )
     check_vision(config["vision_config"], text)
     return text | {"wrapper": {key: value for key, value in config.items() if key not in ("text_config", *HOISTED)}}
 
@@ -161,6 +174,13 @@ def wrapped_surroundings(config: Config) -> list[Block]:
     return [*surroundings(config, LANGUAGE_MODEL), vision_tower(config)]
 
 
+def language_model(config: Config) -> tuple[Family, Config]:
+    """The text model of a wrapper's canonical config."""
+    text = {key: value for key, value in config.items() if key not in ("wrapper", "architectures")}
+    own = {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"]}
+    return QWEN3_5_MOE_TEXT, text | own
+
+
 def module_name(name: str, config: Config) -> str:
     """AutoModelForCausalLM loads the language model alone and takes its prefix off."""
     return "model." + name.removeprefix(LANGUAGE_MODEL) if name.startswith(LANGUAGE_MODEL) else name
@@ -183,7 +203,7 @@ QWEN3_5_MOE_TEXT = Family(
     layer_blocks=partial(layer_blocks, mixers=QWEN3_5_MIXERS),
     surroundings=surroundings,
     serving_note=serving_note,
-    as_found=without_absent_mtp,
+    as_found=as_found,
     mtp_config=MTP_CONFIG,
     default_layout="fused",
 )
@@ -202,7 +222,8 @@ QWEN3_5_MOE = Family(
     surroundings=wrapped_surroundings,
     serving_note=serving_note,
     module_name=module_name,
-    as_found=without_absent_mtp,
+    language_model=language_model,
+    as_found=as_found,
     mtp_config=MTP_CONFIG,
     default_layout="fused",
 )

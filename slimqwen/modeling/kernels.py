@@ -108,12 +108,17 @@ def check_rows(experts: Any, dtype: torch.dtype) -> None:
 
     Its own error says neither which size it means nor what would do.
     """
+    check_expert_sizes(experts.gate_up_proj.shape[-1], experts.down_proj.shape[-1], dtype)
+
+
+def check_expert_sizes(hidden: int, intermediate: int, dtype: torch.dtype, where: str = "here") -> None:
+    """`check_rows` of experts that are not there yet. `where`: where they will be."""
     units = GROUPED_ROW_BYTES // dtype.itemsize
-    for size, weight in (("hidden", experts.gate_up_proj), ("intermediate", experts.down_proj)):
-        if weight.shape[-1] % units:
+    for name, size in (("hidden", hidden), ("intermediate", intermediate)):
+        if size % units:
             raise UserError(
-                f"PyTorch's grouped product of {dtype} takes experts whose {size} size is a multiple of {units}, and it is "
-                f"{weight.shape[-1]} here: choose one that is, of 8 for every dtype."
+                f"PyTorch's grouped product of {dtype} takes experts whose {name} size is a multiple of {units}, and it is "
+                f"{size} {where}: choose one that is, of 8 for every dtype."
             )
 
 

@@ -1,14 +1,14 @@
 """A causal language model with its MTP module: loading, random initialisation, the forward pass, saving."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
@@ -17,9 +17,10 @@ from slimqwen.errors import UserError
 from slimqwen.families import Config, Family, family_of
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Block, Layout, TensorSpec
-from slimqwen.modeling.device import aligned
 from slimqwen.modeling.kernels import check_rows
 from slimqwen.modeling.mtp import MTP_PREFIX, MtpModule
+from slimqwen.modeling.native import built, computed_config
+from slimqwen.warning import warn
 
 transformers.utils.logging.set_verbosity_error()  # its load report repeats that `mtp.*` is ignored: we load it ourselves
 transformers.utils.logging.disable_progress_bar()
@@ -98,21 +99,16 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
     Raises UserError for experts of a size that cannot be computed in `dtype`.
     """
     checkpoint = Checkpoint(folder)
-    backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
-    mtp = None
-    if checkpoint.has_mtp:
-        mtp = MtpModule(backbone, checkpoint.family)
-        for parameter in mtp.parameters():  # not the buffers: a router's correction bias is float32 in any model
-            parameter.data = parameter.data.to(dtype)
-        blocks = [block for block in checkpoint.family.blocks(checkpoint.config) if block.is_mtp]
-        fill(mtp, MTP_PREFIX, checkpoint, blocks)
-    model = MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).to(device)
-    for tensor in model.held().values():  # on a CPU Transformers leaves what needs no other dtype mapped from the file
-        tensor.data = aligned(tensor.data)
+    device = torch.device(device)
+    model = weightless(checkpoint, dtype, device)
+    allocate(model, device)
+    fill(model.held(), checkpoint)
+    for tensor in model.held().values():  # or Transformers draws them anew for whoever builds on the backbone
+        vars(tensor)["_is_hf_initialized"] = True
+    model.backbone.generation_config = generation_config(folder, model.backbone)
     for module in model.modules():
         if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):  # routed experts
             check_rows(module, dtype)
-    model.eval()
     return model
 
 
@@ -121,9 +117,9 @@ def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
     The rotary table, which is computed and not stored, is on `device`.
     """
-    native = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    native = computed_config(checkpoint.family, checkpoint.config, str(checkpoint.folder))
     with torch.device("meta"):
-        backbone = AutoModelForCausalLM.from_config(native, dtype=dtype)
+        backbone = built(native, dtype, str(checkpoint.folder))
         mtp = MtpModule(backbone, checkpoint.family) if checkpoint.has_mtp else None
     for parameter in mtp.parameters() if mtp is not None else ():
         parameter.data = parameter.data.to(dtype)
@@ -132,30 +128,64 @@ def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     return MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).eval()
 
 
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for every tensor on the meta device. `to_empty` would part tied tensors."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.device.type != "meta":
+                continue
+            if id(tensor) not in made:
+                empty = torch.empty_like(tensor, device=device)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            setattr(module, name, made[id(tensor)])
+
+
+Rows = tuple[torch.Tensor, int]
+"""Rows of a tensor that this process holds, and the number of the first of them."""
+
+
 @torch.no_grad()
-def fill(module: nn.Module, prefix: str, checkpoint: Checkpoint, blocks: list[Block]) -> None:
-    """Copy the tensors of some blocks into the module whose names begin with `prefix` in the model; others are left."""
-    held = {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+def fill(
+    held: Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    own_rows: Callable[[torch.Tensor], Rows] = lambda tensor: (tensor, 0),
+) -> None:
+    """Copy a checkpoint into tensors that go by their names in the model; of sharded ones, what `own_rows` gives of each."""
+    family, config = checkpoint.family, checkpoint.config
     filled = set()
-    for block in blocks:
+    for block in family.blocks(config):
         for name in block.module_tensors():
-            own = checkpoint.family.module_name(name, checkpoint.config)
-            if own in held:  # GLM's MTP layer carries copies of the embeddings, which the module shares
-                held[own].copy_(read_stacked(checkpoint, block, name))
-                filled.add(own)
-    assert filled == held.keys(), f"{checkpoint.family.model_type}: no tensor fills {held.keys() - filled}"
+            own = family.module_name(name, config)
+            is_copy = block.is_mtp and not own.startswith(MTP_PREFIX)  # of an embedding, in GLM's MTP layer
+            if own in held and not is_copy:  # the vision tower is not held
+                _fill_rows(*own_rows(held[own]), checkpoint, block, name)
+                filled.add(id(held[own]))
+    unfilled = [name for name, tensor in held.items() if id(tensor) not in filled]
+    assert not unfilled, f"{family.model_type}: no tensor fills {unfilled}"
 
 
-def read_stacked(checkpoint: Checkpoint, block: Block, name: str) -> torch.Tensor:
-    """A tensor as Transformers' modules hold it: as stored, or stacked from the per-expert tensors on disk."""
+def _fill_rows(rows: torch.Tensor, first: int, checkpoint: Checkpoint, block: Block, name: str) -> None:
+    """Copy rows `first` and following of a checkpoint tensor, or of the experts that the module holds stacked."""
     if name in checkpoint.specs:
-        return checkpoint.read(name)
+        rows.copy_(checkpoint.read_slice(name, slice(first, first + len(rows))))
+        return
     assert block.experts is not None
     joined = block.experts.fused[name.removeprefix(block.prefix)]
-    experts = range(checkpoint.family.sizes(checkpoint.config)[block.experts.axis])
-    return torch.stack(
-        [torch.cat([checkpoint.read(block.prefix + part.format(expert=e)) for part in joined]) for e in experts]
-    )
+    for row, expert in zip(rows, range(first, first + len(rows)), strict=True):
+        row.copy_(torch.cat([checkpoint.read(block.prefix + part.format(expert=expert)) for part in joined]))
+
+
+def generation_config(folder: Path, backbone: PreTrainedModel) -> GenerationConfig:
+    """What generation_config.json says, or else config.json. One that cannot be read is named and left out."""
+    if (folder / "generation_config.json").is_file():
+        try:
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of any class: it is the library's verdict
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            warn(f"warning: {folder / 'generation_config.json'} cannot be read and is left out: {reason}.")
+    return GenerationConfig.from_model_config(backbone.config)
 
 
 def initialise(config: Config, seed: int, device: str | torch.device = "cpu") -> MtpCausalLM:
@@ -163,8 +193,7 @@ def initialise(config: Config, seed: int, device: str | torch.device = "cpu") ->
     family = family_of(config, "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        native = AutoConfig.for_model(**family.to_disk(config))
-        backbone = AutoModelForCausalLM.from_config(native, dtype=torch.float32)
+        backbone = built(computed_config(family, config, "config.json"), torch.float32, "config.json")
         mtp = MtpModule(backbone, family) if config["num_nextn_predict_layers"] else None
     return MtpCausalLM(backbone, mtp, family, config).to(device)
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from slimqwen.artifacts import fingerprint_value, makes_folder, resumable_folder
 from slimqwen.bytesize import bytes_in_words
-from slimqwen.checkpoint.check import check_checkpoint, check_config, tensor_hash
+from slimqwen.checkpoint.check import check_checkpoint, tensor_hash
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.errors import StageFailed, UserError
 from slimqwen.families.family import Layout
+from slimqwen.modeling.native import check_buildable
 from slimqwen.planning.plan import Plan
 from slimqwen.progress import say
 from slimqwen.pruning.cut import Cut
@@ -53,7 +54,7 @@ def prune(
         raise UserError(f"the plan was not made for {checkpoint}: run `slimqwen plan` on it first.")
     residual = planned_residual(source, chosen, plan if isinstance(plan, Path) else None)
     cut = planned_cut(source, chosen, layout, residual)
-    check_config(cut.family.to_disk(cut.config), str(checkpoint))
+    check_buildable(cut.family, cut.config, str(checkpoint))
     made_from = {
         "version": version("slimqwen"),
         "plan": chosen.model_dump(mode="json"),

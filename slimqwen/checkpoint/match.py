@@ -1,0 +1,153 @@
+"""Which stored tensor is which of the family's table: other prefixes are taken off, what no loader reads is left out.
+
+As much is taken as Transformers and vLLM take, and every liberty is a sentence in `Match.notes`. What is missing, has
+another shape, or is a weight that config.json does not account for stays an error (`Checkpoint`).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from slimqwen.checkpoint.header import Entry
+from slimqwen.errors import UserError, shown
+from slimqwen.families import Config, Family
+from slimqwen.families.family import Layout, TensorSpec
+
+ROOTS = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
+"""What programs put before a language model's layers; "" where the model was saved without its head."""
+BELOW_ROOT = ("embed_tokens.", "layers.", "norm.")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+WRAPPED_HEAD = "language_model.lm_head.weight"
+VISION_PREFIXES = ("model.visual.", "visual.")
+
+# Computed by today's loaders from the config: tables of RoPE, causal masks, counters of positions and batches.
+BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|\w*attn\.(masked_)?bias|position_ids|num_batches_tracked)$"
+)
+COUNTER_DTYPES = ("I64", "I32", "U64", "U32", "BOOL")
+WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")
+# Where the numbers of a quantised tensor lie beside it: FP8, GPTQ and AWQ, compressed-tensors, bitsandbytes.
+QUANTISED_NAMES = (
+    *(".weight_scale_inv", ".weight_scale", ".input_scale", ".qweight", ".qzeros", ".scales", ".g_idx"),
+    *(".weight_packed", ".weight_zero_point", ".SCB", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"),
+)
+
+Read = Callable[[Entry], Tensor]
+
+
+class Match(NamedTuple):
+    """entries: table name -> where it is stored. notes: what was taken otherwise than stored, one sentence each."""
+
+    family: Family
+    config: Config
+    layouts: dict[str, Layout]
+    specs: dict[str, TensorSpec]
+    entries: dict[str, Entry]
+    notes: list[str]
+
+
+def match(folder: Path, family: Family, config: Config, stored: Mapping[str, Entry], read: Read) -> Match:
+    """Find a family's tensors among the stored ones. `read` gives a tensor's numbers, of which tied weights have two."""
+    notes: list[str] = []
+    if family.language_model is not None and not any(name.startswith(VISION_PREFIXES) for name in stored):
+        family, config = family.language_model(config)
+        notes.append(
+            f"{folder} has no vision tower: it is read, and what is made of it written, as the language model alone "
+            f"({family.model_type})."
+        )
+    entries = _under_root(family, config, stored)
+    config = family.as_found(config, entries.keys())
+    config = _tied_as_found(folder, config, entries, read, notes)
+    layouts = family.detect_layouts(config, set(entries))
+    # A config may claim billions of experts. Of twice as many tensors as there are, most are missing anyway.
+    claimed = islice(family.tensors(config, layouts), 2 * len(entries) + 1)
+    specs = {spec.name: spec for spec in claimed}
+    _refuse_quantised(folder, entries, specs)
+    for kind, names in _leftovers(family, config, entries, specs).items():
+        for name in names:
+            del entries[name]
+        notes.append(f"{folder}: left out {kind} ({some(names)}).")
+    return Match(family, config, layouts, specs, entries, notes)
+
+
+def _under_root(family: Family, config: Config, stored: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The stored tensors by the names that the table has for them."""
+    embeddings = (name for block in family.surroundings(config) for name in block.tables.get("embedding", {}))
+    root = next(name for name in embeddings if name.endswith(EMBEDDING)).removesuffix(EMBEDDING)
+    found = next((other for other in (root, *ROOTS) if other + EMBEDDING in stored), root)
+    renamed: dict[str, Entry] = {}
+    for name, entry in stored.items():
+        ours = HEAD if name == WRAPPED_HEAD and HEAD not in stored else name
+        if found != root and name.startswith(tuple(found + below for below in BELOW_ROOT)):
+            ours = root + name.removeprefix(found)
+        renamed[name if ours in stored or ours in renamed else ours] = entry
+    return renamed
+
+
+def _tied_as_found(folder: Path, config: Config, entries: dict[str, Entry], read: Read, notes: list[str]) -> Config:
+    """A head that is stored although config.json ties it: left out where it is the embedding, else not tied."""
+    if not config["tie_word_embeddings"] or HEAD not in entries:
+        return config
+    embedding = next((entry for name, entry in entries.items() if name.endswith(EMBEDDING)), None)
+    if embedding is not None and _are_equal(entries[HEAD], embedding, read):
+        del entries[HEAD]
+        notes.append(f"{folder}: left out {HEAD}, a copy of the embedding that config.json ties it to.")
+        return config
+    notes.append(
+        f"{folder}: config.json ties {HEAD} to the embedding, and the one that is stored has other numbers: it is read as "
+        "Transformers reads it, not tied (vLLM takes the embedding)."
+    )
+    return config | {"tie_word_embeddings": False}
+
+
+def _are_equal(one: Entry, other: Entry, read: Read) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype not in WEIGHT_DTYPES or len(one.shape) != 2:
+        return False
+    pairs = zip(read(one).split(4096), read(other).split(4096), strict=True)
+    return all(bool((mine == theirs).all()) for mine, theirs in pairs)
+
+
+def _refuse_quantised(folder: Path, entries: Mapping[str, Entry], specs: Mapping[str, TensorSpec]) -> None:
+    is_whole = specs.keys() <= entries.keys()
+    for name, entry in entries.items():
+        counts = entry.dtype in COUNTER_DTYPES and name not in specs and is_whole
+        if name.endswith(QUANTISED_NAMES) or (
+            entry.dtype not in WEIGHT_DTYPES and not counts and not BUFFERS.search(name)
+        ):
+            raise UserError(
+                f"{folder} is quantised ({shown(name)} is {entry.dtype}); slimqwen reads bfloat16, float16 and "
+                "float32 weights: use the original, unquantised checkpoint."
+            )
+
+
+def _leftovers(
+    family: Family, config: Config, entries: Mapping[str, Entry], specs: Mapping[str, TensorSpec]
+) -> dict[str, list[str]]:
+    """What is stored and no loader reads, by kind."""
+    unknown = [name for name in entries if name not in specs]
+    mtp = family.mtp_names(config, unknown) if not config["num_nextn_predict_layers"] else set()
+    has_vision = any(spec.part == "vision" for spec in specs.values())
+    kinds: dict[str, list[str]] = {}
+    for name in unknown:
+        if name in mtp:
+            kind = "an MTP module, of which config.json says that there is none"
+        elif name.startswith(VISION_PREFIXES) and not has_vision:
+            kind = "a vision tower, which this model_type does not have"
+        elif BUFFERS.search(name):
+            kind = "buffers that are computed from config.json"
+        elif entries[name].dtype in COUNTER_DTYPES:
+            kind = "whole numbers that are no weights"
+        else:
+            continue
+        kinds.setdefault(kind, []).append(name)
+    return kinds
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three names, for a sentence."""
+    first = list(islice(names, 4))
+    return ", ".join(shown(name)[1:-1] for name in first[:3]) + (", ..." if len(first) > 3 else "")

@@ -1,0 +1,84 @@
+"""The border to Transformers: its config and its modules, made from ours; whatever it raises becomes one sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from slimqwen.checkpoint.config import sections
+from slimqwen.errors import UserError
+from slimqwen.families import Config, Family
+from slimqwen.warning import warn
+
+NOISE = ("attention_dropout", "router_jitter_noise")
+"""What a config makes random in training and nowhere else. Transformers draws it from a generator that nothing seeds."""
+
+LONGEST_REASON = 300
+
+
+@contextmanager
+def refusals_explained(where: str) -> Iterator[None]:
+    """Turn what Transformers raises about a config, of any class, into one sentence that begins with `where`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of any class: it is the library's verdict
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, LookupError | AttributeError):  # whose words alone are a name
+            reason = f"{type(error).__name__} {reason}"
+        raise UserError(
+            f"{where}: Transformers does not accept config.json: {reason[:LONGEST_REASON].rstrip('.')}."
+        ) from error
+
+
+def native_config(on_disk: Config, where: str) -> PretrainedConfig:
+    """Transformers' config of what a config.json says, which stays as it is: it writes into the mappings it is given.
+
+    It checks the type of every field that it knows. Raises UserError where it does not accept one; `where` names the file.
+    """
+    with refusals_explained(where):
+        return AutoConfig.for_model(**deepcopy(on_disk))
+
+
+def computed_config(family: Family, config: Config, where: str) -> PretrainedConfig:
+    """`native_config` of a canonical config, for computing: without noise."""
+    on_disk: Config = deepcopy(family.to_disk(config))
+    for section in sections(on_disk):
+        section.update(dict.fromkeys(noise_of(section), 0.0))
+    return native_config(on_disk, where)
+
+
+def built(native: PretrainedConfig, dtype: torch.dtype, where: str) -> PreTrainedModel:
+    """The modules of a causal language model, parameters in `dtype`, on the device that is current.
+
+    Raises UserError for what no field's type shows and only building does: an unknown activation, a kind of RoPE.
+    """
+    with refusals_explained(where):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(native, dtype=dtype)
+        return model
+
+
+def check_buildable(family: Family, config: Config, where: str) -> None:
+    """Raise UserError where Transformers cannot build the model of a canonical config. Takes no memory for weights."""
+    with torch.device("meta"):
+        built(computed_config(family, config, where), torch.float32, where)
+
+
+def announce_noise(config: Config) -> None:
+    """Say what of a config is left out in training."""
+    found = noise_of(config)
+    if found:
+        words = ", ".join(f"{key} {value}" for key, value in found.items())
+        warn(
+            f"note: config.json has {words}, noise in training, which slimqwen trains without; it stays in the config that "
+            "is written."
+        )
+
+
+def noise_of(config: Config) -> dict[str, Any]:
+    """The noise that a config asks for."""
+    return {key: config[key] for key in NOISE if isinstance(config.get(key), int | float) and config[key]}
