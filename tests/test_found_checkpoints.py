@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import sharded, with_config, with_tensors
 from test_fuzz import keep_everything
-from tiny import QWEN3_NEXT, tiny_tokens, write_tiny_checkpoint
+from test_pipeline import tiny_recipe
+from tiny import QWEN3_NEXT, tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,11 +22,15 @@ from slimqwen.checkpoint import check, reader
 from slimqwen.checkpoint.check import check_checkpoint, describe
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
+from slimqwen.distillation.distil import distil
 from slimqwen.errors import UserError
-from slimqwen.families import FAMILIES, family_of
+from slimqwen.families import ARCHITECTURES, FAMILIES, family_of
 from slimqwen.modeling.model import load, save
 from slimqwen.modeling.native import native_config
+from slimqwen.pipeline import run
 from slimqwen.pruning.prune import prune
+from slimqwen.recipe import DistilRecipe
+from slimqwen.warning import kept_in
 
 TOKENS = tiny_tokens(rows=2, columns=13)
 Tensors = dict[str, Tensor]
@@ -301,8 +306,6 @@ def test_what_is_wrong_stays_wrong(tmp_path: Path, change: Callable[[Tensors], N
 
 
 def test_a_note_is_said_once_and_kept_each_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from slimqwen.warning import kept_in
-
     folder = write_tiny_checkpoint(tmp_path / "tiny")
     with_tensors(folder, with_counters)
     for step in ("one", "two"):
@@ -486,8 +489,6 @@ def test_a_model_type_that_is_not_supported(config: dict[str, Any], words: str) 
 
 
 def test_the_architectures_are_those_of_the_families() -> None:
-    from slimqwen.families import ARCHITECTURES
-
     assert {native["architectures"][0]: family for family, native in FAMILIES_NATIVE.items()} == ARCHITECTURES
 
 
@@ -554,3 +555,61 @@ def test_a_thousand_shards_do_not_take_a_thousand_handles(tmp_path: Path, monkey
     monkeypatch.setattr(reader, "open_weights", Handle)
     assert check_checkpoint(folder).files == files
     assert opened[1] <= reader.OPEN_FILES + 1
+
+
+def test_a_vocabulary_that_the_embedding_lacks(tmp_path: Path) -> None:
+    tokenizer, _ = write_tiny_tokens(tmp_path)
+    folder = write_tiny_checkpoint(tmp_path / "tiny", tokenizer=tokenizer)
+    assert check_checkpoint(folder).has_tokenizer
+    assert not [warning for warning in check_checkpoint(folder).warnings if "tokenizer" in warning]
+    small = write_tiny_checkpoint(tmp_path / "small", tokenizer=tokenizer, vocab_size=200)
+    assert [warning for warning in check_checkpoint(small).warnings if "the embedding has 200 rows" in warning]
+
+
+# --- what is known before the work ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", MOE])
+def test_training_has_no_noise_that_nothing_seeds(
+    tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, tokens = write_tiny_tokens(tmp_path)
+    noise = {"attention_dropout": 0.5} | ({"router_jitter_noise": 0.4} if family == "mixtral" else {})
+    outs = []
+    for name, words in (("quiet", {}), ("noisy", noise), ("again", noise)):
+        student = write_tiny_checkpoint(
+            tmp_path / f"{name}-student", tokenizer=tokenizer, native=FAMILIES_NATIVE[family]
+        )
+        with_config(student, **words)
+        recipe = DistilRecipe.model_validate(
+            {"tokens": 3 * 32, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1, "terms": ["lm"]}
+        )
+        out = distil(student, tmp_path / name, tokens=tokens, recipe=recipe, sequence_length=16, device="cpu")
+        outs.append((out / "model.safetensors").read_bytes())
+        written = json.loads((out / "config.json").read_text())
+        assert all(written[word] == value for word, value in words.items())
+        said = capsys.readouterr().err
+        assert all((f"{word} {value}" in said) == bool(words) for word, value in noise.items())
+    assert outs[0] == outs[1] == outs[2]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"hidden_size": 23}, "hidden size is a multiple of 4, and it is 23 after stage 1"),
+        ({"moe_intermediate_size": 10}, "intermediate size is a multiple of 4, and it is 10 after stage 1"),
+    ],
+)
+def test_experts_that_no_kernel_takes_are_told_before_any_work(
+    tmp_path: Path, target: dict[str, int], words: str
+) -> None:
+    recipe = tiny_recipe(tmp_path, tmp_path / "run", target=target, schedule="one_shot")
+    assert words in sentence(lambda: run(recipe))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_transformers_cannot_build_is_told_before_any_work(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, tmp_path / "run")
+    with_config(tmp_path / "teacher", hidden_act="swash")
+    assert "swash" in sentence(lambda: run(recipe))
+    assert not (tmp_path / "run").exists()

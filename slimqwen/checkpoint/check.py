@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from slimqwen.checkpoint.config import model_words, read_config, read_json, sections
-from slimqwen.checkpoint.reader import INDEX_FILE, Checkpoint
+from slimqwen.checkpoint.caveats import warnings_of, word_of
+from slimqwen.checkpoint.config import model_words, read_json, sections
+from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.serving import (
-    KERNEL_MULTIPLE,
     Obstacles,
     Verdict,
     chosen_engines,
     expert_parallel,
     in_words,
     replicated_kv_heads,
-    slow_sizes,
     tensor_parallel,
     verdict,
 )
@@ -88,7 +87,7 @@ def check_checkpoint(
 
     Args:
         expected: tensor name -> `tensor_hash` of what was written: these tensors are the sample, and must be the same.
-            The gate after writing: a tokenizer, which was only copied, is not loaded.
+            The gate after writing: no model is built, and no tokenizer loaded, which was only copied.
         engines: names of engines (or 'all') to ask about: whether their loaders take it is told, not raised.
         quick: read a sample of the tensors and not all of them.
 
@@ -99,10 +98,11 @@ def check_checkpoint(
     asked = chosen_engines(engines)
     checkpoint = Checkpoint(folder, tell=lambda note: None)  # in `warnings`
     native_config(model_words(read_json(folder / "config.json")), str(folder))
-    check_buildable(checkpoint.family, checkpoint.config, str(folder))
+    if expected is None:
+        check_buildable(checkpoint.family, checkpoint.config, str(folder))
     _check_orphans(checkpoint)
     _check_mtp(checkpoint)
-    has_tokenizer = expected is None and _check_tokenizer(folder)
+    tokens = _tokens_of(folder) if expected is None else None
     names = _sample(checkpoint) if expected is None else list(expected)
     sampled = {name: _hash_on_disk(checkpoint, name) for name in names}
     for name, digest in (expected or {}).items():
@@ -122,7 +122,7 @@ def check_checkpoint(
         files=len(checkpoint.files),
         tensors=len(checkpoint.specs),
         weight_bytes=sum(map(checkpoint.nbytes, checkpoint.specs)),
-        dtypes=dict(Counter(_word(checkpoint.dtype(name)) for name in checkpoint.specs).most_common()),
+        dtypes=dict(Counter(word_of(checkpoint.dtype(name)) for name in checkpoint.specs).most_common()),
         layouts=dict(Counter(checkpoint.layouts.values())),
         has_mtp=checkpoint.has_mtp,
         tensor_parallel=tensor_parallel(family, config),
@@ -131,20 +131,19 @@ def check_checkpoint(
         sampled=sampled,
         read_tensors=len(read),
         read_bytes=sum(map(checkpoint.nbytes, read)),
-        has_tokenizer=has_tokenizer,
-        warnings=[*checkpoint.notes, *_warnings_of_files(checkpoint), *_warnings_of_sizes(checkpoint)],
+        has_tokenizer=tokens is not None,
+        warnings=[*checkpoint.notes, *warnings_of(checkpoint, tokens)],
         engines={engine.name: verdict(engine, checkpoint) for engine in asked},
     )
 
 
-def _check_tokenizer(folder: Path) -> bool:
-    """Whether there is a tokenizer. Raises UserError for one that does not load."""
+def _tokens_of(folder: Path) -> int | None:
+    """Size of the tokenizer's vocabulary; None where there is no tokenizer. Raises UserError for one that does not load."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return False
+        return None
     from slimqwen.data.tokenizer import load_tokenizer
 
-    load_tokenizer(folder)
-    return True
+    return len(load_tokenizer(folder))
 
 
 def _check_finite(checkpoint: Checkpoint, names: list[str]) -> None:
@@ -248,54 +247,6 @@ def _check_mtp(checkpoint: Checkpoint) -> None:
                 )
 
 
-def _warnings_of_files(checkpoint: Checkpoint) -> list[str]:
-    """The index's total, the dtypes, the MTP module."""
-    warnings = []
-    total = sum(map(checkpoint.nbytes, checkpoint.specs))
-    metadata = None if checkpoint.index is None else checkpoint.index.get("metadata")
-    said = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if said is not None and said != total:
-        warnings.append(f"{INDEX_FILE} says total_size {shown(said)}, the tensors have {total:,} bytes.")
-    sizes: Counter[str] = Counter()
-    for name in checkpoint.specs:
-        sizes[_word(checkpoint.dtype(name))] += checkpoint.nbytes(name)
-    if "float64" in sizes:
-        warnings.append("some tensors are float64, which serving engines do not hold.")
-    (usual, _), *_ = sizes.most_common(1)
-    if not checkpoint.config.get("architectures"):
-        warnings.append("config.json has no architectures, by which serving engines choose the model's code.")
-    dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if dtype is not None and dtype != usual:
-        warnings.append(
-            f"config.json says dtype {shown(dtype)}, the weights are mostly {usual}: engines will convert them."
-        )
-    if read_config(checkpoint.folder)[1]["num_nextn_predict_layers"] and not checkpoint.has_mtp:
-        warnings.append(
-            "there is no MTP module, and config.json does not say so: engines cannot draft with it (write "
-            "num_nextn_predict_layers 0)."
-        )
-    return warnings
-
-
-def _warnings_of_sizes(checkpoint: Checkpoint) -> list[str]:
-    """What the sizes and the layer pattern rule out, or make slow."""
-    family, config = checkpoint.family, checkpoint.config
-    warnings = []
-    parallel = {"tensor": tensor_parallel(family, config), "expert": expert_parallel(family, config)}
-    for kind, obstacles in parallel.items():
-        for ranks in (2, 4, 8):  # what people have; the other numbers are in the table
-            if obstacles[ranks]:
-                warnings.append(f"{kind} parallel {ranks} does not divide {', '.join(obstacles[ranks])}.")
-    if slow := slow_sizes(family, config):
-        warnings.append(
-            f"{', '.join(slow)}: not a multiple of {KERNEL_MULTIPLE}, which fast kernels and FP8 blocks want."
-        )
-    if not family.attention_layers(config):
-        warnings.append("no layer attends in full: Transformers cannot generate with a cache.")
-    note = family.serving_note(config)
-    return [*warnings, note] if note else warnings
-
-
 def describe(result: CheckResult) -> str:
     """The result as a short list for a terminal."""
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in result.dtypes.items())
@@ -339,7 +290,3 @@ def _divides(obstacles: Obstacles, replicated: Iterable[int] = ()) -> str:
 
 def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

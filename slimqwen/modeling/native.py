@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from slimqwen.checkpoint.config import sections
 from slimqwen.errors import UserError
 from slimqwen.families import Config, Family
 from slimqwen.warning import warn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 NOISE = ("attention_dropout", "router_jitter_noise")
 """What a config makes random in training and nowhere else. Transformers draws it from a generator that nothing seeds."""
@@ -35,7 +38,7 @@ def refusals_explained(where: str) -> Iterator[None]:
         ) from error
 
 
-def native_config(on_disk: Config, where: str) -> PretrainedConfig:
+def native_config(on_disk: Config, where: str) -> "PretrainedConfig":
     """Transformers' config of what a config.json says, which stays as it is: it writes into the mappings it is given.
 
     It checks the type of every field that it knows. Raises UserError where it does not accept one; `where` names the file.
@@ -44,7 +47,7 @@ def native_config(on_disk: Config, where: str) -> PretrainedConfig:
         return AutoConfig.for_model(**deepcopy(on_disk))
 
 
-def computed_config(family: Family, config: Config, where: str) -> PretrainedConfig:
+def computed_config(family: Family, config: Config, where: str) -> "PretrainedConfig":
     """`native_config` of a canonical config, for computing: without noise."""
     on_disk: Config = deepcopy(family.to_disk(config))
     for section in sections(on_disk):
@@ -52,11 +55,13 @@ def computed_config(family: Family, config: Config, where: str) -> PretrainedCon
     return native_config(on_disk, where)
 
 
-def built(native: PretrainedConfig, dtype: torch.dtype, where: str) -> PreTrainedModel:
+def built(native: "PretrainedConfig", dtype: torch.dtype, where: str) -> "PreTrainedModel":
     """The modules of a causal language model, parameters in `dtype`, on the device that is current.
 
     Raises UserError for what no field's type shows and only building does: an unknown activation, a kind of RoPE.
     """
+    from transformers import AutoModelForCausalLM  # 110 MB, which `prune` must not take
+
     with refusals_explained(where):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(native, dtype=dtype)
         return model

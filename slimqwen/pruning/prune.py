@@ -13,7 +13,7 @@ from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.errors import StageFailed, UserError
 from slimqwen.families.family import Layout
-from slimqwen.modeling.native import check_buildable
+from slimqwen.modeling.native import computed_config
 from slimqwen.planning.plan import Plan
 from slimqwen.progress import say
 from slimqwen.pruning.cut import Cut
@@ -54,7 +54,7 @@ def prune(
         raise UserError(f"the plan was not made for {checkpoint}: run `slimqwen plan` on it first.")
     residual = planned_residual(source, chosen, plan if isinstance(plan, Path) else None)
     cut = planned_cut(source, chosen, layout, residual)
-    check_buildable(cut.family, cut.config, str(checkpoint))
+    computed_config(cut.family, cut.config, str(checkpoint))  # raises where Transformers does not take it
     made_from = {
         "version": version("slimqwen"),
         "plan": chosen.model_dump(mode="json"),
