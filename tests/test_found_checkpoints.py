@@ -1,7 +1,9 @@
 """Checkpoints as people have them: what every loader reads is read, and what nobody can read is told in one sentence."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slimqwen.builtin import checkpoint_folder
-from slimqwen.checkpoint import check, reader
+from slimqwen.checkpoint import check, reader, writer
 from slimqwen.checkpoint.check import check_checkpoint, describe
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.checkpoint.writer import copy_companions
+from slimqwen.checkpoint.shards import TensorInfo
+from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.distillation.distil import distil
 from slimqwen.errors import UserError
 from slimqwen.families import ARCHITECTURES, FAMILIES, family_of
@@ -613,3 +616,39 @@ def test_a_teacher_that_transformers_cannot_build_is_told_before_any_work(tmp_pa
     with_config(tmp_path / "teacher", hidden_act="swash")
     assert "swash" in sentence(lambda: run(recipe))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_thousand_shards_are_not_written_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is slower than the work: shards wait for it, and those that wait are open."""
+    most = 0
+
+    def slow(descriptor: int) -> None:
+        nonlocal most
+        most = max(most, len(list(tmp_path.glob("out/.*.partial"))))
+        time.sleep(0.001)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    out = tmp_path / "out"
+    out.mkdir()
+    planned = [TensorInfo(f"t{number}", torch.float32, (1,)) for number in range(200)]
+    with CheckpointWriter(out, planned, shard_bytes=4) as files:
+        for tensor in files.missing():
+            files.add(tensor.name, torch.ones(1))
+        files.finish({})
+    assert len(list(out.glob("*.safetensors"))) == 200
+    assert 1 <= most <= writer.MOST_FLUSHES + 2
+
+
+def test_no_descriptor_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+
+    class Exhausted:
+        def __init__(self, file: Path) -> None:
+            pass
+
+        def get_tensor(self, name: str) -> Tensor:
+            raise RuntimeError("unable to open file <x> in read-only mode: Too many open files (24)")
+
+    checkpoint = Checkpoint(folder)
+    checkpoint._opened = Exhausted
+    assert "Too many open files" in sentence(lambda: checkpoint.read("model.norm.weight"))

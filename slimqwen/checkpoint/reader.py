@@ -159,7 +159,11 @@ class Checkpoint:
         try:
             tensor: torch.Tensor = self._opened(entry.file).get_tensor(entry.name)
             return tensor
-        except SafetensorError as error:
+        except (
+            SafetensorError,
+            RuntimeError,
+            OSError,
+        ) as error:  # torch maps the file, and says so in words of its own
             raise UserError(f"{entry.file}: {shown(entry.name)} cannot be read: {_one_line(error)}.") from error
 
     def read_slice(self, name: str, index: Any) -> torch.Tensor:

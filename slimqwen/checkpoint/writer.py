@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,7 @@ from slimqwen.checkpoint.reader import INDEX_FILE
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES, Shard, TensorInfo, plan_shards
 from slimqwen.families import Config
 
+MOST_FLUSHES = 16  # that wait for the disk: each keeps its shard open, and a process may have 256 files
 FLUSH_EVERY_BYTES = 256 << 20  # left alone, Linux gathers a tenth of its memory before it begins to write
 
 
@@ -45,7 +47,7 @@ class CheckpointWriter:
                 file = _ShardFile(folder, shard)
                 self._places |= {tensor.name: (file, tensor, place) for tensor, place in shard.places()}
         self._flusher = ThreadPoolExecutor(1)
-        self._flushes: list[Future[None]] = []
+        self._flushes: deque[Future[None]] = deque()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -88,6 +90,8 @@ class CheckpointWriter:
         data = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
         if file.write(data, place + first_row * (len(data) // len(rows))):
             self._flushes.append(self._flusher.submit(file.flush))
+            if len(self._flushes) > MOST_FLUSHES:
+                self._flushes.popleft().result()
 
     def finish(self, config: Config) -> None:
         """Write the index (where there is more than one shard) and config.json."""
