@@ -268,6 +268,39 @@ def test_a_wrapper_without_its_vision_tower_is_the_language_model(tmp_path: Path
     assert not Checkpoint(out).notes
 
 
+def test_a_wrapper_that_describes_no_vision_tower(tmp_path: Path) -> None:
+    folder = wrapper(tmp_path / "tiny", without_vision)
+    config = json.loads((folder / "config.json").read_text())
+    del config["vision_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Checkpoint(folder).family.model_type == TEXT
+    assert_same_logits(logits(folder), transformers_logits(folder))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_what_a_program_put_before_every_name(tmp_path: Path, prefix: str) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    expected = logits(folder)
+    with_tensors(folder, lambda tensors: [tensors.update({prefix + name: tensors.pop(name)}) for name in list(tensors)])
+    assert torch.equal(logits(folder), expected)
+
+
+@pytest.mark.parametrize(("root", "tower"), [("model.", "model.visual."), ("language_model.model.", "visual.")])
+def test_a_wrapper_in_other_words(tmp_path: Path, root: str, tower: str) -> None:
+    folder = wrapper(tmp_path / "tiny", nothing)
+    expected, names = logits(folder), Checkpoint(folder).specs.keys()
+
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            ours = name.replace("model.language_model.", root).replace("model.visual.", tower)
+            tensors["language_model." + name if name == "lm_head.weight" and tower == "visual." else ours] = (
+                tensors.pop(name)
+            )
+
+    with_tensors(folder, rename)
+    assert torch.equal(logits(folder), expected) and Checkpoint(folder).specs.keys() == names
+
+
 def test_part_of_a_vision_tower_is_none(tmp_path: Path) -> None:
     folder = wrapper(tmp_path / "tiny", lambda tensors: tensors.pop("model.visual.pos_embed.weight"))
     assert "lacks 1 tensors (model.visual.pos_embed.weight)" in sentence(lambda: Checkpoint(folder))

@@ -19,6 +19,7 @@ from slimqwen.families.family import Layout, TensorSpec
 
 ROOTS = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
 """What programs put before a language model's layers; "" where the model was saved without its head."""
+PROGRAM_PREFIXES = ("_orig_mod.", "module.")  # before every name, where torch.compile or DDP wrapped what was saved
 BELOW_ROOT = ("embed_tokens.", "layers.", "norm.")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 WRAPPED_HEAD = "language_model.lm_head.weight"
@@ -53,6 +54,9 @@ class Match(NamedTuple):
 def match(folder: Path, family: Family, config: Config, stored: Mapping[str, Entry], read: Read) -> Match:
     """Find a family's tensors among the stored ones. `read` gives a tensor's numbers, of which tied weights have two."""
     notes: list[str] = []
+    for prefix in PROGRAM_PREFIXES:
+        if all(name.startswith(prefix) for name in stored):
+            stored = {name.removeprefix(prefix): entry for name, entry in stored.items()}
     if family.language_model is not None and not any(name.startswith(VISION_PREFIXES) for name in stored):
         family, config = family.language_model(config)
         notes.append(
@@ -82,7 +86,9 @@ def _under_root(family: Family, config: Config, stored: Mapping[str, Entry]) -> 
     renamed: dict[str, Entry] = {}
     for name, entry in stored.items():
         ours = HEAD if name == WRAPPED_HEAD and HEAD not in stored else name
-        if found != root and name.startswith(tuple(found + below for below in BELOW_ROOT)):
+        if family.language_model is not None and name.startswith("visual."):
+            ours = f"model.{name}"
+        elif found != root and name.startswith(tuple(found + below for below in BELOW_ROOT)):
             ours = root + name.removeprefix(found)
         renamed[name if ours in stored or ours in renamed else ours] = entry
     return renamed

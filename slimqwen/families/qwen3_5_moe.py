@@ -104,7 +104,8 @@ VISION_SIZES = (
 def unwrapped(config: Config) -> Config:
     """The text model's canonical config; `wrapper` keeps the rest of config.json, the vision tower's above all."""
     for section in ("text_config", "vision_config"):
-        if not isinstance(config.get(section), dict):
+        is_optional = section == "vision_config" and config.get(section) is None
+        if not isinstance(config.get(section), dict) and not is_optional:
             raise UserError(
                 f"config.json: '{section}' must be a mapping, as in every {config['model_type']} config.json; a text model "
                 "without a vision tower is a qwen3_5_moe_text."
@@ -113,7 +114,8 @@ def unwrapped(config: Config) -> Config:
     text = normalise(
         config["text_config"] | hoisted | {"text_is_tied": config["text_config"].get("tie_word_embeddings")}
     )
-    check_vision(config["vision_config"], text)
+    if config.get("vision_config") is not None:
+        check_vision(config["vision_config"], text)
     return text | {"wrapper": {key: value for key, value in config.items() if key not in ("text_config", *HOISTED)}}
 
 
@@ -137,13 +139,16 @@ def wrapped(config: Config) -> Config:
     text["model_type"] = "qwen3_5_moe_text"
     text.pop("architectures", None)
     wrapper: Config = config["wrapper"]
-    vision = wrapper["vision_config"] | {"out_hidden_size": config["hidden_size"]}
-    return wrapper | outer | {"text_config": text, "vision_config": vision}
+    new = wrapper | outer | {"text_config": text}
+    vision = wrapper.get("vision_config")
+    return new if vision is None else new | {"vision_config": vision | {"out_hidden_size": config["hidden_size"]}}
 
 
 def vision_tower(config: Config) -> Block:
     """Its sizes are fixed but one: the rows of the merger's last projection are written into the residual stream."""
-    vision = config["wrapper"]["vision_config"]
+    vision = config["wrapper"].get("vision_config")
+    if vision is None:
+        return Block("model.visual.", {})
     width, patch = vision["hidden_size"], vision["patch_size"]
     table: dict[str, tuple[Term, ...]] = {
         "patch_embed.proj.weight": (width, vision["in_channels"], vision["temporal_patch_size"], patch, patch),
