@@ -65,7 +65,8 @@ def match(folder: Path, family: Family, config: Config, stored: Mapping[str, Ent
         )
     entries = _under_root(family, config, stored)
     config = family.as_found(config, entries.keys())
-    config = _tied_as_found(folder, config, entries, read, notes)
+    embedding = entries.get(_root(family, config) + EMBEDDING)
+    config = _tied_as_found(folder, config, entries, embedding, read, notes)
     layouts = family.detect_layouts(config, set(entries))
     # A config may claim billions of experts. Of twice as many tensors as there are, most are missing anyway.
     claimed = islice(family.tensors(config, layouts), 2 * len(entries) + 1)
@@ -80,8 +81,7 @@ def match(folder: Path, family: Family, config: Config, stored: Mapping[str, Ent
 
 def _under_root(family: Family, config: Config, stored: Mapping[str, Entry]) -> dict[str, Entry]:
     """The stored tensors by the names that the table has for them."""
-    embeddings = (name for block in family.surroundings(config) for name in block.tables.get("embedding", {}))
-    root = next(name for name in embeddings if name.endswith(EMBEDDING)).removesuffix(EMBEDDING)
+    root = _root(family, config)
     found = next((other for other in (root, *ROOTS) if other + EMBEDDING in stored), root)
     renamed: dict[str, Entry] = {}
     for name, entry in stored.items():
@@ -94,11 +94,18 @@ def _under_root(family: Family, config: Config, stored: Mapping[str, Entry]) -> 
     return renamed
 
 
-def _tied_as_found(folder: Path, config: Config, entries: dict[str, Entry], read: Read, notes: list[str]) -> Config:
+def _root(family: Family, config: Config) -> str:
+    """What the table has before the embedding and the layers."""
+    embeddings = (name for block in family.surroundings(config) for name in block.tables.get("embedding", {}))
+    return next(name for name in embeddings if name.endswith(EMBEDDING)).removesuffix(EMBEDDING)
+
+
+def _tied_as_found(
+    folder: Path, config: Config, entries: dict[str, Entry], embedding: Entry | None, read: Read, notes: list[str]
+) -> Config:
     """A head that is stored although config.json ties it: left out where it is the embedding, else not tied."""
     if not config["tie_word_embeddings"] or HEAD not in entries:
         return config
-    embedding = next((entry for name, entry in entries.items() if name.endswith(EMBEDDING)), None)
     if embedding is not None and _are_equal(entries[HEAD], embedding, read):
         del entries[HEAD]
         notes.append(f"{folder}: left out {HEAD}, a copy of the embedding that config.json ties it to.")
