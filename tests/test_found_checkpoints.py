@@ -106,6 +106,7 @@ def test_words_that_are_no_property_of_the_model(tmp_path: Path, words: dict[str
         {"rope_parameters": {"rope_type": "spiral", "rope_theta": 10000.0}},
         {"rope_scaling": {"rope_type": "yarn", "rope_theta": 10000.0}},
         {"rope_scaling": ["yarn"]},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.5}},
         {"attention_dropout": "much"},
     ],
 )

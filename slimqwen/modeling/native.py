@@ -64,7 +64,18 @@ def built(native: "PretrainedConfig", dtype: torch.dtype, where: str) -> "PreTra
 
     with refusals_explained(where):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(native, dtype=dtype)
+        _check_rotation(model)
         return model
+
+
+def _check_rotation(model: "PreTrainedModel") -> None:
+    """Raise ValueError where RoPE turns more dims than a head has, which no field's type shows and no module's shape."""
+    decoder = model.get_decoder()
+    config = decoder.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = 2 * decoder.rotary_emb.inv_freq.numel()
+    if rotated > head_dim:
+        raise ValueError(f"RoPE turns {rotated} dims of heads that have {head_dim} (partial_rotary_factor)")
 
 
 def check_buildable(family: Family, config: Config, where: str) -> None:
