@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from slimqwen.errors import UserError
+from slimqwen.checkpoint.config import refuse_pointer
 from slimqwen.recipe import TextFormat
 
 OnRead = Callable[[int], None]  # called with the bytes of the files as they are read
@@ -70,7 +70,6 @@ READ_IN_WORDS = (
 )
 
 READ_BYTES = 1 << 20
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, and the first of UTF-32 too
 
 
@@ -107,15 +106,6 @@ def kind_of_special_file(path: Path) -> str | None:
         return "link to nothing" if path.is_symlink() else f"unreadable file ({error.strerror})"
     words = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
     return words.get(stat.S_IFMT(mode))
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise UserError for what git leaves in the place of a file that git-lfs keeps elsewhere."""
-    with path.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(
-                f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its repository."
-            )
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO
 
-from slimqwen.data.formats import CODECS, OnRead, opened, refuse_pointer
+from slimqwen.checkpoint.config import refuse_pointer
+from slimqwen.data.formats import CODECS, OnRead, opened
 from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import TextFormat
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimqwen.artifacts import atomic_folder
+from slimqwen.checkpoint.config import refuse_pointer
 from slimqwen.checkpoint.identity import VOCABULARY_FILES
-from slimqwen.data.formats import refuse_pointer
 from slimqwen.errors import UserError
 from slimqwen.warning import warn
 
