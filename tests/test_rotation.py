@@ -25,7 +25,7 @@ from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.planned import planned_cut
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
-from slimqwen.rotation.basis import Basis, cut_gain, principal_directions, reader
+from slimqwen.rotation.basis import Basis, cut_gain, principal_directions
 from slimqwen.rotation.mtp import stretches
 from slimqwen.rotation.residual import Residual
 
@@ -261,16 +261,6 @@ def test_principal_directions_are_those_of_the_largest_variance() -> None:
     torch.testing.assert_close(variances, torch.arange(HIDDEN, 0, -1, dtype=torch.float64))
     torch.testing.assert_close((rotation.T @ directions).abs(), torch.eye(HIDDEN, dtype=torch.float64))
     assert (directions.gather(0, directions.abs().argmax(dim=0, keepdim=True)) > 0).all()
-
-
-def test_a_repaired_reader_sees_what_the_kept_coordinates_tell() -> None:
-    """z = (a, b, 2a - b): of the first two coordinates the third is known."""
-    a, b = torch.randn(2, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    z = torch.stack([a, b, 2 * a - b], dim=1)
-    kept = torch.eye(3, dtype=torch.float64)[:, :2]
-    found = reader(z.T @ z / len(z), kept)
-    torch.testing.assert_close(found, torch.tensor([[1.0, 0], [0, 1], [2, -1]], dtype=torch.float64), rtol=0, atol=1e-2)
-    torch.testing.assert_close(z @ kept @ found.T, z, rtol=0, atol=2e-2)
 
 
 def test_a_cut_norm_has_the_mean_square_of_the_whole() -> None:

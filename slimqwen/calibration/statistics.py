@@ -78,6 +78,13 @@ class Sums:
         return self.sums[name]
 
 
+class Fold(NamedTuple):
+    """Calibration text without a part of it, and that part."""
+
+    fitted: Sums
+    left_out: Sums
+
+
 @dataclass
 class Statistics:
     """Sums over calibration tokens, apart per part; each is called `{source}/{half}/` and one of
@@ -171,6 +178,27 @@ class Statistics:
             module: sum(scales[part.source] * self.tokens[part][module] for part in parts) for module in ("main", "mtp")
         }
         return Sums(tokens, LazyTensors(_names(self.sums, used[0]), total))
+
+    def folds(self, weights: Mapping[str, float] | None = None) -> "list[Fold]":
+        """Ways to leave text out, each as what is left and what was left out: every source in turn, or of one source each half.
+
+        Sources that the weights ignore are in none. Empty where there is nothing to leave out: one source of one row.
+        """
+        counts: Mapping[str, float] = self.sources if weights is None else weights
+        check_source_weights(counts, self.sources)
+        used = [source for source, weight in counts.items() if weight > 0]
+        if len(used) > 1:
+            return [
+                Fold(
+                    self.weighted({**counts, source: 0.0}),
+                    self.weighted({other: float(other == source) for other in counts}),
+                )
+                for source in used
+            ]
+        if any(Part(used[0], half) not in self.tokens for half in HALVES):
+            return []
+        even, odd = (self.weighted(weights, half) for half in HALVES)
+        return [Fold(even, odd), Fold(odd, even)]
 
     def _scales(self, parts: list[Part], weights: Mapping[str, float]) -> dict[str, float]:
         check_source_weights(weights, self.sources)

@@ -1,13 +1,14 @@
 """From sums to what is kept: scores, then layers, channels and experts."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from slimqwen.calibration.statistics import Sums
+from slimqwen.calibration.statistics import Fold, Sums
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families.axes import axes_of
 from slimqwen.families.family import Block
@@ -44,8 +45,13 @@ class Choice:
     basis: Basis | None = None
 
 
-def choose(source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecipe) -> Choice:
-    """What `sums` say should be kept to reach a completed target. Reads one block's sums at a time."""
+def choose(
+    source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecipe, folds: Sequence[Fold] = ()
+) -> Choice:
+    """What `sums` say should be kept to reach a completed target; `folds` of the same text say how strongly to repair.
+
+    Reads one block's sums at a time.
+    """
     scores = importance_scores(source, sums, pruning.experts)
     layers = kept_layers(
         pruning.depth,
@@ -59,7 +65,9 @@ def choose(source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecip
     if pruning.width in ("weight_magnitude", "random"):
         scores = scores.model_copy(update={"hidden": compared_width(source, sums, pruning.width).tolist()})
     if pruning.width == "rotation" and keep < source.config["hidden_size"]:
-        basis, shares = choose_basis(source, sums, layers, keep, compensate=pruning.compensate, repair=pruning.repair)
+        basis, shares = choose_basis(
+            source, sums, layers, keep, compensate=pruning.compensate, repair=pruning.repair, folds=folds
+        )
         scores = scores.model_copy(update={"hidden": shares.tolist()})
     channels = kept_channels(torch.tensor(scores.hidden, dtype=torch.float64), keep)
     groups = {

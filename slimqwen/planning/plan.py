@@ -36,6 +36,7 @@ class Plan(BaseModel):
     of dropped layers do not appear. `kept`: axis name -> what stays of it; an axis within blocks that keeps all of its
     units does not appear, and experts have `expert_groups` instead. With a `basis` the hidden axis counts directions of it and
     not channels. `sources` are the tokens measured of each source of calibration text; `pruning.source_weights` says what they counted for.
+    `readers`: norm -> the ridge that its repaired readers were found with, None where they are left as rotated.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +50,7 @@ class Plan(BaseModel):
     kept_layers: list[int]
     kept: dict[str, Units]
     basis: BasisFile | None = None
+    readers: dict[str, float | None] = {}
     expert_groups: dict[str, list[ExpertGroup]]
     before: Counts
     after: Counts
@@ -95,7 +97,9 @@ def plan(
     if measured.checkpoint != source.fingerprint():
         raise UserError(f"the statistics were not measured on {checkpoint}: run `slimqwen calibrate` on it first.")
     target = completed(source.family, target, source.config)
-    chosen = choose(source, measured.weighted(pruning.source_weights), target, pruning)
+    chosen = choose(
+        source, measured.weighted(pruning.source_weights), target, pruning, measured.folds(pruning.source_weights)
+    )
     config = target_config(source.family, source.config, target, chosen.kept_layers)
     basis = None
     if chosen.basis is not None:
@@ -109,6 +113,7 @@ def plan(
         kept_layers=chosen.kept_layers,
         kept=chosen.kept,
         basis=basis,
+        readers=dict(chosen.basis.strengths) if chosen.basis is not None else {},
         expert_groups=chosen.expert_groups,
         before=count(source.family, source.config),
         after=count(source.family, config),

@@ -6,8 +6,8 @@ sum_n E|z - B B'z|^2. Weighting that by what the readers do with z wins 7 % of t
 W'W of all weights: not worth it (docs/beyond-the-paper.md).
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimqwen.artifacts import atomic_file, fingerprint
-from slimqwen.calibration.statistics import Sums
+from slimqwen.calibration.statistics import Fold, Sums
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.rotation.mtp import stretches
+from slimqwen.rotation.readers import Reading, best_strength
 
-RIDGE = 1e-3  # of the mean diagonal entry
 DIRECTIONS = "directions"
 FORMAT = "slimqwen.basis/1"
 
@@ -36,6 +36,7 @@ class Basis:
     scales: norm -> the gain of the cut norm, the same for all channels.
     readers: norm -> R [hidden, kept] float32, which tells z from its kept coordinates, z ~ R B'(t * z). Empty where readers
     are not repaired: then R = diag(1 / t) B.
+    strengths: norm -> the ridge that R was found with (`readers.STRENGTHS`); None: R is diag(1 / t) B here. Not saved.
 
     Of Qwen3-Next-80B, 2048 -> 1536: 25 MB, with repaired readers 1.3 GB.
     """
@@ -43,6 +44,7 @@ class Basis:
     directions: Tensor
     scales: Mapping[str, float]
     readers: Mapping[str, Tensor]
+    strengths: Mapping[str, float | None] = field(default_factory=dict)
 
     def save(self, path: Path) -> str:
         """Write one safetensors file; returns its fingerprint."""
@@ -80,11 +82,19 @@ class Basis:
 
 
 def choose_basis(
-    source: Checkpoint, sums: Sums, kept_layers: Collection[int], keep: int, *, compensate: bool, repair: bool
+    source: Checkpoint,
+    sums: Sums,
+    kept_layers: Collection[int],
+    keep: int,
+    *,
+    compensate: bool,
+    repair: bool,
+    folds: Sequence[Fold] = (),
 ) -> tuple[Basis, Tensor]:
     """The `keep` best coordinates for a model of these layers, and the share of sum_n E|z|^2 in each of all, [hidden].
 
-    The MTP module's norms follow the backbone's choice. Raises UserError where the statistics have no second moments.
+    The MTP module's norms follow the backbone's choice. How strongly each norm's readers are repaired is chosen by `folds`.
+    Raises UserError where the statistics have no second moments.
     """
     stretched = stretches(source)
     norms = [
@@ -97,13 +107,27 @@ def choose_basis(
     )
     directions = directions[:, :keep].contiguous()
     scales, readers = {}, {}
+    strengths: dict[str, float | None] = {}
     for block, name in norms:
         moment = second_moment(sums, name, block.is_mtp)
-        t = stretched.norms[name]
-        scales[name] = cut_gain(moment, t, keep if compensate else len(t))
+        t = stretched.norms[name][:, None]
+        scales[name] = cut_gain(moment, t[:, 0], keep if compensate else len(t))
         if repair:
-            readers[name] = reader(moment, t[:, None] * directions).float()
-    return Basis(directions, scales, readers), variances / variances.sum()
+            coordinates, plain = t * directions, directions / t
+            strengths[name] = best_strength(
+                [
+                    (
+                        Reading(second_moment(fitted, name, block.is_mtp), coordinates, plain),
+                        second_moment(left_out, name, block.is_mtp),
+                    )
+                    for fitted, left_out in folds
+                ]
+            )
+            strength = strengths[name]
+            readers[name] = (
+                plain if strength is None else Reading(moment, coordinates, plain).reader(strength)
+            ).float()
+    return Basis(directions, scales, readers, strengths), variances / variances.sum()
 
 
 def second_moment(sums: Sums, norm: str, is_mtp: bool) -> Tensor:
@@ -139,15 +163,3 @@ def cut_gain(moment: Tensor, t: Tensor, channels: int) -> float:
     case, and with the smaller gain logits and routers are too timid on top.
     """
     return float(((t.square() * moment.diagonal()).sum() / channels).sqrt())
-
-
-def reader(moment: Tensor, coordinates: Tensor) -> Tensor:
-    """R [hidden, kept], the least-squares guess of z from what a cut keeps of it, z ~ R T'z.
-
-    R = C T (T'C T + ridge)^-1 minimises E|z - R T'z|^2 + ridge |R|^2, so W R is the best reader in place of any W.
-
-    moment: C, [hidden, hidden]; coordinates: T, [hidden, kept].
-    """
-    kept = coordinates.T @ moment @ coordinates
-    kept.diagonal().add_(RIDGE * kept.diagonal().mean())
-    return torch.linalg.solve(kept, coordinates.T @ moment).T.contiguous()

@@ -1,0 +1,184 @@
+"""Measure what pruning's defaults are chosen by: ways to cut x cuts x text at home and away x calibration draws, one teacher.
+
+    python benchmarks/defaults.py OUT --teacher FOLDER --home TOKENS --away TOKENS [--cuts depth experts width all]
+                                  [--ways paper today ...] [--draws 3] [--samples 64] [--measured-tokens 8192]
+
+TOKENS are folders written by `slimqwen tokens`. Calibration and refit read the training part of --home (of both with
+--mixed), a draw is a seed of its order; the KL to the teacher, before any training, is on the held-out part of each. Every
+result is a line of OUT/results.jsonl as soon as it is there, and what is there is not measured again; `--table` prints the
+means and standard deviations over the draws.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+
+from slimqwen.builtin import checkpoint_folder
+from slimqwen.calibration.calibrate import calibrate
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
+from slimqwen.modeling.model import load
+from slimqwen.planning.plan import plan
+from slimqwen.pruning.prune import prune
+from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.repair.repair import repair
+
+SEQUENCE_LENGTH = 256
+
+
+def pruning(experts: dict[str, Any] | None = None, **fields: Any) -> PruningRecipe:
+    return PruningRecipe.model_validate({**fields, "experts": experts or {}})
+
+
+REAP = {"importance": "reap"}
+WAYS = {
+    "paper": pruning(method="slimqwen-paper"),
+    "today": pruning(),
+    "today, no refit": pruning({"refit": False}),
+    "influence, reap": pruning(REAP, depth="block_influence"),
+    "influence, reap, no refit": pruning(REAP | {"refit": False}, depth="block_influence"),
+    "rotation alone": pruning(REAP | {"refit": False}, depth="block_influence", repair=False),
+    "similarity, reap": pruning(REAP, depth="similarity"),
+}
+"""Ways to cut, by name. Of a way only what its cut asks for matters: a cut of experts knows no depth."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One teacher, the texts, and where the work lies."""
+
+    out: Path
+    teacher: Path
+    texts: dict[str, Path]
+    mixed: bool
+    samples: int
+    measured_tokens: int
+
+    def statistics(self, draw: int) -> Path:
+        sources = self.texts if self.mixed else {"home": self.texts["home"]}
+        path = self.out / f"statistics-{'mixed' if self.mixed else 'home'}-{self.samples}-{draw}.safetensors"
+        if not path.exists():
+            recipe = CalibrationRecipe(samples=self.samples, sources=sources)
+            settings: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "seed": draw, "second_moments": True}
+            calibrate(self.teacher, path, recipe=recipe, **settings)
+        return path
+
+    def target(self, cut: str) -> Target:
+        config = Checkpoint(self.teacher).config
+        sizes: dict[str, dict[str, int]] = {
+            "depth": {"num_hidden_layers": config["num_hidden_layers"] - max(2, config["num_hidden_layers"] // 7)},
+            "experts": {"num_experts": config["num_experts"] * 3 // 4},
+            "width": {"hidden_size": config["hidden_size"] * 3 // 4},
+        }
+        sizes["all"] = sizes["depth"] | sizes["experts"] | sizes["width"]
+        fields = sizes[cut]
+        if "num_experts" in fields:
+            fields["num_experts_per_tok"] = min(config["num_experts_per_tok"], fields["num_experts"])
+        return Target(**fields)
+
+    def student(self, way: str, cut: str, draw: int, work: Path) -> Path:
+        """The cut model; `work` is an empty folder."""
+        criteria = WAYS[way]
+        file = work / "plan.json"
+        plan(self.teacher, file, statistics=self.statistics(draw), target=self.target(cut), pruning=criteria)
+        made = prune(self.teacher, work / "pruned", plan=file)
+        if not criteria.experts.refit:
+            return made
+        settings = {"samples": self.samples, "sequence_length": SEQUENCE_LENGTH, "seed": draw}
+        return repair(made, work / "repaired", teacher=self.teacher, plan=file, tokens=self.texts["home"], **settings)
+
+    def measure(self, student: Path) -> dict[str, float]:
+        """Text -> KL to the teacher, nats per token."""
+        return {
+            text: compare(self._recorded(student, text), teacher)["kd"] for text, teacher in self._teachers().items()
+        }
+
+    @cache  # noqa: B019 - one bench per process
+    def _teachers(self) -> dict[str, Recording]:
+        return {text: self._recorded(self.teacher, text) for text in self.texts}
+
+    def _recorded(self, folder: Path, text: str) -> Recording:
+        checkpoint = Checkpoint(folder)
+        rows = heldout_rows(self.texts[text], SEQUENCE_LENGTH, self.measured_tokens)
+        model = load(folder)
+        return record(model, checkpoint.family, checkpoint.config, rows, batch_size=4, title=f"{folder.name}, {text}")
+
+    def __hash__(self) -> int:
+        return hash((self.out, self.teacher))
+
+
+def results(file: Path) -> Iterator[dict[str, Any]]:
+    if file.exists():
+        yield from map(json.loads, file.read_text().splitlines())
+
+
+def run(bench: Bench, cuts: list[str], ways: list[str], draws: int) -> None:
+    file = bench.out / "results.jsonl"
+    shared = {"samples": bench.samples, "mixed": bench.mixed, "measured_tokens": bench.measured_tokens}
+    for draw in range(draws):
+        for cut in cuts:
+            for way in ways:
+                key = {"way": way, "criteria": WAYS[way].model_dump(mode="json"), "cut": cut, "draw": draw, **shared}
+                if any({name: line.get(name) for name in key} == key for line in results(file)):
+                    continue
+                work, started = bench.out / "work", time.perf_counter()
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                kl = bench.measure(bench.student(way, cut, draw, work))
+                line = {**key, "kl": kl, "seconds": round(time.perf_counter() - started, 1)}
+                with file.open("a") as stream:
+                    stream.write(json.dumps(line) + "\n")
+                print(cut, way, draw, kl, flush=True)
+                shutil.rmtree(work)
+
+
+def table(file: Path) -> str:
+    """Markdown: one row per cut and way, mean (standard deviation) over the draws of each text."""
+    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for line in results(file):
+        row = cells.setdefault((line["cut"], line["way"], "mixed" if line["mixed"] else "home"), {})
+        for text, kl in line["kl"].items():
+            row.setdefault(text, []).append(kl)
+    texts = list(dict.fromkeys(text for row in cells.values() for text in row))
+    lines = [f"| cut | way | calibrated on | draws | {' | '.join(texts)} |", "|---|---|---|---|" + "---|" * len(texts)]
+    for (cut, way, calibrated), row in sorted(cells.items()):
+        numbers = [f"{fmean(row[text]):.3f} ({pstdev(row[text]):.3f})" for text in texts]
+        lines.append(f"| {cut} | {way} | {calibrated} | {len(row[texts[0]])} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--teacher", default="builtin")
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--away", type=Path, required=True)
+    parser.add_argument("--mixed", action="store_true", help="calibrate on both texts")
+    parser.add_argument("--cuts", nargs="+", default=["depth", "experts", "width", "all"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--measured-tokens", type=int, default=8192)
+    parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if not given.table:
+        torch.manual_seed(0)
+        texts = {"home": given.home, "away": given.away}
+        teacher = checkpoint_folder(given.teacher)
+        bench = Bench(given.out, teacher, texts, given.mixed, given.samples, given.measured_tokens)
+        run(bench, given.cuts, given.ways, given.draws)
+    print(table(given.out / "results.jsonl"))
+
+
+if __name__ == "__main__":
+    main()
