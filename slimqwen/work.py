@@ -18,7 +18,8 @@ from slimqwen.distillation.course import course_of
 from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, state_folder_of
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.evaluation.evaluate import evaluate
-from slimqwen.planning.plan import plan
+from slimqwen.planning.measured_depth import measure_depth
+from slimqwen.planning.plan import Plan, cuts_only_channels, plan
 from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import Stage
 from slimqwen.pruning.prune import prune
@@ -27,7 +28,7 @@ from slimqwen.repair.repair import repair
 from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.teacher_cache.write import write_teacher_cache
 
-CALIBRATION_WITHOUT_EFFECT = {"batch_size", "streaming", "memory_budget_bytes"}
+CALIBRATION_WITHOUT_EFFECT = {"depth_samples", "batch_size", "streaming", "memory_budget_bytes"}
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,50 @@ def calibrated(recipe: Recipe, checkpoint: Path, tokens: Path, pruning: PruningR
     )
 
 
-def planned(checkpoint: Path, statistics: Path, target: Target, pruning: PruningRecipe) -> Work:
+def measured_depth(recipe: Recipe, checkpoint: Path, statistics: Path, tokens: Path, target: Target) -> Work:
+    """What leaving layers out does to `checkpoint`, on the text that was calibrated on."""
+    sources = recipe.calibration.sources
+    settings: dict[str, Any] = {
+        "num_hidden_layers": target.num_hidden_layers,
+        "samples": max(recipe.calibration.depth_samples, len(sources)),
+        "sequence_length": recipe.data.sequence_length,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+    }
+    return Work(
+        {
+            "checkpoint": fingerprint(checkpoint),
+            "statistics": fingerprint(statistics),
+            "tokens": [fingerprint(folder) for folder in sources.values() or [tokens]],
+            **settings,
+        },
+        lambda out, title: measure_depth(
+            checkpoint,
+            out,
+            statistics=statistics,
+            tokens=sources or tokens,
+            batch_size=recipe.calibration.batch_size,
+            memory_budget_bytes=recipe.calibration.memory_budget_bytes,
+            device=recipe.device,
+            title=title,
+            **settings,
+        ),
+    )
+
+
+def planned(
+    checkpoint: Path, statistics: Path, target: Target, pruning: PruningRecipe, depth: Path | None = None
+) -> Work:
+    """depth: what leaving layers out does, for `pruning.depth: measured`."""
     return Work(
         {
             "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "statistics": fingerprint(statistics),
             "target": target.model_dump(),
             "pruning": pruning.model_dump(),
+            "depth": None if depth is None else fingerprint(depth),
         },
-        lambda out, title: plan(checkpoint, out, statistics=statistics, target=target, pruning=pruning),
+        lambda out, title: plan(checkpoint, out, statistics=statistics, target=target, pruning=pruning, depth=depth),
     )
 
 
@@ -119,7 +155,8 @@ def pruned(checkpoint: Path, plan_file: Path) -> Work:
 
 
 def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, tokens: Path) -> Work:
-    """`cut`, which `plan_file` made of `checkpoint`, refitted to it."""
+    """`cut`, which `plan_file` made of `checkpoint`, refitted to it, on the text that was calibrated on."""
+    sources = recipe.calibration.sources
     settings: dict[str, Any] = {
         "samples": recipe.calibration.samples,
         "sequence_length": recipe.data.sequence_length,
@@ -130,7 +167,7 @@ def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, token
         {
             "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "plan": fingerprint(plan_file),
-            "tokens": fingerprint(tokens),
+            "tokens": [fingerprint(folder) for folder in sources.values() or [tokens]],
             **settings,
         },
         lambda out, title: repair(
@@ -138,7 +175,7 @@ def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, token
             out,
             teacher=checkpoint,
             plan=plan_file,
-            tokens=tokens,
+            tokens=sources or tokens,
             batch_size=recipe.calibration.batch_size,
             memory_budget_bytes=recipe.calibration.memory_budget_bytes,
             device=recipe.device,
@@ -157,10 +194,16 @@ def cut(
     pruning: PruningRecipe,
     made: Callable[[str, Work], Path],
 ) -> tuple[Path, Path]:
-    """The cut checkpoint, repaired where `pruning` says so, and its plan. made: makes the work of that name where it belongs."""
-    plan_file = made("plan.json", planned(checkpoint, statistics, target, pruning))
+    """The cut checkpoint, repaired where `pruning` says so and more than channels are gone, and its plan.
+
+    made: makes the work of that name where it belongs.
+    """
+    source, depth = Checkpoint(checkpoint), None
+    if pruning.depth == "measured" and target.num_hidden_layers not in (None, source.config["num_hidden_layers"]):
+        depth = made("depth.json", measured_depth(recipe, checkpoint, statistics, tokens, target))
+    plan_file = made("plan.json", planned(checkpoint, statistics, target, pruning, depth))
     last = made("pruned", pruned(checkpoint, plan_file))
-    if pruning.experts.refit:
+    if pruning.experts.refit and not cuts_only_channels(source, Plan.load(plan_file)):
         last = made("repaired", repaired(recipe, last, checkpoint, plan_file, tokens))
     return last, plan_file
 

@@ -17,6 +17,7 @@ from torch.nn.functional import kl_div
 from typer.testing import CliRunner
 
 from slimqwen.calibration.calibrate import calibrate
+from slimqwen.calibration.statistics import Part
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.data.store import training_stream
@@ -28,14 +29,14 @@ from slimqwen.families.family import Block, Layout
 from slimqwen.modeling.model import load
 from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import ExpertGroup
-from slimqwen.planning.plan import Plan
+from slimqwen.planning.plan import Plan, cuts_only_channels
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.planning.shapes import completed
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
 from slimqwen.repair import layers
 from slimqwen.repair.layers import courses
-from slimqwen.repair.repair import repair
+from slimqwen.repair.repair import folds_of, repair
 
 pytestmark = pytest.mark.rounding
 
@@ -162,11 +163,16 @@ def predictions(folder: Path, rows: Tensor) -> Tensor:
 
 
 def test_courses_by_hand() -> None:
-    """Layers 0, 1, 3 of 4: the third layer of the student ends where layer 3 of the teacher does."""
-    student: list[Any] = ["s0", "s1", "s2", "s mtp"]
-    teacher: list[Any] = ["t0", "t1", "t2", "t3", "t mtp"]
+    """Layers 0, 1, 3 of 5: a layer before dropped ones ends where they do in the teacher, the last one at the teacher's end."""
+    student: list[Any] = ["s0", "s1", "s3", "s mtp"]
+    teacher: list[Any] = ["t0", "t1", "t2", "t3", "t4", "t mtp"]
     paired = [(course.student, list(course.teacher)) for course in courses(student, teacher, [0, 1, 3])]
-    assert paired == [("s0", ["t0"]), ("s1", ["t1"]), ("s2", ["t2", "t3"]), ("s mtp", ["t mtp"])]
+    assert paired == [("s0", ["t0"]), ("s1", ["t1", "t2"]), ("s3", ["t3", "t4"]), ("s mtp", ["t mtp"])]
+
+
+def test_courses_without_the_first_layer() -> None:
+    paired = [(one.student, list(one.teacher)) for one in courses(["s1", "s2"], ["t0", "t1", "t2"], [1, 2])]  # type: ignore[list-item]
+    assert paired == [("s1", ["t0", "t1"]), ("s2", ["t2"])]
 
 
 # The stage
@@ -212,7 +218,10 @@ def test_every_family_comes_nearer_to_its_teacher(
     assert distance(out, teacher, texts) < 0.8 * distance(cut.student, teacher, texts)
     before, after = (load_file(folder / "model.safetensors") for folder in (cut.student, out))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if re.search(OUTPUT_MATRICES, name)}
+    wanted = {name for name in before if re.search(OUTPUT_MATRICES, name)}
+    if cut_by is without_some_experts:  # a dense first layer is where the teacher's is
+        wanted.discard("model.layers.0.mlp.down_proj.weight")
+    assert changed == wanted
     assert json.loads((out / "config.json").read_text()) == json.loads((cut.student / "config.json").read_text())
     assert (out / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
 
@@ -269,6 +278,63 @@ def test_a_student_with_fewer_layers(tmp_path: Path, texts: Texts) -> None:
     cut = Cut(teacher, prune(teacher, tmp_path / "student", plan=plan), plan)
     out = repaired(cut, texts, tmp_path / "out")
     assert distance(out, teacher, texts) < 0.9 * distance(cut.student, teacher, texts)
+
+
+def test_layers_where_the_teacher_is_stay_to_the_bit(tmp_path: Path, texts: Texts) -> None:
+    """Of layers 0, 1 and 3 of 4 layer 1 makes up for the gap, and what comes before it is the teacher's."""
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", tokenizer=texts.tokenizer)
+    plan = a_plan(teacher, Target(num_hidden_layers=3), kept_layers=[0, 1, 3])
+    cut = Cut(teacher, prune(teacher, tmp_path / "student", plan=plan), plan)
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (cut.student, repaired(cut, texts, tmp_path / "out"))
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if re.search(OUTPUT_MATRICES, name) and ".layers.0." not in name} | {
+        name for name in before if re.search(r"mtp.*" + OUTPUT_MATRICES, name)
+    }
+
+
+def test_a_student_without_the_last_layer(tmp_path: Path, texts: Texts) -> None:
+    """The last layer that is left aims at the teacher's final stream."""
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", tokenizer=texts.tokenizer, native=FAMILIES_NATIVE["mixtral"])
+    layers_left = list(range(FAMILIES_NATIVE["mixtral"]["num_hidden_layers"] - 1))
+    plan = a_plan(teacher, Target(num_hidden_layers=len(layers_left)), kept_layers=layers_left)
+    cut = Cut(teacher, prune(teacher, tmp_path / "student", plan=plan), plan)
+    out = repaired(cut, texts, tmp_path / "out")
+    assert distance(out, teacher, texts) < 0.9 * distance(cut.student, teacher, texts)
+
+
+def test_several_sources_are_left_out_in_turn_and_one_by_halves(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    parts = [Part("a", 0), Part("a", 1), Part("b", 0)]
+    assert [fold.tolist() for fold in folds_of(parts)] == [[True, True, False], [False, False, True]]
+    assert [fold.tolist() for fold in folds_of(parts[:2])] == [[True, False], [False, True]]
+    assert folds_of(parts[:1]) == []
+    both = repair(
+        cut.student,
+        tmp_path / "both",
+        teacher=cut.teacher,
+        plan=cut.plan,
+        tokens={"a": texts.tokens, "b": texts.tokens},
+        samples=SAMPLES,
+        sequence_length=SEQUENCE_LENGTH,
+    )
+    assert distance(both, cut.teacher, texts) < distance(cut.student, cut.teacher, texts)
+
+
+def test_which_plans_take_only_channels(tmp_path: Path) -> None:
+    teacher = write_tiny_checkpoint(tmp_path / "teacher")
+    channels = list(range(24))
+    source = Checkpoint(teacher)
+    assert cuts_only_channels(source, a_plan(teacher, Target(hidden_size=24), hidden=channels))
+    assert cuts_only_channels(source, a_plan(teacher, Target()))
+    for target, kept_layers in (
+        (Target(hidden_size=24, num_experts=4), None),
+        (Target(hidden_size=24, num_experts_per_tok=1), None),
+        (Target(hidden_size=24, num_hidden_layers=3), [0, 1, 3]),
+    ):
+        assert not cuts_only_channels(source, a_plan(teacher, target, kept_layers, hidden=channels))
+    neurons = {"moe_neuron": {"model.layers.0": [[0]] * 8}}
+    assert not cuts_only_channels(source, a_plan(teacher, Target(hidden_size=24), hidden=channels, **neurons))
 
 
 def test_passes_make_no_difference(tmp_path: Path, texts: Texts, cut: Cut) -> None:

@@ -132,3 +132,76 @@ def test_ridge_by_hand() -> None:
     sums.add(torch.tensor([[2.0]]), torch.tensor([[6.0]]))
     assert sums.solve(torch.zeros(1, 1), 4.0).item() == pytest.approx(1.5)
     assert sums.solve(torch.ones(1, 1), 4.0).item() == pytest.approx(2.0)
+
+
+# How far to go
+
+
+def test_a_strong_ridge_leaves_the_matrices_and_a_weak_one_gives_least_squares() -> None:
+    layer, matrices, _ = a_layer()
+    start = [matrix.clone() for matrix in matrices]
+    list(refit.refit(layer.networks, matrices, unexplained(), ridge=1e12, sweeps=3))
+    torch.testing.assert_close(matrices, start, rtol=0, atol=1e-6)
+    list(refit.refit(layer.networks, matrices, unexplained(), ridge=1e-9, sweeps=300))
+    features = layer.features.flatten(1)
+    best = torch.linalg.lstsq(features, unexplained().double()).solution
+    torch.testing.assert_close(output_of(layer, matrices).double(), features @ best, rtol=0, atol=1e-3)
+
+
+LEFT_OUT = torch.arange(200) % 2 == 1
+
+
+def test_agreement_is_what_was_missing_and_what_the_refit_changes_on_what_it_has_not_seen() -> None:
+    layer, matrices, right = a_layer()
+    target = output_of(layer, right) + 0.5 * unexplained()
+    start, wanted = [matrix.clone() for matrix in matrices], target.clone()
+    scratch = torch.empty_like(target)
+    found = refit.agreement(layer.networks, matrices, target, scratch, LEFT_OUT, ridge=0.1, sweeps=2)
+    torch.testing.assert_close(matrices, start, rtol=0, atol=0)
+    torch.testing.assert_close(target, wanted, rtol=0, atol=0)
+
+    seen = [network.on(~LEFT_OUT) for network in layer.networks]
+    list(refit.refit(seen, matrices, wanted.clone(), ridge=0.1, sweeps=2))
+    missing = (wanted - output_of(layer, start)).double()[LEFT_OUT]
+    change = (output_of(layer, matrices) - output_of(layer, start)).double()[LEFT_OUT]
+    assert found == pytest.approx((float((missing * change).sum()), float(change.square().sum())), rel=1e-3)
+
+
+def test_a_refit_is_trusted_as_far_as_text_left_out_agrees() -> None:
+    assert refit.trusted_share([]) == 1
+    assert refit.trusted_share([(3.0, 4.0), (1.0, 4.0)]) == 0.5
+    assert refit.trusted_share([(5.0, 4.0)]) == 1
+    assert refit.trusted_share([(-1.0, 4.0)]) == 0
+    assert refit.trusted_share([(0.0, 0.0)]) == 0  # nothing changes
+
+
+@pytest.mark.parametrize(("noise", "lowest", "highest"), [(0.0, 0.97, 1.0), (300.0, 0.0, 0.2)])
+def test_noise_is_not_learnt(noise: float, lowest: float, highest: float) -> None:
+    """What the networks can explain is taken whole; where nearly all is noise, nearly nothing. Never worse than the start."""
+    layer, matrices, right = a_layer()
+    start = [matrix.clone() for matrix in matrices]
+    target = output_of(layer, right) + noise * unexplained()
+    scratch = torch.empty_like(target)
+    found = [
+        refit.agreement(layer.networks, matrices, target, scratch, left_out, ridge=1e-3, sweeps=3)
+        for left_out in (LEFT_OUT, ~LEFT_OUT)
+    ]
+    share = refit.trusted_share(found)
+    assert lowest <= share <= highest
+    residual = target.clone()
+    list(refit.refit(layer.networks, matrices, residual, ridge=1e-3, sweeps=3))
+    refit.take_share(layer.networks, matrices, start, residual, share)
+    torch.testing.assert_close(residual, target - output_of(layer, matrices), rtol=1e-3, atol=1e-3)
+    assert sum(share**2 * changed - 2 * share * agreed for agreed, changed in found) <= 0
+
+
+def test_no_share_is_the_start_and_all_of_it_the_refit() -> None:
+    layer, matrices, right = a_layer()
+    start = [matrix.clone() for matrix in matrices]
+    residual = output_of(layer, right)
+    list(refit.refit(layer.networks, matrices, residual, ridge=1e-3, sweeps=3))
+    refitted = [matrix.clone() for matrix in matrices]
+    refit.take_share(layer.networks, matrices, start, residual, 1.0)
+    torch.testing.assert_close(matrices, refitted, rtol=0, atol=0)
+    refit.take_share(layer.networks, matrices, start, residual, 0.0)
+    torch.testing.assert_close(matrices, start, rtol=0, atol=0)

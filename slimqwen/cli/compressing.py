@@ -11,7 +11,6 @@ from slimqwen.cli.options import (
     DtypeOption,
     Seed,
     SequenceLength,
-    TokensFolder,
     dtype_of,
     layout_of,
     source_texts,
@@ -20,6 +19,7 @@ from slimqwen.cli.options import (
     weights_of,
 )
 from slimqwen.cli.planning import plan
+from slimqwen.errors import UserError
 from slimqwen.terminal import show
 
 commands = typer.Typer()
@@ -170,6 +170,62 @@ def calibrate(
     show(str(out))
 
 
+@commands.command()
+def measure_depth(
+    checkpoint: CheckpointName,
+    target: Annotated[Path, typer.Option(metavar="TARGET.yaml", help="The shape to reach: its num_hidden_layers.")],
+    statistics: Annotated[Path, typer.Option(metavar="FILE", help="Written by `slimqwen calibrate`.")],
+    tokens: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Folder written by `slimqwen tokens`. Repeatable: each is a source of its own, called NAME or as the folder.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("depth.json"),
+    samples: Annotated[int, typer.Option(min=1, help="Sequences to measure on, spread evenly over the sources.")] = 16,
+    shortlist: Annotated[
+        int, typer.Option(min=1, help="Layers to try in each round: those with the least block influence.")
+    ] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    sequence_length: SequenceLength = 256,
+    memory_budget: Annotated[str, typer.Option(metavar="SIZE", help="Memory for activations.")] = "2GB",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Find the layers to drop by dropping them: the KL to the whole model without each, one more in every round.
+
+    What it writes is what `plan --depth` reads for `depth: measured`. Interrupted, the same command continues with the
+    round under way.
+    """
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.bytesize import bytes_of
+    from slimqwen.planning.measured_depth import measure_depth as run_stage
+    from slimqwen.recipe import Target
+    from slimqwen.recipe_file import load_recipe
+
+    layers = load_recipe(target, model=Target).num_hidden_layers
+    if layers is None:
+        raise UserError(f"{target} names no num_hidden_layers, and this measures which layers go: give it one.")
+    run_stage(
+        checkpoint_folder(checkpoint),
+        out,
+        statistics=statistics,
+        tokens=token_folders(tokens),
+        num_hidden_layers=layers,
+        samples=samples,
+        shortlist=shortlist,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        memory_budget_bytes=bytes_of(memory_budget),
+        seed=seed,
+        device=device,
+        dtype=dtype_of(dtype),
+    )
+    show(str(out))
+
+
 commands.command()(plan)
 
 
@@ -200,7 +256,13 @@ def prune(
 def repair(
     student: CheckpointName,
     teacher: Annotated[str, typer.Option(help="The checkpoint that was pruned: a folder, or 'builtin'.")],
-    tokens: TokensFolder,
+    tokens: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Folder written by `slimqwen tokens`. Repeatable: each is a source of its own, called NAME or as the folder.",
+        ),
+    ],
     plan: Annotated[Path, typer.Option(metavar="FILE", help="The plan that the student was pruned by.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     samples: Annotated[int, typer.Option(min=1, help="Sequences to fit on.")] = 512,
@@ -225,7 +287,7 @@ def repair(
         out,
         teacher=checkpoint_folder(teacher),
         plan=plan,
-        tokens=tokens,
+        tokens=token_folders(tokens),
         samples=samples,
         batch_size=batch_size,
         sequence_length=sequence_length,

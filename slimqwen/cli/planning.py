@@ -93,6 +93,14 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE.yaml", help="Criteria: the recipe's `pruning` section.", rich_help_panel=CHOOSING),
     ] = None,
+    depth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Written by `slimqwen measure-depth`; needed for `depth: measured`.",
+            rich_help_panel=CHOOSING,
+        ),
+    ] = None,
     source_weights: Annotated[
         list[str] | None,
         typer.Option(
@@ -168,8 +176,10 @@ def plan(
         raise UserError("--tokens measures the shapes of a search: give --fit too, e.g. --fit total=23B,active=2B.")
     if html is not None and (statistics is not None or budgets is not None):
         raise UserError("--html is a page for choosing a target: give it without --statistics and --fit.")
-    if statistics is None and (stability or (tokens is None and (pruning is not None or source_weights))):
-        raise UserError("--pruning, --source-weight and --stability choose by statistics: give --statistics too.")
+    if statistics is None and (stability or depth or (tokens is None and (pruning is not None or source_weights))):
+        raise UserError(
+            "--pruning, --depth, --source-weight and --stability choose by statistics: give --statistics too."
+        )
     if budgets is not None and (target is not None or stability or (statistics is not None and tokens is None)):
         raise UserError(
             "--fit searches a target from the config alone: give it without --target and --stability, "
@@ -203,7 +213,7 @@ def plan(
             comparison = _costs(config_path(checkpoint), wanted, context_length, training, out, html)
         else:
             comparison = _plan(
-                checkpoint, wanted, statistics, criteria, context_length, training, out, stability, as_json
+                checkpoint, wanted, statistics, criteria, depth, context_length, training, out, stability, as_json
             )
         show_result(comparison, comparison_table, as_json)
 
@@ -239,6 +249,7 @@ def _plan(
     target: Target,
     statistics: Path,
     pruning: PruningRecipe,
+    depth: Path | None,
     context_length: int,
     training: "TrainingSettings",
     out: Path | None,
@@ -254,7 +265,9 @@ def _plan(
 
     out = out or Path("plan.json")
     folder = checkpoint_folder(checkpoint)
-    made = run_stage(folder, out, statistics=statistics, target=target, pruning=pruning, stability=stability)
+    made = run_stage(
+        folder, out, statistics=statistics, target=target, pruning=pruning, depth=depth, stability=stability
+    )
     if made.stability is not None and not as_json:
         show(*stability_text(made.stability).split("\n"))
     say(f"plan written to {out}")

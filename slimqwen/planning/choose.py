@@ -15,6 +15,7 @@ from slimqwen.families.family import Block
 from slimqwen.planning import importance
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.experts import ExpertGroup, group_experts
+from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.planning.shapes import size_of, target_sizes
 from slimqwen.planning.units import Units, kept_units
 from slimqwen.planning.width import kept_channels
@@ -46,9 +47,17 @@ class Choice:
 
 
 def choose(
-    source: Checkpoint, sums: Sums, target: Target, pruning: PruningRecipe, folds: Sequence[Fold] = ()
+    source: Checkpoint,
+    sums: Sums,
+    target: Target,
+    pruning: PruningRecipe,
+    *,
+    folds: Sequence[Fold] = (),
+    measured_depth: MeasuredDepth | None = None,
 ) -> Choice:
     """What `sums` say should be kept to reach a completed target; `folds` of the same text say how strongly to repair.
+
+    measured_depth: for `depth: measured`.
 
     Reads one block's sums at a time.
     """
@@ -59,6 +68,7 @@ def choose(
         size_of(target.num_hidden_layers),
         similarity=torch.tensor(scores.layer_similarity, dtype=torch.float64),
         block_influence=torch.tensor(scores.layer_block_influence, dtype=torch.float64),
+        measured=measured_depth,
         must_keep_one_of=source.family.attention_layers(source.config),
     )
     keep, basis = size_of(target.hidden_size), None

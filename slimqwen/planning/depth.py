@@ -9,6 +9,8 @@ from slimqwen.recipe import DepthCriterion
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slimqwen.planning.measured_depth import MeasuredDepth
+
 
 def kept_layers(
     criterion: DepthCriterion,
@@ -17,6 +19,7 @@ def kept_layers(
     *,
     similarity: "Tensor | None" = None,
     block_influence: "Tensor | None" = None,
+    measured: "MeasuredDepth | None" = None,
     must_keep_one_of: Collection[int] | None = None,
 ) -> list[int]:
     """The `keep` of `num_layers` layers that stay, in ascending order. N = num_layers - keep layers go:
@@ -25,15 +28,21 @@ def kept_layers(
     - 'similarity': the run l*..l*+N-1 that starts at l* = argmax of `similarity` `[layers]`, over the starts whose run
       fits.
     - 'block_influence': the N lowest of `block_influence` `[layers]`.
+    - 'measured': those without which the KL to the whole model is smallest, of what was `measured`.
 
     On a tie the later layer (or run) goes. `must_keep_one_of` are the full-attention layers: a stack without any
     does not run (formats.md section 2), so one of them must stay. Where none would, 'block_influence' keeps the
-    highest-scored of them in place of the lowest-scored layer that would have stayed. The other two criteria name a
+    highest-scored of them in place of the lowest-scored layer that would have stayed. 'last' and 'similarity' name a
     run that can't be mended without becoming another criterion: `UserError`.
     """
     assert 1 <= keep <= num_layers
     if keep == num_layers:
         return list(range(num_layers))
+
+    if criterion == "measured":
+        assert measured is not None
+        dropped = measured.best(num_layers - keep)
+        return [layer for layer in range(num_layers) if layer not in dropped]
 
     if criterion == "block_influence":
         assert block_influence is not None and len(block_influence) == num_layers

@@ -12,6 +12,7 @@ from slimqwen.errors import UserError
 from slimqwen.families.count import Counts, count
 from slimqwen.planning.choose import Scores, choose
 from slimqwen.planning.experts import ExpertGroup
+from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.planning.stability import Agreement, measure_stability
 from slimqwen.planning.units import Units
@@ -72,7 +73,23 @@ class Plan(BaseModel):
             raise UserError(f"{path} is not a plan of slimqwen.plan/1: {error.errors()[0]['msg']}.") from error
 
 
-@makes_file("checkpoint", "statistics")
+def cuts_only_channels(source: Checkpoint, plan: Plan) -> bool:
+    """Whether a plan takes nothing from a checkpoint but channels of the residual stream.
+
+    Then the networks still say what they said, of a stream that tells them less, and refitting them learns the calibration
+    text more than the loss: 2 % less KL on text like it and 7 % more on other text.
+    """
+    config = source.config
+    experts = source.family.sizes(config)[source.family.expert]
+    return (
+        plan.kept_layers == list(range(config["num_hidden_layers"]))
+        and plan.kept.keys() <= {source.family.hidden.name}
+        and all(len(groups) == experts for groups in plan.expert_groups.values())
+        and plan.target.num_experts_per_tok == config["num_experts_per_tok"]
+    )
+
+
+@makes_file("checkpoint", "statistics", "depth")
 def plan(
     checkpoint: Path,
     out: Path,
@@ -80,10 +97,12 @@ def plan(
     statistics: Path | Statistics,
     target: Target,
     pruning: PruningRecipe = PruningRecipe(),
+    depth: Path | MeasuredDepth | None = None,
     stability: bool = False,
 ) -> Plan:
     """Choose what to keep by the statistics, write it to `out` and return it.
 
+    `depth` is what `measure_depth` found out, needed for `pruning.depth: measured` where layers are dropped.
     `stability` also chooses from each half of the calibration text, and from each source, and says how far they agree.
 
     Raises UserError for a target that is larger than the source or contradicts itself, for statistics that were
@@ -97,8 +116,14 @@ def plan(
     if measured.checkpoint != source.fingerprint():
         raise UserError(f"the statistics were not measured on {checkpoint}: run `slimqwen calibrate` on it first.")
     target = completed(source.family, target, source.config)
+    measured_depth = _measured_depth(source, target, pruning, depth)
     chosen = choose(
-        source, measured.weighted(pruning.source_weights), target, pruning, measured.folds(pruning.source_weights)
+        source,
+        measured.weighted(pruning.source_weights),
+        target,
+        pruning,
+        folds=measured.folds(pruning.source_weights),
+        measured_depth=measured_depth,
     )
     config = target_config(source.family, source.config, target, chosen.kept_layers)
     basis = None
@@ -118,10 +143,29 @@ def plan(
         before=count(source.family, source.config),
         after=count(source.family, config),
         scores=chosen.scores,
-        stability=measure_stability(source, measured, target, pruning) if stability else None,
+        stability=measure_stability(source, measured, target, pruning, measured_depth) if stability else None,
     )
     result.save(out)
     note = source.family.serving_note(config)
     if note:
         warn(f"note: {note}")
     return result
+
+
+def _measured_depth(
+    source: Checkpoint, target: Target, pruning: PruningRecipe, depth: Path | MeasuredDepth | None
+) -> MeasuredDepth | None:
+    """What dropping layers does, where the criterion asks for it. Raises UserError where it is not given, or another checkpoint's."""
+    if pruning.depth != "measured" or target.num_hidden_layers == source.config["num_hidden_layers"]:
+        return None
+    if depth is None:
+        raise UserError(
+            "pruning.depth is measured: run `slimqwen measure-depth` with this target first and give what it writes as --depth, "
+            "or set pruning.depth: block_influence."
+        )
+    measured = depth if isinstance(depth, MeasuredDepth) else MeasuredDepth.load(depth)
+    if measured.checkpoint != source.fingerprint():
+        raise UserError(
+            f"dropping layers was not measured on {source.folder}: run `slimqwen measure-depth` on it first."
+        )
+    return measured

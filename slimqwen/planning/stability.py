@@ -10,6 +10,7 @@ from slimqwen.calibration.statistics import HALVES, Half, Part, Statistics
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.planning.choose import Choice, choose
+from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.recipe import PruningRecipe, Target
 from slimqwen.terminal import DataTable, visible
 
@@ -50,7 +51,11 @@ class Agreement(BaseModel):
 
 
 def measure_stability(
-    source: Checkpoint, statistics: Statistics, target: Target, pruning: PruningRecipe
+    source: Checkpoint,
+    statistics: Statistics,
+    target: Target,
+    pruning: PruningRecipe,
+    measured_depth: MeasuredDepth | None = None,
 ) -> list[Agreement]:
     """The choice from the even rows against that from the odd rows; then each source alone against each other.
 
@@ -64,7 +69,7 @@ def measure_stability(
     expert = source.family.expert.name
 
     def chosen(weights: Mapping[str, float] | None, half: Half | None = None) -> Choice:
-        return choose(source, statistics.weighted(weights, half), target, pruning)
+        return choose(source, statistics.weighted(weights, half), target, pruning, measured_depth=measured_depth)
 
     even, odd = (chosen(pruning.source_weights, half) for half in HALVES)
     agreements = [compare(("even rows", "odd rows"), even, odd, sizes, expert)]

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveInt, Section
 
-DepthCriterion = Literal["last", "similarity", "block_influence"]
+DepthCriterion = Literal["last", "similarity", "block_influence", "measured"]
 WidthCriterion = Literal["norm_activation", "rotation", "weight_magnitude", "random"]
 ExpertImportance = Literal["frequency", "soft_logits", "reap"]
 ExpertCompression = Literal["prune", "merge", "partial"]
@@ -33,6 +33,9 @@ class CalibrationRecipe(Section):
     )
     samples: PositiveInt = Field(
         1024, description="Sequences to measure on (the paper: 1,024), spread evenly over the sources."
+    )
+    depth_samples: PositiveInt = Field(
+        16, description="With `depth: measured`: sequences to measure on what leaving layers out does."
     )
     batch_size: PositiveInt = Field(
         8, description="Sequences per forward pass. Changes speed and memory, not the result."
@@ -82,8 +85,9 @@ class ExpertRecipe(Section):
     similarity: ExpertSimilarity = Field("expert_output", description="What merging compares, by cosine.")
     refit: bool = Field(
         True,
-        description="After the cut, solve for the output matrices of experts and dense MLPs in closed form, layer by layer, on `calibration.samples` "
-        "sequences of the training text, so that each layer ends where its source's does. No training. (The paper has none of it.)",
+        description="After a cut of more than channels, solve for the output matrices of experts and dense MLPs in closed form, layer by layer, on "
+        "`calibration.samples` sequences of the calibration text, so that each layer ends where its source's does, as far as text left out "
+        "agrees. No training. (The paper has none of it.)",
     )
 
 
@@ -96,7 +100,9 @@ class PruningRecipe(Section):
         "'slimqwen-paper': the published method, that is norm_activation, reap and partial merging, and no closed-form repair.",
     )
     depth: DepthCriterion = Field(
-        "last", description="Which layers go: the last ones (the paper's choice), or by a score."
+        "last",
+        description="Which layers go: the last ones (the paper's choice), by a score, or by the KL without them (measured: layers with little "
+        "block influence are really left out, one more in each round, on `calibration.depth_samples` sequences).",
     )
     width: WidthCriterion = Field(
         "rotation",

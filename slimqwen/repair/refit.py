@@ -1,7 +1,7 @@
 """Refitting the matrices through which a layer's networks write into the residual stream, one after another."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,6 +23,11 @@ class Network:
     hidden_states: Tensor
     tokens: Tensor
     gates: Tensor
+
+    def on(self, chosen: Tensor) -> "Network":
+        """The same network on some of the text's tokens alone; chosen: bool [text]."""
+        here = chosen[self.tokens]
+        return replace(self, tokens=self.tokens[here], gates=self.gates[here])
 
     def parts(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The network's tokens, up to `size` at once, int64 [n], and its gated neurons there, float32 [n, neurons].
@@ -66,9 +71,64 @@ def refit(
         yield squared_norm(residual)
 
 
-def squared_norm(rows: Tensor) -> float:
-    """The sum of all squares of [tokens, hidden], in float64."""
-    return float(sum(part.double().square().sum() for part in rows.split(_at_once(rows.shape[1]))))
+def agreement(
+    networks: Sequence[Network],
+    matrices: Sequence[Tensor],
+    target: Tensor,
+    scratch: Tensor,
+    left_out: Tensor,
+    *,
+    ridge: float,
+    sweeps: int,
+) -> tuple[float, float]:
+    """<r, D> and <D, D> on tokens that a refit has not seen: what had been missing there, and what the refit changes there.
+
+    The matrices are refitted to the other tokens of the target [tokens, hidden]; left_out: bool [tokens]. `scratch`, as large as
+    the target, is overwritten; `matrices` and `target` stay.
+    """
+    refitted = [matrix.clone() for matrix in matrices]
+    scratch.copy_(target)
+    for _ in refit([one.on(~left_out) for one in networks], refitted, scratch, ridge=ridge, sweeps=sweeps):
+        pass
+    elsewhere = [one.on(left_out) for one in networks]
+    steps = [new.float() - old.float() for new, old in zip(refitted, matrices, strict=True)]
+    scratch.copy_(target)
+    subtract_answers(elsewhere, matrices, scratch)
+    errors = [squared_norm(scratch, left_out)]  # |r - a D|^2 of a = 0, 1 and 2: a parabola, and D need not be kept
+    for _ in range(2):
+        subtract_answers(elsewhere, steps, scratch)
+        errors.append(squared_norm(scratch, left_out))
+    changed = (errors[0] - 2 * errors[1] + errors[2]) / 2
+    return (errors[0] - errors[1] + changed) / 2, changed
+
+
+def trusted_share(agreements: Sequence[tuple[float, float]]) -> float:
+    """How much of a refit is to be taken, 0 to 1, by the `agreement` on each fold that was left out; without folds all of it.
+
+    The a that makes |r - a D|^2, summed over the folds, smallest is <r, D> / <D, D>; within 0 and 1 it is never worse there than
+    leaving the matrices as they are.
+    """
+    agreed, changed = (sum(numbers) for numbers in zip(*agreements, strict=True)) if agreements else (1.0, 1.0)
+    return min(max(agreed / changed, 0.0), 1.0) if changed > 0 else 0.0
+
+
+def take_share(
+    networks: Sequence[Network], matrices: Sequence[Tensor], start: Sequence[Tensor], residual: Tensor, share: float
+) -> None:
+    """Move `matrices` back, to start + share x (matrices - start); they and the residual change in place and stay consistent."""
+    for network, matrix, origin in zip(networks, matrices, start, strict=True):
+        taken = (origin.double() + share * (matrix.double() - origin.double())).to(matrix.dtype)
+        subtract_answers([network], [taken.float() - matrix.float()], residual)
+        matrix.copy_(taken)
+
+
+def squared_norm(rows: Tensor, chosen: Tensor | None = None) -> float:
+    """The sum of all squares of [tokens, hidden], or of the chosen tokens' (bool [tokens]), in float64."""
+    size = _at_once(rows.shape[1])
+    if chosen is None:
+        return float(sum(part.double().square().sum() for part in rows.split(size)))
+    pairs = zip(rows.split(size), chosen.split(size), strict=True)
+    return float(sum(part[here].double().square().sum() for part, here in pairs))
 
 
 def _refit_one(network: Network, matrix: Tensor, start: Tensor, residual: Tensor, penalty: float) -> None:
@@ -82,6 +142,13 @@ def _refit_one(network: Network, matrix: Tensor, start: Tensor, residual: Tensor
     for tokens, features in network.parts(_at_once(max(matrix.shape))):
         _subtract(tokens, features, step, residual)
     matrix.copy_(refitted)
+
+
+def subtract_answers(networks: Sequence[Network], matrices: Sequence[Tensor], rows: Tensor) -> None:
+    """What all the networks answer, from the rows [tokens, hidden]."""
+    for network, matrix in zip(networks, matrices, strict=True):
+        for tokens, features in network.parts(_at_once(max(matrix.shape))):
+            _subtract(tokens, features, matrix, rows)
 
 
 def _subtract(tokens: Tensor, features: Tensor, matrix: Tensor, rows: Tensor) -> None:

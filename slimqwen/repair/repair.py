@@ -1,7 +1,7 @@
 """The stage `repair`: a freshly pruned checkpoint, its teacher and tokens in, the same checkpoint with refitted matrices out."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, scratch_folder
 from slimqwen.bytesize import bytes_in_words
 from slimqwen.calibration.memory import Allotment, allot
+from slimqwen.calibration.statistics import Part
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
@@ -34,7 +35,7 @@ def repair(
     *,
     teacher: Path,
     plan: Path | Plan,
-    tokens: Path,
+    tokens: Path | Mapping[str, Path],
     samples: int = 512,
     batch_size: int = 8,
     sequence_length: int = 256,
@@ -52,22 +53,27 @@ def repair(
 
     Args:
         student: what `prune` made of `teacher` by `plan`, not trained since.
-        tokens: folder written by `tokenize`; the first `samples` sequences of its training order of `seed` are used.
+        tokens: folder written by `tokenize`, or several by the names of their sources; the first `samples` sequences of their training
+            orders of `seed` are used. How far a layer's refit is taken is what text left out says: each source in turn, or of
+            one each half.
         batch_size: sequences that a token mixer takes at once, at most; changes speed, and the result by rounding.
         memory_budget_bytes: for activations.
 
     Raises UserError where plan, student and teacher do not belong together, where the student was trained since, and where
     the disk is too small.
     """
+    sources = {TRAINING_TEXT: tokens} if isinstance(tokens, Path) else tokens
     cut, source = Checkpoint(student), Checkpoint(teacher)
     check_companions(student)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     check_belong_together(cut, source, chosen)
     projection = Projection(source, chosen, plan if isinstance(plan, Path) else None)
     projection.check(cut, source)
-    text = CalibrationText({TRAINING_TEXT: tokens}, cut, samples=samples, sequence_length=sequence_length, seed=seed)
+    text = CalibrationText(sources, cut, samples=samples, sequence_length=sequence_length, seed=seed)
     text.say_what_is_short()
-    rows = torch.cat([batch for _, batch in text.batches(batch_size)])
+    batches = list(text.batches(batch_size))
+    rows = torch.cat([batch for _, batch in batches])
+    parts = [part for part, batch in batches for _ in batch]
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
 
@@ -107,11 +113,20 @@ def repair(
             for checkpoint, allotment in zip((cut, source), allotments, strict=True)
         ]
         _announce(folder, cut, source, rows[:, 1:].numel(), title)
-        refitted = LayerByLayer(streams[0], streams[1], chosen.kept_layers, projection).run(folder, title)
+        layer_by_layer = LayerByLayer(streams[0], streams[1], chosen.kept_layers, projection, folds_of(parts))
+        refitted = layer_by_layer.run(folder, title)
         with atomic_folder(out) as partial:
             write_refitted(cut, refitted, partial)
             copy_companions(student, partial)
     return out
+
+
+def folds_of(parts: Sequence[Part]) -> list[torch.Tensor]:
+    """What is left out in turn, bool [rows], of rows that lie in these parts: every source, or of one source each half."""
+    sources = dict.fromkeys(part.source for part in parts)
+    kinds: list[str | int] = [part.source if len(sources) > 1 else part.half for part in parts]
+    distinct = dict.fromkeys(kinds)
+    return [torch.tensor([kind == one for kind in kinds]) for one in distinct] if len(distinct) > 1 else []
 
 
 def check_belong_together(student: Checkpoint, teacher: Checkpoint, plan: Plan) -> None:
@@ -151,7 +166,9 @@ def write_refitted(student: Checkpoint, refitted: Iterable[Path], folder: Path) 
 
 def _announce(folder: Path, student: Checkpoint, teacher: Checkpoint, tokens: int, title: str) -> None:
     """Say what the work will take. Raises StageFailed where the disk is too small."""
-    hidden = 3 * student.config["hidden_size"] + 2 * teacher.config["hidden_size"]  # before and after a layer; asked
+    hidden = (
+        4 * student.config["hidden_size"] + 2 * teacher.config["hidden_size"]
+    )  # before and after a layer; asked; scratch
     needed = 4 * tokens * hidden + 2 * student.bytes()  # the refitted matrices, and the result
     free = shutil.disk_usage(folder).free
     layers = sum(block.recall is not None for block in student.family.blocks(student.config))

@@ -40,10 +40,10 @@ class Stream:
         self.model = without_weights(checkpoint, dtype, device)
         self.steps = steps_of(self.model)
         self.shape = (len(tokens), tokens.shape[1] - 1, checkpoint.config["hidden_size"])
-        self._allotment, self._dtype, self._device = allotment, dtype, device
+        self._allotment, self._dtype, self.device = allotment, dtype, device
 
     def weights_of(self, step: Step) -> AbstractContextManager[None]:
-        return weights_of(step.blocks, self.model, self.checkpoint, self._dtype, self._device, Stopwatch())
+        return weights_of(step.blocks, self.model, self.checkpoint, self._dtype, self.device, Stopwatch())
 
     def open(self, path: Path) -> Tensor:
         """The hidden states in a file."""
@@ -53,7 +53,7 @@ class Stream:
         """What goes into the first layer, written to a file."""
         hidden = self.open(path)
         for rows in self.passes():
-            hidden[rows] = embeddings(self.model, self.tokens[rows, :-1], self._dtype, self._device).cpu().float()
+            hidden[rows] = embeddings(self.model, self.tokens[rows, :-1], self._dtype, self.device).cpu().float()
         return hidden
 
     def advance(self, step: Step, hidden: Tensor, progress: Progress) -> None:
@@ -106,7 +106,7 @@ class Stream:
         return self.model.module_of(block.prefix + next(iter(block.experts.fused)))
 
     def _ready(self, hidden: Tensor) -> Tensor:
-        return hidden.to(self._device, self._dtype)
+        return hidden.to(self.device, self._dtype)
 
 
 def moe_block(step: Step) -> Block | None:

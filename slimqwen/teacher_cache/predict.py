@@ -92,7 +92,7 @@ class LayerByLayer(Predictor):
             device=device,
             beside_bytes=held,
         )
-        self.head = aligned(checkpoint.read(_head_name(checkpoint, self._model)).to(device, dtype))
+        self.head = aligned(checkpoint.read(head_name(checkpoint, self._model)).to(device, dtype))
         self._model.set_experts_implementation(STREAMED_EXPERTS)  # Transformers' own wants all of a layer at once
         say(
             f"layer by layer: the checkpoint is read once for every {sequences:,} sequences; it takes "
@@ -137,7 +137,7 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, budge
     return False
 
 
-def _head_name(checkpoint: Checkpoint, model: Any) -> str:
+def head_name(checkpoint: Checkpoint, model: Any) -> str:
     """lm_head's weight, or the embedding that it is tied to."""
     modules = (model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
     specs = [spec for spec in checkpoint.specs.values() if spec.part == "embedding"]

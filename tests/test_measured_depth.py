@@ -1,0 +1,225 @@
+"""`measure-depth`: the KL without layers is that of the model pruned so, and the search finds what can go."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_tiny_checkpoint, write_tiny_tokens
+from tiny_families import FAMILIES_NATIVE
+from torch import Tensor
+from typer.testing import CliRunner
+
+from slimqwen.calibration.calibrate import calibrate
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.cli import app
+from slimqwen.data.store import training_stream
+from slimqwen.errors import UserError
+from slimqwen.modeling.model import load
+from slimqwen.planning import measured_depth
+from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop, Search, measure_depth, passes_of
+from slimqwen.planning.plan import plan
+from slimqwen.pruning.cut import Cut
+from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+
+SEQUENCE_LENGTH, SAMPLES = 16, 6
+MEASURED = PruningRecipe(depth="measured", width="norm_activation")
+IDLE = 1  # the layer that does next to nothing
+
+
+class Measurable(NamedTuple):
+    checkpoint: Path
+    statistics: Path
+    tokens: Path
+
+
+def measurable(folder: Path, model_type: str = "mixtral", layers: int = 5) -> Measurable:
+    """A tiny model whose layer IDLE adds a hundredth of what its weights would."""
+    tokenizer, tokens = write_tiny_tokens(folder / "texts")
+    native = FAMILIES_NATIVE[model_type]
+    checkpoint = write_tiny_checkpoint(
+        folder / "model", native=native, tokenizer=tokenizer, num_hidden_layers=layers, **kinds(native, layers)
+    )
+    source = Checkpoint(checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, spec in source.specs.items():
+        if spec.block.layer == IDLE and len(spec.dims) > 1 and spec.dims[-2] == source.family.hidden:
+            tensors[name] = 0.01 * tensors[name]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    statistics = folder / "statistics.safetensors"
+    recipe = CalibrationRecipe(samples=SAMPLES, batch_size=3)
+    calibrate(checkpoint, statistics, tokens=tokens, recipe=recipe, sequence_length=SEQUENCE_LENGTH, dtype="float32")
+    return Measurable(checkpoint, statistics, tokens)
+
+
+def kinds(native: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Layer types for another number of layers, where a family spells them out."""
+    return {"layer_types": (native["layer_types"] * layers)[:layers]} if "layer_types" in native else {}
+
+
+def measured(model: Measurable, out: Path, keep: int, **changed: Any) -> MeasuredDepth:
+    settings: dict[str, Any] = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH, "batch_size": 4} | changed
+    return measure_depth(
+        model.checkpoint, out, statistics=model.statistics, tokens=model.tokens, num_hidden_layers=keep, **settings
+    )
+
+
+@torch.no_grad()
+def referee(model: Measurable, dropped: Dropped, folder: Path) -> float:
+    """The KL of the model really cut so, loaded as any checkpoint is."""
+    source = Checkpoint(model.checkpoint)
+    layers = [layer for layer in range(source.config["num_hidden_layers"]) if layer not in dropped]
+    folder.mkdir()
+    Cut(source, layers, {}, {}).write(folder, "test")
+    rows = training_stream(model.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens
+
+    def log_probabilities(checkpoint: Path) -> Tensor:
+        whole = load(checkpoint)
+        return (whole(rows, with_mtp=False).main @ whole.head.T).log_softmax(dim=-1)
+
+    wanted, found = log_probabilities(model.checkpoint), log_probabilities(folder)
+    return float((wanted.exp() * (wanted - found)).sum(dim=-1).mean())
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_next"])
+def test_the_kl_without_layers_is_that_of_the_pruned_model(tmp_path: Path, model_type: str) -> None:
+    model = measurable(tmp_path, model_type)
+    result = measured(model, tmp_path / "depth.json", keep=3, shortlist=4)
+    assert {len(drop.dropped) for drop in result.measured} == {1, 2}
+    for number, drop in enumerate(result.measured):
+        assert drop.kl == pytest.approx(referee(model, drop.dropped, tmp_path / str(number)), rel=1e-3, abs=1e-5)
+    assert result.best(1) == (IDLE,) and IDLE in result.best(2)
+    assert MeasuredDepth.load(tmp_path / "depth.json") == result
+    assert list(tmp_path.glob("depth.json.*")) == [] and list(tmp_path.glob(".depth*")) == []
+
+
+def test_slices_of_the_text_make_no_difference(tmp_path: Path) -> None:
+    model = measurable(tmp_path)
+    one = measured(model, tmp_path / "one.json", keep=3)
+    other = measured(model, tmp_path / "other.json", keep=3, batch_size=1, memory_budget_bytes=1)
+    assert [drop.dropped for drop in one.measured] == [drop.dropped for drop in other.measured]
+    for a, b in zip(one.measured, other.measured, strict=True):
+        assert a.kl == pytest.approx(b.kl, rel=1e-3)
+
+
+def test_passes_by_hand() -> None:
+    assert passes_of([(), (1,), (1, 3)], layers=4) == 4 + 2
+    assert passes_of([(), (0,)], layers=3) == 3 + 2
+
+
+# The search
+
+
+class Table:
+    """KLs by the layers left out, in place of a model: what is asked is remembered."""
+
+    def __init__(self, kl: dict[Dropped, float]) -> None:
+        self._kl, self.asked = kl, list[list[Dropped]]()
+
+    def kl(self, sets: list[Dropped], name: str) -> list[MeasuredDrop]:
+        self.asked.append(sets)
+        return [MeasuredDrop(dropped=drop, kl=self._kl.get(drop, 9.0)) for drop in sets]
+
+
+def test_one_more_layer_in_each_round_and_runs_in_the_last() -> None:
+    """Influence shortlists 1, 3 and 0 of 0 to 4; without 3 the KL is smaller; the run 0, 1 wins in the end."""
+    influence = [0.3, 0.1, 0.5, 0.2, 0.9]
+    table = Table({(1,): 0.5, (3,): 0.4, (0,): 0.6, (1, 3): 0.9, (0, 3): 1.1, (0, 1): 0.8})
+    found = Search(influence, 2, 3, []).run(table)  # type: ignore[arg-type]
+    assert table.asked == [[(1,), (3,), (0,)], [(1, 3), (0, 3), (2, 3), (0, 1)]]
+    result = MeasuredDepth(checkpoint="", data="", tokens=1, measured=found)
+    assert result.best(2) == (0, 1) and result.best(1) == (3,)
+
+
+def test_a_round_grows_what_the_round_before_chose() -> None:
+    """A run that beats it at the end is a candidate, and never a beginning."""
+    table = Table({(0,): 0.1, (0, 2): 0.2, (0, 2, 3): 0.3})
+    found = Search([0.1, 0.9, 0.2, 0.3, 0.8], 3, 2, []).run(table)  # type: ignore[arg-type]
+    assert table.asked[:2] == [[(0,), (2,)], [(0, 2), (0, 3)]]
+    assert min(found, key=lambda drop: (-len(drop.dropped), drop.kl)).dropped == (0, 2, 3)
+
+
+def test_one_full_attention_layer_stays() -> None:
+    search = Search([0.1, 0.2, 0.3], 2, 3, [0, 1])
+    assert search.one_more((0,)) == [(0, 2)]
+    assert search.runs() == [(1, 2)]
+
+
+# As a stage
+
+
+def test_interrupted_and_continued_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = measurable(tmp_path)
+    whole = measured(model, tmp_path / "whole.json", keep=3)
+    usual = measured_depth.Walk._measured
+    rounds: list[str] = []
+
+    def counted(self: Any, sets: list[Dropped], name: str, last: int) -> Any:
+        if len(rounds) == last:
+            raise KeyboardInterrupt
+        rounds.append(name)
+        return usual(self, sets, name)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(measured_depth.Walk, "_measured", lambda self, sets, name: counted(self, sets, name, 1))
+        measured(model, tmp_path / "out.json", keep=3)
+    assert not (tmp_path / "out.json").exists()
+    monkeypatch.setattr(measured_depth.Walk, "_measured", lambda self, sets, name: counted(self, sets, name, 9))
+    assert measured(model, tmp_path / "out.json", keep=3) == whole
+    assert rounds == ["round 1 of 2", "round 2 of 2"]
+
+
+def test_a_plan_drops_what_was_measured(tmp_path: Path) -> None:
+    model = measurable(tmp_path)
+    result = measured(model, tmp_path / "depth.json", keep=3)
+
+    def planned(target: Target, depth: Path | MeasuredDepth | None) -> list[int]:
+        out = tmp_path / "plan.json"
+        settings: dict[str, Any] = {"statistics": model.statistics, "pruning": MEASURED}
+        return plan(model.checkpoint, out, target=target, depth=depth, **settings).kept_layers
+
+    for keep in (3, 4):
+        kept = planned(Target(num_hidden_layers=keep), tmp_path / "depth.json")
+        assert set(range(5)) - set(kept) == set(result.best(5 - keep))
+    assert planned(Target(), None) == list(range(5))  # no layer goes: nothing is needed
+    with pytest.raises(UserError, match=r"run `slimqwen measure-depth` with this target first"):
+        planned(Target(num_hidden_layers=4), None)
+    with pytest.raises(UserError, match="the target drops 3 layers, and what was measured drops 1, 2"):
+        planned(Target(num_hidden_layers=2), result)
+    with pytest.raises(UserError, match="dropping layers was not measured on"):
+        planned(Target(num_hidden_layers=3), result.model_copy(update={"checkpoint": "another"}))
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not a measurement of slimqwen\.depth/1"):
+        planned(Target(num_hidden_layers=3), tmp_path / "broken.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        planned(Target(num_hidden_layers=3), tmp_path / "none.json")
+
+
+def test_what_cannot_be_measured_is_one_sentence(tmp_path: Path) -> None:
+    model = measurable(tmp_path)
+    other = write_tiny_checkpoint(tmp_path / "other", seed=3)
+    with pytest.raises(UserError, match="the statistics were not measured on"):
+        measured(model._replace(checkpoint=other), tmp_path / "depth.json", keep=3)
+    for keep in (5, 0):
+        with pytest.raises(UserError, match=f"has 5 layers, so 1 to 4 can stay, not {keep}"):
+            measured(model, tmp_path / "depth.json", keep=keep)
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    model = measurable(tmp_path)
+    (tmp_path / "target.yaml").write_text("num_hidden_layers: 4\n")
+    (tmp_path / "pruning.yaml").write_text("depth: measured\nwidth: norm_activation\n")
+    common = ["--target", tmp_path / "target.yaml", "--statistics", model.statistics]
+    options = [*common, "--tokens", model.tokens, "--out", tmp_path / "depth.json", "--samples", SAMPLES]
+    options += ["--sequence-length", SEQUENCE_LENGTH]
+    result = CliRunner().invoke(app, ["measure-depth", str(model.checkpoint), *map(str, options)])
+    assert result.exit_code == 0, result.output
+    options = [*common, "--depth", tmp_path / "depth.json", "--pruning", tmp_path / "pruning.yaml"]
+    options += ["--out", tmp_path / "plan.json"]
+    result = CliRunner().invoke(app, ["plan", str(model.checkpoint), *map(str, options)])
+    assert result.exit_code == 0, result.output
+    (tmp_path / "target.yaml").write_text("num_experts: 2\n")
+    options = [*common, "--tokens", model.tokens]
+    result = CliRunner().invoke(app, ["measure-depth", str(model.checkpoint), *map(str, options)])
+    assert isinstance(result.exception, UserError) and "names no num_hidden_layers" in str(result.exception)
