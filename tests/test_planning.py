@@ -249,6 +249,28 @@ def test_keeping_every_expert_leaves_each_alone_with_weight_exactly_one(compress
     assert [(group.base, group.members, group.weights) for group in groups] == [(e, [e], [1.0]) for e in range(8)]
 
 
+def test_protected_experts_stay_as_they_are() -> None:
+    """Importance 0 to 7; of 8 the three lowest are protected: they are untouched and no bases, and the best others fill up."""
+    scores = torch.arange(8, dtype=torch.float64)
+    alike = torch.eye(8, dtype=torch.float64)
+    for compression in ("prune", "merge", "partial"):
+        groups = group_experts(compression, scores, alike, 5, protected=[0, 1, 2])  # type: ignore[arg-type]
+        assert [group.base for group in groups] == [0, 1, 2, 6, 7]
+        assert all(group.members == [group.base] for group in groups if group.base < 3)
+        absorbed = [member for group in groups for member in group.members[1:]]
+        assert sorted(absorbed) == ([] if compression == "prune" else [3, 4, 5])
+    full = group_experts("merge", scores, alike, 2, protected=[0, 1, 2])
+    assert [(group.base, group.members) for group in full] == [(1, [1]), (2, [2])]
+
+
+def test_outliers_are_far_above_the_median_of_what_was_seen() -> None:
+    assert importance.outliers(torch.tensor([1.0, 2.0, 0.0, 30.0]), 5.0) == [3]
+    assert importance.outliers(torch.tensor([1.0, 2.0, 0.0, 10.0]), 5.0) == []
+    assert importance.outliers(torch.zeros(3), 5.0) == []
+    norms = importance.mean_output_norm(torch.tensor([6.0, 0.0]), torch.tensor([1.5, 0.0]))
+    assert norms.tolist() == [4.0, 0.0]
+
+
 def test_where_no_member_has_importance_the_base_takes_all() -> None:
     # Nobody was ever routed to: the lower experts rank first, and everyone joins 0.
     groups = group_experts("merge", torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64), keep=2)

@@ -259,6 +259,7 @@ def _plan(
     """With statistics: the stage."""
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.checkpoint.reader import Checkpoint
+    from slimqwen.planning.chosen import choice_text
     from slimqwen.planning.counts import compare
     from slimqwen.planning.plan import plan as run_stage
     from slimqwen.planning.stability import stability_text
@@ -268,8 +269,11 @@ def _plan(
     made = run_stage(
         folder, out, statistics=statistics, target=target, pruning=pruning, depth=depth, stability=stability
     )
-    if made.stability is not None and not as_json:
-        show(*stability_text(made.stability).split("\n"))
+    if not as_json:
+        if chosen := choice_text(made):
+            show(*chosen.split("\n"), "")
+        if made.stability is not None:
+            show(*stability_text(made.stability).split("\n"))
     say(f"plan written to {out}")
     source = Checkpoint(folder)
     return compare(

@@ -1,7 +1,7 @@
 """Which experts stay, and which absorb which of the others (method.md section 4)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -36,11 +36,16 @@ class ExpertGroup(BaseModel):
 
 
 def group_experts(
-    compression: ExpertCompression, importance: "Tensor", similarity: "Tensor | None", keep: int
+    compression: ExpertCompression,
+    importance: "Tensor",
+    similarity: "Tensor | None",
+    keep: int,
+    protected: Collection[int] = (),
 ) -> list[ExpertGroup]:
     """The `keep` experts of one MoE block's result, in ascending order of base.
 
-    Ranked by `importance` `[experts]` (not negative), N = `keep`:
+    Ranked by `importance` `[experts]` (not negative), N = `keep`. Those `protected` rank before all others and stay as they are,
+    as far as there is room for them:
 
     - 'prune': the top N stay as they are, the others are dropped.
     - 'merge': the top N are bases.
@@ -56,8 +61,9 @@ def group_experts(
     """
     scores: list[float] = importance.tolist()
     assert 1 <= keep <= len(scores) and min(scores) >= 0
-    ranked = sorted(range(len(scores)), key=lambda expert: -scores[expert])  # stable: the lower expert wins a tie
-    untouched = {"prune": keep, "merge": 0, "partial": keep // 2}[compression]
+    order = sorted(range(len(scores)), key=lambda expert: -scores[expert])  # stable: the lower expert wins a tie
+    ranked = sorted(order, key=lambda expert: expert not in protected)
+    untouched = max({"prune": keep, "merge": 0, "partial": keep // 2}[compression], min(len(protected), keep))
     bases, others = ranked[untouched:keep], ranked[keep:]
 
     members = {expert: [expert] for expert in sorted(ranked[:keep])}

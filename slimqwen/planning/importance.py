@@ -61,6 +61,23 @@ def reap(gated_norm_sums: Tensor, assignments: Tensor) -> Tensor:
     return gated_norm_sums / _nonzero(assignments)
 
 
+def mean_output_norm(gated_norm_sums: Tensor, gate_sums: Tensor) -> Tensor:
+    """How large each expert's output is, `[experts]`: the mean of ||E_i(x)||_2 over its tokens, weighted by its gate.
+
+    (sum over tokens routed to i of z_i ||E_i(x)||_2) / (sum of z_i). An expert never routed to has 0.
+    """
+    return gated_norm_sums / _nonzero(gate_sums)
+
+
+def outliers(sizes: Tensor, times: float) -> list[int]:
+    """Which of `sizes` `[n]` are more than `times` their median, of those that are not 0; ascending.
+
+    Example: of 1, 2, 0, 30 the median without the 0 is 2, and 30 is more than 5 times it: [3].
+    """
+    seen = sizes[sizes > 0]
+    return [] if len(seen) == 0 else (sizes > times * seen.median()).nonzero()[:, 0].tolist()
+
+
 def similarity(hidden_sums: Tensor) -> Tensor:
     """How little each layer turns the mean hidden state, `[layers]`: c_l = cos(a_{l-1}, a_l)      (SlimQwen, section 2)
 

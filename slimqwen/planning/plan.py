@@ -11,6 +11,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
 from slimqwen.families.count import Counts, count
 from slimqwen.planning.choose import Scores, choose
+from slimqwen.planning.chosen import plan_warnings
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.planning.shapes import completed, target_config
@@ -38,6 +39,7 @@ class Plan(BaseModel):
     units does not appear, and experts have `expert_groups` instead. With a `basis` the hidden axis counts directions of it and
     not channels. `sources` are the tokens measured of each source of calibration text; `pruning.source_weights` says what they counted for.
     `readers`: norm -> the ridge that its repaired readers were found with, None where they are left as rotated.
+    `outliers`: block name -> its source experts whose outputs are far larger than the others' (`choose.expert_outliers`), kept or not.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,6 +55,7 @@ class Plan(BaseModel):
     basis: BasisFile | None = None
     readers: dict[str, float | None] = {}
     expert_groups: dict[str, list[ExpertGroup]]
+    outliers: dict[str, list[int]] = {}
     before: Counts
     after: Counts
     scores: Scores
@@ -140,12 +143,15 @@ def plan(
         basis=basis,
         readers=dict(chosen.basis.strengths) if chosen.basis is not None else {},
         expert_groups=chosen.expert_groups,
+        outliers=chosen.outliers,
         before=count(source.family, source.config),
         after=count(source.family, config),
         scores=chosen.scores,
         stability=measure_stability(source, measured, target, pruning, measured_depth) if stability else None,
     )
     result.save(out)
+    for warning in plan_warnings(result):
+        warn(warning)
     note = source.family.serving_note(config)
     if note:
         warn(f"note: {note}")

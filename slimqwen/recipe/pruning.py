@@ -18,7 +18,13 @@ PAPER: dict[str, Any] = {
     "width": "norm_activation",
     "compensate": False,
     "repair": False,
-    "experts": {"importance": "reap", "compression": "partial", "similarity": "expert_output", "refit": False},
+    "experts": {
+        "importance": "reap",
+        "compression": "partial",
+        "similarity": "expert_output",
+        "keep_outliers": False,
+        "refit": False,
+    },
 }
 """The criteria of SlimQwen as published; what fields say where they are left out is slimqwen's own."""
 
@@ -83,6 +89,11 @@ class ExpertRecipe(Section):
         "'partial': the top half stays untouched, the next half are bases that absorb the others (the paper's choice).",
     )
     similarity: ExpertSimilarity = Field("expert_output", description="What merging compares, by cosine.")
+    keep_outliers: bool = Field(
+        True,
+        description="Keep experts whose mean output is more than 5 times their layer's median, whatever their importance: some write the "
+        "massive activations of first tokens, and few tokens go to them. (The paper has none of it.)",
+    )
     refit: bool = Field(
         True,
         description="After a cut of more than channels, solve for the output matrices of experts and dense MLPs in closed form, layer by layer, on "
