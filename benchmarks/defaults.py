@@ -6,7 +6,7 @@
 TOKENS are folders written by `slimqwen tokens`. Calibration and refit read the training part of --home (of both with
 --mixed), a draw is a seed of its order; the KL to the teacher, before any training, is on the held-out part of each. Every
 result is a line of OUT/results.jsonl as soon as it is there, and what is there is not measured again; `--table` prints the
-means and standard deviations over the draws.
+means and standard deviations over the draws. Nothing runs beside it in OUT.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.modeling.model import load
-from slimqwen.planning.plan import plan
+from slimqwen.planning.measured_depth import measure_depth
+from slimqwen.planning.plan import cuts_only_channels, plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
 from slimqwen.repair.repair import repair
@@ -39,15 +40,24 @@ def pruning(experts: dict[str, Any] | None = None, **fields: Any) -> PruningReci
     return PruningRecipe.model_validate({**fields, "experts": experts or {}})
 
 
-REAP = {"importance": "reap"}
+NO_REFIT = {"refit": False}
 WAYS = {
     "paper": pruning(method="slimqwen-paper"),
     "today": pruning(),
-    "today, no refit": pruning({"refit": False}),
-    "influence, reap": pruning(REAP, depth="block_influence"),
-    "influence, reap, no refit": pruning(REAP | {"refit": False}, depth="block_influence"),
-    "rotation alone": pruning(REAP | {"refit": False}, depth="block_influence", repair=False),
-    "similarity, reap": pruning(REAP, depth="similarity"),
+    "today, no refit": pruning(NO_REFIT),
+    "rotation alone": pruning(NO_REFIT, repair=False),
+    **{
+        f"{depth}{refit}": pruning(NO_REFIT if refit else {}, depth=depth)
+        for depth in ("similarity", "block_influence", "measured")
+        for refit in (", no refit", "")
+    },
+    **{
+        f"{importance}{refit}": pruning({"importance": importance} | (NO_REFIT if refit else {}))
+        for importance in ("frequency", "reap", "output_norm")
+        for refit in (", no refit", "")
+    },
+    "measured, reap": pruning({"importance": "reap"}, depth="measured"),
+    "measured, output_norm": pruning({"importance": "output_norm"}, depth="measured"),
 }
 """Ways to cut, by name. Of a way only what its cut asks for matters: a cut of experts knows no depth."""
 
@@ -62,14 +72,38 @@ class Bench:
     mixed: bool
     samples: int
     measured_tokens: int
+    depth_samples: int = 16
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        """What is calibrated and refitted on."""
+        return self.texts if self.mixed else {"home": self.texts["home"]}
+
+    @property
+    def name(self) -> str:
+        return f"{'mixed' if self.mixed else 'home'}-{self.samples}"
 
     def statistics(self, draw: int) -> Path:
-        sources = self.texts if self.mixed else {"home": self.texts["home"]}
-        path = self.out / f"statistics-{'mixed' if self.mixed else 'home'}-{self.samples}-{draw}.safetensors"
+        path = self.out / f"statistics-{self.name}-{draw}.safetensors"
         if not path.exists():
-            recipe = CalibrationRecipe(samples=self.samples, sources=sources)
+            recipe = CalibrationRecipe(samples=self.samples, sources=self.sources)
             settings: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "seed": draw, "second_moments": True}
             calibrate(self.teacher, path, recipe=recipe, **settings)
+        return path
+
+    def depth(self, target: Target, draw: int) -> Path:
+        path = self.out / f"depth-{self.name}-{self.depth_samples}-{draw}.json"
+        if not path.exists():
+            measure_depth(
+                self.teacher,
+                path,
+                statistics=self.statistics(draw),
+                tokens=self.sources,
+                num_hidden_layers=target.num_hidden_layers or 0,
+                samples=self.depth_samples,
+                sequence_length=SEQUENCE_LENGTH,
+                seed=draw,
+            )
         return path
 
     def target(self, cut: str) -> Target:
@@ -89,12 +123,16 @@ class Bench:
         """The cut model; `work` is an empty folder."""
         criteria = WAYS[way]
         file = work / "plan.json"
-        plan(self.teacher, file, statistics=self.statistics(draw), target=self.target(cut), pruning=criteria)
+        target = self.target(cut)
+        depth = self.depth(target, draw) if criteria.depth == "measured" and target.num_hidden_layers else None
+        made_plan = plan(
+            self.teacher, file, statistics=self.statistics(draw), target=target, pruning=criteria, depth=depth
+        )
         made = prune(self.teacher, work / "pruned", plan=file)
-        if not criteria.experts.refit:
+        if not criteria.experts.refit or cuts_only_channels(Checkpoint(self.teacher), made_plan):
             return made
-        settings = {"samples": self.samples, "sequence_length": SEQUENCE_LENGTH, "seed": draw}
-        return repair(made, work / "repaired", teacher=self.teacher, plan=file, tokens=self.texts["home"], **settings)
+        settings: dict[str, Any] = {"samples": self.samples, "sequence_length": SEQUENCE_LENGTH, "seed": draw}
+        return repair(made, work / "repaired", teacher=self.teacher, plan=file, tokens=self.sources, **settings)
 
     def measure(self, student: Path) -> dict[str, float]:
         """Text -> KL to the teacher, nats per token."""
@@ -116,6 +154,21 @@ class Bench:
         return hash((self.out, self.teacher))
 
 
+def matters(way: str, cut: str) -> bool:
+    """Whether a way differs from `today` in what a cut asks for: a cut of experts knows no depth."""
+    ours, usual = WAYS[way], WAYS["today"]
+    if way in ("paper", "today"):
+        return True
+    if cut == "width":
+        return ours.repair != usual.repair
+    if not ours.repair:
+        return cut == "all"
+    if "no refit" in way and cut == "all":
+        return way == "today, no refit"
+    by_depth, by_experts = ours.depth != usual.depth, ours.experts.importance != usual.experts.importance
+    return {"depth": not by_experts, "experts": not by_depth, "all": True}[cut]
+
+
 def results(file: Path) -> Iterator[dict[str, Any]]:
     if file.exists():
         yield from map(json.loads, file.read_text().splitlines())
@@ -127,6 +180,8 @@ def run(bench: Bench, cuts: list[str], ways: list[str], draws: int) -> None:
     for draw in range(draws):
         for cut in cuts:
             for way in ways:
+                if not matters(way, cut):
+                    continue
                 key = {"way": way, "criteria": WAYS[way].model_dump(mode="json"), "cut": cut, "draw": draw, **shared}
                 if any({name: line.get(name) for name in key} == key for line in results(file)):
                     continue
@@ -167,6 +222,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--depth-samples", type=int, default=16)
     parser.add_argument("--measured-tokens", type=int, default=8192)
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     given = parser.parse_args()
@@ -175,7 +231,7 @@ def main() -> None:
         torch.manual_seed(0)
         texts = {"home": given.home, "away": given.away}
         teacher = checkpoint_folder(given.teacher)
-        bench = Bench(given.out, teacher, texts, given.mixed, given.samples, given.measured_tokens)
+        bench = Bench(given.out, teacher, texts, given.mixed, given.samples, given.measured_tokens, given.depth_samples)
         run(bench, given.cuts, given.ways, given.draws)
     print(table(given.out / "results.jsonl"))
 

@@ -61,6 +61,10 @@ def test_reap_divides_by_the_tokens_routed_to_the_expert_alone() -> None:
     assert importance.reap(float64(20, 2), float64(10, 1)).tolist() == [2.0, 2.0]
 
 
+def test_output_norm_divides_by_all_tokens() -> None:
+    assert importance.output_norm(torch.tensor([6.0, 1.0]), tokens=4).tolist() == [1.5, 0.25]
+
+
 def test_reap_divides_by_what_weighting_leaves_of_the_assignments() -> None:
     # Sources weighted down: 20 and 2 tokens at a scale of 1/100 are fewer than one, and the ratio stands.
     assert importance.reap(float64(0.4, 0.02, 0), float64(0.2, 0.02, 0)).tolist() == [2.0, 1.0, 0.0]

@@ -49,6 +49,8 @@ def invented(checkpoint: Path, favourites: dict[Part, dict[str, list[int]]]) -> 
         for block in source.family.moe_blocks(source.config):
             experts = own.get(block.name, list(range(4)))
             sums[f"{part.prefix}experts/{block.name}/assignments"] = favouring(experts, 8)
+            for name in ("gate_sums", "gated_norm_sums"):
+                sums[f"{part.prefix}experts/{block.name}/{name}"] = torch.ones(8, dtype=torch.float64)
         sums[f"{part.prefix}layers/hidden_sums"] = torch.ones(5, 32, dtype=torch.float64)
         sums[f"{part.prefix}layers/cosine_sums"] = TOKENS / 3 * (3 - favouring(own.get("layers", [0, 1, 3]), 4))
     tokens = {part: {"main": TOKENS, "mtp": TOKENS} for part in favourites}

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -46,9 +46,9 @@ class Choice:
     kept_layers: list[int]
     kept: dict[str, Units]
     expert_groups: dict[str, list[ExpertGroup]]
-    outliers: dict[str, list[int]]
     scores: Scores
     basis: Basis | None = None
+    outliers: dict[str, list[int]] = field(default_factory=dict)
 
 
 def choose(
@@ -93,16 +93,10 @@ def choose(
         )
         for block in blocks
     }
+    standing_out = {name: found for name, found in outliers.items() if found}
     sizes = target_sizes(source.family, source.config, target)
     units = kept_units(source.family, source.config, sums, layers, sizes)
-    return Choice(
-        layers,
-        {source.family.hidden.name: channels, **units},
-        groups,
-        {name: found for name, found in outliers.items() if found},
-        scores,
-        basis,
-    )
+    return Choice(layers, {source.family.hidden.name: channels, **units}, groups, scores, basis, standing_out)
 
 
 def importance_scores(source: Checkpoint, sums: Sums, recipe: ExpertRecipe) -> Scores:
@@ -152,6 +146,8 @@ def expert_importance(sums: Sums, block: Block, criterion: ExpertImportance) -> 
             return importance.frequency(sums[experts + "assignments"], tokens)
         case "soft_logits":
             return importance.soft_logits(sums[experts + "gate_sums"], tokens)
+        case "output_norm":
+            return importance.output_norm(sums[experts + "gated_norm_sums"], tokens)
         case "reap":
             return importance.reap(sums[experts + "gated_norm_sums"], sums[experts + "assignments"])
 

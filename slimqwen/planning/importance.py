@@ -61,6 +61,15 @@ def reap(gated_norm_sums: Tensor, assignments: Tensor) -> Tensor:
     return gated_norm_sums / _nonzero(assignments)
 
 
+def output_norm(gated_norm_sums: Tensor, tokens: float) -> Tensor:
+    """Importance of each expert, `[experts]`: what it adds to the stream, the mean gated output norm over ALL tokens.
+
+    score_i = E_x[1(i in A(x)) z_i ||E_i(x)||_2] = gated_norm_sums_i / tokens: REAP times the share of tokens routed to the expert, or
+    soft_logits with each gate times what it lets through (ours).
+    """
+    return gated_norm_sums / tokens
+
+
 def mean_output_norm(gated_norm_sums: Tensor, gate_sums: Tensor) -> Tensor:
     """How large each expert's output is, `[experts]`: the mean of ||E_i(x)||_2 over its tokens, weighted by its gate.
 

@@ -8,7 +8,7 @@ from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveInt, Se
 
 DepthCriterion = Literal["last", "similarity", "block_influence", "measured"]
 WidthCriterion = Literal["norm_activation", "rotation", "weight_magnitude", "random"]
-ExpertImportance = Literal["frequency", "soft_logits", "reap"]
+ExpertImportance = Literal["frequency", "soft_logits", "reap", "output_norm"]
 ExpertCompression = Literal["prune", "merge", "partial"]
 ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
 PruningMethod = Literal["slimqwen", "slimqwen-paper"]
@@ -82,7 +82,11 @@ class Target(Section):
 class ExpertRecipe(Section):
     """Which experts stay and what becomes of the others (method.md section 4)."""
 
-    importance: ExpertImportance = Field("soft_logits", description="How an expert is scored (the paper: reap).")
+    importance: ExpertImportance = Field(
+        "soft_logits",
+        description="How an expert is scored: by how often it is chosen, by its mean gate, by its mean gated output norm over its own tokens "
+        "(the paper: reap), or over all tokens (output_norm).",
+    )
     compression: ExpertCompression = Field(
         "prune",
         description="'prune': drop the others; 'merge': average each into its most similar kept expert; "

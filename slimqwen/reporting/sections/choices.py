@@ -54,7 +54,12 @@ def _expert_choice(plan: Plan, where: str) -> list[Chart]:
     survivors = sum(scores[block][group.base] for block, groups in plan.expert_groups.items() for group in groups) / (
         sum(map(sum, scores.values())) or 1.0
     )
-    score = {"frequency": "Share of tokens", "soft_logits": "Mean gate weight", "reap": "REAP score"}[recipe.importance]
+    score = {
+        "frequency": "Share of tokens",
+        "soft_logits": "Mean gate weight",
+        "reap": "REAP score",
+        "output_norm": "Mean gated output norm",
+    }[recipe.importance]
     how = {
         "prune": "The least important experts were dropped.",
         "merge": "Every expert that left was averaged into the survivor most like it, its base.",
