@@ -10,7 +10,7 @@ from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.announcement import notes_of_length, notes_of_passes
-from slimqwen.data.sources import check_sources
+from slimqwen.data.sources import check_sources, is_mixture, name_of
 from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.tokenizer import check_tokenizer_files
 from slimqwen.distillation.cached_teacher import check_temperature
@@ -56,7 +56,8 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     if sources:
         CalibrationText(sources, source, samples=recipe.calibration.samples, sequence_length=length, seed=recipe.seed)
     if recipe.pruning.source_weights is not None:
-        check_source_weights(recipe.pruning.source_weights, sources or [TRAINING_TEXT])
+        mixed = [name_of(source) for source in recipe.data.sources] if is_mixture(recipe.data.sources) else []
+        check_source_weights(recipe.pruning.source_weights, list(sources) or mixed or [TRAINING_TEXT])
     check_companions(teacher)
     resolve_device(recipe.device)
     check_loggers(recipe.distil.loggers)

@@ -10,8 +10,10 @@ from typing import Any
 from slimqwen.artifacts import fingerprint
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
+from slimqwen.calibration.text import TRAINING_TEXT
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.identity import text_identity
+from slimqwen.data.store import load_manifest
 from slimqwen.data.tokenize import tokenize
 from slimqwen.distillation.carry import carry
 from slimqwen.distillation.course import course_of
@@ -79,8 +81,16 @@ def teacher_cached(recipe: Recipe, teacher: Path, tokens: Path, total_steps: int
     )
 
 
+def calibration_sources(recipe: Recipe, tokens: Path) -> dict[str, Path]:
+    """What is calibrated on: the recipe's own sources, or those of the training text; where it is no mixture, the training text."""
+    mixed = {name: tokens / name for name in load_manifest(tokens).mixture}
+    return recipe.calibration.sources or mixed or {TRAINING_TEXT: tokens}
+
+
 def calibrated(recipe: Recipe, checkpoint: Path, tokens: Path, pruning: PruningRecipe) -> Work:
     """The statistics of `checkpoint` that `pruning` needs."""
+    sources = calibration_sources(recipe, tokens)
+    calibration = recipe.calibration.model_copy(update={"sources": sources})
     settings: dict[str, Any] = {
         "sequence_length": recipe.data.sequence_length,
         "seed": recipe.seed,
@@ -90,19 +100,19 @@ def calibrated(recipe: Recipe, checkpoint: Path, tokens: Path, pruning: PruningR
     return Work(
         {
             "checkpoint": Checkpoint(checkpoint).fingerprint(),
-            "tokens": [fingerprint(folder) for folder in recipe.calibration.sources.values() or [tokens]],
+            "tokens": [fingerprint(folder) for folder in sources.values()],
             "calibration": recipe.calibration.model_dump(mode="json", exclude=CALIBRATION_WITHOUT_EFFECT),
             **settings,
         },
         lambda out, title: calibrate(
-            checkpoint, out, tokens=tokens, recipe=recipe.calibration, device=recipe.device, title=title, **settings
+            checkpoint, out, recipe=calibration, device=recipe.device, title=title, **settings
         ),
     )
 
 
 def measured_depth(recipe: Recipe, checkpoint: Path, statistics: Path, tokens: Path, target: Target) -> Work:
     """What leaving layers out does to `checkpoint`, on the text that was calibrated on."""
-    sources = recipe.calibration.sources
+    sources = calibration_sources(recipe, tokens)
     settings: dict[str, Any] = {
         "num_hidden_layers": target.num_hidden_layers,
         "samples": max(recipe.calibration.depth_samples, len(sources)),
@@ -112,16 +122,16 @@ def measured_depth(recipe: Recipe, checkpoint: Path, statistics: Path, tokens: P
     }
     return Work(
         {
-            "checkpoint": fingerprint(checkpoint),
+            "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "statistics": fingerprint(statistics),
-            "tokens": [fingerprint(folder) for folder in sources.values() or [tokens]],
+            "tokens": [fingerprint(folder) for folder in sources.values()],
             **settings,
         },
         lambda out, title: measure_depth(
             checkpoint,
             out,
             statistics=statistics,
-            tokens=sources or tokens,
+            tokens=sources,
             batch_size=recipe.calibration.batch_size,
             memory_budget_bytes=recipe.calibration.memory_budget_bytes,
             device=recipe.device,
@@ -156,7 +166,7 @@ def pruned(checkpoint: Path, plan_file: Path) -> Work:
 
 def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, tokens: Path) -> Work:
     """`cut`, which `plan_file` made of `checkpoint`, refitted to it, on the text that was calibrated on."""
-    sources = recipe.calibration.sources
+    sources = calibration_sources(recipe, tokens)
     settings: dict[str, Any] = {
         "samples": recipe.calibration.samples,
         "sequence_length": recipe.data.sequence_length,
@@ -167,7 +177,7 @@ def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, token
         {
             "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "plan": fingerprint(plan_file),
-            "tokens": [fingerprint(folder) for folder in sources.values() or [tokens]],
+            "tokens": [fingerprint(folder) for folder in sources.values()],
             **settings,
         },
         lambda out, title: repair(
@@ -175,7 +185,7 @@ def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, token
             out,
             teacher=checkpoint,
             plan=plan_file,
-            tokens=sources or tokens,
+            tokens=sources,
             batch_size=recipe.calibration.batch_size,
             memory_budget_bytes=recipe.calibration.memory_budget_bytes,
             device=recipe.device,

@@ -35,7 +35,7 @@ class CalibrationRecipe(Section):
     sources: dict[str, PathField] = Field(
         {},
         description="Text to measure on, by name: folders written by `slimqwen tokens`. Statistics are kept apart per source. "
-        "Default: the training text.",
+        "Default: the training text, each of its sources apart where they have weights.",
     )
     samples: PositiveInt = Field(
         1024, description="Sequences to measure on (the paper: 1,024), spread evenly over the sources."

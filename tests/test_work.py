@@ -1,0 +1,106 @@
+"""Which steps a cut takes, and on which text."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_tiny_checkpoint, write_tiny_text, write_tiny_tokens
+
+from slimqwen import work
+from slimqwen.calibration.statistics import Statistics
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.tokenize import tokenize
+from slimqwen.planning.plan import Plan
+from slimqwen.preflight import check
+from slimqwen.recipe import Recipe, Source, Target
+from slimqwen.work import Work
+
+
+def recipe(folder: Path, **sections: Any) -> Recipe:
+    calibration = {"samples": 6, "batch_size": 3, "depth_samples": 3, **sections.pop("calibration", {})}
+    data = {"sequence_length": 16, **sections.pop("data", {})}
+    return Recipe.model_validate(
+        {
+            "run_dir": folder / "run",
+            "teacher": str(folder / "teacher"),
+            "target": {},
+            "calibration": calibration,
+            "data": data,
+            "distil": {"tokens": 64},
+            **sections,
+        }
+    )
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint and tokens of one text."""
+    tokenizer, tokens = write_tiny_tokens(tmp_path / "texts")
+    return write_tiny_checkpoint(tmp_path / "teacher", tokenizer=tokenizer), tokens
+
+
+def steps_of_a_cut(folder: Path, teacher: tuple[Path, Path], target: Target, **sections: Any) -> list[str]:
+    """The names of what `work.cut` makes, in order."""
+    checkpoint, tokens = teacher
+    made_names: list[str] = []
+    wanted = recipe(folder, **sections)
+
+    def made(name: str, step: Work) -> Path:
+        made_names.append(name)
+        step.make(folder / name, name)
+        return folder / name
+
+    statistics = folder / "statistics.safetensors"
+    work.calibrated(wanted, checkpoint, tokens, wanted.pruning).make(statistics, "calibrate")
+    last, plan_file = work.cut(wanted, checkpoint, statistics, tokens, target, wanted.pruning, made)
+    assert last == folder / made_names[-1] and Plan.load(plan_file).target.num_hidden_layers is not None
+    return made_names
+
+
+def test_a_cut_of_channels_alone_is_not_refitted(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
+    assert steps_of_a_cut(tmp_path, teacher, Target(hidden_size=24)) == ["plan.json", "pruned"]
+
+
+def test_a_cut_of_experts_is_refitted(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
+    assert steps_of_a_cut(tmp_path, teacher, Target(hidden_size=24, num_experts=4)) == [
+        "plan.json",
+        "pruned",
+        "repaired",
+    ]
+
+
+def test_layers_are_measured_where_the_recipe_asks_and_layers_go(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
+    pruning = {"depth": "measured", "experts": {"refit": False}}
+    assert steps_of_a_cut(tmp_path, teacher, Target(num_hidden_layers=3), pruning=pruning) == [
+        "depth.json",
+        "plan.json",
+        "pruned",
+    ]
+
+
+def test_no_layer_goes_and_none_is_measured(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
+    pruning = {"depth": "measured", "experts": {"refit": False}}
+    assert steps_of_a_cut(tmp_path, teacher, Target(num_experts=4), pruning=pruning) == ["plan.json", "pruned"]
+
+
+def test_a_mixture_is_calibrated_on_source_by_source(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
+    checkpoint, tokens = teacher
+    sources = [
+        Source(path=write_tiny_text(tmp_path / name, files=3), name=name, weight=weight)
+        for name, weight in (("code", 3.0), ("prose", 1.0))
+    ]
+    mixed = tmp_path / "mixed"
+    tokenize(sources, checkpoint, mixed, heldout_fraction=0.3)
+    mixture = recipe(tmp_path, data={"sources": sources, "sequence_length": 16})
+    assert work.calibration_sources(mixture, mixed) == {"code": mixed / "code", "prose": mixed / "prose"}
+    out = tmp_path / "statistics.safetensors"
+    work.calibrated(mixture, checkpoint, mixed, mixture.pruning).make(out, "calibrate")
+    assert Statistics.load(out).sources == {"code": 48, "prose": 48}
+
+    assert list(work.calibration_sources(mixture, tokens).values()) == [tokens]  # no mixture
+    own = recipe(tmp_path, calibration={"sources": {"wiki": tokens}})
+    assert work.calibration_sources(own, mixed) == {"wiki": tokens}
+    weighted = recipe(
+        tmp_path, data={"sources": sources, "sequence_length": 16}, pruning={"source_weights": {"code": 1, "prose": 2}}
+    )
+    check(weighted, Checkpoint(checkpoint))
