@@ -173,7 +173,7 @@ def test_an_interruption_says_what_is_true_of_its_command(
         (["bench", "builtin", "--runs", 10**30], "--runs"),
         (["generate", "builtin", "--prompt", "x", "--device", "meta"], "device 'meta' cannot be used here"),
         (["generate", "builtin", "--prompt", "x", "--device", "a\x1b[31m"], r"device 'a\x1b[31m' cannot"),
-        (["check", "b\udce9"], "is not utf-8 text"),
+        (["check", "b\udce9"], "is not UTF-8"),
         (["check", "builtni"], "did you mean 'builtin'?"),
         (["check", "x\x1b[31m"], r"x\x1b[31m is not a checkpoint folder"),
     ],

@@ -256,7 +256,7 @@ def test_what_was_not_trained_has_no_moments(folder: Path, tmp_path: Path) -> No
 
 def test_a_state_that_is_gone(folder: Path, tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "plan.json", folder / "student")
-    with pytest.raises(UserError, match=r"has no training state, .* or set optimizer_state: reset"):
+    with pytest.raises(UserError, match=r"has no training state, .* or train on without moments"):
         carry(tmp_path / ".out.state", folder / "student", tmp_path / "moments", plan=plan)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 

@@ -401,5 +401,5 @@ def test_command_refuses_in_a_sentence(checkpoints: Path) -> None:
     assert_one_sentence(slimqwen("generate", checkpoints / "with", "--prompt", ""), 2, "no tokens")
     assert_one_sentence(slimqwen("generate", checkpoints / "with", "--prompt", "x1 " * 400), 2, "context of 512")
     assert_one_sentence(slimqwen("generate", checkpoints / "with", "--prompt", "\udce9"), 2, "UTF-8")
-    assert_one_sentence(generate(checkpoints / "with", "--top-p", 0), 2, "top_p")
+    assert_one_sentence(generate(checkpoints / "with", "--top-p", 0), 2, "--top-p")
     assert_one_sentence(slimqwen("generate", "nowhere", "--prompt", "x"), 2, "nowhere")

@@ -79,7 +79,8 @@ def check_arguments(arguments: list[str]) -> None:
     """Raise UserError for an argument whose bytes are no text: it could be neither recorded nor tokenized."""
     for argument in arguments:
         if any("\ud800" <= character <= "\udfff" for character in argument):
-            raise UserError(f"the argument {argument} is not {sys.getfilesystemencoding()} text: rename the file.")
+            encoding = sys.getfilesystemencoding().upper()
+            raise UserError(f"the argument {argument} is not {encoding}: give it as {encoding}, or rename the file.")
 
 
 def exit_code_of(error: UserError) -> int:
