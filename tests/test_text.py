@@ -69,6 +69,17 @@ def test_every_format_gives_the_same_rows_compressed_or_not(tmp_path: Path, file
     assert name_of(Source(path=path)) == file.split(".")[0]
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_a_csv_may_have_another_delimiter_and_rows_that_end_early(tmp_path: Path, delimiter: str) -> None:
+    (tmp_path / "t.csv").write_text("id;text\n1;a, b\n2\n3;c\n".replace(";", delimiter))
+    skipped: list[str] = []
+    assert texts(Source(path=tmp_path / "t.csv"), on_skip=lambda name, reason: skipped.append(f"{name} {reason}")) == [
+        "a, b",
+        "c",
+    ]
+    assert skipped == ["t.csv:1 empty"]
+
+
 @pytest.mark.parametrize("suffix", COMPRESSED)
 def test_parquet_and_prose_too(tmp_path: Path, suffix: str) -> None:
     parquet(tmp_path / "plain", text=TEXTS, n=[1, 2, 3])
@@ -124,7 +135,8 @@ def test_a_long_json_list_is_read_in_little_memory(tmp_path: Path) -> None:
         ("a.json", b'{"rows": [{"text": "x"}]}', "row 0 has no column 'text'; it has 'rows': set text_field"),
         ("a.json", b"[1, 2]", "row 0 is not a JSON object"),
         ("a.json", b"", "its tables have no rows"),
-        ("a.csv", b"id;text\n1;x\n", "row 0 has no column 'text'.*it has 'id;text'"),
+        ("a.csv", b"id;body\n1;x\n", "row 0 has no column 'text'; it has 'id', 'body'"),
+        ("a.csv", b"id,text\n1,it is, well, cut\n", "line 2 has 4 cells where the header names 2: .* double quotes"),
         ("a.csv", b'text\n"not closed\n', "line 2 is not CSV"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read"),
         ("a.jsonl.zst", gzip.compress(LINES, mtime=0), "a.jsonl.zst cannot be read"),
@@ -137,6 +149,8 @@ def test_a_long_json_list_is_read_in_little_memory(tmp_path: Path) -> None:
             r"holds no document with text: 1 not UTF-8 but UTF-16 \(a.txt\); convert",
         ),
         ("a.txt", "no mark".encode("utf-16-le"), "1 not UTF-8 but UTF-16"),
+        ("a.txt", "kein Text".encode("utf-32"), "1 not UTF-8 but UTF-32"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"line 1 is not JSON \(Exceeds the limit"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "1 not UTF-8 but UTF-16"),
         ("a.txt", "größer".encode("latin-1"), "1 not UTF-8 but latin-1, it seems"),
         ("a.csv", "text\ngrößer\nübel\n".encode("latin-1"), r"2 not UTF-8 but latin-1, it seems \(the first a.csv:0\)"),
@@ -250,6 +264,17 @@ def test_tables_with_another_column_are_told_from_settings(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"skipped 1 .csv without a column 'text'.*the column is named by text_field"):
         texts(Source(path=tmp_path))
     assert texts(Source(path=tmp_path, text_field="body")) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"), (gzip.compress(LINES)[:20], "be read")],
+)
+def test_a_table_that_cannot_be_looked_into_is_no_setting(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.json.gz").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        texts(Source(path=tmp_path))
 
 
 def test_texts_and_tables_of_a_corpus_lie_in_folders_of_their_own(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the tokens stage makes of text: splits, conversations, the tokens around documents, and what it says of it all."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,14 @@ def test_conversations_are_rendered_by_the_template(
     assert capsys.readouterr().err.count(f"conversations in the column '{column}' are rendered") == 1
 
 
+def test_conversations_in_a_csv_are_json(make: Make, corpus: Source, tmp_path: Path) -> None:
+    with (tmp_path / "chat.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["messages"], [json.dumps(TURNS)], ["just text"], ["[1]"]])
+    tokenizer = make(template=TEMPLATE)
+    tokenize([Source(path=tmp_path / "chat.csv")], tokenizer, tmp_path / "out", heldout_sources=[corpus])
+    assert text(tokenizer, tmp_path / "out") == f"{RENDERED}just text<|endoftext|>[1]<|endoftext|>"
+
+
 def test_a_column_of_conversations_may_be_named(make: Make, corpus: Source, tmp_path: Path) -> None:
     chat = chat_rows(tmp_path / "chat.jsonl", [{"text": "not this", "dialogue": TURNS}])
     tokenizer = make(template=TEMPLATE)
@@ -251,7 +260,7 @@ def test_a_column_of_conversations_may_be_named(make: Make, corpus: Source, tmp_
             r"line 1: a turn is from 'gtp' \(did you mean 'gpt'",
         ),
         (TEMPLATE, {"messages": "hello", "url": 1}, None),
-        (TEMPLATE, {"messages": [1, 2]}, "'messages' holds list, not text: set text_field"),
+        (TEMPLATE, {"messages": [1, 2]}, r"'messages' holds \[1, 2\], which is no list of messages"),
     ],
 )
 def test_conversations_that_cannot_be_rendered_are_explained(
@@ -369,7 +378,7 @@ def test_a_tokenizer_of_vocab_and_merges_is_read(make: Make, corpus: Source, tmp
     manifest = tokenize([corpus], tokenizer, tmp_path / "out", heldout_fraction=0.3)
     assert manifest.tokenizer_fingerprint == vocabulary_fingerprint(tokenizer) != with_file
     (tokenizer / "merges.txt").unlink()
-    with pytest.raises(UserError, match=r"tokenizer.json is missing, and so are vocab.json and merges.txt"):
+    with pytest.raises(UserError, match=r"neither tokenizer.json is there, nor vocab.json with merges.txt"):
         load_tokenizer(tokenizer)
     assert vocabulary_fingerprint(tokenizer) is None
 

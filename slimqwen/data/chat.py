@@ -1,5 +1,6 @@
 """Rows of messages as text, by the tokenizer's own chat template."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,15 @@ def is_chat(cell: object) -> bool:
     return isinstance(cell, list) and all(
         isinstance(turn, dict) and ("role" in turn or ("from" in turn and "value" in turn)) for turn in cell
     )
+
+
+def messages_in(cell: str) -> list[dict[str, Any]] | None:
+    """The messages that a cell spells out as JSON, as those of a .csv must; None where it is text."""
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return None
+    return value if is_chat(value) else None
 
 
 class ChatTemplate:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimqwen.data.chat import CHAT_COLUMNS, ChatTemplate, is_chat
+from slimqwen.checkpoint.config import refuse_pointer
+from slimqwen.data.chat import CHAT_COLUMNS, ChatTemplate, is_chat, messages_in
 from slimqwen.data.formats import OnRead, is_utf16, opened, why_not_utf8
 from slimqwen.data.rows import Row, no_such_column, parquet_rows, rows_of_stream
-from slimqwen.errors import UserError
+from slimqwen.errors import UserError, shown
 from slimqwen.recipe import Source, TextFormat
 
 OnSkip = Callable[[str, str], None]  # called with a document's name and why it was left out
@@ -77,8 +78,8 @@ def read_documents(name: str, path: Path, text_format: TextFormat, reading: Read
             yield from _documents_of_rows(name, parquet_rows(path, reading.columns, reading.on_read), reading)
             return
         with opened(path, reading.on_read) as stream:
-            if is_utf16(stream.peek(4096)[:4096]):
-                reading.on_skip(name, "not UTF-8 but UTF-16")
+            if is_utf16(beginning := stream.peek(4096)[:4096]):
+                reading.on_skip(name, why_not_utf8(beginning))
                 while stream.read(1 << 20):  # which is told
                     pass
             elif text_format == "text":
@@ -108,13 +109,19 @@ def _documents_of_rows(name: str, rows: Iterator[Row], reading: Reading) -> Iter
 
 
 def has_text(path: Path, text_format: TextFormat, text_field: str) -> bool:
-    """Whether the first row of a table has a column that text is read from; False where it is no table either."""
+    """Whether the first row of a table has a column that text is read from; False where it is no table either.
+
+    Raises UserError for a file that cannot be read, of which nobody knows.
+    """
+    refuse_pointer(path)
     reading = Reading(text_field, lambda *_: None, lambda _: None)
     try:
         with opened(path, reading.on_read) as stream:
             row = next(rows_of_stream(path, text_format, stream), None)
         return row is not None and any(column in row.values for column in reading.columns)
-    except (UserError, OSError):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UserError:
         return False
 
 
@@ -126,15 +133,20 @@ def _text_of(row: Row, reading: Reading) -> str:
     cell = row.values[column]
     if cell is None:
         return ""
+    is_messages = column != reading.text_field  # nobody named the column
     if isinstance(cell, str):
-        return cell
+        messages = messages_in(cell) if is_messages else None
+        if messages is None:
+            return cell
+        cell = messages
     if is_chat(cell):
         if reading.chat is None:
             raise UserError(f"{row.where}: {column!r} holds messages, and no chat template is at hand to render them.")
         return reading.chat.render(cell, column, row.where)
-    raise UserError(
-        f"{row.where}: {column!r} holds {type(cell).__name__}, not text: set text_field to the text's column."
-    )
+    what = f"{type(cell).__name__}, not text"
+    if is_messages:
+        what = f"{shown(cell)}, which is no list of messages, each with role and content or from and value"
+    raise UserError(f"{row.where}: {column!r} holds {what}: set text_field to the text's column.")
 
 
 def _column(values: Mapping[str, Any], columns: list[str]) -> str | None:

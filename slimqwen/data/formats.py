@@ -71,6 +71,7 @@ READ_IN_WORDS = (
 
 READ_BYTES = 1 << 20
 BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, and the first of UTF-32 too
+UTF32_BOMS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 
 
 def format_of(name: str) -> TextFormat | None:
@@ -155,5 +156,5 @@ def is_utf16(beginning: bytes) -> bool:
 def why_not_utf8(content: bytes) -> str:
     """What bytes that are not UTF-8 are instead, as far as can be told."""
     if is_utf16(content[:4096]):
-        return "not UTF-8 but UTF-16"
+        return f"not UTF-8 but UTF-{32 if content.startswith(UTF32_BOMS) else 16}"
     return "not UTF-8 but binary" if b"\0" in content[:4096] else "not UTF-8 but latin-1, it seems"

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO
 
@@ -23,6 +24,7 @@ from slimqwen.recipe import TextFormat
 
 JSON_CHARACTERS = 1 << 20  # read at one time, and more where one row is longer
 LONGEST_ROW = 1 << 27  # characters of a JSON row: more is a file that is no table, and would be read whole
+OTHER_DELIMITERS = (";", "\t", "|")  # of a table whose header has none of its own
 CSV_FIELD_CHARACTERS = 1 << 30  # what one field may hold; csv's own limit is 128 KiB
 PARQUET_ROWS = 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -68,7 +70,7 @@ def _jsonl_rows(path: Path, lines: IO[bytes]) -> Iterator[Row]:
         try:
             value = json.loads(line.decode("utf-8-sig", "surrogateescape"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON.") from error
+            raise UserError(f"{where} is not JSON ({_reason(error)}): mend or remove the line.") from error
         yield Row(number, where, _object(value, where))
 
 
@@ -79,10 +81,15 @@ def _json_rows(path: Path, text: TextIO) -> Iterator[Row]:
             where = f"{path} row {number}"
             yield Row(number, where, _object(value, where))
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(
-            f"{path} row {number + 1} is not JSON ({reason}): it must hold a list of rows, or rows one after the other."
+            f"{path} row {number + 1} is not JSON ({_reason(error)}): it must hold a list of rows, or rows one after the other."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _object(value: object, where: str) -> Mapping[str, Any]:
@@ -153,15 +160,26 @@ class _JsonValues:
 
 
 def _csv_rows(path: Path, text: TextIO, delimiter: str) -> Iterator[Row]:
+    """Raises UserError for a row with more cells than the header names, whose text may be cut; what a row lacks is None."""
     csv.field_size_limit(CSV_FIELD_CHARACTERS)
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    first = text.readline()
+    if delimiter not in first:  # as programs write it where the comma stands in numbers
+        delimiter = next((other for other in OTHER_DELIMITERS if other in first), delimiter)
+    rows = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
         for number, cells in enumerate(rows):
+            if len(cells) > len(header):
+                raise UserError(
+                    f"{path} line {rows.line_num} has {len(cells)} cells where the header names {len(header)}: text that "
+                    f"holds {delimiter!r} must stand in double quotes."
+                )
             if cells:
-                yield Row(number, f"{path} row {number}", dict(zip(header, cells, strict=False)))
+                yield Row(number, f"{path} row {number}", dict(zip_longest(header, cells)))
     except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num} is not CSV ({error}).") from error
+        raise UserError(
+            f"{path} line {rows.line_num} is not CSV ({error}): text in double quotes has its own quotes doubled."
+        ) from error
 
 
 def parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead) -> Iterator[Row]:
