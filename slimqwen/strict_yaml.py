@@ -56,6 +56,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in mapping.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem("a key must be a word", key.start_mark)
+            if key.tag == TAG + "merge":
+                raise _problem("merge keys (<<) are not supported, write the values out", key.start_mark)
             if key.value in seen:
                 raise _problem(f"the key '{key.value}' is given twice", key.start_mark)
             seen.add(key.value)
@@ -87,10 +89,16 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if ":" in node.value:  # YAML 1.1 takes 1:30 for 90
+        raise _problem("a whole number has no colon (quote it where it is text)", node.start_mark)
     value = loader.construct_yaml_int(node) if len(node.value) <= LONGEST_NUMBER else LARGEST_INTEGER + 1
     if abs(value) > LARGEST_INTEGER:
         raise _problem("a whole number this large is not supported", node.start_mark)
     return value
+
+
+def _refuse_bytes(loader: _Loader, node: yaml.Node) -> None:
+    raise _problem("!!binary is not supported: write it as text", node.start_mark)
 
 
 def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:
@@ -107,5 +115,6 @@ _Loader.add_implicit_resolver(TAG + "float", FLOAT_WITHOUT_DOT, list("-+01234567
 _Dumper.add_implicit_resolver(TAG + "float", FLOAT_WITHOUT_DOT, list("-+0123456789"))
 _Loader.add_constructor(TAG + "float", _construct_float)
 _Loader.add_constructor(TAG + "int", _construct_int)
+_Loader.add_constructor(TAG + "binary", _refuse_bytes)
 _Loader.add_constructor(TAG + "str", _construct_text)
 _Loader.add_constructor(TAG + "timestamp", _construct_text)  # a name such as 2026-01-31 is what was written

@@ -263,6 +263,8 @@ def test_describe_covers_what_a_dumped_recipe_holds(tmp_path):
         "!!float x",
         "!!bool x",
         "!!binary \u00e9",
+        "!!binary aGVsbG8=",
+        "1:30",
         "!!omap 5",
         "!!merge x",
         "=",
@@ -277,6 +279,7 @@ def test_describe_covers_what_a_dumped_recipe_holds(tmp_path):
         '"\\ud800"',
         "? [a]",
         "{<<: 4}",
+        "{<<: {end: 1}}",
         "&a [*a]",
     ],
 )
