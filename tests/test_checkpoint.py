@@ -433,12 +433,12 @@ def test_a_wrong_shape(folder: Path) -> None:
 
 def test_a_missing_tensor(folder: Path) -> None:
     with_tensors(folder, lambda tensors: tensors.pop("model.layers.2.mlp.experts.7.up_proj.weight"))
-    assert "lacks 1 tensors (model.layers.2.mlp.experts.7.up_proj.weight)" in sentence(folder)
+    assert "lacks 1 tensor (model.layers.2.mlp.experts.7.up_proj.weight)" in sentence(folder)
 
 
 def test_a_missing_tensor_of_the_mtp_module(folder: Path) -> None:
     with_tensors(folder, lambda tensors: tensors.pop("mtp.norm.weight"))
-    assert "lacks 1 tensors (mtp.norm.weight)" in sentence(folder)
+    assert "lacks 1 tensor (mtp.norm.weight)" in sentence(folder)
 
 
 def test_an_unknown_tensor(folder: Path) -> None:

@@ -216,10 +216,16 @@ def test_tokenizer_survives_beside_a_qwen3_next_config(tokenizer: Path, tmp_path
 
 
 def test_bad_tokenizers_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json is there, nor vocab\.json with"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match=r"tokenizer\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a JSON object"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="too small"):

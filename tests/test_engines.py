@@ -235,7 +235,7 @@ def test_an_engine_that_nobody_knows(tmp_path: Path) -> None:
 def test_a_broken_checkpoint_is_bad_input_for_any_engine(tmp_path: Path) -> None:
     folder = plain(tmp_path)
     with_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(UserError, match="lacks 1 tensors"):
+    with pytest.raises(UserError, match="lacks 1 tensor"):
         check_checkpoint(folder, engines=["all"])
 
 

@@ -307,7 +307,7 @@ def test_a_wrapper_in_other_words(tmp_path: Path, root: str, tower: str) -> None
 
 def test_part_of_a_vision_tower_is_none(tmp_path: Path) -> None:
     folder = wrapper(tmp_path / "tiny", lambda tensors: tensors.pop("model.visual.pos_embed.weight"))
-    assert "lacks 1 tensors (model.visual.pos_embed.weight)" in sentence(lambda: Checkpoint(folder))
+    assert "lacks 1 tensor (model.visual.pos_embed.weight)" in sentence(lambda: Checkpoint(folder))
 
 
 @pytest.mark.rounding
@@ -337,7 +337,7 @@ def test_tied_within_the_wrapper_only(tmp_path: Path, outer: bool | None) -> Non
         (lambda tensors: tensors.update({"model.norm.weight_packed": torch.ones(1, dtype=torch.int32)}), "quantised"),
         (lambda tensors: tensors.update({"model.norm.bytes": torch.ones(1, dtype=torch.uint8)}), "quantised"),
         (lambda tensors: tensors.update({"lm_head.weight": torch.ones(2, 2)}), "has shape"),
-        (lambda tensors: tensors.pop("model.norm.weight"), "lacks 1 tensors"),
+        (lambda tensors: tensors.pop("model.norm.weight"), "lacks 1 tensor"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_stays_wrong(tmp_path: Path, change: Callable[[Tensors], None], words: str) -> None:
@@ -463,6 +463,7 @@ def test_a_git_lfs_pointer(tmp_path: Path, file: str) -> None:
         (["config.json", "consolidated.00.pth"], "a pickle that could run code"),
         (["config.json", "tf_model.h5"], "another framework"),
         (["config.json", "weights.safetensors"], "weights.safetensors"),
+        (["model.safetensors"], "put the model's config.json beside them"),
         (["checkpoint-500/config.json"], "checkpoint-500"),
         (["README.md"], "no config.json"),
     ],
@@ -476,6 +477,14 @@ def test_what_a_folder_is_instead(tmp_path: Path, files: list[str], words: str) 
         shutil.copy(tmp_path / "x" / "config.json", tmp_path / "config.json")
     assert words in sentence(lambda: Checkpoint(tmp_path))
     assert words in sentence(lambda: check_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_link_to_nothing(tmp_path: Path, file: str) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    (folder / file).unlink()
+    (folder / file).symlink_to("../../blobs/gone")
+    assert f"its '{file}' is a link to nothing" in sentence(lambda: Checkpoint(folder))
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:

@@ -55,7 +55,11 @@ def what_it_is(folder: Path) -> str | None:
         )
     if other := _ending(names, OTHER_FRAMEWORKS):
         return f"it holds {shown(other)} of another framework, and slimqwen reads safetensors only."
+    if links := [name for name in sorted(names) if (folder / name).is_symlink() and not (folder / name).exists()]:
+        return f"its {shown(links[0])} is a link to nothing: download the model again."
     if weights := _ending(names, (".safetensors",)):
+        if CONFIG not in names:
+            return f"it holds weights ({shown(weights)}) alone: put the model's {CONFIG} beside them."
         return f"it holds {shown(weights)}, which is no name that weights have: download the model's index too."
     below = [name for name in sorted(names) if (folder / name / CONFIG).is_file()]
     below += [name for name in sorted(names) if name.startswith("models--")]

@@ -132,7 +132,8 @@ class Checkpoint:
         cut_off = len(self.specs) > 2 * len(self._entries)
         if missing or unknown:
             number = f"at least {len(missing)}" if cut_off else f"{len(missing)}"
-            problems = [f"lacks {number} tensors ({some(missing)})"] * bool(missing)
+            tensors = "tensor" if len(missing) == 1 and not cut_off else "tensors"
+            problems = [f"lacks {number} {tensors} ({some(missing)})"] * bool(missing)
             # Where the expected names were cut off, the unknown ones may only lie beyond.
             told = bool(unknown) and not cut_off
             problems += [f"has {len(unknown)} that its config does not account for ({some(unknown)})"] * told

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimqwen.artifacts import atomic_folder
-from slimqwen.checkpoint.config import refuse_pointer
+from slimqwen.checkpoint.config import read_json, refuse_pointer
 from slimqwen.checkpoint.identity import VOCABULARY_FILES
 from slimqwen.errors import UserError
 from slimqwen.warning import warn
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 END_OF_TEXT = "<|endoftext|>"
 
 # How text is cut before merges are learnt; a token never crosses a cut. The first alternative that matches wins.
@@ -86,7 +87,7 @@ def check_tokenizer_files(folder: Path) -> None:
         refuse_pointer(written)
     elif not any(all((folder / name).is_file() for name in names) for names in VOCABULARY_FILES):
         raise UserError(
-            f"{folder} holds no tokenizer: tokenizer.json is missing, and so are vocab.json and merges.txt; put the tokenizer "
+            f"{folder} holds no tokenizer: neither tokenizer.json is there, nor vocab.json with merges.txt; put the tokenizer "
             "that the model was trained with beside it."
         )
 
@@ -109,8 +110,16 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             raise ValueError(f"{type(loaded).__name__} is not one of the tokenizers library's")
         return _as_written(loaded, Tokenizer.from_file(str(file)), folder) if file.is_file() else loaded
     except Exception as error:  # whatever the libraries raise on a broken file, a plain Exception included
+        for name in JSON_FILES:
+            _check_mapping(folder / name)
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {folder} cannot be loaded ({reason}).") from error
+
+
+def _check_mapping(file: Path) -> None:
+    """Raise UserError where a file is there, and is not the JSON object that it must be."""
+    if file.exists() and not isinstance(read_json(file), dict):
+        raise UserError(f"{file} is not a JSON object: download it again.")
 
 
 def _as_written(loaded: "PreTrainedTokenizerFast", written: "Tokenizer", folder: Path) -> "PreTrainedTokenizerFast":
