@@ -80,6 +80,16 @@ def test_a_csv_may_have_another_delimiter_and_rows_that_end_early(tmp_path: Path
     assert skipped == ["t.csv:1 empty"]
 
 
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary()])
+def test_texts_of_a_parquet_file_that_are_not_utf8_are_left_out_one_by_one(tmp_path: Path, kind: Any) -> None:
+    stored = pyarrow.array([b"one", b"caf\xe9", b"three"], {"large_string": "large_binary"}.get(str(kind), "binary"))
+    column = pyarrow.Array.from_buffers(kind, 3, stored.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
+    skipped: list[str] = []
+    read = texts(Source(path=tmp_path / "t.parquet"), on_skip=lambda name, reason: skipped.append(f"{name} {reason}"))
+    assert (read, skipped) == (["one", "three"], ["t.parquet:1 not UTF-8 but latin-1, it seems"])
+
+
 @pytest.mark.parametrize("suffix", COMPRESSED)
 def test_parquet_and_prose_too(tmp_path: Path, suffix: str) -> None:
     parquet(tmp_path / "plain", text=TEXTS, n=[1, 2, 3])

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -225,6 +227,18 @@ def test_conversations_are_rendered_by_the_template(
     assert ids(tmp_path / "out")[0] == SPECIAL.index("<|im_start|>")
     column = "conversations" if "conversations" in row else "messages"
     assert capsys.readouterr().err.count(f"conversations in the column '{column}' are rendered") == 1
+
+
+def test_tools_and_contents_in_parts_reach_the_template(make: Make, corpus: Source, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "strict": None}}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
+    rows = [{"messages": parts, "tools": tools}, {"messages": parts, "tools": json.dumps(tools)}]
+    chat_rows(tmp_path / "chat.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "chat.parquet")
+    tokenizer = make(template="{{ tools[0].function | tojson }}{{ messages[0].content }}")
+    for file, number in (("chat.jsonl", 2), ("chat.parquet", 1)):
+        tokenize([Source(path=tmp_path / file)], tokenizer, tmp_path / f"{file}.out", heldout_sources=[corpus])
+        assert text(tokenizer, tmp_path / f"{file}.out") == '{"name": "f"}hello<|endoftext|>' * number
 
 
 def test_conversations_in_a_csv_are_json(make: Make, corpus: Source, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHAT_COLUMNS = ("messages", "conversations")  # the second is ShareGPT's: turns of "from" and "value"
+TOOLS = "tools"  # the column beside them that describes what an assistant may call
 ROLES = {  # ShareGPT's words for them, and the templates'
     "human": "user",
     "user": "user",
@@ -44,6 +45,25 @@ def messages_in(cell: str) -> list[dict[str, Any]] | None:
     return value if is_chat(value) else None
 
 
+def tools_in(cell: object) -> list[dict[str, Any]] | None:
+    """The descriptions of tools in a cell, which may spell them out as JSON; None where there are none."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(cell, list) or not cell or not all(isinstance(tool, dict) for tool in cell):
+        return None
+    return [_without_nulls(tool) for tool in cell]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value out of a table, which fills in null where other rows have more."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 class ChatTemplate:
     """The template of a tokenizer, in Transformers' sandbox. That it is used is said once for each column."""
 
@@ -52,8 +72,10 @@ class ChatTemplate:
         self._folder = folder
         self._told: set[str] = set()
 
-    def render(self, messages: list[dict[str, Any]], column: str, where: str) -> str:
-        """The conversation as the template writes it, without a prompt for another turn.
+    def render(
+        self, messages: list[dict[str, Any]], column: str, where: str, tools: list[dict[str, Any]] | None = None
+    ) -> str:
+        """The conversation as the template writes it with these tools, without a prompt for another turn.
 
         Raises UserError where there is no template, it fails, or a role is unknown.
         """
@@ -72,7 +94,7 @@ class ChatTemplate:
             )
         turns = [_turn(message, where) for message in messages]
         try:
-            rendered: str = self._tokenizer.apply_chat_template(turns, tokenize=False)
+            rendered: str = self._tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
         except Exception as error:  # whatever a template raises
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{where}: the tokenizer's chat template fails on this conversation ({reason}).") from error
@@ -81,10 +103,19 @@ class ChatTemplate:
 
 def _turn(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "role" in message:  # as it is; a table fills in null where other rows have more
-        return {key: value for key, value in message.items() if value is not None}
+        turn = {key: value for key, value in message.items() if value is not None}
+        return turn | {"content": _joined(turn["content"])} if "content" in turn else turn
     role = str(message["from"])
     if role not in ROLES:
         raise UserError(
             f"{where}: a turn is from {role!r}{did_you_mean(role, ROLES)}; known are {', '.join(map(repr, ROLES))}."
         )
     return {"role": ROLES[role], "content": message["value"]}
+
+
+def _joined(content: object) -> object:
+    """One text where a content is in parts of text, which templates of models without images would not take apart."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    are_all = bool(parts) and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(map(str, texts)) if are_all else content

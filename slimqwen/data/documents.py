@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimqwen.checkpoint.config import refuse_pointer
-from slimqwen.data.chat import CHAT_COLUMNS, ChatTemplate, is_chat, messages_in
+from slimqwen.data.chat import CHAT_COLUMNS, TOOLS, ChatTemplate, is_chat, messages_in, tools_in
 from slimqwen.data.formats import OnRead, is_utf16, opened, why_not_utf8
 from slimqwen.data.rows import Row, no_such_column, parquet_rows, rows_of_stream
 from slimqwen.errors import UserError, shown
@@ -75,7 +75,7 @@ def read_documents(name: str, path: Path, text_format: TextFormat, reading: Read
     """
     try:
         if text_format == "parquet":
-            yield from _documents_of_rows(name, parquet_rows(path, reading.columns, reading.on_read), reading)
+            yield from _documents_of_rows(name, parquet_rows(path, reading.columns, reading.on_read, [TOOLS]), reading)
             return
         with opened(path, reading.on_read) as stream:
             if is_utf16(beginning := stream.peek(4096)[:4096]):
@@ -142,7 +142,7 @@ def _text_of(row: Row, reading: Reading) -> str:
     if is_chat(cell):
         if reading.chat is None:
             raise UserError(f"{row.where}: {column!r} holds messages, and no chat template is at hand to render them.")
-        return reading.chat.render(cell, column, row.where)
+        return reading.chat.render(cell, column, row.where, tools_in(row.values.get(TOOLS)))
     what = f"{type(cell).__name__}, not text"
     if is_messages:
         what = f"{shown(cell)}, which is no list of messages, each with role and content or from and value"

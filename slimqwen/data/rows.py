@@ -182,8 +182,11 @@ def _csv_rows(path: Path, text: TextIO, delimiter: str) -> Iterator[Row]:
         ) from error
 
 
-def parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead) -> Iterator[Row]:
-    """The rows of a Parquet file, with those of the `columns` that it has; UserError where it has none of them."""
+def parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead, beside: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a Parquet file, with those of the `columns` and those `beside` them that it has.
+
+    Bytes that are not UTF-8 come as surrogates (`surrogateescape`). Raises UserError where it has none of the `columns`.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -195,14 +198,29 @@ def parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead) -> Iterato
                 raise no_such_column(str(path), columns[0], found)
             tell = _shares(table.metadata.num_rows, path.stat().st_size, on_read) if file == path else None
             number = 0
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
-                for values in batch.to_pylist():
-                    yield Row(number, f"{path} row {number}", values)
+            also = [column for column in beside if column in found]
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[*wanted, *also]):
+                for values in _as_bytes(batch).to_pylist():
+                    text = {name: _decoded(value) for name, value in values.items()}
+                    yield Row(number, f"{path} row {number}", text)
                     number += 1
                 if tell is not None:
                     tell(number)
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({error}).") from error
+
+
+def _as_bytes(batch: Any) -> Any:
+    """A batch with its text as bytes: pyarrow gives up a whole batch for one text that is not UTF-8."""
+    import pyarrow
+
+    binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    columns = [column.cast(binary.get(column.type, column.type)) for column in batch.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _decoded(value: object) -> object:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 @contextmanager
