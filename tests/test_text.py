@@ -274,6 +274,9 @@ def test_tables_with_another_column_are_told_from_settings(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"skipped 1 .csv without a column 'text'.*the column is named by text_field"):
         texts(Source(path=tmp_path))
     assert texts(Source(path=tmp_path, text_field="body")) == ["x"]
+    (tmp_path / "settings.json").write_text('{"text": 5}')
+    (tmp_path / "b.json").write_text('{"text": null}{"text": "y"}')
+    assert texts(Source(path=tmp_path)) == ["y"]
 
 
 @pytest.mark.parametrize(
@@ -329,6 +332,19 @@ def test_the_hubs_cache_is_read_through_its_links(tmp_path: Path) -> None:
     assert next(document.name for document in documents(Source(path=tmp_path))) == "data/train.jsonl:0"
     (tmp_path / "named.jsonl").symlink_to(snapshot / "data" / "train.jsonl")
     assert texts(Source(path=tmp_path / "named.jsonl")) == TEXTS
+
+
+def test_a_cache_of_several_repositories_gives_one_snapshot_of_each(tmp_path: Path) -> None:
+    for name in ("datasets--a--b", "datasets--c--d"):
+        repository = fill(
+            tmp_path / name, "blobs/1", "refs/main", "snapshots/abc/train.jsonl", "snapshots/old/train.jsonl"
+        )
+        (repository / "refs" / "main").write_text("abc")
+        for snapshot in ("abc", "old"):
+            (repository / "snapshots" / snapshot / "train.jsonl").write_bytes(LINES)
+        (repository / "snapshots" / "abc" / "up").symlink_to("../..")
+    names = [f"datasets--{name}/snapshots/abc/train.jsonl" for name in ("a--b", "c--d")]
+    assert [name for name, _ in files_of(Source(path=tmp_path))] == names
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def has_text(path: Path, text_format: TextFormat, text_field: str) -> bool:
     try:
         with opened(path, reading.on_read) as stream:
             row = next(rows_of_stream(path, text_format, stream), None)
-        return row is not None and any(column in row.values for column in reading.columns)
+        values = {} if row is None else row.values
+        return any(column in values and isinstance(values[column], str | list | None) for column in reading.columns)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UserError:

@@ -62,7 +62,7 @@ def select(source: Source, *, heldout: bool) -> Selection:
     - A .json, .csv or .tsv file counts as a table where its first row has the column of the text: others are settings.
     - Of tables in splits, those that are not marked test or validation; to be held out (`heldout`) those that are, if any.
       So with prose of which one file is called train: test.txt beside train.txt.
-    - Of a data set in the Hugging Face cache, the snapshot that refs/main names, or the only one.
+    - Of each data set in the Hugging Face cache, the snapshot that refs/main names, or the only one.
 
     Raises UserError for a folder that cannot be read, and for several snapshots.
     """
@@ -70,7 +70,9 @@ def select(source: Source, *, heldout: bool) -> Selection:
     selection = Selection()
     tables: dict[str, tuple[Path, TextFormat]] = {}
     texts: dict[str, tuple[Path, TextFormat]] = {}
-    for name, path in _walk(_snapshot_of(source.path)):
+    root = _snapshot_of(source.path)
+    for path in _walk(root, set()):
+        name = path.relative_to(root).as_posix()
         text_format = format_of(name)
         kind = kind_of_special_file(path)
         if kind is not None or text_format is None or source.format not in (None, text_format):
@@ -108,20 +110,25 @@ def _snapshot_of(folder: Path) -> Path:
     return chosen[0]
 
 
-def _walk(root: Path) -> Iterator[tuple[str, Path]]:
-    """(name, path) of everything below `root` that is not hidden and no folder. Linked folders are entered, each once."""
-    entered: set[tuple[int, int]] = set()
+def _walk(root: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
+    """Everything below `root` that is not hidden and no folder; of a repository in the Hugging Face cache one snapshot.
+
+    Linked folders are entered, each once: `entered` has device and inode of those that were.
+    """
     for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in entered:
             subfolders.clear()
             continue
         entered.add((status.st_dev, status.st_ino))
+        if (snapshot := _snapshot_of(Path(folder))) != Path(folder):
+            yield from _walk(snapshot, entered)
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for file in sorted(files):
             if not file.startswith("."):
-                path = Path(folder, file)
-                yield path.relative_to(root).as_posix(), path
+                yield Path(folder, file)
 
 
 def unreadable(error: OSError) -> None:
