@@ -79,11 +79,20 @@ class DataTable(Table):
             title=None if title is None else Text(visible(title)), title_justify="left", box=None, pad_edge=False
         )
         for number, column in enumerate(columns):
-            self.add_column(Text(visible(column)), justify="left" if number < left else "right")
+            self.add_column(
+                Text(visible(column)),
+                justify="left" if number < left else "right",
+                overflow="fold",
+                min_width=max(map(len, column.split()), default=0),
+            )
+        self._left = left
 
     def add(self, *cells: str) -> None:
-        """Append a row."""
-        self.add_row(*(Text(visible(cell)) for cell in cells))
+        """Append a row. Words are folded where there is too little room, numbers never."""
+        texts = [Text(visible(cell)) for cell in cells]
+        for column, text in list(zip(self.columns, texts, strict=True))[self._left :]:
+            column.min_width = max(column.min_width or 0, text.cell_len)
+        self.add_row(*texts)
 
     def as_text(self, width: int) -> str:
         """The table as lines of at most `width` columns."""
@@ -93,8 +102,8 @@ class DataTable(Table):
         return capture.get().rstrip()
 
     def show(self) -> None:
-        """Print the table to stdout."""
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=PIPE_COLUMNS)
-        console.print(self)
+        """Print the table to stdout. On a terminal that is too narrow for its numbers the lines wrap."""
+        pipe, terminal = Console(width=PIPE_COLUMNS), Console()
+        least = pipe.measure(self).minimum + 2 * len(self.columns)  # and the space between them
+        width = max(terminal.width, least) if terminal.is_terminal else PIPE_COLUMNS
+        Console(width=width).print(self)

@@ -124,3 +124,17 @@ def test_a_terminal_of_any_encoding_takes_everything(encoding: str, monkeypatch:
     err.flush()
     printed = out.buffer.getvalue() + err.buffer.getvalue()  # type: ignore[attr-defined]
     assert printed.decode(encoding).count("中文" if encoding == "utf-8" else r"\u4e2d\u6587") >= 5
+
+
+@pytest.mark.parametrize("columns", ["10", "25", "40", "80", "200"])
+def test_a_narrow_terminal_cuts_no_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", columns)
+    table = DataTable("model", "parameters", "KL to teacher")
+    table.add("models/teacher", "30,532,122,624", "0.123456")
+    table.show()
+    printed = capsys.readouterr().out
+    assert all(cell in printed for cell in ("30,532,122,624", "0.123456", "parameters", "teacher"))
+    assert "…" not in printed
