@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -369,3 +370,9 @@ def test_a_folder_that_may_not_be_read_is_one_sentence(arguments: list[str], sli
     result = slimqwen(*arguments)
     assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
     assert "f" in result.err and "Permission denied" in result.err
+
+
+def test_the_version_is_said(slimqwen: Program) -> None:
+    result = slimqwen("--version")
+    assert result.code == 0 and result.err == ""
+    assert result.out.startswith(f"slimqwen {version('slimqwen')} (torch {version('torch')}, transformers ")

@@ -1,11 +1,14 @@
-"""The program: its name and its help."""
+"""The program: its name, its help and its version."""
 
-from typing import Any
+import platform
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from slimqwen.cli.border import safe_usage_error
+from slimqwen.terminal import show
 
 
 class Commands(TyperGroup):
@@ -33,3 +36,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and those of the libraries that results depend on, and end."""
+    if asked:
+        libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers"))
+        show(f"slimqwen {version('slimqwen')} ({libraries}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    _asked: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; the help above is the program's."""
