@@ -60,6 +60,15 @@ def failing(
 # Faults and failures
 
 
+def test_links_that_lead_to_one_another_are_no_fault(slimqwen: Program, tmp_path: Path) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "loop").symlink_to("loop")
+    for out in (tmp_path / "loop", tmp_path / "loop" / "target.yaml"):
+        result = slimqwen("plan", checkpoint, "--fit", "1GB", "--out", out)
+        assert result.code == 2 and "loop" in result.err and "fault" not in result.err, result.err
+        assert result.err.count("error:") == 1
+
+
 def test_a_fault_of_our_own_is_a_sentence_and_its_traceback_a_file(
     slimqwen: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

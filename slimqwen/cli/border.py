@@ -57,6 +57,8 @@ def guarded(program: Callable[[], object]) -> None:
     except OSError as error:
         end(EXIT_BAD_INPUT if error.errno in OF_THE_PATH else EXIT_FAILED, sentence_of(error))
     except Exception as error:
+        if str(error).startswith("Symlink loop from"):  # pathlib's RuntimeError, until Python 3.13
+            end(EXIT_BAD_INPUT, f"{error}: the links lead to one another. Check the path.")
         if is_out_of_memory(error):
             reason = (str(error).splitlines() or ["none is left"])[0]
             end(
