@@ -75,7 +75,10 @@ def _check_place(out: Path, inputs: tuple[Path, ...]) -> None:
 def _check_remains(folder: Path) -> None:
     """Raise UserError where what lies under one of our hidden names is not ours."""
     if os.path.lexists(folder) and not _is_remains(folder):
-        raise UserError(f"{folder} is in the way and was not written by slimqwen: move it elsewhere, or remove it.")
+        raise UserError(
+            f"{folder} is in the way and was not written by slimqwen, or by an earlier version of it: move it elsewhere, or "
+            "remove it."
+        )
 
 
 def _is_remains(folder: Path) -> bool:
@@ -209,5 +212,5 @@ def remove_ours(path: Path) -> bool:
     for parent, _, _ in os.walk(path, topdown=False):
         with contextlib.suppress(OSError):  # not empty
             os.rmdir(parent)
-    say(f"{path}: {shown(foreign[0])[1:-1]}{' and others' if foreign[1:] else ''} stay: slimqwen did not write them so")
+    say(f"{path}: {shown(foreign[0])[1:-1]}{' and others stay' if foreign[1:] else ' stays'}: not as slimqwen wrote it")
     return False
