@@ -144,8 +144,13 @@ class Steps:
 
         What somebody put into a folder that a step made is in nobody's way unless it is made again: that is only said.
         """
-        made = {self.run_dir / record.made for record in self.records()}
+        self._check_version()
+        made = {self.run_dir / record.made: record for record in self.records()}
         for output in outputs:
+            if output.suffix == ".json" and output.exists() and output in made and not self.is_unchanged(made[output]):
+                raise UserError(  # people edit them: a run makes its own, and reads no other
+                    f"{output} was changed since this run wrote it: move it elsewhere and give the same command again."
+                )
             check_place = check_file_replaceable if output.suffix else check_replaceable
             try:
                 check_place(output)
@@ -160,6 +165,16 @@ class Steps:
         if lines and not any(is_entry(line) for line in lines):
             raise UserError(
                 f"{log} exists and was not written by slimqwen: move it elsewhere, or choose another folder."
+            )
+
+    def _check_version(self) -> None:
+        """Raise UserError in the folder of a version before those that give everything a record or a mark."""
+        file = self.run_dir / "provenance.json"
+        provenance = value_of(file.read_bytes()) if file.is_file() else None
+        if provenance is not None and {"version", "started"} <= provenance.keys() and "format" not in provenance:
+            raise UserError(
+                f"{self.run_dir} was begun by an earlier version of slimqwen, and this one cannot go on from there: finish it with "
+                "that version, or choose another run_dir."
             )
 
     def _compare_arithmetic(self) -> None:

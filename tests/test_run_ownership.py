@@ -201,6 +201,34 @@ def test_what_is_in_the_way_is_found_before_any_work(world: Path, tmp_path: Path
     assert contents(tmp_path) == before
 
 
+def test_a_result_that_was_edited_is_not_overwritten(tmp_path: Path) -> None:
+    steps, plan = Steps(tmp_path, "test"), tmp_path / "plan.json"
+    make(steps, "stage-1/plan", plan)
+    steps.check([plan])
+    plan.write_text(plan.read_text().replace("made", "my own choice"))
+    edited = plan.read_bytes()
+    with pytest.raises(UserError, match=r"plan\.json was changed since this run wrote it: move it elsewhere"):
+        steps.check([plan])
+    assert plan.read_bytes() == edited
+    plan.unlink()
+    steps.check([plan])
+    assert make(steps, "stage-1/plan", plan) == 1
+
+
+def test_a_run_of_an_earlier_version_is_left_alone_in_one_sentence(world: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(world, tmp_path / "run")
+    (tmp_path / "run" / "tokens").mkdir(parents=True)
+    (tmp_path / "run" / "tokens" / ".slimqwen").touch()
+    (tmp_path / "run" / "recipe.resolved.yaml").write_text("# Every field of the recipe, defaults included.\n")
+    (tmp_path / "run" / "provenance.json").write_text(
+        '{"command": "slimqwen run", "version": "0", "started": "then"}\n'
+    )
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"begun by an earlier version of slimqwen.* choose another run_dir"):
+        run(recipe)
+    assert contents(tmp_path) == before
+
+
 def test_a_folder_in_the_place_of_ours_is_found_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = Steps(tmp_path, "test")
     make(steps, "final", tmp_path / "final")
