@@ -97,7 +97,8 @@ def check_vocabulary(manifest: TokenManifest, tokens: Path, checkpoint: Path, vo
         )
     if vocabulary_fingerprint(checkpoint) not in (None, manifest.tokenizer_fingerprint):
         raise UserError(
-            f"{tokens} was made with another tokenizer than the one in {checkpoint}: run `slimqwen tokens` again with it."
+            f"{tokens} was made with another tokenizer than the one in {checkpoint}, or by an earlier version of slimqwen: "
+            "run `slimqwen tokens` again with it."
         )
 
 

@@ -114,7 +114,9 @@ def measure_depth(
     measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
     layers = source.config["num_hidden_layers"]
     if measured.checkpoint != source.fingerprint():
-        raise UserError(f"the statistics were not measured on {checkpoint}: run `slimqwen calibrate` on it first.")
+        raise UserError(
+            f"the statistics were not measured on {checkpoint}, or by an earlier version of slimqwen: run `slimqwen calibrate` on it first."
+        )
     if not 1 <= num_hidden_layers < layers:
         raise UserError(f"{checkpoint} has {layers} layers, so 1 to {layers - 1} can stay, not {num_hidden_layers}.")
     sums = measured.weighted()

@@ -117,7 +117,9 @@ def plan(
     source = Checkpoint(checkpoint)
     measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
     if measured.checkpoint != source.fingerprint():
-        raise UserError(f"the statistics were not measured on {checkpoint}: run `slimqwen calibrate` on it first.")
+        raise UserError(
+            f"the statistics were not measured on {checkpoint}, or by an earlier version of slimqwen: run `slimqwen calibrate` on it first."
+        )
     target = completed(source.family, target, source.config)
     measured_depth = _measured_depth(source, target, pruning, depth)
     chosen = choose(

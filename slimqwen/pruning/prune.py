@@ -51,7 +51,9 @@ def prune(
     check_companions(checkpoint)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
     if chosen.checkpoint != source.fingerprint():
-        raise UserError(f"the plan was not made for {checkpoint}: run `slimqwen plan` on it first.")
+        raise UserError(
+            f"the plan was not made for {checkpoint}, or by an earlier version of slimqwen: run `slimqwen plan` on it first."
+        )
     residual = planned_residual(source, chosen, plan if isinstance(plan, Path) else None)
     cut = planned_cut(source, chosen, layout, residual)
     computed_config(cut.family, cut.config, str(checkpoint))  # raises where Transformers does not take it

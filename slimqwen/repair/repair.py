@@ -132,7 +132,9 @@ def folds_of(parts: Sequence[Part]) -> list[torch.Tensor]:
 def check_belong_together(student: Checkpoint, teacher: Checkpoint, plan: Plan) -> None:
     """Raise UserError where the plan was made for another teacher, or leaves another student."""
     if plan.checkpoint != teacher.fingerprint():
-        raise UserError(f"the plan was not made for {teacher.folder}: give the teacher that was pruned.")
+        raise UserError(
+            f"the plan was not made for {teacher.folder}, or by an earlier version of slimqwen: give the teacher that was pruned."
+        )
     for field, wanted in plan.target.model_dump(exclude_none=True).items():
         if student.config[field] != wanted:
             raise UserError(
