@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from slimqwen.artifacts import alone, rewrite_bytes
+from slimqwen.regular import read_regular
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """Each with the newline that ends it, which the last one may lack; none where there is no file."""
-    return BytesIO(path.read_bytes()).readlines() if path.exists() else []
+    """Each with the newline that ends it, which the last one may lack; none where there is no file.
+
+    Raises OSError for what is no regular file.
+    """
+    return BytesIO(read_regular(path)).readlines() if path.exists() else []
 
 
 def value_of(line: bytes) -> dict[str, Any] | None:

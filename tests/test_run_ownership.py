@@ -14,7 +14,7 @@ from slimqwen.distillation.metrics import MetricsLog, forget_stages_after
 from slimqwen.distillation.pretrain import pretrain
 from slimqwen.distillation.state import saved_states
 from slimqwen.errors import UserError
-from slimqwen.jsonl import append, read_lines, value_of
+from slimqwen.jsonl import append, keep_lines, read_lines, value_of
 from slimqwen.pipeline import run
 from slimqwen.places import check_apart
 from slimqwen.recipe import DataRecipe, DistilRecipe, PretrainRecipe, Source
@@ -79,6 +79,12 @@ def test_lines_of_others_in_warnings_stay_byte_for_byte(tmp_path: Path) -> None:
             warn("current é")
     ours = json.dumps({"step": "plan", "key": "b", "text": "current é"}, ensure_ascii=False).encode() + b"\n"
     assert path.read_bytes() == FOREIGN + b'{"step": "plan", "mine": true}\n' + ours
+
+
+def test_a_pipe_in_the_place_of_lines_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="Not a regular file"):
+        keep_lines(tmp_path / "metrics.jsonl", lambda line: True)
 
 
 def test_a_line_is_appended_to_whatever_is_there(tmp_path: Path) -> None:
