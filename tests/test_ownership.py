@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from test_artifacts import names
 
 from slimqwen.artifacts import (
@@ -166,6 +167,17 @@ def test_a_file_that_is_not_ours_is_not_replaced(tmp_path: Path, text: str) -> N
             write()
     assert not remove_ours(path)
     assert path.read_text() == text and names(tmp_path) == ["config.json"]
+
+
+def test_a_result_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    plan, statistics = tmp_path / "plan.json", tmp_path / "s.safetensors"
+    write_json(plan, {"format": "slimqwen.plan/1"})
+    save_file({}, statistics, metadata={"slimqwen": "statistics"})
+    check_file_replaceable(plan, kind="plan")
+    check_file_replaceable(statistics, kind="safetensors")
+    for file, kind in ((plan, "evaluation"), (statistics, "evaluation"), (plan, "safetensors")):
+        with pytest.raises(UserError, match=f"{file.name} exists and is no earlier {kind}: choose another"):
+            check_file_replaceable(file, kind=kind)
 
 
 def test_what_slimqwen_writes_says_so(tmp_path: Path) -> None:

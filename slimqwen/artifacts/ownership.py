@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimqwen.artifacts.lock import alone, hidden
-from slimqwen.artifacts.record import MARKER, Record, is_marked, is_old, names_in
+from slimqwen.artifacts.record import MARKER, Record, is_marked, is_old, kind_of, names_in
 from slimqwen.errors import UserError, shown
 from slimqwen.progress import say
 
@@ -42,10 +42,11 @@ def check_replaceable(out: Path, *inputs: Path) -> None:
         _check_unchanged(out)
 
 
-def check_file_replaceable(out: Path, *inputs: Path) -> None:
+def check_file_replaceable(out: Path, *inputs: Path, kind: str | None = None) -> None:
     """Raise UserError where writing the file `out` would destroy something: an input, or what we did not write.
 
-    What slimqwen wrote says so at its beginning (`is_marked`). An empty file may be replaced.
+    What slimqwen wrote says so at its beginning (`is_marked`). An empty file may be replaced. kind: what is to be written, as
+    `kind_of` names it; something else that slimqwen wrote is not replaced by it.
     """
     out = out.resolve()
     _check_place(out, inputs)
@@ -57,6 +58,8 @@ def check_file_replaceable(out: Path, *inputs: Path) -> None:
         raise UserError(f"{out} is neither a file nor a folder: choose another name.")
     if out.exists() and out.stat().st_size and not is_marked(out):
         raise UserError(f"{out} exists and was not written by slimqwen: choose another name, or remove it first.")
+    if kind is not None and out.exists() and out.stat().st_size and kind_of(out) != kind:
+        raise UserError(f"{out} exists and is no earlier {kind}: choose another name, or remove it first.")
 
 
 def _check_place(out: Path, inputs: tuple[Path, ...]) -> None:

@@ -105,6 +105,16 @@ def is_marked(path: Path) -> bool:
     return any(re.match(mark, head, re.DOTALL) for mark in MARKS)
 
 
+def kind_of(path: Path) -> str:
+    """What a marked file holds: "plan" where it begins with the format `slimqwen.plan/1`, "safetensors", or "text"."""
+    with path.open("rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    found = re.match(MARKS[0] + rb"(\w+)", head)
+    if found:
+        return found[1].decode()
+    return "safetensors" if re.match(MARKS[1], head, re.DOTALL) else "text"
+
+
 def _entry(path: Path) -> str | int:
     if path.is_symlink():
         return f"-> {os.readlink(path)}"

@@ -1,12 +1,12 @@
 """How artefacts are written: under a hidden name, flushed to the disk, then renamed."""
 
 import contextlib
+import functools
 import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -43,9 +43,12 @@ def make_folder(out: Path, *inputs: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def make_file(out: Path, *inputs: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the file artefact `out` for this process, as `make_folder` does. wait: where another process makes it."""
-    check_file_replaceable(out, *inputs)
+def make_file(out: Path, *inputs: Path, wait: bool = False, kind: str | None = None) -> Iterator[None]:
+    """Hold the file artefact `out` for this process, as `make_folder` does.
+
+    wait: where another process makes it. kind: as in `check_file_replaceable`.
+    """
+    check_file_replaceable(out, *inputs, kind=kind)
     with _made_here(out, wait=wait):
         yield
 
@@ -67,9 +70,9 @@ def makes_folder(*reads: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return _stage(make_folder, reads)
 
 
-def makes_file(*reads: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def makes_file(*reads: str, kind: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a stage that writes the file `out`: it runs within `make_file`; `reads` are its parameters that are inputs."""
-    return _stage(make_file, reads)
+    return _stage(functools.partial(make_file, kind=kind), reads)
 
 
 def _stage(
@@ -79,7 +82,7 @@ def _stage(
         signature = inspect.signature(stage)
         assert {"out", *reads} <= signature.parameters.keys()
 
-        @wraps(stage)
+        @functools.wraps(stage)
         def made_alone(*args: P.args, **kwargs: P.kwargs) -> R:
             given = signature.bind(*args, **kwargs).arguments
             inputs = [path for name in reads for path in _paths(given.get(name))]

@@ -19,7 +19,7 @@ from slimqwen.progress import Progress, say
 from slimqwen.recipe import CalibrationRecipe
 
 
-@makes_file("checkpoint", "tokens", "recipe")
+@makes_file("checkpoint", "tokens", "recipe", kind="safetensors")
 @torch.inference_mode()
 def calibrate(
     checkpoint: Path,

@@ -40,7 +40,7 @@ class _Finished(BaseModel):
     scores: Scores
 
 
-@makes_file("models")
+@makes_file("models", kind="benchmarks")
 def benchmark(
     models: Mapping[str, Path],
     out: Path,

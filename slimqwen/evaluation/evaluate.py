@@ -30,7 +30,7 @@ LARGEST_LOSS = 700.0  # e^710 is beyond float64
 SPECULATED_PROMPTS = 4  # one at a time: 64 tokens after each take the built-in teacher 6 s of a CPU core
 
 
-@makes_file("models", "tokens")
+@makes_file("models", "tokens", kind="evaluation")
 def evaluate(
     models: Mapping[str, Path],
     out: Path,

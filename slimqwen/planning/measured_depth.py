@@ -79,7 +79,7 @@ class MeasuredDepth(BaseModel):
             raise UserError(f"{path} is not a measurement of slimqwen.depth/1: {error.errors()[0]['msg']}.") from error
 
 
-@makes_file("checkpoint", "statistics", "tokens")
+@makes_file("checkpoint", "statistics", "tokens", kind="depth")
 def measure_depth(
     checkpoint: Path,
     out: Path,

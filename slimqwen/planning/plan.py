@@ -92,7 +92,7 @@ def cuts_only_channels(source: Checkpoint, plan: Plan) -> bool:
     )
 
 
-@makes_file("checkpoint", "statistics", "depth")
+@makes_file("checkpoint", "statistics", "depth", kind="plan")
 def plan(
     checkpoint: Path,
     out: Path,
