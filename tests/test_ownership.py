@@ -180,6 +180,29 @@ def test_a_result_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
             check_file_replaceable(file, kind=kind)
 
 
+def test_a_folder_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    files = {
+        "checkpoint": {"config.json": {}},
+        "tokens": {"manifest.json": {"format": "slimqwen.tokens/1"}},
+        "folder": {},
+    }
+    for kind, content in files.items():
+        with atomic_folder(tmp_path / kind) as partial:
+            (partial / "x").touch()
+            for name, value in content.items():
+                write_json(partial / name, value)
+    for found in files:
+        for kind in ("checkpoint", "tokens", "teacher_cache"):
+            if found == kind:
+                check_replaceable(tmp_path / found, kind=kind)
+                continue
+            with pytest.raises(
+                UserError, match=f"is an earlier {found} of slimqwen, and {kind.replace('_', ' ')} would"
+            ):
+                check_replaceable(tmp_path / found, kind=kind)
+    check_replaceable(tmp_path / "nothing", kind="tokens")
+
+
 def test_what_slimqwen_writes_says_so(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.touch()  # an empty file is no loss

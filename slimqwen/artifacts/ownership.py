@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimqwen.artifacts.lock import alone, hidden
-from slimqwen.artifacts.record import MARKER, Record, is_marked, is_old, kind_of, names_in
+from slimqwen.artifacts.record import MARKER, Record, is_marked, is_old, kind_of, kind_of_folder, names_in
 from slimqwen.errors import UserError, shown
 from slimqwen.progress import say
 
@@ -29,10 +29,11 @@ def is_within_work(path: Path) -> bool:
     return any(folder in path.parents for folder in _working)
 
 
-def check_replaceable(out: Path, *inputs: Path) -> None:
+def check_replaceable(out: Path, *inputs: Path, kind: str | None = None) -> None:
     """Raise UserError where writing the folder `out` would destroy something: an input, or what we did not write.
 
     What slimqwen wrote is known by the folder's record: one file more, or another content, and it is not replaced.
+    kind: what is to be written, as `kind_of_folder` names it; something else that slimqwen wrote is not replaced by it.
     """
     out = out.resolve()
     _check_place(out, inputs)
@@ -40,6 +41,12 @@ def check_replaceable(out: Path, *inputs: Path) -> None:
         raise UserError(f"{out} is a file, and a folder is to be written there: choose another name.")
     if out.is_dir() and any(out.iterdir()) and not is_within_work(out):
         _check_unchanged(out)
+        if kind is not None and kind_of_folder(out) != kind:
+            found = kind_of_folder(out).replace("_", " ")
+            raise UserError(
+                f"{out} is an earlier {found} of slimqwen, and {kind.replace('_', ' ')} would take its place: choose another name, or "
+                "remove it first."
+            )
 
 
 def check_file_replaceable(out: Path, *inputs: Path, kind: str | None = None) -> None:

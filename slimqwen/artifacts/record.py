@@ -115,6 +115,14 @@ def kind_of(path: Path) -> str:
     return "safetensors" if re.match(MARKS[1], head, re.DOTALL) else "text"
 
 
+def kind_of_folder(folder: Path) -> str:
+    """What a folder of ours holds: "checkpoint", or what the format of its manifest says ("tokens"); "folder" where nothing does."""
+    if (folder / "config.json").is_file():
+        return "checkpoint"
+    manifest = folder / "manifest.json"
+    return kind_of(manifest) if manifest.is_file() and is_marked(manifest) else "folder"
+
+
 def _entry(path: Path) -> str | int:
     if path.is_symlink():
         return f"-> {os.readlink(path)}"

@@ -31,13 +31,13 @@ R = TypeVar("R")
 
 
 @contextlib.contextmanager
-def make_folder(out: Path, *inputs: Path) -> Iterator[None]:
-    """Hold the folder artefact `out` for this process, from before the work until it is there.
+def make_folder(out: Path, *inputs: Path, kind: str | None = None) -> Iterator[None]:
+    """Hold the folder artefact `out` for this process, from before the work until it is there. kind: as in `check_replaceable`.
 
     Raises UserError, before anything is written, where `out` cannot be written, would destroy an input or what is not ours,
     and where another process is making it.
     """
-    check_replaceable(out, *inputs)
+    check_replaceable(out, *inputs, kind=kind)
     with _made_here(out, wait=False):
         yield
 
@@ -65,9 +65,9 @@ def _made_here(out: Path, wait: bool) -> Iterator[None]:
         yield
 
 
-def makes_folder(*reads: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def makes_folder(*reads: str, kind: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a stage that writes the folder `out`: it runs within `make_folder`; `reads` are its parameters that are inputs."""
-    return _stage(make_folder, reads)
+    return _stage(functools.partial(make_folder, kind=kind), reads)
 
 
 def makes_file(*reads: str, kind: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:

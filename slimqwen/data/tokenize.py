@@ -27,7 +27,7 @@ from slimqwen.warning import warn
 FIELDS_WITHOUT_EFFECT = {"sequence_length", "documents", "workers"}
 
 
-@makes_folder("tokenizer", "sources", "heldout_sources")
+@makes_folder("tokenizer", "sources", "heldout_sources", kind="tokens")
 def tokenize(
     sources: Sequence[Source],
     tokenizer: Path,

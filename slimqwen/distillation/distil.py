@@ -86,7 +86,7 @@ def span_of(steps: str, total: int) -> Span:
     return Span(int(first), int(end), total)
 
 
-@makes_folder("student", "tokens", "teacher", "teacher_cache", "moments")
+@makes_folder("student", "tokens", "teacher", "teacher_cache", "moments", kind="checkpoint")
 def distil(
     student: Path,
     out: Path,

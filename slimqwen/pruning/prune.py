@@ -26,7 +26,7 @@ PROCESS_BYTES = 200_000_000
 BYTES_PER_TENSOR = 1_500
 
 
-@makes_folder("checkpoint", "plan")
+@makes_folder("checkpoint", "plan", kind="checkpoint")
 def prune(
     checkpoint: Path,
     out: Path,

@@ -28,7 +28,7 @@ from slimqwen.repair.projection import Projection
 from slimqwen.repair.stream import Stream
 
 
-@makes_folder("student", "teacher", "tokens", "plan")
+@makes_folder("student", "teacher", "tokens", "plan", kind="checkpoint")
 def repair(
     student: Path,
     out: Path,

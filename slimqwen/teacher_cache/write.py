@@ -116,7 +116,7 @@ def write_teacher_cache(
         )
         caches.append(Cache(out / (source or "."), stream, chosen, manifest))
     for cache in caches:
-        check_replaceable(cache.out, teacher, tokens)
+        check_replaceable(cache.out, teacher, tokens, kind="teacher_cache")
     with alone(out):
         _announce(caches, out, title)
         _write_all(caches, out, checkpoint, recipe, torch_device, torch_dtype, title)
