@@ -14,6 +14,7 @@ LARGEST_INTEGER = 2**63 - 1
 LONGEST_NUMBER = 64  # characters; float64 has 17 digits
 WORDS = {"int": "whole number", "float": "number", "bool": "true or false"}
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+OCTAL = re.compile(r"[-+]?0[0-9_]")
 
 
 def load(text: str) -> Any:
@@ -91,6 +92,8 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     if ":" in node.value:  # YAML 1.1 takes 1:30 for 90
         raise _problem("a whole number has no colon (quote it where it is text)", node.start_mark)
+    if OCTAL.match(node.value):  # and 010 for 8
+        raise _problem("a whole number does not begin with 0 (quote it where it is text)", node.start_mark)
     value = loader.construct_yaml_int(node) if len(node.value) <= LONGEST_NUMBER else LARGEST_INTEGER + 1
     if abs(value) > LARGEST_INTEGER:
         raise _problem("a whole number this large is not supported", node.start_mark)

@@ -100,6 +100,7 @@ def test_words_that_are_no_property_of_the_model(tmp_path: Path, words: dict[str
         {"tie_word_embeddings": None},
         {"rms_norm_eps": "small"},
         {"hidden_act": "swash"},
+        {"quantization_config": []},
         {"dtype": ["float32"]},
         {"torch_dtype": {}},
         {"dtype": "float33"},

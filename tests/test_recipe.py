@@ -265,6 +265,8 @@ def test_describe_covers_what_a_dumped_recipe_holds(tmp_path):
         "!!binary \u00e9",
         "!!binary aGVsbG8=",
         "1:30",
+        "010",
+        "-0_7",
         "!!omap 5",
         "!!merge x",
         "=",

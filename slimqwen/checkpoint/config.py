@@ -123,13 +123,16 @@ def read_described(folder_or_file: Path) -> Described:
 
 
 def _check_words(config: Config, path: Path) -> None:
-    """Raise UserError for a quantised checkpoint, and for dtypes that are no words."""
+    """Raise UserError for a quantised checkpoint, and for what is no mapping or no word where one belongs."""
     for section in sections(config):
         if any(section.get(key) for key in QUANTISATION_KEYS):
             raise UserError(
                 f"{path}: the checkpoint is quantised (quantization_config); slimqwen prunes bfloat16, float16 and float32 "
                 "weights: use the original, unquantised checkpoint."
             )
+        for key in QUANTISATION_KEYS:
+            if not isinstance(section.get(key), dict | None):
+                raise UserError(f"{path}: '{key}' must be a mapping or left out, is {shown(section[key])}.")
         for key in DTYPE_KEYS:
             if not isinstance(section.get(key), str | None):
                 raise UserError(

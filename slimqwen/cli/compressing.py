@@ -82,7 +82,9 @@ def tokens(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes; 1 is this one. Default: one per usable core.", show_default=False),
+        typer.Option(
+            min=1, max=1024, help="Processes; 1 is this one. Default: one per usable core.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Turn text into packed tokens: train and held-out splits in Megatron's .bin/.idx format.

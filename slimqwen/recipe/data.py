@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slimqwen.recipe.section import MOST, PathField, PositiveFloat, PositiveInt, Section
+from slimqwen.recipe.section import MOST, PathField, PositiveFloat, Section
 
 BuiltinSource = Literal["python-stdlib", "python-packages"]
 DocumentBoundaries = Literal["packed", "isolated"]
@@ -92,6 +92,6 @@ class DataRecipe(Section):
         description="Token that ends each document. Default: the tokenizer's eos, or where this only ends a turn of its chat template "
         "the token that ends a text for the model.",
     )
-    workers: PositiveInt | None = Field(
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="Processes that tokenize. Changes speed, not the result. Default: one per usable core."
     )
