@@ -57,6 +57,7 @@ from slimqwen.teacher_cache.write import write_teacher_cache
 torch.set_num_threads(1)
 
 KILLED, CRASHED = 137, 99
+WAITING = "another process is making it, waiting"  # what a command says that waits for another one's file
 LENGTH = 16
 TIMES = {"seconds", "tokens_per_second", "memory_bytes", "mfu"}  # of a line of metrics.jsonl
 UNLIKE = {"provenance.json", "stages.jsonl", "report.html"}  # they tell when, and how long it took
@@ -307,6 +308,17 @@ def forked(action: Callable[[], object], log: Path) -> int:
         os._exit(code)
 
 
+def ended_or_waiting(child: int, log: Path) -> int | None:
+    """The exit code of a child, or None where it says that it waits for another process."""
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if log.exists() and WAITING in log.read_text():
+            return None
+        time.sleep(0.05)
+
+
 def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -374,12 +386,13 @@ class Trial:
         first = forked(lambda: self._watched(self.changes // 2, stop), self.log)
         os.read(paused, 1)
         second_log = self.log.with_name("second")
-        code = ended(forked(lambda: self.command(self.inputs, self.work, False), second_log))
-        said = second_log.read_text()
-        wrong = [] if code == 2 and f"process {first} on" in said else [f"the second: exit {code}: {said[-500:]}"]
+        second = forked(lambda: self.command(self.inputs, self.work, False), second_log)
+        refused = ended_or_waiting(second, second_log)
         os.write(writable, b".")
-        if (code := ended(first)) != 0:
-            wrong.append(f"the first: exit {code}: {self.log.read_text()[-500:]}")
+        wrong = [f"the first: exit {code}: {self.log.read_text()[-500:]}"] if (code := ended(first)) else []
+        code, said = (ended(second) if refused is None else refused), second_log.read_text()
+        if not ((code == 2 and f"process {first} on" in said) or (code == 0 and WAITING in said)):
+            wrong.append(f"the second: exit {code}: {said[-500:]}")
         return wrong + unlike(self.expected, snapshot(self.work))
 
 
