@@ -191,13 +191,19 @@ def test_a_folder_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
             (partial / "x").touch()
             for name, value in content.items():
                 write_json(partial / name, value)
+    words = {
+        "checkpoint": "a checkpoint",
+        "tokens": "tokens",
+        "teacher_cache": "a teacher cache",
+        "folder": "other work",
+    }
     for found in files:
         for kind in ("checkpoint", "tokens", "teacher_cache"):
             if found == kind:
                 check_replaceable(tmp_path / found, kind=kind)
                 continue
             with pytest.raises(
-                UserError, match=f"is an earlier {found} of slimqwen, and {kind.replace('_', ' ')} would"
+                UserError, match=f"{found} holds {words[found]}.*, and {words[kind]} would take its place"
             ):
                 check_replaceable(tmp_path / found, kind=kind)
     check_replaceable(tmp_path / "nothing", kind="tokens")

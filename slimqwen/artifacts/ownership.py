@@ -11,6 +11,7 @@ from slimqwen.artifacts.record import MARKER, Record, is_marked, is_old, kind_of
 from slimqwen.errors import UserError, shown
 from slimqwen.progress import say
 
+WORDS = {"checkpoint": "a checkpoint", "tokens": "tokens", "teacher_cache": "a teacher cache"}  # kinds of folders
 _working: list[Path] = []  # folders that this process is making: what lies in them is ours
 
 
@@ -41,11 +42,11 @@ def check_replaceable(out: Path, *inputs: Path, kind: str | None = None) -> None
         raise UserError(f"{out} is a file, and a folder is to be written there: choose another name.")
     if out.is_dir() and any(out.iterdir()) and not is_within_work(out):
         _check_unchanged(out)
-        if kind is not None and kind_of_folder(out) != kind:
-            found = kind_of_folder(out).replace("_", " ")
+        found = kind_of_folder(out)
+        if kind is not None and found != kind:
             raise UserError(
-                f"{out} is an earlier {found} of slimqwen, and {kind.replace('_', ' ')} would take its place: choose another name, or "
-                "remove it first."
+                f"{out} holds {WORDS.get(found, 'other work of slimqwen')}, and {WORDS[kind]} would take its place: choose another "
+                "name, or remove it first."
             )
 
 
