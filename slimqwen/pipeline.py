@@ -46,6 +46,7 @@ from slimqwen.work import Work
 OUTPUTS = ("tokens", "teacher_cache", "evaluation.json", "final", "report.html")
 STAGE_OUTPUTS = (
     "statistics.safetensors",
+    "depth.json",
     "plan.json",
     "plan.basis.safetensors",
     "pruned",

@@ -37,6 +37,7 @@ from slimqwen.distillation.distil import distil, state_folder_of
 from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.pipeline import run
+from slimqwen.planning.measured_depth import measure_depth
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import (
@@ -95,6 +96,18 @@ def run_calibrate(inputs: Path, work: Path, earlier: bool, *, streaming: bool = 
 
 def run_calibrate_streaming(inputs: Path, work: Path, earlier: bool) -> object:
     return run_calibrate(inputs, work, earlier, streaming=True)
+
+
+def run_measure_depth(inputs: Path, work: Path, earlier: bool) -> object:
+    return measure_depth(
+        inputs / "teacher",
+        work / "out.json",
+        statistics=inputs / "statistics.safetensors",
+        tokens=inputs / "tokens",
+        num_hidden_layers=3 if earlier else 2,
+        samples=2,
+        sequence_length=LENGTH,
+    )
 
 
 def run_plan(inputs: Path, work: Path, earlier: bool) -> object:

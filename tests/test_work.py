@@ -10,6 +10,7 @@ from slimqwen import work
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.tokenize import tokenize
+from slimqwen.pipeline import STAGE_OUTPUTS
 from slimqwen.planning.plan import Plan
 from slimqwen.preflight import check
 from slimqwen.recipe import Recipe, Source, Target
@@ -53,6 +54,7 @@ def steps_of_a_cut(folder: Path, teacher: tuple[Path, Path], target: Target, **s
     statistics = folder / "statistics.safetensors"
     work.calibrated(wanted, checkpoint, tokens, wanted.pruning).make(statistics, "calibrate")
     last, plan_file = work.cut(wanted, checkpoint, statistics, tokens, target, wanted.pruning, made)
+    assert set(made_names) <= set(STAGE_OUTPUTS)  # places that a run looks at before any work
     assert last == folder / made_names[-1] and Plan.load(plan_file).target.num_hidden_layers is not None
     return made_names
 

@@ -19,7 +19,7 @@ from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Block, Layout, TensorSpec
 from slimqwen.modeling.kernels import check_rows
 from slimqwen.modeling.mtp import MTP_PREFIX, MtpModule
-from slimqwen.modeling.native import built, computed_config
+from slimqwen.modeling.native import build_backbone
 from slimqwen.warning import warn
 
 transformers.utils.logging.set_verbosity_error()  # its load report repeats that `mtp.*` is ignored: we load it ourselves
@@ -117,9 +117,8 @@ def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
     The rotary table, which is computed and not stored, is on `device`.
     """
-    native = computed_config(checkpoint.family, checkpoint.config, str(checkpoint.folder))
     with torch.device("meta"):
-        backbone = built(native, dtype, str(checkpoint.folder))
+        backbone = build_backbone(checkpoint.family, checkpoint.config, dtype, str(checkpoint.folder))
         mtp = MtpModule(backbone, checkpoint.family) if checkpoint.has_mtp else None
     for parameter in mtp.parameters() if mtp is not None else ():
         parameter.data = parameter.data.to(dtype)
@@ -193,7 +192,7 @@ def initialise(config: Config, seed: int, device: str | torch.device = "cpu") ->
     family = family_of(config, "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = built(computed_config(family, config, "config.json"), torch.float32, "config.json")
+        backbone = build_backbone(family, config, torch.float32, "config.json")
         mtp = MtpModule(backbone, family) if config["num_nextn_predict_layers"] else None
     return MtpCausalLM(backbone, mtp, family, config).to(device)
 

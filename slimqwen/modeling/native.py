@@ -55,33 +55,29 @@ def computed_config(family: Family, config: Config, where: str) -> "PretrainedCo
     return native_config(on_disk, where)
 
 
-def built(native: "PretrainedConfig", dtype: torch.dtype, where: str) -> "PreTrainedModel":
-    """The modules of a causal language model, parameters in `dtype`, on the device that is current.
+def build_backbone(family: Family, config: Config, dtype: torch.dtype, where: str) -> "PreTrainedModel":
+    """The modules of a causal language model of a canonical config, parameters in `dtype`, on the device that is current.
 
-    Raises UserError for what no field's type shows and only building does: an unknown activation, a kind of RoPE.
+    Raises UserError for what Transformers does not accept: a field's type, and what only building shows (an unknown
+    activation, a kind of RoPE, RoPE of more dims than a head has).
     """
     from transformers import AutoModelForCausalLM  # 110 MB, which `prune` must not take
 
+    native = computed_config(family, config, where)
     with refusals_explained(where):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(native, dtype=dtype)
-        _check_rotation(model)
-        return model
-
-
-def _check_rotation(model: "PreTrainedModel") -> None:
-    """Raise ValueError where RoPE turns more dims than a head has, which no field's type shows and no module's shape."""
-    decoder = model.get_decoder()
-    config = decoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotated = 2 * decoder.rotary_emb.inv_freq.numel()
-    if rotated > head_dim:
-        raise ValueError(f"RoPE turns {rotated} dims of heads that have {head_dim} (partial_rotary_factor)")
+    rotated = 2 * model.get_decoder().rotary_emb.inv_freq.numel()
+    if rotated > config["head_dim"]:  # neither a field's type nor a module's shape says so
+        raise UserError(
+            f"{where}: RoPE turns {rotated} dims of heads that have {config['head_dim']}: lower partial_rotary_factor in config.json."
+        )
+    return model
 
 
 def check_buildable(family: Family, config: Config, where: str) -> None:
     """Raise UserError where Transformers cannot build the model of a canonical config. Takes no memory for weights."""
     with torch.device("meta"):
-        built(computed_config(family, config, where), torch.float32, where)
+        build_backbone(family, config, torch.float32, where)
 
 
 def announce_noise(config: Config) -> None:
