@@ -26,6 +26,7 @@ from slimqwen.families import Config
 from slimqwen.families.axes import Axis, axes_of
 from slimqwen.families.count import count
 from slimqwen.families.family import Block, Layout
+from slimqwen.layerwise.courses import courses
 from slimqwen.modeling.model import load
 from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import ExpertGroup
@@ -35,7 +36,6 @@ from slimqwen.planning.shapes import completed
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
 from slimqwen.repair import layers
-from slimqwen.repair.layers import courses
 from slimqwen.repair.repair import folds_of, repair
 
 pytestmark = pytest.mark.rounding
@@ -350,7 +350,7 @@ def test_interrupted_and_continued_is_uninterrupted(
 ) -> None:
     whole = repaired(cut, texts, tmp_path / "whole")
     refitted: list[str] = []
-    usual = layers.LayerByLayer._refit
+    usual = layers.Refit._refit
 
     def two_layers(self: Any, course: Any, *rest: Any) -> None:
         if len(refitted) == 2:
@@ -359,12 +359,12 @@ def test_interrupted_and_continued_is_uninterrupted(
         usual(self, course, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(layers.LayerByLayer, "_refit", two_layers)
+        patch.setattr(layers.Refit, "_refit", two_layers)
         repaired(cut, texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     continued = []
     monkeypatch.setattr(
-        layers.LayerByLayer,
+        layers.Refit,
         "_refit",
         lambda self, course, *rest: continued.append(course.block.name) or usual(self, course, *rest),
     )

@@ -22,10 +22,10 @@ from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
+from slimqwen.layerwise.stream import Stream
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.planning import importance
 from slimqwen.progress import Progress, say
-from slimqwen.repair.stream import Stream
 from slimqwen.teacher_cache.predict import head_name
 
 CHUNK_TOKENS = 512  # whose logits exist at one time

@@ -1,17 +1,22 @@
-"""What a layer's networks answer, from where weights lie on disk, and silence that tells what they are asked."""
+"""A layer whose networks are silent, which tells what they are asked."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from slimqwen.calibration.experts import OBSERVED_EXPERTS, ExpertsObserver
-from slimqwen.calibration.stopwatch import Stopwatch
+from slimqwen.calibration.step import Step
+from slimqwen.families.family import TensorSpec
+from slimqwen.layerwise.experts import computed_by
+from slimqwen.layerwise.side_by_side import LayerProgress
+from slimqwen.layerwise.stream import Stream, moe_block
 from slimqwen.repair.questions import Questions, answering
+from slimqwen.repair.refit import Network
 
 ASKED_EXPERTS = "slimqwen_asked"
 
@@ -44,37 +49,35 @@ def silent(mlp: nn.Module, networks: Sequence[nn.Module], experts: Any | None, q
         if experts is not None:
             experts.slimqwen_questions = questions
             stack.callback(delattr, experts, "slimqwen_questions")
-            stack.enter_context(_computed_by(ASKED_EXPERTS, experts))
+            stack.enter_context(computed_by(ASKED_EXPERTS, experts))
         stack.callback(mlp.register_forward_hook(listen).remove)
         yield
 
 
-@contextmanager
-def experts_on_disk(experts: Any) -> Iterator[None]:
-    """While open, this experts module answers, reading one expert at a time where its weights lie on disk."""
-    experts.slimqwen_observer = ExpertsObserver(add=_discard, watch=Stopwatch())
-    try:
-        with _computed_by(OBSERVED_EXPERTS, experts):
-            yield
-    finally:
-        del experts.slimqwen_observer
+def ask(
+    stream: Stream, step: Step, outputs: Sequence[TensorSpec], hidden: Tensor, asked: Path, progress: LayerProgress
+) -> list[Network]:
+    """Through a layer whose networks say nothing, in place; returns these, in the order of their output matrices.
 
-
-@contextmanager
-def _computed_by(function: str, experts: Any) -> Iterator[None]:
-    usual = experts.config._experts_implementation
-    experts.config._experts_implementation = function
-    try:
-        yield
-    finally:
-        experts.config._experts_implementation = usual
+    What they are asked is kept in the file `asked`. They read the step's weights, which must be there.
+    """
+    dense = [spec.name for spec in outputs if spec.part != "routed_experts"]
+    networks = [stream.model.module_of(name.removesuffix(".weight")) for name in dense]
+    block = moe_block(step)
+    experts = None if block is None else stream.experts_of(block)
+    questions = Questions(stream.open(asked).flatten(0, 1))
+    with silent(networks[0] if step.moe is None else step.moe, networks, experts, questions):
+        for rows in stream.passes():
+            hidden[rows] = step.run(stream.ready(hidden[rows]), stream.tokens[rows]).cpu().float()
+            progress.advance(hidden[rows, :, 0].numel())
+    result = [
+        questions.to_dense(number, network, stream.model.module_of(name))
+        for number, (network, name) in enumerate(zip(networks, dense, strict=True))
+    ]
+    return result if experts is None else result + questions.to_experts(experts)
 
 
 def _one(hidden_states: Tensor, channel: int) -> Tensor:
     answer = torch.zeros_like(hidden_states)
     answer[..., channel] = 1
     return answer
-
-
-def _discard(_name: str, _value: Tensor) -> None:
-    """Nobody asks for the sums."""

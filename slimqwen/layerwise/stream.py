@@ -1,9 +1,9 @@
 """A model walked layer by layer, and the text's hidden states on their way through it, which lie in a file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,17 +13,21 @@ from slimqwen.calibration.step import Step, embeddings, steps_of
 from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.families.family import Block, TensorSpec
-from slimqwen.progress import Progress
-from slimqwen.repair.questions import Questions
-from slimqwen.repair.refit import Network
-from slimqwen.repair.routing import experts_on_disk, silent
+from slimqwen.families.family import Block
+from slimqwen.layerwise.experts import experts_on_disk
 
 
 def file_backed(path: Path, *shape: int) -> Tensor:
     """A float32 tensor of zeros that lies in a file: page cache, which the system takes back as it needs, and no memory."""
     count = int(torch.Size(shape).numel())
     return torch.from_file(str(path), shared=True, size=count, dtype=torch.float32).view(*shape)
+
+
+class Counts(Protocol):
+    """Progress that a walk reports to."""
+
+    def advance(self, amount: int) -> None:
+        """`amount` tokens more have gone through a layer."""
 
 
 class Stream:
@@ -56,43 +60,21 @@ class Stream:
             hidden[rows] = embeddings(self.model, self.tokens[rows, :-1], self._dtype, self.device).cpu().float()
         return hidden
 
-    def advance(self, step: Step, hidden: Tensor, progress: Progress) -> None:
+    def advance(self, step: Step, hidden: Tensor, progress: Counts) -> None:
         """Through a layer as it is, in place, without the norm that may follow. The step's weights must be there."""
         block = moe_block(step)
-        with nullcontext() if block is None else experts_on_disk(self._experts(block)):
+        with nullcontext() if block is None else experts_on_disk(self.experts_of(block)):
             for rows in self._slices(self._allotment.rows_per_chunk):
-                result = step.through(self._ready(hidden[rows]), self.tokens[rows], self._allotment.rows_per_pass)
+                result = step.through(self.ready(hidden[rows]), self.tokens[rows], self._allotment.rows_per_pass)
                 hidden[rows] = result.cpu().float()
                 progress.advance(hidden[rows, :, 0].numel())
-
-    def ask(
-        self, step: Step, outputs: Sequence[TensorSpec], hidden: Tensor, asked: Path, progress: Progress
-    ) -> list[Network]:
-        """Through a layer whose networks say nothing, in place; returns these, in the order of their output matrices.
-
-        What they are asked is kept in the file `asked`. They read the step's weights, which must be there.
-        """
-        dense = [spec.name for spec in outputs if spec.part != "routed_experts"]
-        networks = [self.model.module_of(name.removesuffix(".weight")) for name in dense]
-        block = moe_block(step)
-        experts = None if block is None else self._experts(block)
-        questions = Questions(self.open(asked).flatten(0, 1))
-        with silent(networks[0] if step.moe is None else step.moe, networks, experts, questions):
-            for rows in self.passes():
-                hidden[rows] = step.run(self._ready(hidden[rows]), self.tokens[rows]).cpu().float()
-                progress.advance(hidden[rows, :, 0].numel())
-        result = [
-            questions.to_dense(number, network, self.model.module_of(name))
-            for number, (network, name) in enumerate(zip(networks, dense, strict=True))
-        ]
-        return result if experts is None else result + questions.to_experts(experts)
 
     def normed(self, step: Step, hidden: Tensor) -> None:
         """Through the norm that follows a layer, in place, if there is one."""
         if step.norm is not None:
             with self.weights_of(step):
                 for rows in self.passes():
-                    hidden[rows] = step.norm(self._ready(hidden[rows])).cpu().float()
+                    hidden[rows] = step.norm(self.ready(hidden[rows])).cpu().float()
 
     def passes(self) -> Iterator[slice]:
         return self._slices(self._allotment.rows_per_pass)
@@ -100,12 +82,13 @@ class Stream:
     def _slices(self, size: int) -> Iterator[slice]:
         return (slice(first, first + size) for first in range(0, len(self.tokens), size))
 
-    def _experts(self, block: Block) -> Any:
+    def experts_of(self, block: Block) -> Any:
         """The module of a block's routed experts."""
         assert block.experts is not None
         return self.model.module_of(block.prefix + next(iter(block.experts.fused)))
 
-    def _ready(self, hidden: Tensor) -> Tensor:
+    def ready(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the layers compute with them."""
         return hidden.to(self.device, self._dtype)
 
 

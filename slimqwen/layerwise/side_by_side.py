@@ -1,0 +1,109 @@
+"""Student and teacher side by side, layer after layer, each layer of the student changed so that it ends where the teacher does.
+
+The student's stream is its own: each layer is changed on what the changed layers before it hand over, and its target is
+where the teacher's stream is after the same layer. So a layer also makes up for what those before it could not.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from slimqwen.artifacts import atomic_folder
+from slimqwen.layerwise.courses import Course, courses
+from slimqwen.layerwise.projection import Projection
+from slimqwen.layerwise.stream import Stream
+from slimqwen.progress import Progress
+
+# In the folder of each layer that is finished; the hidden states [rows, seq, hidden] in the last finished layer's only:
+CHANGED = "changed.safetensors"  # the changed tensors by their names in the checkpoint
+STUDENT, TEACHER = "student", "teacher"
+
+
+class Target:
+    """Where the student's stream should be after a layer: the teacher's there, in the student's coordinates."""
+
+    def __init__(self, stream: Tensor, projection: Projection, course: Course) -> None:
+        self._stream, self._projection, self._block = stream, projection, course.teacher_block
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Of some of the text's rows, float32 [rows, seq, hidden]."""
+        return self._projection(self._stream[rows], self._block)
+
+
+class LayerProgress:
+    """Progress within a layer that the text goes through `passes` times: all of them are one time through the layer."""
+
+    def __init__(self, progress: Progress, passes: int) -> None:
+        self._progress, self._passes = progress, passes
+        self._done = 0
+
+    def advance(self, amount: int, **fields: float | str) -> None:
+        """`amount` tokens more have gone through the layer once; `fields` as in `Progress.advance`."""
+        before, self._done = self._done // self._passes, self._done + amount
+        self._progress.advance(self._done // self._passes - before, **fields)
+
+
+class LayerChange(Protocol):
+    """What is done to every layer of the student."""
+
+    def passes(self, course: Course) -> int:
+        """How often the whole text goes through the student's layer, for the progress."""
+
+    def __call__(self, course: Course, hidden: Tensor, target: Target, folder: Path, progress: LayerProgress) -> None:
+        """Change a layer: `hidden` [rows, seq, hidden] comes as its input and is then its output, without the norm that may follow.
+
+        Writes the changed tensors to `folder` / CHANGED, and advances `progress` by the text's tokens once for each of the passes.
+        """
+
+
+class SideBySide:
+    """The walk: every layer of the student is changed, on its own stream, towards the teacher's.
+
+    projection: makes the student's targets of the teacher's stream.
+    """
+
+    def __init__(self, student: Stream, teacher: Stream, kept_layers: Sequence[int], projection: Projection) -> None:
+        self._student, self._teacher, self._projection = student, teacher, projection
+        self._tokens = math.prod(student.shape[:2])
+        self._courses = courses(student.steps, teacher.steps, kept_layers)
+
+    def run(self, change: LayerChange, folder: Path, title: str) -> list[Path]:
+        """The files with the changed tensors of each layer. What is finished in `folder` already is kept."""
+        finished = [folder / f"{number:03d}" for number in range(len(self._courses))]
+        found = next((number for number, path in enumerate(finished) if not path.exists()), len(finished))
+        total, done = (self._tokens * layers for layers in (len(finished), found))
+        with Progress(title, total=total, unit="token-layers", start=done) as progress, torch.no_grad():
+            for number, course in enumerate(self._courses[found:], start=found):
+                of_layer = LayerProgress(progress, len(course.teacher) + change.passes(course))
+                of_layer.advance(0, layer=f"{number + 1}/{len(finished)}")
+                with atomic_folder(finished[number]) as partial:
+                    self._take(course, change, finished[number - 1] if number else None, partial, of_layer)
+                for path in finished[:number]:
+                    for stream in (STUDENT, TEACHER):
+                        (path / stream).unlink(missing_ok=True)
+        return [path / CHANGED for path in finished]
+
+    def _take(
+        self, course: Course, change: LayerChange, before: Path | None, after: Path, progress: LayerProgress
+    ) -> None:
+        """One step of the student, from the folder of the step before, if there is one, to the folder of this one."""
+        theirs = self._begin(self._teacher, before, after, TEACHER)
+        for step in course.teacher:
+            with self._teacher.weights_of(step):
+                self._teacher.advance(step, theirs, progress)
+            if step is not course.teacher[-1]:
+                self._teacher.normed(step, theirs)
+        ours = self._begin(self._student, before, after, STUDENT)
+        change(course, ours, Target(theirs, self._projection, course), after, progress)
+        self._student.normed(course.student, ours)
+        self._teacher.normed(course.teacher[-1], theirs)
+
+    def _begin(self, stream: Stream, before: Path | None, after: Path, name: str) -> Tensor:
+        """What goes into a step, in the file where its output will be."""
+        if before is None:
+            return stream.embed(after / name)
+        return stream.open(after / name).copy_(stream.open(before / name))
