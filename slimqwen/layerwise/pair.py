@@ -93,6 +93,11 @@ class Pair:
             self.device.type,
         ]
 
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows that the student's layers take at once."""
+        return self._allotments[0].rows_per_pass
+
     def side_by_side(self) -> tuple[Stream, SideBySide]:
         """The student's stream, and the walk."""
         student, teacher = (
