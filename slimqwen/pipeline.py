@@ -51,6 +51,7 @@ STAGE_OUTPUTS = (
     "plan.basis.safetensors",
     "pruned",
     "repaired",
+    "healed",
     "initial",
     "moments",
     "distilled",
@@ -195,7 +196,7 @@ class Pipeline:
         return self.calibrated(self.run_dir / "stage-1", self.teacher, self.recipe.pruning)
 
     def cut(self, checkpoint: Path, folder: Path, statistics: Path, target: Target, pruning: PruningRecipe) -> Path:
-        """plan.json and pruned/ in `folder`, and repaired/ where the experts are refitted. Returns the last of them."""
+        """plan.json and pruned/ in `folder`, repaired/ and healed/ where the recipe asks for them. Returns the last of them."""
         name, tokens = self.label(folder), self.run_dir / "tokens"
 
         def made(file: str, step: Work) -> Path:

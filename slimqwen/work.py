@@ -20,12 +20,13 @@ from slimqwen.distillation.course import course_of
 from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, state_folder_of
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.evaluation.evaluate import evaluate
+from slimqwen.healing.heal import heal
 from slimqwen.planning.measured_depth import measure_depth
 from slimqwen.planning.plan import Plan, cuts_only_channels, plan
 from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import Stage
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DistilRecipe, PruningRecipe, Recipe, Target
+from slimqwen.recipe import DistilRecipe, HealingRecipe, PruningRecipe, Recipe, Target
 from slimqwen.repair.repair import repair
 from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.teacher_cache.write import write_teacher_cache
@@ -195,6 +196,38 @@ def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, token
     )
 
 
+def healed(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, tokens: Path, healing: HealingRecipe) -> Work:
+    """`cut`, which `plan_file` made of `checkpoint`, its layers trained alone, on the text that was calibrated on."""
+    sources = calibration_sources(recipe, tokens)
+    settings: dict[str, Any] = {
+        "sequence_length": recipe.data.sequence_length,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+    }
+    return Work(
+        {
+            "student": Checkpoint(cut).fingerprint(),
+            "checkpoint": Checkpoint(checkpoint).fingerprint(),
+            "plan": fingerprint(plan_file),
+            "tokens": [fingerprint(folder) for folder in sources.values()],
+            "healing": healing.model_dump(mode="json"),
+            **settings,
+        },
+        lambda out, title: heal(
+            cut,
+            out,
+            teacher=checkpoint,
+            plan=plan_file,
+            tokens=sources,
+            recipe=healing,
+            memory_budget_bytes=recipe.calibration.memory_budget_bytes,
+            device=recipe.device,
+            title=title,
+            **settings,
+        ),
+    )
+
+
 def cut(
     recipe: Recipe,
     checkpoint: Path,
@@ -204,17 +237,20 @@ def cut(
     pruning: PruningRecipe,
     made: Callable[[str, Work], Path],
 ) -> tuple[Path, Path]:
-    """The cut checkpoint, repaired where `pruning` says so and more than channels are gone, and its plan.
+    """The cut checkpoint and its plan: refitted where `pruning` says so and more than channels are gone, and healed where it says so.
 
     made: makes the work of that name where it belongs.
     """
     source, depth = Checkpoint(checkpoint), None
     if pruning.depth == "measured" and target.num_hidden_layers not in (None, source.config["num_hidden_layers"]):
         depth = made("depth.json", measured_depth(recipe, checkpoint, statistics, tokens, target))
-    plan_file = made("plan.json", planned(checkpoint, statistics, target, pruning, depth))
+    criteria = pruning.model_copy(update={"healing": None})  # which comes after the plan
+    plan_file = made("plan.json", planned(checkpoint, statistics, target, criteria, depth))
     last = made("pruned", pruned(checkpoint, plan_file))
     if pruning.experts.refit and not cuts_only_channels(source, Plan.load(plan_file)):
         last = made("repaired", repaired(recipe, last, checkpoint, plan_file, tokens))
+    if pruning.healing is not None:
+        last = made("healed", healed(recipe, last, checkpoint, plan_file, tokens, pruning.healing))
     return last, plan_file
 
 

@@ -28,6 +28,7 @@ LEFT = {
     "distil": TRAINING_STAYS,
     "prune": FILES_STAY,
     "repair": FILES_STAY,
+    "heal": FILES_STAY,
     "measure-depth": FILES_STAY,
     "teacher-cache": FILES_STAY,
     "calibrate": "nothing is left half written; the same command continues where it measures layer by layer, and else starts again.",

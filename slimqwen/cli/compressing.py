@@ -1,4 +1,4 @@
-"""The stages before training: tokens, calibrate, plan, prune, repair."""
+"""The stages before training: tokens, calibrate, plan, prune, repair, heal."""
 
 from pathlib import Path
 from typing import Annotated
@@ -292,6 +292,60 @@ def repair(
         tokens=token_folders(tokens),
         samples=samples,
         batch_size=batch_size,
+        sequence_length=sequence_length,
+        memory_budget_bytes=bytes_of(memory_budget),
+        seed=seed,
+        device=device,
+        dtype=dtype_of(dtype),
+    )
+    show(str(out))
+
+
+@commands.command()
+def heal(
+    student: CheckpointName,
+    teacher: Annotated[str, typer.Option(help="The checkpoint that was pruned: a folder, or 'builtin'.")],
+    tokens: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Folder written by `slimqwen tokens`. Repeatable: each is a source of its own, called NAME or as the folder.",
+        ),
+    ],
+    plan: Annotated[Path, typer.Option(metavar="FILE", help="The plan that the student was pruned by.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    samples: Annotated[
+        int, typer.Option(min=2, help="Sequences to train on, spread evenly over the sources; a sixteenth is left out.")
+    ] = 512,
+    epochs: Annotated[int, typer.Option(min=1, help="Times that each layer sees them.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimiser step.")] = 8,
+    learning_rate: Annotated[
+        float,
+        typer.Option(min=0.0, help="AdamW's, at its peak; a short warm-up before it, half a cosine to 0 after it."),
+    ] = 1e-3,
+    sequence_length: SequenceLength = 256,
+    memory_budget: Annotated[str, typer.Option(metavar="SIZE", help="Memory for activations.")] = "2GB",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Train each layer of a pruned (or refitted) checkpoint alone, so that it ends where the teacher's does.
+
+    All weights of the layer, by gradient, on the student's own stream: one layer and its optimiser in memory, no vocabulary.
+    docs/healing.md says what it gains. Interrupted, the same command continues with the layer under way.
+    """
+    from slimqwen.builtin import checkpoint_folder
+    from slimqwen.bytesize import bytes_of
+    from slimqwen.healing.heal import heal as run_stage
+    from slimqwen.recipe import HealingRecipe
+
+    run_stage(
+        checkpoint_folder(student),
+        out,
+        teacher=checkpoint_folder(teacher),
+        plan=plan,
+        tokens=token_folders(tokens),
+        recipe=HealingRecipe(samples=samples, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate),
         sequence_length=sequence_length,
         memory_budget_bytes=bytes_of(memory_budget),
         seed=seed,

@@ -9,10 +9,12 @@ import torch
 from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, scratch_folder
 from slimqwen.calibration.statistics import Part
 from slimqwen.checkpoint.writer import copy_companions
-from slimqwen.healing.layers import BETAS, MAX_GRAD_NORM, WARMUP, Healing, HealingSettings
+from slimqwen.errors import UserError
+from slimqwen.healing.layers import BETAS, MAX_GRAD_NORM, WARMUP, Healing
 from slimqwen.layerwise.pair import Pair, write_changed
 from slimqwen.modeling.device import reproducible
 from slimqwen.planning.plan import Plan
+from slimqwen.recipe import HealingRecipe
 
 HELD_FOR_GRADIENTS = 3  # times as much memory for activations as without gradients, about
 LEFT_OUT = 16  # every so-manieth sequence of each source is left out of the training
@@ -26,10 +28,7 @@ def heal(
     teacher: Path,
     plan: Path | Plan,
     tokens: Path | Mapping[str, Path],
-    samples: int = 512,
-    epochs: int = 2,
-    learning_rate: float = 1e-3,
-    batch_size: int = 8,
+    recipe: HealingRecipe = HealingRecipe(),  # noqa: B008 - immutable
     sequence_length: int = 256,
     memory_budget_bytes: int = 2_000_000_000,
     seed: int = 0,
@@ -37,33 +36,59 @@ def heal(
     dtype: str = "auto",
     title: str = "heal",
 ) -> Path:
+    """Train every layer of `student` alone so that it ends where the teacher's does, MTP's too; returns `out`.
+
+    Layer after layer, on the student's own stream: what goes into a layer is what the healed layers before it hand on, and its
+    target is the teacher's stream after the same layer, in the student's coordinates. Every weight of the layer trains, in float32
+    (bfloat16 products on a GPU). Embeddings, the final norm and lm_head stay, as do layout and dtypes. In memory there
+    are one layer's weights five times (itself, where it began, gradients and AdamW's moments); no vocabulary; hidden states lie in
+    files. Interrupted, it continues with the layer under way.
+
+    Args:
+        student: what `prune` made of `teacher` by `plan`, refitted or not, embeddings not trained since.
+        tokens: folder written by `tokenize`, or several by the names of their sources; the first sequences of their training orders of
+            `seed` are used. Of each source every 16th is left out, to tell whether a layer has become better.
+        memory_budget_bytes: for activations.
+        seed: also of the order in which a layer sees the sequences.
+
+    Raises UserError where plan, student and teacher do not belong together, where the embeddings were trained since, for one
+    sequence, and where the disk is too small.
+    """
+    _check_samples(recipe.samples, 1 if isinstance(tokens, Path) else len(tokens))
     pair = Pair(
         student,
         teacher,
         plan=plan,
         tokens=tokens,
-        samples=samples,
-        batch_size=batch_size,
+        samples=recipe.samples,
+        batch_size=recipe.batch_size,
         sequence_length=sequence_length,
         memory_budget_bytes=memory_budget_bytes // HELD_FOR_GRADIENTS,
         seed=seed,
         device=device,
         dtype=dtype,
     )
-    settings = HealingSettings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value(
-        [version("slimqwen"), *pair.made_from, repr(settings), WARMUP, BETAS, MAX_GRAD_NORM, LEFT_OUT]
+        [version("slimqwen"), *pair.made_from, recipe.model_dump(mode="json"), WARMUP, BETAS, MAX_GRAD_NORM, LEFT_OUT]
     )
     with scratch_folder(layers, key) as folder, reproducible(pair.device):
         pair.announce(folder, title)
         stream, side_by_side = pair.side_by_side()
-        healing = Healing(stream, settings, left_out_of(pair.parts), pair.rows_per_pass)
+        healing = Healing(stream, recipe, seed, left_out_of(pair.parts), pair.rows_per_pass)
         changed = side_by_side.run(healing, folder, title)
         with atomic_folder(out) as partial:
             write_changed(pair.student, changed, partial)
             copy_companions(student, partial)
     return out
+
+
+def _check_samples(samples: int, sources: int) -> None:
+    if samples < 2 * sources:
+        raise UserError(
+            f"healing leaves one sequence of each source out of its training, and {samples} of {sources} source"
+            f"{'s' if sources > 1 else ''} leave nothing to train on: raise samples to at least {2 * sources}."
+        )
 
 
 def left_out_of(parts: Sequence[Part]) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,24 +16,11 @@ from slimqwen.layerwise.experts import computed_by
 from slimqwen.layerwise.side_by_side import CHANGED, LayerProgress, Target
 from slimqwen.layerwise.stream import Stream, moe_block
 from slimqwen.modeling.kernels import BATCHED_EXPERTS
+from slimqwen.recipe import HealingRecipe
 
 WARMUP = 0.05  # of a layer's steps
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class HealingSettings:
-    """How a layer is trained.
-
-    epochs: times that the text is gone through. batch_size: sequences per step. learning_rate: the peak, after a short
-    warm-up; half a cosine to 0 follows. seed: of the order of the sequences.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    seed: int
 
 
 class Healing:
@@ -47,16 +33,16 @@ class Healing:
     left_out: rows that no layer is trained on, bool [rows].
     """
 
-    def __init__(self, student: Stream, settings: HealingSettings, left_out: Tensor, rows_per_pass: int) -> None:
-        self._student, self._settings = student, settings
+    def __init__(self, student: Stream, recipe: HealingRecipe, seed: int, left_out: Tensor, rows_per_pass: int) -> None:
+        self._student, self._recipe, self._seed = student, recipe, seed
         self._rows_per_pass = rows_per_pass
         self._validation = left_out.nonzero()[:, 0]
         self._training = (~left_out).nonzero()[:, 0]
-        self._steps = settings.epochs * math.ceil(len(self._training) / settings.batch_size)
+        self._steps = recipe.epochs * math.ceil(len(self._training) / recipe.batch_size)
 
     def passes(self, _course: Course) -> int:
         """A forward pass counts one, forward and backward three."""
-        return 1 + 3 * self._settings.epochs
+        return 1 + 3 * self._recipe.epochs
 
     def __call__(self, course: Course, hidden: Tensor, target: Target, folder: Path, progress: LayerProgress) -> None:
         step = course.student
@@ -80,13 +66,13 @@ class Healing:
     def _train(
         self, course: Course, weights: dict[str, Tensor], hidden: Tensor, target: Target, progress: LayerProgress
     ) -> None:
-        settings = self._settings
+        recipe = self._recipe
         seq = hidden.shape[1]
-        progress.advance(3 * settings.epochs * len(self._validation) * seq)  # which are not trained on
+        progress.advance(3 * recipe.epochs * len(self._validation) * seq)  # which are not trained on
         optimizer = torch.optim.AdamW(weights.values(), lr=0.0, betas=BETAS, weight_decay=0.0)
         for number, rows in enumerate(self._batches(course)):
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * self._course_of_rate(number)
+                group["lr"] = recipe.learning_rate * self._course_of_rate(number)
             for some in self._chunks(rows):
                 with torch.enable_grad():
                     errors = self._squared_errors(course.student, hidden, target, some)
@@ -99,10 +85,10 @@ class Healing:
     def _batches(self, course: Course) -> Iterator[Tensor]:
         """The rows of each step: every epoch has all of them in an order of its own."""
         number = -1 if course.student.number is None else course.student.number
-        generator = torch.Generator().manual_seed(1_000_003 * self._settings.seed + number + 1)
-        for _ in range(self._settings.epochs):
+        generator = torch.Generator().manual_seed(1_000_003 * self._seed + number + 1)
+        for _ in range(self._recipe.epochs):
             order = self._training[torch.randperm(len(self._training), generator=generator)]
-            yield from order.split(self._settings.batch_size)
+            yield from order.split(self._recipe.batch_size)
 
     def _course_of_rate(self, step: int) -> float:
         """The learning rate's share of its peak."""

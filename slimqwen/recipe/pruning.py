@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveInt, Section
+from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveFloat, PositiveInt, Section
 
 DepthCriterion = Literal["last", "similarity", "block_influence", "measured"]
 WidthCriterion = Literal["norm_activation", "rotation", "weight_magnitude", "random"]
@@ -18,6 +18,7 @@ PAPER: dict[str, Any] = {
     "width": "norm_activation",
     "compensate": False,
     "repair": False,
+    "healing": None,
     "experts": {
         "importance": "reap",
         "compression": "partial",
@@ -106,6 +107,17 @@ class ExpertRecipe(Section):
     )
 
 
+class HealingRecipe(Section):
+    """Training every layer of the cut model alone, towards the teacher's residual stream (docs/healing.md)."""
+
+    samples: PositiveInt = Field(512, description="Sequences of the calibration text, spread evenly over its sources.")
+    epochs: PositiveInt = Field(2, description="Times that each layer sees them.")
+    batch_size: PositiveInt = Field(8, description="Sequences per optimiser step.")
+    learning_rate: PositiveFloat = Field(
+        1e-3, description="AdamW's, at its peak: a short warm-up comes before it, and half a cosine to 0 after it."
+    )
+
+
 class PruningRecipe(Section):
     """The criterion for each axis. What is left out is as `method` says; anything can be set beside it."""
 
@@ -135,6 +147,11 @@ class PruningRecipe(Section):
         "know no repair.",
     )
     experts: ExpertRecipe = Field(ExpertRecipe(), description="Which experts stay.")
+    healing: HealingRecipe | None = Field(
+        None,
+        description="After the cut (and the refit) train each layer alone, by gradient, so that it ends where its source's does: one layer in "
+        "memory at a time. `healing: {}` takes the settings as they are. Default: no healing.",
+    )
     source_weights: dict[str, NonNegativeFloat] | None = Field(
         None, description="What each of calibration.sources counts for. Default: as much as it has tokens."
     )

@@ -1,0 +1,228 @@
+"""The stage `heal`: every layer is trained towards its teacher's stream, and nothing else changes."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import write_tiny_checkpoint, write_tiny_tokens
+from tiny_cuts import (
+    KEPT_EXPERTS,
+    SAMPLES,
+    SEQUENCE_LENGTH,
+    Cut,
+    Texts,
+    a_plan,
+    distance,
+    predictions,
+    with_half_the_neurons,
+    with_noise,
+    without_some_experts,
+)
+from tiny_families import FAMILIES_NATIVE
+from torch.nn.functional import kl_div
+from typer.testing import CliRunner
+
+from slimqwen.calibration.calibrate import calibrate
+from slimqwen.calibration.statistics import Part
+from slimqwen.cli import app
+from slimqwen.data.store import training_stream
+from slimqwen.errors import UserError
+from slimqwen.families import Config
+from slimqwen.families.family import Layout
+from slimqwen.healing.heal import heal, left_out_of
+from slimqwen.healing.layers import Healing
+from slimqwen.planning.plan import plan as make_plan
+from slimqwen.pruning.prune import prune
+from slimqwen.recipe import CalibrationRecipe, HealingRecipe, PruningRecipe, Target
+
+pytestmark = pytest.mark.rounding
+
+RECIPE = HealingRecipe(samples=SAMPLES, epochs=3, learning_rate=3e-3, batch_size=4)
+OUTSIDE_THE_LAYERS = r"embed_tokens|lm_head|shared_head|^model\.norm|^mtp\.norm"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    return Texts(*write_tiny_tokens(tmp_path_factory.mktemp("texts")))
+
+
+@pytest.fixture(scope="module")
+def cut(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Cut:
+    folder = tmp_path_factory.mktemp("cut")
+    return without_some_experts(write_tiny_checkpoint(folder / "teacher", tokenizer=texts.tokenizer), folder)
+
+
+def healed(cut: Cut, texts: Texts, out: Path, recipe: HealingRecipe = RECIPE, **changed: Any) -> Path:
+    settings = {"teacher": cut.teacher, "plan": cut.plan, "tokens": texts.tokens} | changed
+    return heal(cut.student, out, recipe=recipe, sequence_length=SEQUENCE_LENGTH, **settings)
+
+
+def changed_tensors(before: Path, after: Path) -> set[str]:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert ours.keys() == theirs.keys()
+    assert {name: tensor.dtype for name, tensor in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
+
+
+def layer_of(name: str) -> str | None:
+    found = re.match(r".*layers\.\d+\.", name)
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("cut_by", [without_some_experts, with_half_the_neurons])
+@pytest.mark.parametrize("number", range(len(FAMILIES_NATIVE)), ids=FAMILIES_NATIVE)
+def test_every_family_comes_nearer_to_its_teacher(
+    tmp_path: Path, texts: Texts, number: int, cut_by: Callable[[Path, Path], Cut]
+) -> None:
+    native = list(FAMILIES_NATIVE.values())[number]
+    layout: Layout = "fused" if number % 2 else "per_expert"
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", native=native, layout=layout, tokenizer=texts.tokenizer)
+    cut = cut_by(teacher, tmp_path)
+    out = healed(cut, texts, tmp_path / "out")
+    assert distance(out, teacher, texts) < 0.8 * distance(cut.student, teacher, texts)
+    changed = changed_tensors(cut.student, out)
+    assert changed and not any(re.search(OUTSIDE_THE_LAYERS, name) for name in changed)
+    # In a layer that changed all weights did, but for experts that no token went to, and a buffer.
+    layers = {layer_of(name) for name in changed} - {None}
+    stayed = {name for name in load_file(out / "model.safetensors").keys() - changed if layer_of(name) in layers}
+    assert all(re.search(rf"experts\.\d+\.|e_score_correction_bias|{OUTSIDE_THE_LAYERS}", name) for name in stayed)
+
+
+@pytest.mark.parametrize("native", FAMILIES_NATIVE.values(), ids=FAMILIES_NATIVE)
+def test_an_exact_student_stays(tmp_path: Path, texts: Texts, native: Config) -> None:
+    """A layer that is where the teacher's is has nothing to gain, and what does not become better stays."""
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", native=native, tokenizer=texts.tokenizer)
+    student = shutil.copytree(teacher, tmp_path / "student")
+    out = healed(Cut(teacher, student, a_plan(teacher, Target())), texts, tmp_path / "out")
+    assert changed_tensors(student, out) == set()
+
+
+def test_a_layer_that_becomes_worse_stays(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    out = healed(cut, texts, tmp_path / "out", RECIPE.model_copy(update={"learning_rate": 100.0}))
+    assert changed_tensors(cut.student, out) == set()
+
+
+def test_bfloat16_stays_bfloat16(tmp_path: Path, texts: Texts) -> None:
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", dtype=torch.bfloat16, tokenizer=texts.tokenizer)
+    cut = without_some_experts(teacher, tmp_path)
+    out = healed(cut, texts, tmp_path / "out")
+    assert changed_tensors(cut.student, out)
+    assert distance(out, teacher, texts) < 0.8 * distance(cut.student, teacher, texts)
+
+
+def test_a_student_with_fewer_layers(tmp_path: Path, texts: Texts) -> None:
+    """The layer before a gap learns what the layers in it did; the one before that is where the teacher is, and stays."""
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", tokenizer=texts.tokenizer)
+    plan = a_plan(teacher, Target(num_hidden_layers=3), kept_layers=[0, 1, 3])
+    cut = Cut(teacher, prune(teacher, tmp_path / "student", plan=plan), plan)
+    out = healed(cut, texts, tmp_path / "out")
+    assert distance(out, teacher, texts) < 0.9 * distance(cut.student, teacher, texts)
+    assert not any(name.startswith("model.layers.0.") for name in changed_tensors(cut.student, out))
+
+
+def test_a_student_with_rotated_channels(tmp_path: Path, texts: Texts) -> None:
+    """Refitted before or not: the target is the teacher's stream in the coordinates that are left."""
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", tokenizer=texts.tokenizer)
+    statistics = calibrate(
+        teacher,
+        tmp_path / "statistics.safetensors",
+        tokens=texts.tokens,
+        recipe=CalibrationRecipe(samples=SAMPLES, batch_size=8),
+        sequence_length=SEQUENCE_LENGTH,
+        second_moments=True,
+    )
+    plan = tmp_path / "plan.json"
+    target = Target(hidden_size=24, num_experts=KEPT_EXPERTS)
+    make_plan(teacher, plan, statistics=statistics, target=target, pruning=PruningRecipe(width="rotation"))
+    student = prune(teacher, tmp_path / "student", plan=plan)
+    out = heal(
+        student,
+        tmp_path / "out",
+        teacher=teacher,
+        plan=plan,
+        tokens=texts.tokens,
+        recipe=RECIPE,
+        sequence_length=SEQUENCE_LENGTH,
+    )
+    rows = training_stream(texts.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens
+    pruned, better, wanted = (predictions(folder, rows) for folder in (student, out, teacher))
+    before, after = (kl_div(ours, wanted, log_target=True, reduction="sum") for ours in (pruned, better))
+    assert after < 0.9 * before
+
+
+def test_every_sixteenth_sequence_of_each_source_is_left_out_and_one_at_least() -> None:
+    parts = [Part("a", 0)] * 20 + [Part("a", 1)] * 20 + [Part("b", 0)] * 3
+    assert left_out_of(parts).nonzero()[:, 0].tolist() == [15, 31, 42]
+
+
+def test_rows_per_pass_make_no_difference(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    """The gradient of a step is the mean over its tokens, in however many passes they go through the layer."""
+    recipe = RECIPE.model_copy(update={"epochs": 1})
+    one = healed(cut, texts, tmp_path / "one", recipe)
+    other = healed(cut, texts, tmp_path / "other", recipe, memory_budget_bytes=60_000)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    start = load_file(cut.student / "model.safetensors")
+    moved = sum(float((ours[name] - start[name]).square().sum()) for name in ours)
+    apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours)
+    assert 0 < apart < 1e-3 * moved  # other passes, or nothing is shown
+
+
+def test_interrupted_and_continued_is_uninterrupted(
+    tmp_path: Path, texts: Texts, cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = healed(cut, texts, tmp_path / "whole")
+    begun: list[str] = []
+    usual = Healing.__call__
+
+    def two_layers(self: Healing, course: Any, *rest: Any) -> None:
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        begun.append(course.block.name)
+        usual(self, course, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Healing, "__call__", two_layers)
+        healed(cut, texts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    continued: list[str] = []
+
+    def noted(self: Healing, course: Any, *rest: Any) -> None:
+        continued.append(course.block.name)
+        usual(self, course, *rest)
+
+    monkeypatch.setattr(Healing, "__call__", noted)
+    out = healed(cut, texts, tmp_path / "out")
+    assert begun == ["model.layers.0", "model.layers.1"]
+    assert continued == ["model.layers.2", "model.layers.3", "mtp.layers.0"]
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if "layers" in path.name] == []
+
+
+def test_what_does_not_belong_together_is_one_sentence(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    trained = with_noise(cut.student, tmp_path / "trained", only="embed_tokens", size=0.5)
+    with pytest.raises(UserError, match=r"the embeddings of .*trained are not what the plan makes of those of"):
+        healed(cut._replace(student=trained), texts, tmp_path / "out")
+    with pytest.raises(UserError, match="the plan was not made for"):
+        healed(cut._replace(teacher=cut.student), texts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_sequence_cannot_be_trained_on_and_left_out(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    with pytest.raises(UserError, match=r"healing leaves one sequence of each source out.*raise samples to at least 2"):
+        healed(cut, texts, tmp_path / "out", RECIPE.model_copy(update={"samples": 1}))
+
+
+def test_the_command(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    cut.plan.save(tmp_path / "plan.json")
+    options = ["--teacher", cut.teacher, "--tokens", texts.tokens, "--plan", tmp_path / "plan.json"]
+    options += ["--out", tmp_path / "out", "--samples", SAMPLES, "--sequence-length", SEQUENCE_LENGTH]
+    options += ["--epochs", 3, "--learning-rate", 3e-3, "--batch-size", 4]
+    result = CliRunner().invoke(app, ["heal", str(cut.student), *map(str, options)])
+    assert result.exit_code == 0, result.output
+    expected = healed(cut, texts, tmp_path / "expected")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
