@@ -2,11 +2,13 @@
 
     python benchmarks/defaults.py OUT --teacher FOLDER --home TOKENS --away TOKENS [--cuts depth experts width all]
                                   [--ways paper today ...] [--draws 3] [--samples 64] [--measured-tokens 8192]
+                                  [--training-tokens 40960 --learning-rates 3e-4 1e-3]
 
 TOKENS are folders written by `slimqwen tokens`. Calibration and refit read the training part of --home (of both with
---mixed), a draw is a seed of its order; the KL to the teacher, before any training, is on the held-out part of each. Every
-result is a line of OUT/results.jsonl as soon as it is there, and what is there is not measured again; `--table` prints the
-means and standard deviations over the draws. Nothing runs beside it in OUT.
+--mixed), a draw is a seed of its order; the KL to the teacher, before any training, is on the held-out part of each. With
+--training-tokens every way is also distilled on the home text, at each of the learning rates. Every result is a line of
+OUT/results.jsonl as soon as it is there, and what is there is not measured again; `--table` prints the means and standard
+deviations over the draws, of what is trained at the rate that is best at home. Nothing runs beside it in OUT.
 """
 
 import argparse
@@ -25,12 +27,14 @@ import torch
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.distillation.distil import distil
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
+from slimqwen.healing.heal import heal
 from slimqwen.modeling.model import load
 from slimqwen.planning.measured_depth import measure_depth
 from slimqwen.planning.plan import cuts_only_channels, plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, DistilRecipe, PruningRecipe, Target
 from slimqwen.repair.repair import repair
 
 SEQUENCE_LENGTH = 256
@@ -41,6 +45,7 @@ def pruning(experts: dict[str, Any] | None = None, **fields: Any) -> PruningReci
 
 
 NO_REFIT = {"refit": False}
+HEALED: dict[str, Any] = {"healing": {"samples": 128}}
 WAYS = {
     "paper": pruning(method="slimqwen-paper"),
     "today": pruning(),
@@ -58,6 +63,11 @@ WAYS = {
     },
     "measured, reap": pruning({"importance": "reap"}, depth="measured"),
     "measured, output_norm": pruning({"importance": "output_norm"}, depth="measured"),
+    "healed": pruning(**HEALED),
+    "healed, no refit": pruning(NO_REFIT, **HEALED),
+    "measured, healed": pruning(depth="measured", **HEALED),
+    "reap, healed": pruning({"importance": "reap"}, **HEALED),
+    "measured, reap, healed": pruning({"importance": "reap"}, depth="measured", **HEALED),
 }
 """Ways to cut, by name. Of a way only what its cut asks for matters: a cut of experts knows no depth."""
 
@@ -129,10 +139,34 @@ class Bench:
             self.teacher, file, statistics=self.statistics(draw), target=target, pruning=criteria, depth=depth
         )
         made = prune(self.teacher, work / "pruned", plan=file)
-        if not criteria.experts.refit or cuts_only_channels(Checkpoint(self.teacher), made_plan):
-            return made
-        settings: dict[str, Any] = {"samples": self.samples, "sequence_length": SEQUENCE_LENGTH, "seed": draw}
-        return repair(made, work / "repaired", teacher=self.teacher, plan=file, tokens=self.sources, **settings)
+        settings: dict[str, Any] = {
+            "teacher": self.teacher,
+            "plan": file,
+            "tokens": self.sources,
+            "sequence_length": SEQUENCE_LENGTH,
+            "seed": draw,
+        }
+        if criteria.experts.refit and not cuts_only_channels(Checkpoint(self.teacher), made_plan):
+            made = repair(made, work / "repaired", samples=self.samples, **settings)
+        if criteria.healing is not None:
+            made = heal(made, work / "healed", recipe=criteria.healing, **settings)
+        return made
+
+    def trained(self, student: Path, tokens: int, learning_rate: float, draw: int, work: Path) -> Path:
+        """The student distilled on the home text, at a learning rate that falls to a tenth; `work` holds nothing of it yet."""
+        recipe = DistilRecipe(
+            tokens=tokens,
+            batch_size=4,
+            learning_rate=learning_rate,
+            final_learning_rate=learning_rate / 10,
+            warmup_steps=max(1, tokens // (4 * SEQUENCE_LENGTH) // 20),
+            terms=["lm", "kd"],
+        )
+        settings: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "seed": draw}
+        home = self.texts["home"]
+        return distil(
+            student, work / f"trained-{learning_rate}", tokens=home, teacher=self.teacher, recipe=recipe, **settings
+        )
 
     def measure(self, student: Path) -> dict[str, float]:
         """Text -> KL to the teacher, nats per token."""
@@ -160,7 +194,7 @@ def matters(way: str, cut: str) -> bool:
     if way in ("paper", "today"):
         return True
     if cut == "width":
-        return ours.repair != usual.repair
+        return ours.repair != usual.repair or way == "healed"
     if not ours.repair:
         return cut == "all"
     if "no refit" in way and cut == "all":
@@ -174,7 +208,12 @@ def results(file: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file.read_text().splitlines())
 
 
-def run(bench: Bench, cuts: list[str], ways: list[str], draws: int) -> None:
+def alike(file: Path, key: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The results that are of a trained student exactly where `key` is."""
+    return (line for line in results(file) if ("learning_rate" in line) == ("learning_rate" in key))
+
+
+def run(bench: Bench, cuts: list[str], ways: list[str], draws: int, tokens: int, rates: list[float]) -> None:
     file = bench.out / "results.jsonl"
     shared = {"samples": bench.samples, "mixed": bench.mixed, "measured_tokens": bench.measured_tokens}
     for draw in range(draws):
@@ -183,31 +222,45 @@ def run(bench: Bench, cuts: list[str], ways: list[str], draws: int) -> None:
                 if not matters(way, cut):
                     continue
                 key = {"way": way, "criteria": WAYS[way].model_dump(mode="json"), "cut": cut, "draw": draw, **shared}
-                if any({name: line.get(name) for name in key} == key for line in results(file)):
+                keys = [key] + [{**key, "training_tokens": tokens, "learning_rate": rate} for rate in rates if tokens]
+                missing = [
+                    key for key in keys if not any({n: line.get(n) for n in key} == key for line in alike(file, key))
+                ]
+                if not missing:
                     continue
                 work, started = bench.out / "work", time.perf_counter()
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
-                kl = bench.measure(bench.student(way, cut, draw, work))
-                line = {**key, "kl": kl, "seconds": round(time.perf_counter() - started, 1)}
-                with file.open("a") as stream:
-                    stream.write(json.dumps(line) + "\n")
-                print(cut, way, draw, kl, flush=True)
+                student = bench.student(way, cut, draw, work)
+                for key in missing:
+                    rate = key.get("learning_rate")
+                    kl = bench.measure(student if rate is None else bench.trained(student, tokens, rate, draw, work))
+                    line = {**key, "kl": kl, "seconds": round(time.perf_counter() - started, 1)}
+                    with file.open("a") as stream:
+                        stream.write(json.dumps(line) + "\n")
+                    print(cut, way, draw, rate or "", kl, flush=True)
                 shutil.rmtree(work)
 
 
 def table(file: Path) -> str:
-    """Markdown: one row per cut and way, mean (standard deviation) over the draws of each text."""
-    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    """Markdown: one row per cut and way, mean (standard deviation) over the draws of each text.
+
+    What was trained has a row of its own, at the learning rate whose mean at home is the lowest.
+    """
+    cells: dict[tuple[str, str, str, int], dict[float, dict[str, list[float]]]] = {}
     for line in results(file):
-        row = cells.setdefault((line["cut"], line["way"], "mixed" if line["mixed"] else "home"), {})
+        row = (line["cut"], line["way"], "both" if line["mixed"] else "home", line.get("training_tokens", 0))
+        numbers = cells.setdefault(row, {}).setdefault(line.get("learning_rate", 0.0), {})
         for text, kl in line["kl"].items():
-            row.setdefault(text, []).append(kl)
-    texts = list(dict.fromkeys(text for row in cells.values() for text in row))
-    lines = [f"| cut | way | calibrated on | draws | {' | '.join(texts)} |", "|---|---|---|---|" + "---|" * len(texts)]
-    for (cut, way, calibrated), row in sorted(cells.items()):
+            numbers.setdefault(text, []).append(kl)
+    texts = list(dict.fromkeys(text for rates in cells.values() for row in rates.values() for text in row))
+    titles = ["cut", "way", "calibrated on", "trained on", "at", "draws", *texts]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for (cut, way, calibrated, tokens), rates in sorted(cells.items()):
+        rate, row = min(rates.items(), key=lambda found: fmean(found[1]["home"]))
         numbers = [f"{fmean(row[text]):.3f} ({pstdev(row[text]):.3f})" for text in texts]
-        lines.append(f"| {cut} | {way} | {calibrated} | {len(row[texts[0]])} | {' | '.join(numbers)} |")
+        training = (f"{tokens:,} tokens", f"{rate:g}") if tokens else ("", "")
+        lines.append(f"| {' | '.join([cut, way, calibrated, *training, str(len(row[texts[0]])), *numbers])} |")
     return "\n".join(lines)
 
 
@@ -224,6 +277,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--depth-samples", type=int, default=16)
     parser.add_argument("--measured-tokens", type=int, default=8192)
+    parser.add_argument("--training-tokens", type=int, default=0, help="also distil every way on so many tokens")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +287,7 @@ def main() -> None:
         texts = {"home": given.home, "away": given.away}
         teacher = checkpoint_folder(given.teacher)
         bench = Bench(given.out, teacher, texts, given.mixed, given.samples, given.measured_tokens, given.depth_samples)
-        run(bench, given.cuts, given.ways, given.draws)
+        run(bench, given.cuts, given.ways, given.draws, given.training_tokens, given.learning_rates)
     print(table(given.out / "results.jsonl"))
 
 

@@ -36,6 +36,7 @@ from slimqwen.distillation.carry import carry
 from slimqwen.distillation.distil import distil, state_folder_of
 from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
+from slimqwen.healing.heal import heal
 from slimqwen.pipeline import run
 from slimqwen.planning.measured_depth import measure_depth
 from slimqwen.planning.plan import plan
@@ -44,6 +45,7 @@ from slimqwen.recipe import (
     CalibrationRecipe,
     DistilRecipe,
     EvaluationRecipe,
+    HealingRecipe,
     PruningRecipe,
     Recipe,
     Source,
@@ -133,6 +135,18 @@ def run_repair(inputs: Path, work: Path, earlier: bool) -> object:
         plan=inputs / "plan.json",
         tokens=inputs / "tokens",
         samples=2 if earlier else 4,
+        sequence_length=LENGTH,
+    )
+
+
+def run_heal(inputs: Path, work: Path, earlier: bool) -> object:
+    return heal(
+        inputs / "pruned",
+        work / "out",
+        teacher=inputs / "teacher",
+        plan=inputs / "plan.json",
+        tokens=inputs / "tokens",
+        recipe=HealingRecipe(samples=2 if earlier else 4, epochs=1),
         sequence_length=LENGTH,
     )
 

@@ -33,6 +33,7 @@ COMMANDS = (
     "plan",
     "prune",
     "repair",
+    "heal",
     "check",
     "teacher-cache",
     "distil",
@@ -50,6 +51,7 @@ FEW_DRAFTS = {"acceptance_prompts": 1, "acceptance_prompt_tokens": 8, "acceptanc
 LESS_WORK = {
     "calibrate": ["--samples", "4", "--sequence-length", "16"],
     "repair": ["--samples", "4", "--sequence-length", "16"],
+    "heal": ["--samples", "4", "--sequence-length", "16"],
     "teacher-cache": ["--sequences", "4", "--sequence-length", "16"],
     "distil": ["--set", "tokens=256", "--sequence-length", "16"],
     "evaluate": ["--measured-tokens", "64", "--sequence-length", "16"],

@@ -1,5 +1,6 @@
 """The teacher's residual stream in the student's coordinates: all of its channels, some of them, or rotated ones."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,17 +32,19 @@ class Projection:
     def _is_rotated(self) -> bool:
         return self._residual is not None and self._residual.is_rotated
 
-    def __call__(self, stream: Tensor, block: Block) -> Tensor:
-        """The teacher's stream [..., hidden] after one of its blocks, float32, as the student's [..., kept]."""
+    def after(self, block: Block) -> Callable[[Tensor], Tensor]:
+        """What makes of the teacher's stream after one of its blocks, float32 [..., hidden], the student's, [..., kept]."""
+        channels = self._channels
         if self._is_rotated:
             assert self._residual is not None
-            return stream @ self._residual.matrix(self._hidden, block, "attention", torch.float64).to(stream.dtype)
-        return stream if self._channels is None else stream[..., self._channels]
+            matrix = self._residual.matrix(self._hidden, block, "attention", torch.float64).float()
+            return lambda stream: stream @ matrix
+        return (lambda stream: stream) if channels is None else (lambda stream: stream[..., channels])
 
     def check(self, student: Checkpoint, teacher: Checkpoint) -> None:
         """Raise UserError where the student's stream is another: its embeddings tell."""
         name = next(name for name, spec in teacher.specs.items() if spec.part == "embedding")
-        theirs = self(_first_rows(teacher, name), teacher.specs[name].block)
+        theirs = self.after(teacher.specs[name].block)(_first_rows(teacher, name))
         ours = _first_rows(student, name)
         if ours.shape != theirs.shape or (ours - theirs).norm() > SAME_STREAM * theirs.norm():
             raise UserError(

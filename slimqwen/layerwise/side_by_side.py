@@ -27,11 +27,11 @@ class Target:
     """Where the student's stream should be after a layer: the teacher's there, in the student's coordinates."""
 
     def __init__(self, stream: Tensor, projection: Projection, course: Course) -> None:
-        self._stream, self._projection, self._block = stream, projection, course.teacher_block
+        self._stream, self._project = stream, projection.after(course.teacher_block)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """Of some of the text's rows, float32 [rows, seq, hidden]."""
-        return self._projection(self._stream[rows], self._block)
+        return self._project(self._stream[rows])
 
 
 class LayerProgress:
