@@ -74,8 +74,15 @@ def heal(
     )
     with scratch_folder(layers, key) as folder, reproducible(pair.device):
         pair.announce(folder, title)
-        stream, side_by_side = pair.side_by_side()
-        healing = Healing(stream, recipe, seed, left_out_of(pair.parts), pair.rows_per_pass)
+        student_stream, teacher_stream, side_by_side = pair.side_by_side()
+        healing = Healing(
+            student_stream,
+            teacher_stream,
+            recipe,
+            seed=seed,
+            left_out=left_out_of(pair.parts),
+            rows_per_pass=pair.rows_per_pass,
+        )
         changed = side_by_side.run(healing, folder, title)
         with atomic_folder(out) as partial:
             write_changed(pair.student, changed, partial)

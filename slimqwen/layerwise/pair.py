@@ -98,13 +98,13 @@ class Pair:
         """Rows that the student's layers take at once."""
         return self._allotments[0].rows_per_pass
 
-    def side_by_side(self) -> tuple[Stream, SideBySide]:
-        """The student's stream, and the walk."""
+    def side_by_side(self) -> tuple[Stream, Stream, SideBySide]:
+        """The student's stream, the teacher's, and the walk."""
         student, teacher = (
             Stream(checkpoint, self.rows, allotment, self.dtype, self.device)
             for checkpoint, allotment in zip((self.student, self.teacher), self._allotments, strict=True)
         )
-        return student, SideBySide(student, teacher, self.plan.kept_layers, self.projection)
+        return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection)
 
     def announce(self, folder: Path, title: str, scratch_sizes: int = 0) -> None:
         """Say what the work will take. Raises StageFailed where the disk is too small.

@@ -24,14 +24,17 @@ STUDENT, TEACHER = "student", "teacher"
 
 
 class Target:
-    """Where the student's stream should be after a layer: the teacher's there, in the student's coordinates."""
+    """Where the student's stream should be after a layer: the teacher's there, in the student's coordinates.
 
-    def __init__(self, stream: Tensor, projection: Projection, course: Course) -> None:
-        self._stream, self._project = stream, projection.after(course.teacher_block)
+    teacher_stream: the teacher's as it is, float32 [rows, seq, teacher's hidden], without the norm that may follow.
+    """
+
+    def __init__(self, teacher_stream: Tensor, projection: Projection, course: Course) -> None:
+        self.teacher_stream, self._project = teacher_stream, projection.after(course.teacher_block)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """Of some of the text's rows, float32 [rows, seq, hidden]."""
-        return self._project(self._stream[rows])
+        return self._project(self.teacher_stream[rows])
 
 
 class LayerProgress:

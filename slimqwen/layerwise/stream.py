@@ -15,6 +15,7 @@ from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families.family import Block
 from slimqwen.layerwise.experts import experts_on_disk
+from slimqwen.modeling.model import head_name
 
 
 def file_backed(path: Path, *shape: int) -> Tensor:
@@ -48,6 +49,15 @@ class Stream:
 
     def weights_of(self, step: Step) -> AbstractContextManager[None]:
         return weights_of(step.blocks, self.model, self.checkpoint, self._dtype, self.device, Stopwatch())
+
+    def weights_after(self, step: Step) -> AbstractContextManager[None]:
+        """The norm that follows the last decoder layer, alone."""
+        after = [block for block in step.blocks if block.layer is None and not block.is_mtp]
+        return weights_of(after, self.model, self.checkpoint, self._dtype, self.device, Stopwatch())
+
+    def head(self) -> Tensor:
+        """lm_head's weight, or the embedding that it is tied to, float32 [vocab, hidden] on the device."""
+        return self.checkpoint.read(head_name(self.checkpoint, self.model)).to(self.device, torch.float32)
 
     def open(self, path: Path) -> Tensor:
         """The hidden states in a file."""

@@ -127,6 +127,13 @@ def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     return MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).eval()
 
 
+def head_name(checkpoint: Checkpoint, model: MtpCausalLM) -> str:
+    """The tensor in the checkpoint that is lm_head's weight: its own, or the embedding that it is tied to."""
+    modules = (model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
+    specs = [spec for spec in checkpoint.specs.values() if spec.part == "embedding"]
+    return next(spec.name for module in modules for spec in specs if model.module_of(spec.name) is module)
+
+
 def allocate(model: nn.Module, device: torch.device) -> None:
     """Memory for every tensor on the meta device. `to_empty` would part tied tensors."""
     made: dict[int, torch.Tensor] = {}

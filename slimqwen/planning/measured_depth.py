@@ -26,7 +26,6 @@ from slimqwen.layerwise.stream import Stream
 from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.planning import importance
 from slimqwen.progress import Progress, say
-from slimqwen.teacher_cache.predict import head_name
 
 CHUNK_TOKENS = 512  # whose logits exist at one time
 SAMPLES = 16
@@ -249,7 +248,7 @@ class Walk:
     def _divergences(self, whole: Tensor, others: Sequence[Tensor]) -> list[float]:
         """Mean over all positions of KL(whole || other), from what goes into lm_head, [rows, seq, hidden]."""
         stream = self._stream
-        head = stream.checkpoint.read(head_name(stream.checkpoint, stream.model)).to(stream.device, torch.float32)
+        head = stream.head()
         totals = [0.0] * len(others)
         for start in range(0, whole.shape[0] * whole.shape[1], CHUNK_TOKENS):
             wanted, *found = (

@@ -66,7 +66,7 @@ def repair(
     key = fingerprint_value([version("slimqwen"), *pair.made_from, RIDGE, SWEEPS])
     with scratch_folder(layers, key) as folder, reproducible(pair.device), torch.inference_mode():
         pair.announce(folder, title, scratch_sizes=2)  # what is asked, and what is to be explained
-        stream, side_by_side = pair.side_by_side()
+        stream, _, side_by_side = pair.side_by_side()
         refitted = side_by_side.run(Refit(stream, folds_of(pair.parts)), folder, title)
         with atomic_folder(out) as partial:
             write_changed(pair.student, refitted, partial)

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.stream import Batch
 from slimqwen.free_memory import available_bytes
 from slimqwen.modeling.device import aligned
-from slimqwen.modeling.model import HiddenStates, load
+from slimqwen.modeling.model import HiddenStates, head_name, load
 from slimqwen.progress import say
 
 Advance = Callable[[int], None]
@@ -135,10 +134,3 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, budge
         f"{bytes_in_words(available)} of memory are free"
     )
     return False
-
-
-def head_name(checkpoint: Checkpoint, model: Any) -> str:
-    """lm_head's weight, or the embedding that it is tied to."""
-    modules = (model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
-    specs = [spec for spec in checkpoint.specs.values() if spec.part == "embedding"]
-    return next(spec.name for module in modules for spec in specs if model.module_of(spec.name) is module)
