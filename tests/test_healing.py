@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rounding
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from tiny_cuts import (
     KEPT_EXPERTS,
@@ -36,6 +37,7 @@ from slimqwen.families import Config
 from slimqwen.families.family import Layout
 from slimqwen.healing.heal import heal, left_out_of
 from slimqwen.healing.layers import Healing
+from slimqwen.healing.objective import PredictionError, StreamError
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, HealingRecipe, PruningRecipe, Target
@@ -160,6 +162,23 @@ def test_every_sixteenth_sequence_of_each_source_is_left_out_and_one_at_least() 
     assert left_out_of(parts).nonzero()[:, 0].tolist() == [15, 31, 42]
 
 
+def test_the_last_layer_learns_what_the_teacher_predicts(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    """Its own objective, on the text that it was trained on: the KL falls by more than the other layers alone would."""
+    rows = training_stream(texts.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens
+    out = healed(cut, texts, tmp_path / "out")
+    without = load_file(out / "model.safetensors")
+    last = re.compile(r"^model\.layers\.3\.")
+    start = load_file(cut.student / "model.safetensors")
+    shutil.copytree(out, tmp_path / "without")
+    save_file({n: start[n] if last.match(n) else t for n, t in without.items()}, tmp_path / "without/model.safetensors")
+    wanted = predictions(cut.teacher, rows)
+    kl = [
+        float(kl_div(predictions(folder, rows), wanted, log_target=True, reduction="sum"))
+        for folder in (cut.student, tmp_path / "without", out)
+    ]
+    assert kl[2] < 0.9 * kl[1] and kl[2] < 0.8 * kl[0]
+
+
 def test_rows_per_pass_make_no_difference(tmp_path: Path, texts: Texts, cut: Cut) -> None:
     """The gradient of a step is the mean over its tokens, in however many passes they go through the layer."""
     recipe = RECIPE.model_copy(update={"epochs": 1})
@@ -226,3 +245,38 @@ def test_the_command(tmp_path: Path, texts: Texts, cut: Cut) -> None:
     assert result.exit_code == 0, result.output
     expected = healed(cut, texts, tmp_path / "expected")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+# What a layer is trained to do
+
+
+def test_the_error_of_the_stream_is_relative_to_each_token() -> None:
+    """By hand: of two tokens one is missed by half of its length, one by all of it."""
+    wanted = torch.tensor([[[3.0, 4.0], [100.0, 0.0]]])
+    output = torch.tensor([[[3.0, 1.5], [0.0, 0.0]]])
+    error = StreamError(wanted, torch.device("cpu"))  # type: ignore[arg-type] # a target is what rows are taken from
+    rows = torch.tensor([0])
+    assert float(error.total(output, rows)) == pytest.approx(0.25 + 1.0)
+    assert error.in_words(0.25) == "0.500"
+
+
+def test_the_error_of_predictions_is_the_kl_to_the_teacher() -> None:
+    """Against the formula, and its gradient by autograd, over several chunks of logits."""
+    generator = torch.Generator().manual_seed(0)
+    head, teacher_head = (torch.randn(50, size, generator=generator) for size in (12, 16))
+    hidden = torch.randn(3, 120, 16, generator=generator)
+    output = torch.randn(2, 120, 12, generator=generator, requires_grad=True)
+    norm = torch.nn.RMSNorm(12)
+    rows = torch.tensor([2, 0])
+    error = PredictionError(norm, head, hidden.__getitem__, teacher_head)
+    found = error.total(output, rows)
+    (gradient,) = torch.autograd.grad(found, output)
+    wanted = kl_div(
+        (norm(output) @ head.T).log_softmax(dim=-1),
+        (hidden[rows] @ teacher_head.T).log_softmax(dim=-1),
+        log_target=True,
+        reduction="sum",
+    )
+    (expected,) = torch.autograd.grad(wanted, output)
+    assert rounding.error(found[None], wanted[None]) < rounding.FORWARD
+    assert rounding.error(gradient, expected) < rounding.GRADIENT
