@@ -1,5 +1,6 @@
 # make demo   set everything up, compress the built-in teacher, print where the report and the checkpoint are
 # make test   set everything up, run the linter, the type checker and the tests (.ci/run calls exactly this)
+# make golden write tests/golden/golden.json anew, after a change that is meant to change results, help or a recipe's fields
 # make clean  remove what the two made: .venv, runs/demo and caches
 #
 # Another interpreter: make setup PYTHON=python3.12
@@ -10,7 +11,7 @@ BIN := .venv/bin
 OTHER_ROUNDING := TEST_THREADS=2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test golden clean
 
 setup: $(INSTALLED)
 
@@ -23,6 +24,9 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist worksteal
 	$(OTHER_ROUNDING) $(BIN)/pytest -q -n 2 --dist worksteal -m rounding
+
+golden: setup
+	PYTHONPATH=tests $(BIN)/python -m golden
 
 clean:
 	rm -rf .venv runs/demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
