@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -28,7 +29,14 @@ from slimqwen.families.count import count
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.planning.experts import group_experts
 from slimqwen.planning.plan import target_config
-from slimqwen.recipe import DistilRecipe, Target
+from slimqwen.recipe import (
+    DepthCriterion,
+    DistilRecipe,
+    ExpertCompression,
+    ExpertImportance,
+    Target,
+    WidthCriterion,
+)
 from slimqwen.reporting.charts import curves, experts, style
 from slimqwen.reporting.charts.choices import width_scores
 from slimqwen.reporting.compare import compare, differences, names
@@ -455,11 +463,36 @@ def test_out_names_the_page(full_run: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"<!DOCTYPE html>")
 
 
+@pytest.mark.parametrize(
+    ("field", "criterion"),
+    [("depth", name) for name in get_args(DepthCriterion)]
+    + [("width", name) for name in get_args(WidthCriterion)]
+    + [("importance", name) for name in get_args(ExpertImportance)]
+    + [("compression", name) for name in get_args(ExpertCompression)],
+)
+def test_every_criterion_has_its_words(tmp_path: Path, field: str, criterion: str) -> None:
+    """A plan by each criterion that a recipe can name is told, and a rotation's directions are not called channels."""
+    write_plans(tmp_path, {1: FINAL})
+    file = tmp_path / "stage-1" / "plan.json"
+    plan = json.loads(file.read_text())
+    of = plan["pruning"]["experts"] if field in plan["pruning"]["experts"] else plan["pruning"]
+    of[field] = criterion
+    file.write_text(json.dumps(plan))
+    write_recipe(tmp_path)
+    page = Page(report(tmp_path))
+    assert "choices" in page.sections
+    if field == "width":
+        assert ("96 directions left of the line" in page.text) == (criterion == "rotation")
+        assert ("96 channels left of the line" in page.text) == (criterion != "rotation")
+
+
 # The figures
 
 
 def test_width_scores_split_at_the_cut() -> None:
-    figure = width_scores([0.1, 0.9, 0.5, 0.7], kept=[1, 3])
+    figure = width_scores([0.1, 0.9, 0.5, 0.7], [1, 3], "directions", "share of the second moments")
+    assert figure.layout.yaxis.title.text == "share of the second moments"
+    assert "residual directions" in figure.layout.xaxis.title.text
     kept, dropped = figure.data[:2]
     assert list(kept.y) == [0.9, 0.7] and list(kept.customdata) == [1, 3]
     assert list(dropped.y) == [0.5, 0.1] and list(dropped.x) == [2, 3]

@@ -28,8 +28,8 @@ def layer_scores(scores: Sequence[float], kept: Sequence[int], quantity: str) ->
     return styled(figure, height=320, legend=True)
 
 
-def width_scores(scores: Sequence[float], kept: Sequence[int]) -> go.Figure:
-    """The residual channels from the most to the least important, and where the cut fell."""
+def width_scores(scores: Sequence[float], kept: Sequence[int], unit: str, quantity: str) -> go.Figure:
+    """The residual stream's channels or directions (`unit`) from the most to the least important, and where the cut fell."""
     figure = go.Figure()
     channels = sorted(range(len(scores)), key=lambda channel: (-scores[channel], channel))
     stays = set(kept)
@@ -43,11 +43,11 @@ def width_scores(scores: Sequence[float], kept: Sequence[int]) -> go.Figure:
             fill="tozeroy",
             line={"color": colour, "width": 2},
             name=f"{name} ({len(ranks):,})",
-            hovertemplate="channel %{customdata}: %{y:.4g}",
+            hovertemplate=f"{unit.removesuffix('s')} %{{customdata}}: %{{y:.4g}}",
         )
     figure.add_vline(x=len(kept) - 0.5, line=MARK)
-    figure.update_xaxes(title="residual channels, most important first", showgrid=False)
-    figure.update_yaxes(title="mean |norm output|")
+    figure.update_xaxes(title=f"residual {unit}, most important first", showgrid=False)
+    figure.update_yaxes(title=quantity)
     if max(scores) > LOGARITHMIC_SPREAD * float(np.median(scores)):
         figure.update_yaxes(type="log", tickformat="~g")
     else:
