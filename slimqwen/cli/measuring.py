@@ -191,7 +191,7 @@ def check(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Tell whether a checkpoint is whole, finite and loads in Transformers, vLLM and SGLang; reads every tensor."""
+    """Tell whether a checkpoint is whole, finite and loads in Transformers and, with --engine, elsewhere; reads every tensor."""
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.checkpoint.check import check_checkpoint, describe
 

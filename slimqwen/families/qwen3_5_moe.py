@@ -1,8 +1,8 @@
 """Qwen3.5-MoE (Qwen3.5-35B-A3B and kin): Qwen3-Next's layers with DeltaNet's projections apart and no dense layers.
 
-Two families: the text model by itself, and the released vision-language model, whose language model is the same one
-below another prefix and whose vision tower is carried along. Names and shapes as in Transformers'
-`Qwen3_5MoeForCausalLM` and `Qwen3_5MoeForConditionalGeneration`.
+The text model by itself is one family, the released vision-language model another: its language model is the same one
+below another prefix, and its vision tower is carried along. Names and shapes as in Transformers' `Qwen3_5MoeForCausalLM`
+and `Qwen3_5MoeForConditionalGeneration`.
 """
 
 from collections.abc import Collection
