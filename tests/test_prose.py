@@ -321,6 +321,28 @@ def test_every_setting_quoted_can_be_made() -> None:
     assert not (problems := impossible_settings(passages())), told(problems)
 
 
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_word_of_the_glossary_has_a_meaning_and_a_place() -> None:
+    """One line for each word, in order; the place is a file, a command or a recipe key, each of which is there."""
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.+) \| `([^|`]+)` \|$", text[: text.index("## Words")], flags=re.M)
+    assert len(rows) == text[: text.index("## Words")].count("\n| ") - 1  # the heading
+    words = [word.split(",")[0].lower() for word, _, _ in rows]
+    assert words == sorted(set(words)), [
+        pair for pair in zip(words, sorted(set(words)), strict=False) if pair[0] != pair[1]
+    ]
+    for word, meaning, place in rows:
+        if place.startswith("slimqwen "):
+            assert not unknown(*(place.split()[1], place.split()[2:])), word
+        else:
+            assert (ROOT / place).exists() if "/" in place else is_key(place), (word, place)
+        assert len(meaning.split()) > 3, word
+    for document in ("README.md", "CONTRIBUTING.md"):
+        assert "(docs/glossary.md)" in source(document), document
+
+
 # --- lists ------------------------------------------------------------------------------------------------------------
 
 
