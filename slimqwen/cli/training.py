@@ -132,6 +132,14 @@ def distil(
             "--keep-state", help="Leave the training state beside the result, in `.NAME.state`, for `slimqwen carry`."
         ),
     ] = False,
+    learning_rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|NUMBER",
+            help="Instead of the recipe's learning_rate; auto: found by short forks (docs/learning-rate.md).",
+            show_default=False,
+        ),
+    ] = None,
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     seed: Seed = 0,
@@ -150,7 +158,8 @@ def distil(
     from slimqwen.recipe import DistilRecipe
     from slimqwen.recipe_file import load_recipe
 
-    recipe = load_recipe(settings, overrides or [], model=DistilRecipe)
+    rate = [] if learning_rate is None else [f"learning_rate={learning_rate}"]
+    recipe = load_recipe(settings, [*(overrides or []), *rate], model=DistilRecipe)
     result = run_stage(
         checkpoint_folder(student),
         out,

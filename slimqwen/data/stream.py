@@ -76,7 +76,11 @@ class RowStream(ABC):
 
     def batch(self, first_row: int, rows: int, step: int = 1) -> Batch:
         """`rows` rows of the training order from `first_row` on, every `step`-th."""
-        return self._padded([self.place(first_row + i * step) for i in range(rows)])
+        return self.rows_at(range(first_row, first_row + rows * step, step))
+
+    def rows_at(self, rows: Sequence[int]) -> Batch:
+        """These rows of the training order."""
+        return self._padded([self.place(row) for row in rows])
 
     def _padded(self, places: Sequence[Place]) -> Batch:
         import torch

@@ -12,6 +12,7 @@ from slimqwen.artifacts import (
     makes_folder,
     remove_ours,
     tidy,
+    write_json,
 )
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
@@ -24,12 +25,14 @@ from slimqwen.distillation.course import course_of
 from slimqwen.distillation.dry_run import dry_run
 from slimqwen.distillation.expert_parallel import check_expert_ranks
 from slimqwen.distillation.heldout import HeldOut
+from slimqwen.distillation.learning_rate import FILE as LEARNING_RATE_FILE
+from slimqwen.distillation.learning_rate import RateChoice, Start, choose_learning_rate
 from slimqwen.distillation.loggers import Logger, check_loggers, open_loggers
 from slimqwen.distillation.loop import train
 from slimqwen.distillation.metrics import MetricsLog
 from slimqwen.distillation.optimizer import check_optimizer
 from slimqwen.distillation.parallel import Ranks, join_ranks
-from slimqwen.distillation.sharded import export, load_sharded
+from slimqwen.distillation.sharded import export, fill_own, load_sharded
 from slimqwen.distillation.state import saved_states
 from slimqwen.distillation.teacher import LiveTeacher, Teacher
 from slimqwen.distillation.trainer import Span, Student, Trainer
@@ -197,8 +200,34 @@ def distil(
             teacher_model = load_teacher(teacher_checkpoint, dtype, torch_device, recipe, ranks)
             taught_by = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
         trained = Student(model, checkpoint.family, checkpoint.config)
-        trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
+
+        def begin(recipe: DistilRecipe) -> Trainer:
+            trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
+            if moments is not None:
+                take_moments(moments, trainer.parameters, trainer.optimizer)
+            return trainer
+
+        choice: RateChoice | None = None
+        if recipe.learning_rate == "auto":
+            if torch_device.type == "cuda":
+                dry_run(begin(recipe))
+            start = Start(
+                build=begin,
+                refill=lambda: fill_own(model.held(), checkpoint),
+                teacher=taught_by,
+                stream=stream,
+                course=course,
+                span=span,
+                ranks=ranks,
+                tokens=tokens,
+                documents=documents,
+                file=state_folder_of(out) / LEARNING_RATE_FILE,
+                title=title,
+            )
+            choice = choose_learning_rate(start, recipe)
+            recipe = recipe.at_learning_rate(choice.rate)
         begun = ranks.largest(int(any(saved_states(state_folder_of(out)))))
+        trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
         if moments is not None and not begun:
             take_moments(moments, trainer.parameters, trainer.optimizer)
         path = metrics or out.parent / "metrics.jsonl"
@@ -207,7 +236,9 @@ def distil(
             tidy(path)  # killed while it was rewritten, it may not be rewritten again
             settings = recipe.model_dump(mode="json")
             loggers = open_loggers(recipe.loggers, path.parent, state_folder_of(out), f"{run}-stage-{stage}", settings)
-        if torch_device.type == "cuda":  # a CPU does not refuse memory: it swaps, or the system kills
+        if (
+            torch_device.type == "cuda" and choice is None
+        ):  # a CPU does not refuse memory: it swaps, or the system kills
             dry_run(trainer)
         with reproducible(torch_device):
             train(trainer, state_folder_of(out), MetricsLog(path, run, stage, loggers), title, heldout)
@@ -218,6 +249,8 @@ def distil(
             with atomic_folder(out) as folder:
                 export(model, folder, checkpoint)
                 copy_companions(student, folder)
+                if choice is not None:
+                    write_json(folder / LEARNING_RATE_FILE, choice.model_dump(mode="json"))
             if not keep_state:
                 remove_state(out)
         else:

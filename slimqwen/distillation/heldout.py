@@ -12,7 +12,7 @@ from slimqwen.data.store import load_manifest
 from slimqwen.data.stream import Batch
 from slimqwen.distillation.loss import LossSums, chunked_loss
 from slimqwen.distillation.parallel import Ranks
-from slimqwen.distillation.teacher import LiveTeacher
+from slimqwen.distillation.teacher import LiveTeacher, Teacher
 from slimqwen.distillation.trainer import Trainer
 from slimqwen.errors import UserError
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
@@ -53,29 +53,13 @@ class HeldOut:
 
         Nothing of the training is changed: neither mode nor random state, gradients or sharded parameters.
         """
-        with _evaluated(trainer):
-            values = {f"heldout_{name}": value for name, value in self._losses(trainer).items()}
+        with evaluated(trainer):
+            teacher = trainer.teacher if isinstance(trainer.teacher, LiveTeacher) else None
+            losses = measure_losses(trainer, self.rows, teacher)
+            values = {f"heldout_{name}": value for name, value in losses.items()}
             if trainer.with_mtp:
                 values |= self._acceptance(trainer)
         return values
-
-    def _losses(self, trainer: Trainer) -> dict[str, float]:
-        teacher = trainer.teacher if isinstance(trainer.teacher, LiveTeacher) else None
-        sums: LossSums | None = None
-        for batch in _share(self.rows, trainer.ranks).to(trainer.device).split(trainer.micro_batch_size):
-            predictions, _ = trainer.forward(batch)
-            signal = None if teacher is None else teacher.signal(batch)
-            with trainer.mixed_precision():
-                _, measured = chunked_loss(
-                    predictions,
-                    trainer.student.model.head,
-                    ONLY_MEASURED,
-                    teacher=signal,
-                    chunk_tokens=trainer.recipe.loss_chunk_tokens,
-                )
-            sums = measured if sums is None else sums + measured
-        assert sums is not None
-        return trainer.total_sums(sums).means()
 
     def _acceptance(self, trainer: Trainer) -> dict[str, float]:
         """Every rank drafts for all prompts: of sharded models the time goes into gathering layers, which all do at once."""
@@ -86,18 +70,41 @@ class HeldOut:
         return {f"acc_{k}": value for k, value in enumerate(accepted.double().mean(dim=(0, 1)).tolist())}
 
 
+def measure_losses(trainer: Trainer, rows: Batch, teacher: Teacher | None) -> dict[str, float]:
+    """Means over all rows, nats per token, by the names of `LossSums`: lm, mtp_lm; with a teacher kd, mtp_kd too.
+
+    The student must be ready for it (`evaluated`); all ranks measure their share of `rows`, which each has all of.
+    """
+    sums: LossSums | None = None
+    for batch in _share(rows, trainer.ranks).to(trainer.device).split(trainer.micro_batch_size):
+        predictions, _ = trainer.forward(batch)
+        signal = None if teacher is None else teacher.signal(batch)
+        with trainer.mixed_precision():
+            _, measured = chunked_loss(
+                predictions,
+                trainer.student.model.head,
+                ONLY_MEASURED,
+                teacher=signal,
+                chunk_tokens=trainer.recipe.loss_chunk_tokens,
+            )
+        sums = measured if sums is None else sums + measured
+    assert sums is not None
+    return trainer.total_sums(sums).means()
+
+
 def _share(rows: Batch, ranks: Ranks) -> Batch:
     """A rank's rows: as many on each, since sharded models run on all at once; rows that fill up are all padding."""
     missing = -len(rows.tokens) % ranks.size
     mask = torch.ones_like(rows.tokens, dtype=torch.bool) if rows.mask is None else rows.mask
     tokens = torch.cat([rows.tokens, rows.tokens[:1].expand(missing, -1)])
     mask = torch.cat([mask, torch.zeros_like(mask[:1]).expand(missing, -1)])
+    places = rows.places + rows.places[:1] * missing
     mine = slice(ranks.rank, None, ranks.size)
-    return Batch(tokens[mine], mask[mine] if rows.mask is not None or missing else None)
+    return Batch(tokens[mine], mask[mine] if rows.mask is not None or missing else None, places[mine])
 
 
 @contextmanager
-def _evaluated(trainer: Trainer) -> Iterator[None]:
+def evaluated(trainer: Trainer) -> Iterator[None]:
     """The student ready to be measured: in evaluation mode, and what surrounds its layers gathered for `generate`."""
     model: MtpCausalLM = trainer.student.model
     model.eval()

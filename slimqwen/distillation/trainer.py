@@ -113,7 +113,9 @@ class Trainer:
         progress = self.course.progress(step)
         kd_weight = schedules.kd_weight(progress, recipe.kd_weight)
         mtp_weight = schedules.mtp_weight(progress, recipe.mtp_weight)
-        learning_rate = schedules.learning_rate(step, self.course, recipe.learning_rate, recipe.final_learning_rate)
+        learning_rate = schedules.learning_rate(
+            step, self.course, recipe.peak_learning_rate, recipe.final_learning_rate
+        )
         set_learning_rate(self.optimizer, learning_rate)
 
         rows = self.course.rows(step) // self.ranks.size

@@ -6,6 +6,7 @@ a suggestion. `load_recipe` reads the file, applies `--set key=value` overrides 
 
 from slimqwen.recipe.data import BuiltinSource, DataRecipe, DocumentBoundaries, Source, TextFormat
 from slimqwen.recipe.distil import (
+    AUTO_REFERENCE,
     BatchSizeRamp,
     DistilRecipe,
     DivergenceName,
@@ -43,6 +44,7 @@ from slimqwen.recipe.run import (
 from slimqwen.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 
 __all__ = [
+    "AUTO_REFERENCE",
     "BUILTIN_TEACHER",
     "Baseline",
     "BatchSizeRamp",

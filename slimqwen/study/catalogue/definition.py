@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.errors import UserError
 from slimqwen.recipe import Recipe
 from slimqwen.study.variation import Changes, Variation, changed
 from slimqwen.study.verdict import Finding, Runs, measured
@@ -65,10 +66,13 @@ def at_both_rates(arm: Variation) -> list[Variation]:
     """`arm` as NAME_fast and NAME_slow: where starts differ, no single learning rate is fair to all of them."""
 
     def made(share: Fraction) -> Callable[[Recipe, Checkpoint], Changes]:
-        return lambda recipe, teacher: {
-            **arm.changes_to(recipe, teacher),
-            "distil.learning_rate": recipe.distil.learning_rate * float(share),
-        }
+        def changes(recipe: Recipe, teacher: Checkpoint) -> Changes:
+            rate = recipe.distil.learning_rate
+            if rate == "auto":
+                raise UserError("it is trained at shares of distil.learning_rate: give that as a number.")
+            return {**arm.changes_to(recipe, teacher), "distil.learning_rate": rate * float(share)}
+
+        return changes
 
     slowly = {"fast": "", "slow": f", {RATES['slow']} of the learning rate"}
     return [

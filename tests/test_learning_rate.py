@@ -1,0 +1,178 @@
+"""`learning_rate: auto`: what the forks say decides, the training is the one at the chosen rate, and nothing is done twice."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from rounding import TRAINED
+from tiny import write_tiny_checkpoint, write_tiny_tokens
+
+from slimqwen.distillation import learning_rate
+from slimqwen.distillation.distil import distil, state_folder_of
+from slimqwen.distillation.learning_rate import (
+    FEWEST_STEPS,
+    FILE,
+    MOST_FORKS,
+    SHARE,
+    RateChoice,
+    fork_steps,
+    lowest_point,
+    next_exponent,
+)
+from slimqwen.distillation.trainer import Span, Trainer
+from slimqwen.errors import Preempted, StageFailed
+from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, TeacherCacheRecipe
+from slimqwen.teacher_cache.write import write_teacher_cache
+
+LENGTH, BATCH_SIZE, STEPS = 16, 2, 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`student`, a `teacher` of another width, and `tokens`; read-only."""
+    folder = tmp_path_factory.mktemp("learning_rate")
+    tokenizer, _ = write_tiny_tokens(folder)
+    two_layers = {"num_hidden_layers": 2, "full_attention_interval": 2}
+    write_tiny_checkpoint(folder / "student", tokenizer=tokenizer, **two_layers)
+    write_tiny_checkpoint(folder / "teacher", seed=1, tokenizer=tokenizer, hidden_size=40, num_experts=4, **two_layers)
+    return folder
+
+
+def recipe(**changes: Any) -> DistilRecipe:
+    usual = {
+        "tokens": STEPS * BATCH_SIZE * LENGTH,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": "auto",
+        "warmup_steps": 2,
+        "save_every_steps": 5,
+    }
+    return DistilRecipe.model_validate(usual | changes)
+
+
+def train(folder: Path, out: Path, changes: dict[str, Any] | None = None, **arguments: Any) -> Path:
+    """`distil` on the files of `folder`, by one process or, called in each, by several."""
+    given = {"teacher": folder / "teacher", "device": "cpu", "sequence_length": LENGTH, **arguments}
+    return distil(folder / "student", out, tokens=folder / "tokens", recipe=recipe(**changes or {}), **given)
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an undisturbed training leaves."""
+    return train(folder, tmp_path_factory.mktemp("trained") / "out")
+
+
+def weights(checkpoint: Path) -> bytes:
+    return (checkpoint / "model.safetensors").read_bytes()
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[float]:
+    """The learning rate's peak of every optimiser step from now on; the step `fail_at` is never made."""
+    made: list[float] = []
+    step = Trainer.step
+
+    def counted(self: Trainer, number: int) -> dict[str, float]:
+        if len(made) == fail_at:
+            raise KeyError("killed")
+        made.append(self.recipe.peak_learning_rate)
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    return made
+
+
+# --- the walk over rates ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lowest", [-3.3, -1.0, -0.2, 0.0, 0.4, 1.7, 2.6])
+def test_the_walk_ends_around_the_lowest_point(lowest: float) -> None:
+    values: dict[int, float] = {}
+    while (exponent := next_exponent(values)) is not None:
+        assert exponent not in values
+        values[exponent] = 0.3 + (exponent - lowest) ** 2
+    assert len(values) <= MOST_FORKS
+    assert lowest_point(values) == pytest.approx(lowest)  # a parabola is found exactly
+
+
+def test_the_walk_does_not_go_on_for_ever() -> None:
+    values: dict[int, float] = {}
+    while (exponent := next_exponent(values)) is not None:
+        values[exponent] = -float(exponent)
+    assert len(values) == MOST_FORKS and lowest_point(values) == max(values)
+
+
+def test_where_forks_break_the_walk_goes_down() -> None:
+    values: dict[int, float] = {}
+    while (exponent := next_exponent(values)) is not None:
+        values[exponent] = math.inf if exponent > -2 else abs(exponent + 3.0)
+    assert lowest_point(values) == -3.0
+    with pytest.raises(StageFailed, match=r"breaks at each of 0\.0002, 0\.0004"):
+        lowest_point({0: math.inf, -1: math.inf})
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (10, 5), (100, FEWEST_STEPS), (100_000, 500)])
+def test_a_fork_is_spread_over_the_stage(length: int, count: int) -> None:
+    steps = fork_steps(Span(7, 7 + length, 7 + length))
+    assert len(steps) == len(set(steps)) == count and 7 <= steps[0] and steps[-1] < 7 + length
+    gaps = {later - earlier for earlier, later in zip(steps, steps[1:], strict=False)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    if length == 100_000:
+        assert MOST_FORKS * count == SHARE * length
+
+
+# --- the training -----------------------------------------------------------------------------------------------------
+
+
+def test_the_training_is_the_one_at_the_chosen_rate(folder: Path, trained: Path, tmp_path: Path) -> None:
+    choice = RateChoice.load(trained / FILE)
+    assert choice.measured == "kd" and choice.text == "held-out" and choice.steps == FEWEST_STEPS
+    assert choice.tokens == FEWEST_STEPS * BATCH_SIZE * LENGTH and choice.training_tokens == STEPS * BATCH_SIZE * LENGTH
+    by_rate = {fork.rate: fork.value for fork in choice.forks}
+    assert len(by_rate) >= 3 and len(set(by_rate.values())) == len(by_rate)
+    assert min(by_rate.values()) < choice.before
+
+    end = 3e-5 * choice.rate / AUTO_REFERENCE
+    out = train(folder, tmp_path / "out", {"learning_rate": choice.rate, "final_learning_rate": end})
+    assert weights(out) == weights(trained)  # no fork has left a trace
+    assert not (out / FILE).exists()
+    lines = [
+        [json.loads(line)["learning_rate"] for line in (of.parent / "metrics.jsonl").read_text().splitlines()]
+        for of in (out, trained)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == STEPS
+    assert lines[0][1] == choice.rate and lines[0][-1] == pytest.approx(end)
+
+
+def test_a_killed_choice_goes_on_where_it_was(
+    folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = RateChoice.load(trained / FILE)
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        count_steps(patch, fail_at=2 * FEWEST_STEPS + 3)  # in the third fork
+        train(folder, tmp_path / "out")
+    left = RateChoice.load(state_folder_of(tmp_path / "out") / FILE)
+    assert left.forks == choice.forks[:2] and left.chosen is None
+
+    made = count_steps(monkeypatch)
+    out = train(folder, tmp_path / "out")
+    assert RateChoice.load(out / FILE) == choice and weights(out) == weights(trained)
+    forks = [fork.rate for fork in choice.forks[2:]]
+    assert made == [rate for rate in forks for _ in range(FEWEST_STEPS)] + [choice.rate] * STEPS
+
+
+def test_a_resumed_training_asks_no_fork(
+    folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = RateChoice.load(trained / FILE)
+    forks = len(choice.forks) * FEWEST_STEPS
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        count_steps(patch, fail_at=forks + 12)
+        train(folder, tmp_path / "out")
+    made = count_steps(monkeypatch)
+    out = train(folder, tmp_path / "out")
+    assert made == [choice.rate] * (STEPS - 10)  # from the state after ten steps
+    assert weights(out) == weights(trained)
