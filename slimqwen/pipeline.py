@@ -36,6 +36,7 @@ from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.parentage import Parentage, parentage_of
 from slimqwen.reporting.report import report
+from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.reporting.titles import MAIN_RUN, TITLES
 from slimqwen.steps import Record, Steps
 from slimqwen.terminal import visible
@@ -311,7 +312,8 @@ class Pipeline:
             "trained checkpoint": checkpoint.fingerprint(),
         }
         benchmarks = None if self.benchmarks is None else self.benchmarks.with_own(trained, MAIN_RUN)
-        card = model_card(self.recipe, self.parentage, evaluation, self.command, made_from, benchmarks)
+        rates = {name: rate for name, rate in read_learning_rates(self.run_dir).items() if name.startswith("stage-")}
+        card = model_card(self.recipe, self.parentage, evaluation, self.command, made_from, benchmarks, rates)
         out = self.run_dir / "final"
 
         def assemble() -> None:

@@ -4,15 +4,18 @@ import json
 import math
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import run_ranks
 from rounding import TRAINED
+from test_carry import write_plan
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 
 from slimqwen.distillation import learning_rate
+from slimqwen.distillation.carry import carry
 from slimqwen.distillation.distil import distil, state_folder_of
 from slimqwen.distillation.learning_rate import (
     FEWEST_STEPS,
@@ -117,8 +120,8 @@ def test_where_forks_break_the_walk_goes_down() -> None:
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (10, 5), (100, FEWEST_STEPS), (100_000, 500)])
 def test_a_fork_is_spread_over_the_stage(length: int, count: int) -> None:
     steps = fork_steps(Span(7, 7 + length, 7 + length))
-    assert len(steps) == len(set(steps)) == count and 7 <= steps[0] and steps[-1] < 7 + length
-    gaps = {later - earlier for earlier, later in zip(steps, steps[1:], strict=False)}
+    assert len(steps) == len(set(steps)) == count and steps[0] >= 7 and steps[-1] < 7 + length
+    gaps = {later - earlier for earlier, later in pairwise(steps)}
     assert not gaps or max(gaps) - min(gaps) <= 1
     if length == 100_000:
         assert MOST_FORKS * count == SHARE * length
@@ -176,3 +179,94 @@ def test_a_resumed_training_asks_no_fork(
     out = train(folder, tmp_path / "out")
     assert made == [choice.rate] * (STEPS - 10)  # from the state after ten steps
     assert weights(out) == weights(trained)
+
+
+def test_sigterm_keeps_the_forks_that_have_ended(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    step = Trainer.step
+
+    def signalled(self: Trainer, number: int) -> dict[str, float]:
+        made.append(number)
+        if len(made) == FEWEST_STEPS + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", signalled)
+    with pytest.raises(Preempted, match="forks that have ended are kept"):
+        train(folder, tmp_path / "out")
+    assert len(made) == FEWEST_STEPS + 1
+    assert len(RateChoice.load(state_folder_of(tmp_path / "out") / FILE).forks) == 1
+
+
+def test_a_fork_that_breaks_is_no_candidate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer.step
+
+    def breaking(self: Trainer, number: int) -> dict[str, float]:
+        if self.recipe.peak_learning_rate > 3e-4:
+            self.leave_out(number, "loss nan")
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", breaking)
+    choice = RateChoice.load(train(folder, tmp_path / "out", {"on_bad_step": "skip"}) / FILE)
+    assert [fork.value for fork in choice.forks if fork.rate > 3e-4] == [None]
+    assert choice.best == 2e-4
+
+
+def test_without_a_teacher_the_loss_decides(folder: Path, tmp_path: Path) -> None:
+    choice = RateChoice.load(train(folder, tmp_path / "out", {"terms": ["lm", "mtp_lm"]}, teacher=None) / FILE)
+    assert choice.measured == "lm" and choice.before > 5.0  # as random weights predict
+    mtp = RateChoice.load(train(folder, tmp_path / "mtp", {"terms": ["mtp_kd"]}) / FILE)
+    assert mtp.measured == "mtp_kd"
+
+
+def test_a_cached_teacher_decides_on_rows_that_no_fork_trains_on(folder: Path, tmp_path: Path, trained: Path) -> None:
+    """Nothing is stored about the held-out text."""
+    settings = TeacherCacheRecipe(top_k=128, exact=True)
+    cache = write_teacher_cache(
+        folder / "teacher", tmp_path / "cache", tokens=folder / "tokens", recipe=settings, sequence_length=LENGTH
+    )
+    read: list[set[int]] = []
+    signal_of = learning_rate.CachedTeacher.signal
+
+    def noted(self: Any, batch: Any) -> Any:
+        read.append({place.row for place in batch.places})
+        return signal_of(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning_rate.CachedTeacher, "signal", noted)
+        out = train(folder, tmp_path / "out", {"teacher": "cache"}, teacher=None, teacher_cache=cache)
+    choice = RateChoice.load(out / FILE)
+    assert choice.text == "training" and choice.measured == "kd"
+    measured, fork = set.union(*read[:FEWEST_STEPS]), read[FEWEST_STEPS : 3 * FEWEST_STEPS]  # as many batches as steps
+    assert len(measured) == FEWEST_STEPS * BATCH_SIZE and set.union(*fork[FEWEST_STEPS:]) == measured
+    assert not set.union(*fork[:FEWEST_STEPS]) & measured
+    assert choice.before == pytest.approx(RateChoice.load(trained / FILE).before, rel=0.2)  # of other text
+
+
+def test_forks_begin_with_the_moments_that_the_training_begins_with(folder: Path, tmp_path: Path) -> None:
+    """Carried moments change what a fork does, and the training after it is still the one at the chosen rate."""
+    changes = {"optimizer_state": "carry", "terms": ["lm", "mtp_lm"]}
+    first = train(folder, tmp_path / "first", changes | {"learning_rate": 1e-3}, teacher=None, keep_state=True)
+    plan = write_plan(tmp_path / "plan.json", first)  # which keeps everything
+    moments = carry(state_folder_of(first), first, tmp_path / "moments", plan=plan)
+    auto = train(folder, tmp_path / "auto", changes, teacher=None, moments=moments)
+    choice = RateChoice.load(auto / FILE)
+    without = RateChoice.load(train(folder, tmp_path / "without", changes, teacher=None) / FILE)
+    assert choice.before == without.before and choice.forks[0].value != without.forks[0].value
+    end = 3e-5 * choice.rate / AUTO_REFERENCE
+    fixed = changes | {"learning_rate": choice.rate, "final_learning_rate": end}
+    assert weights(train(folder, tmp_path / "fixed", fixed, teacher=None, moments=moments)) == weights(auto)
+
+
+def test_ranks_choose_together(folder: Path, tmp_path: Path, trained: Path) -> None:
+    """Two ranks find what one finds, but for rounding, and train on at it."""
+    run_ranks(2, train, folder, tmp_path / "out", {})
+    found, expected = RateChoice.load(tmp_path / "out" / FILE), RateChoice.load(trained / FILE)
+    assert [fork.rate for fork in found.forks] == [fork.rate for fork in expected.forks]
+    for fork, other in zip(found.forks, expected.forks, strict=True):
+        assert fork.value == pytest.approx(other.value, rel=TRAINED)
+    assert found.before == pytest.approx(expected.before, rel=TRAINED)
+    assert found.rate == pytest.approx(expected.rate, rel=0.05)
+    fixed = {"learning_rate": found.rate, "final_learning_rate": 3e-5 * found.rate / AUTO_REFERENCE}
+    run_ranks(2, train, folder, tmp_path / "fixed", fixed)
+    assert weights(tmp_path / "out") == weights(tmp_path / "fixed")

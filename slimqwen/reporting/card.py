@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from huggingface_hub import EvalResult, ModelCardData
 
 from slimqwen import strict_yaml
+from slimqwen.distillation.learning_rate import RateChoice, in_words
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.generation import DEFAULT_DRAFT
@@ -22,12 +23,14 @@ def model_card(
     command: str,
     made_from: Mapping[str, str],
     benchmarks: Benchmarks | None = None,
+    learning_rates: Mapping[str, RateChoice] | None = None,
 ) -> str:
     """Markdown with Hugging Face front matter. Every number comes from `evaluation` and `benchmarks`.
 
     parentage: what is taken over of the teacher's card (`parentage_of` its folder).
     made_from: what the model was made from -> fingerprint.
     benchmarks: said only where the model itself (MAIN_RUN) is among its models.
+    learning_rates: what `learning_rate: auto` chose, by the stage.
     """
     models = evaluation.models
     this = models[MAIN_RUN]
@@ -93,10 +96,15 @@ The MTP module's tensors (`mtp.*`) are in the checkpoint for serving engines; Tr
 
 {block(strict_yaml.dump(recipe.model_dump(mode="json")).strip(), "yaml")}
 
-Made from (SHA-256; of files over 64 MiB, of their size and 64 KiB of every 4 MiB):
+{chosen_rates(learning_rates or {})}Made from (SHA-256; of files over 64 MiB, of their size and 64 KiB of every 4 MiB):
 
 {hashes}
 """
+
+
+def chosen_rates(learning_rates: Mapping[str, RateChoice]) -> str:
+    """A paragraph for each stage whose learning rate was found by forks of its training."""
+    return "".join(f"{plain(stage)}: {plain(in_words(choice))}.\n\n" for stage, choice in learning_rates.items())
 
 
 def benchmark_results(benchmarks: Benchmarks | None) -> list[EvalResult]:

@@ -45,6 +45,7 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
         stages=shapes.stages(run),
         axes=training.axis_names(run.steps),
         curves=training.curves(run),
+        learning_rates=training.learning_rates(run),
         choices=choices.choices(run),
         utilisation=experts.utilisation(run),
         samples=results.samples(run),

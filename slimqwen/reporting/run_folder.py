@@ -7,6 +7,8 @@ from typing import TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from slimqwen.distillation.learning_rate import FILE as LEARNING_RATE_FILE
+from slimqwen.distillation.learning_rate import RateChoice
 from slimqwen.errors import UserError
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
@@ -99,6 +101,7 @@ class Run:
     evaluation: Evaluation | None = None
     benchmarks: Benchmarks | None = None  # the run's own model goes by MAIN_RUN, if it was measured as it is now
     steps: dict[str, Steps] = field(default_factory=dict)
+    learning_rates: dict[str, RateChoice] = field(default_factory=dict)  # as `read_learning_rates` has them
     warnings: list[LoggedWarning] = field(default_factory=list)
     times: list[StepTime] = field(default_factory=list)
     provenance: Provenance | None = None
@@ -123,6 +126,7 @@ class Run:
             evaluation=_evaluation(run_dir),
             benchmarks=_benchmarks(run_dir),
             steps=_columns(metrics, recipe, plans),
+            learning_rates=read_learning_rates(run_dir),
             warnings=_read_lines(run_dir / "warnings.jsonl", LoggedWarning),
             times=_last_times(_read_lines(run_dir / "stages.jsonl", StepTime)),
             provenance=_read(run_dir / "provenance.json", Provenance),
@@ -140,6 +144,20 @@ class Run:
     @property
     def result(self) -> ModelEvaluation | None:
         return self.evaluation.models.get(MAIN_RUN) if self.evaluation else None
+
+
+def read_learning_rates(run_dir: Path) -> dict[str, RateChoice]:
+    """Read what `learning_rate: auto` chose for each training of a run, by its folder: `stage-1`, `paper/stage-1`.
+
+    Raises UserError for a file that is not what slimqwen writes.
+    """
+    folders = [folder for name in ("stage-*", "*/stage-*", "random_init") for folder in sorted(run_dir.glob(name))]
+    files = {folder: folder / "distilled" / LEARNING_RATE_FILE for folder in folders}
+    return {
+        folder.relative_to(run_dir).as_posix(): RateChoice.load(file)
+        for folder, file in files.items()
+        if file.is_file()
+    }
 
 
 def _evaluation(run_dir: Path) -> Evaluation | None:

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 
+from slimqwen.distillation.learning_rate import in_words
 from slimqwen.reporting.charts.curves import AXES, Steps, acceptance, axes_of, learning_curves, schedules
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections.chart import Chart
@@ -74,6 +75,11 @@ def curves(run: Run) -> list[Chart]:
         draw = partial(schedules, run.steps, MAIN_RUN)
         found.append(Chart.along("Loss weights and learning rate", draw, axes_of(run.steps), caption))
     return found
+
+
+def learning_rates(run: Run) -> list[tuple[str, str]]:
+    """What `learning_rate: auto` chose, and by what: the training's folder and a sentence."""
+    return [(name, in_words(choice)) for name, choice in run.learning_rates.items()]
 
 
 def axis_names(runs: Mapping[str, Steps]) -> dict[str, str]:
