@@ -68,15 +68,15 @@ Command = Callable[[Path, Path, bool], object]  # inputs, working folder, whethe
 
 
 def settings(earlier: bool, **values: Any) -> DistilRecipe:
-    return DistilRecipe(
-        tokens=LENGTH * 2 * (2 if earlier else 4),
-        batch_size=2,
-        warmup_steps=1,
-        learning_rate=1e-3,
-        save_every_steps=1,
-        keep_states=1,
-        **values,
-    )
+    usual: dict[str, Any] = {
+        "tokens": LENGTH * 2 * (2 if earlier else 4),
+        "batch_size": 2,
+        "warmup_steps": 1,
+        "learning_rate": 1e-3,
+        "save_every_steps": 1,
+        "keep_states": 1,
+    }
+    return DistilRecipe.model_validate(usual | values)
 
 
 def run_tokens(inputs: Path, work: Path, earlier: bool) -> object:
@@ -162,15 +162,19 @@ def run_teacher_cache(inputs: Path, work: Path, earlier: bool) -> object:
     )
 
 
-def run_distil(inputs: Path, work: Path, earlier: bool) -> object:
+def run_distil(inputs: Path, work: Path, earlier: bool, **values: Any) -> object:
     return distil(
         inputs / "pruned",
         work / "out",
         tokens=inputs / "tokens",
-        recipe=settings(earlier),
+        recipe=settings(earlier, **values),
         sequence_length=LENGTH,
         teacher=inputs / "teacher",
     )
+
+
+def run_distil_at_its_own_rate(inputs: Path, work: Path, earlier: bool) -> object:
+    return run_distil(inputs, work, earlier, learning_rate="auto", save_every_steps=4)
 
 
 def run_carry(inputs: Path, work: Path, earlier: bool) -> object:

@@ -12,10 +12,16 @@ import pytest
 from ranks import run_ranks
 from rounding import TRAINED
 from test_carry import write_plan
+from test_pipeline import tiny_recipe
 from tiny import write_tiny_checkpoint, write_tiny_tokens
+from typer.testing import CliRunner
 
-from slimqwen.distillation import learning_rate
+from slimqwen.builtin import checkpoint_folder
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.cli import app
+from slimqwen.distillation import learning_rate, schedules
 from slimqwen.distillation.carry import carry
+from slimqwen.distillation.course import course_of
 from slimqwen.distillation.distil import distil, state_folder_of
 from slimqwen.distillation.learning_rate import (
     FEWEST_STEPS,
@@ -28,8 +34,12 @@ from slimqwen.distillation.learning_rate import (
     next_exponent,
 )
 from slimqwen.distillation.trainer import Span, Trainer
-from slimqwen.errors import Preempted, StageFailed
-from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, TeacherCacheRecipe
+from slimqwen.errors import Preempted, StageFailed, UserError
+from slimqwen.pipeline import run
+from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Recipe, TeacherCacheRecipe
+from slimqwen.reporting.run_folder import read_learning_rates
+from slimqwen.study.catalogue.definition import at_both_rates
+from slimqwen.study.variation import Variation
 from slimqwen.teacher_cache.write import write_teacher_cache
 
 LENGTH, BATCH_SIZE, STEPS = 16, 2, 20
@@ -270,3 +280,66 @@ def test_ranks_choose_together(folder: Path, tmp_path: Path, trained: Path) -> N
     fixed = {"learning_rate": found.rate, "final_learning_rate": 3e-5 * found.rate / AUTO_REFERENCE}
     run_ranks(2, train, folder, tmp_path / "fixed", fixed)
     assert weights(tmp_path / "out") == weights(tmp_path / "fixed")
+
+
+# --- in a run, and on the command line --------------------------------------------------------------------------------
+
+
+def test_each_stage_of_a_run_has_its_own_rate(tmp_path: Path) -> None:
+    """Baselines too; the report and the model card tell, and nothing is chosen twice."""
+    settings = {"tokens": 16 * 2 * 10, "batch_size": 2, "warmup_steps": 2, "learning_rate": "auto"}
+    wanted = tiny_recipe(tmp_path, tmp_path / "run", distil=settings, baselines=["lm_only"])
+    run(wanted)
+    choices = read_learning_rates(wanted.run_dir)
+    assert list(choices) == ["stage-1", "stage-2", "lm_only/stage-1", "lm_only/stage-2"]
+    assert [choice.measured for choice in choices.values()] == ["kd", "kd", "lm", "lm"]
+    assert [choice.training_steps for choice in choices.values()] == [3, 7, 3, 7]
+    assert len({choice.before for choice in choices.values()}) == 4  # each from its own start
+
+    lines = [json.loads(line) for line in (wanted.run_dir / "metrics.jsonl").read_text().splitlines()]
+    for run_name, folder in (("slimqwen", "stage-"), ("lm_only", "lm_only/stage-")):
+        for line in (line for line in lines if line["run"] == run_name):
+            rate = choices[f"{folder}{line['stage']}"].rate
+            expected = schedules.learning_rate(
+                line["step"], course_of(wanted.distil, 16), rate, 3e-5 * rate / AUTO_REFERENCE
+            )
+            assert line["learning_rate"] == pytest.approx(expected)  # one curve over the run, at the stage's own height
+
+    card = (wanted.run_dir / "final" / "README.md").read_text()
+    page = (wanted.run_dir / "report.html").read_text()
+    for stage in ("stage-1", "stage-2"):
+        said = f"learning rate {choices[stage].rate:g} chosen by the KL to the teacher"
+        assert f"{stage}: {said}" in card and f"<strong>{stage}</strong>: {said}" in page
+    assert f"<strong>lm_only/stage-1</strong>: learning rate {choices['lm_only/stage-1'].rate:g} chosen" in page
+    assert "lm_only" not in card.split("Made from")[0].split("```")[-1]
+
+    before = [path.stat().st_mtime_ns for path in sorted(wanted.run_dir.glob("**/distilled/*"))]
+    run(wanted)
+    assert before == [path.stat().st_mtime_ns for path in sorted(wanted.run_dir.glob("**/distilled/*"))]
+    run(tiny_recipe(tmp_path, tmp_path / "run", distil=settings | {"learning_rate": 1e-3}, baselines=[]))
+    assert list(read_learning_rates(wanted.run_dir)) == ["lm_only/stage-1", "lm_only/stage-2"]
+
+
+def test_distil_learning_rate_auto(folder: Path, trained: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "distil.yaml", tmp_path / "out"
+    fields = recipe(learning_rate=1e-3).model_dump(mode="json", exclude_defaults=True)
+    file.write_text(json.dumps(fields))
+    paths = [str(folder / "student"), "--tokens", str(folder / "tokens"), "--teacher", str(folder / "teacher")]
+    command = ["distil", *paths, "--recipe", str(file), "--sequence-length", str(LENGTH), "--out", str(out)]
+    told = CliRunner().invoke(app, [*command, "--learning-rate", "fast"])
+    assert '--learning-rate must be a number or auto, is "fast"' in str(told.exception)
+    assert CliRunner().invoke(app, [*command, "--learning-rate", "auto"]).exit_code == 0
+    assert RateChoice.load(out / FILE) == RateChoice.load(trained / FILE) and weights(out) == weights(trained)
+
+
+def test_an_end_rate_above_the_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"is more than the peak, with learning_rate: auto 0\.0004"):
+        recipe(final_learning_rate=5e-4)
+    assert recipe(final_learning_rate=0.0).at_learning_rate(3e-3).final_learning_rate == 0.0
+
+
+def test_arms_at_shares_of_a_rate_need_a_number() -> None:
+    arm = at_both_rates(Variation("arm", "an arm", {}))[0]
+    automatic = Recipe.model_validate({"run_dir": "x", "target": {}, "distil": recipe()})
+    with pytest.raises(UserError, match=r"shares of distil.learning_rate: give that as a number"):
+        arm.changes_to(automatic, Checkpoint(checkpoint_folder("builtin")))
