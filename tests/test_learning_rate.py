@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
+from slimqwen.data.tokenize import tokenize
 from slimqwen.distillation import learning_rate, schedules
 from slimqwen.distillation.carry import carry
 from slimqwen.distillation.course import course_of
@@ -36,7 +37,7 @@ from slimqwen.distillation.learning_rate import (
 from slimqwen.distillation.trainer import Span, Trainer
 from slimqwen.errors import Preempted, StageFailed, UserError
 from slimqwen.pipeline import run
-from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Recipe, TeacherCacheRecipe
+from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Recipe, Source, TeacherCacheRecipe
 from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.study.catalogue.definition import at_both_rates
 from slimqwen.study.variation import Variation
@@ -127,7 +128,7 @@ def test_where_forks_break_the_walk_goes_down() -> None:
         lowest_point({0: math.inf, -1: math.inf})
 
 
-@pytest.mark.parametrize(("length", "count"), [(1, 1), (10, 5), (100, FEWEST_STEPS), (100_000, 500)])
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (6, 3), (100, FEWEST_STEPS), (100_000, 500)])
 def test_a_fork_is_spread_over_the_stage(length: int, count: int) -> None:
     steps = fork_steps(Span(7, 7 + length, 7 + length))
     assert len(steps) == len(set(steps)) == count and steps[0] >= 7 and steps[-1] < 7 + length
@@ -229,6 +230,27 @@ def test_without_a_teacher_the_loss_decides(folder: Path, tmp_path: Path) -> Non
     assert mtp.measured == "mtp_kd"
 
 
+def test_without_held_out_text_rows_that_no_fork_trains_on_decide(folder: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("x = 1\n")
+    tokens = tokenize(
+        [Source(path=folder / "text")],
+        folder / "tokenizer",
+        tmp_path / "tokens",
+        heldout_sources=[Source(path=short)],
+        workers=1,
+    )
+    distil(
+        folder / "student",
+        tmp_path / "out",
+        tokens=tokens,
+        recipe=recipe(),
+        sequence_length=LENGTH,
+        teacher=folder / "teacher",
+    )
+    assert RateChoice.load(tmp_path / "out" / FILE).text == "training"
+
+
 def test_a_cached_teacher_decides_on_rows_that_no_fork_trains_on(folder: Path, tmp_path: Path, trained: Path) -> None:
     """Nothing is stored about the held-out text."""
     settings = TeacherCacheRecipe(top_k=128, exact=True)
@@ -247,8 +269,9 @@ def test_a_cached_teacher_decides_on_rows_that_no_fork_trains_on(folder: Path, t
         out = train(folder, tmp_path / "out", {"teacher": "cache"}, teacher=None, teacher_cache=cache)
     choice = RateChoice.load(out / FILE)
     assert choice.text == "training" and choice.measured == "kd"
-    measured, fork = set.union(*read[:FEWEST_STEPS]), read[FEWEST_STEPS : 3 * FEWEST_STEPS]  # as many batches as steps
-    assert len(measured) == FEWEST_STEPS * BATCH_SIZE and set.union(*fork[FEWEST_STEPS:]) == measured
+    batches = STEPS - FEWEST_STEPS  # that are measured: here all that a fork leaves
+    measured, fork = set.union(*read[:batches]), read[batches : STEPS + batches]
+    assert len(measured) == batches * BATCH_SIZE and set.union(*fork[FEWEST_STEPS:]) == measured
     assert not set.union(*fork[:FEWEST_STEPS]) & measured
     assert choice.before == pytest.approx(RateChoice.load(trained / FILE).before, rel=0.2)  # of other text
 

@@ -33,9 +33,9 @@ from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, DocumentBoundaries
 FILE = "learning_rate.json"
 SHARE = 0.03  # of the training's tokens, which all forks together may train on
 MOST_FORKS = 6  # that these are divided among
-FEWEST_STEPS = 8  # of a fork, however short the training
+FEWEST_STEPS = 4  # of a fork, however short the training
 FACTOR = 2.0  # between neighbouring rates
-MEASURED_TOKENS = 65_536  # after each fork, at most
+MEASURED_TOKENS = 8_192, 65_536  # after each fork: as many as it trained on, and at least and at most these
 AS_A_FORK = {"on_bad_step": "stop", "spike_factor": None, "ema_decay": None}  # an average of few steps is the start
 LENGTH_EXPONENT = 0.0  # of how many times longer the training is than a fork, in the factor between their best rates
 
@@ -202,18 +202,20 @@ def measured_term(recipe: DistilRecipe, teacher: Teacher | None) -> Measured:
 def measured_rows(
     start: Start, steps: Collection[int]
 ) -> tuple[Batch, Teacher | None, Literal["held-out", "training"]]:
-    """Rows to measure forks on, at most as many as a fork trains on, and the teacher that they are compared with.
+    """Choose rows to measure forks on, about as many as a fork trains on, and the teacher that they are compared with.
 
     A cached teacher has said nothing of the held-out text, and there may be none: then rows of the training's own steps,
     of which no fork makes any.
     """
-    wanted = min(MEASURED_TOKENS, sum(map(start.course.rows, steps)) * start.stream.sequence_length)
-    if load_manifest(start.tokens).heldout.documents and not isinstance(start.teacher, CachedTeacher):
+    least, most = MEASURED_TOKENS
+    wanted = min(max(sum(map(start.course.rows, steps)) * start.stream.sequence_length, least), most)
+    has_heldout = load_manifest(start.tokens).heldout.tokens > start.stream.sequence_length
+    if has_heldout and not isinstance(start.teacher, CachedTeacher):
         rows = heldout_rows(start.tokens, start.stream.sequence_length, wanted, start.documents)
         return rows, start.teacher, "held-out"
     made = set(steps)
     left = [step for step in range(start.span.first_step, start.span.end_step) if step not in made] or list(steps)
-    count = wanted // start.stream.sequence_length
+    count = max(wanted // start.stream.sequence_length, 1)
     chosen = [(number, left[number * len(left) // count]) for number in range(count)]
     numbers = (start.course.first_row(step) + number % start.course.rows(step) for number, step in chosen)
     return start.stream.rows_at(list(dict.fromkeys(numbers))), start.teacher, "training"
