@@ -37,7 +37,7 @@ FEWEST_STEPS = 4  # of a fork, however short the training
 FACTOR = 2.0  # between neighbouring rates
 MEASURED_TOKENS = 8_192, 65_536  # after each fork: as many as it trained on, and at least and at most these
 AS_A_FORK = {"on_bad_step": "stop", "spike_factor": None, "ema_decay": None}  # an average of few steps is the start
-LENGTH_EXPONENT = 0.0  # of how many times longer the training is than a fork, in the factor between their best rates
+LONGER = 1.5  # times the rate that is best in a fork is best in the training: measured, docs/learning-rate.md
 
 Measured = Literal["kd", "lm", "mtp_kd", "mtp_lm"]
 IN_WORDS: dict[Measured, str] = {
@@ -63,7 +63,7 @@ class RateChoice(BaseModel):
     steps, tokens: of each fork. training_steps, training_tokens: of the training.
     measured: what decides, nats per token, on `measured_tokens` tokens. before: the same before any step.
     text: "held-out", or "training": rows of the training text that no fork trains on.
-    best: the rate at which forks of this length do best. chosen: the training's.
+    best: the rate at which forks do best. chosen: the training's, which is LONGER times that.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -169,8 +169,7 @@ def choose_learning_rate(start: Start, recipe: DistilRecipe) -> RateChoice:
         exponent = next_exponent(values)
         if exponent is None:
             best = AUTO_REFERENCE * FACTOR ** lowest_point(values)
-            length = choice.training_steps / choice.steps
-            choice = keep(start, choice, best=best, chosen=rounded(best * length**LENGTH_EXPONENT))
+            choice = keep(start, choice, best=best, chosen=rounded(LONGER * best))
         else:
             rate = AUTO_REFERENCE * FACTOR**exponent
             value = trained(rate, steps, f"{start.title}: learning rate {rate:g}")
