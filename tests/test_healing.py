@@ -36,7 +36,7 @@ from slimqwen.errors import UserError
 from slimqwen.families import Config
 from slimqwen.families.family import Layout
 from slimqwen.healing.heal import heal, left_out_of
-from slimqwen.healing.layers import Healing
+from slimqwen.healing.layers import FIRST_RATE, Healing, share_of_peak
 from slimqwen.healing.objective import PredictionError, StreamError
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
@@ -229,6 +229,51 @@ def test_what_does_not_belong_together_is_one_sentence(tmp_path: Path, texts: Te
     with pytest.raises(UserError, match="the plan was not made for"):
         healed(cut._replace(teacher=cut.student), texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_finds_its_learning_rate(
+    tmp_path: Path, texts: Texts, cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever the search begins it comes to the same rates, and to what these leave; each layer begins at the last one's."""
+    auto = RECIPE.model_copy(update={"learning_rate": "auto", "epochs": 8})
+    begun: list[list[float]] = []
+    found: list[float] = []
+    usual_rate, usual_train = Healing._rate, Healing._train
+
+    def rate(self: Healing, *rest: Any) -> float:
+        begun.append([])
+        found.append(usual_rate(self, *rest))
+        return found[-1]
+
+    def train(self: Healing, training: Any, batches: Any, rate: float, progress: Any) -> None:
+        if progress is None:
+            begun[-1].append(rate)
+        usual_train(self, training, batches, rate, progress)
+
+    monkeypatch.setattr(Healing, "_rate", rate)
+    monkeypatch.setattr(Healing, "_train", train)
+    out = healed(cut, texts, tmp_path / "out", auto)
+    assert distance(out, cut.teacher, texts) < 0.8 * distance(cut.student, cut.teacher, texts)
+    assert [trials[0] for trials in begun] == [FIRST_RATE, *found[:-1]]
+    assert all(3 <= len(trials) <= 6 for trials in begun)
+    for trials, chosen in zip(begun, found, strict=True):
+        assert min(trials) / 2 <= chosen <= max(trials) * 2
+
+
+def test_a_search_that_breaks_everywhere_leaves_the_layer(
+    tmp_path: Path, texts: Texts, cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimqwen.healing.layers.FIRST_RATE", 1e12)
+    out = healed(cut, texts, tmp_path / "out", RECIPE.model_copy(update={"learning_rate": "auto"}))
+    assert changed_tensors(cut.student, out) == set()
+
+
+def test_the_rate_over_its_peak_rises_and_falls() -> None:
+    shares = [share_of_peak(step, 40) for step in range(40)]
+    assert shares[:2] == [0.5, 1.0]
+    assert shares[1:] == sorted(shares[1:], reverse=True)
+    assert 0 < shares[-1] < 0.01
+    assert share_of_peak(0, 1) == 1.0
 
 
 def test_one_sequence_cannot_be_trained_on_and_left_out(tmp_path: Path, texts: Texts, cut: Cut) -> None:

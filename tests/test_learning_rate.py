@@ -33,10 +33,10 @@ from slimqwen.distillation.learning_rate import (
     MOST_FORKS,
     SHARE,
     RateChoice,
+    best_exponent,
     fork_steps,
-    lowest_point,
-    next_exponent,
 )
+from slimqwen.distillation.rate_search import lowest_point, next_exponent
 from slimqwen.distillation.trainer import Span, Trainer
 from slimqwen.errors import Preempted, StageFailed, UserError
 from slimqwen.pipeline import run
@@ -112,7 +112,7 @@ def count_steps(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> 
 @pytest.mark.parametrize("lowest", [-3.3, -1.0, -0.2, 0.0, 0.4, 1.7, 2.6])
 def test_the_walk_ends_around_the_lowest_point(lowest: float) -> None:
     values: dict[int, float] = {}
-    while (exponent := next_exponent(values)) is not None:
+    while (exponent := next_exponent(values, MOST_FORKS)) is not None:
         assert exponent not in values
         values[exponent] = 0.3 + (exponent - lowest) ** 2
     assert len(values) <= MOST_FORKS
@@ -121,18 +121,18 @@ def test_the_walk_ends_around_the_lowest_point(lowest: float) -> None:
 
 def test_the_walk_does_not_go_on_for_ever() -> None:
     values: dict[int, float] = {}
-    while (exponent := next_exponent(values)) is not None:
+    while (exponent := next_exponent(values, MOST_FORKS)) is not None:
         values[exponent] = -float(exponent)
     assert len(values) == MOST_FORKS and lowest_point(values) == max(values)
 
 
 def test_where_forks_break_the_walk_goes_down() -> None:
     values: dict[int, float] = {}
-    while (exponent := next_exponent(values)) is not None:
+    while (exponent := next_exponent(values, MOST_FORKS)) is not None:
         values[exponent] = math.inf if exponent > -2 else abs(exponent + 3.0)
     assert lowest_point(values) == -3.0
     with pytest.raises(StageFailed, match=r"breaks at each of 0\.0002, 0\.0004"):
-        lowest_point({0: math.inf, -1: math.inf})
+        best_exponent({0: math.inf, -1: math.inf})
 
 
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (6, 3), (100, FEWEST_STEPS), (100_000, 500)])

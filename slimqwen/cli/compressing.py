@@ -13,6 +13,7 @@ from slimqwen.cli.options import (
     SequenceLength,
     dtype_of,
     layout_of,
+    rate_of,
     source_texts,
     text_format_of,
     token_folders,
@@ -320,9 +321,8 @@ def heal(
     epochs: Annotated[int, typer.Option(min=1, help="Times that each layer sees them.")] = 2,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimiser step.")] = 8,
     learning_rate: Annotated[
-        float,
-        typer.Option(min=0.0, help="AdamW's, at its peak; a short warm-up before it, half a cosine to 0 after it."),
-    ] = 1e-3,
+        str, typer.Option(metavar="RATE", help="AdamW's, at its peak; 'auto': chosen for each layer by short trials.")
+    ] = "auto",
     sequence_length: SequenceLength = 256,
     memory_budget: Annotated[str, typer.Option(metavar="SIZE", help="Memory for activations.")] = "2GB",
     seed: Seed = 0,
@@ -345,7 +345,12 @@ def heal(
         teacher=checkpoint_folder(teacher),
         plan=plan,
         tokens=token_folders(tokens),
-        recipe=HealingRecipe(samples=samples, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate),
+        recipe=HealingRecipe(
+            samples=samples,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=rate_of("--learning-rate", learning_rate),
+        ),
         sequence_length=sequence_length,
         memory_budget_bytes=bytes_of(memory_budget),
         seed=seed,

@@ -3,8 +3,9 @@
 import os
 import shlex
 import sys
+from math import nan
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import typer
 
@@ -60,6 +61,19 @@ def weights_of(option: str, given: list[str]) -> dict[str, float]:
         if weights[name] != 0.0 and not SMALLEST <= weights[name] <= LARGEST:
             raise UserError(f"{option} {text}: a weight is a number from {SMALLEST:g} to {LARGEST:g}.")
     return weights
+
+
+def rate_of(option: str, given: str) -> float | Literal["auto"]:
+    """A learning rate as a number, or 'auto'."""
+    if given == "auto":
+        return "auto"
+    try:
+        rate = float(given)
+    except ValueError:
+        rate = nan
+    if not SMALLEST <= rate <= LARGEST:
+        raise UserError(f"{option} {given}: a learning rate is auto, or a number from {SMALLEST:g} to {LARGEST:g}.")
+    return rate
 
 
 def config_path(name: str) -> Path:

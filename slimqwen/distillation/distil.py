@@ -201,18 +201,18 @@ def distil(
             taught_by = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
         trained = Student(model, checkpoint.family, checkpoint.config)
 
-        def begin(recipe: DistilRecipe) -> Trainer:
+        def build(recipe: DistilRecipe, *, anew: bool = True) -> Trainer:
             trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
-            if moments is not None:
+            if moments is not None and anew:
                 take_moments(moments, trainer.parameters, trainer.optimizer)
             return trainer
 
         choice: RateChoice | None = None
         if recipe.learning_rate == "auto":
             if torch_device.type == "cuda":
-                dry_run(begin(recipe))
+                dry_run(build(recipe))
             start = Start(
-                build=begin,
+                build=build,
                 refill=lambda: fill_own(model.held(), checkpoint),
                 teacher=taught_by,
                 stream=stream,
@@ -224,12 +224,11 @@ def distil(
                 file=state_folder_of(out) / LEARNING_RATE_FILE,
                 title=title,
             )
-            choice = choose_learning_rate(start, recipe)
+            with reproducible(torch_device):
+                choice = choose_learning_rate(start, recipe)
             recipe = recipe.at_learning_rate(choice.rate)
         begun = ranks.largest(int(any(saved_states(state_folder_of(out)))))
-        trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
-        if moments is not None and not begun:
-            take_moments(moments, trainer.parameters, trainer.optimizer)
+        trainer = build(recipe, anew=not begun)
         path = metrics or out.parent / "metrics.jsonl"
         loggers: list[Logger] = []
         if ranks.is_first:

@@ -23,6 +23,7 @@ from slimqwen.distillation.course import Course
 from slimqwen.distillation.heldout import evaluated, measure_losses
 from slimqwen.distillation.interrupt import deferred_interrupts
 from slimqwen.distillation.parallel import Ranks, reshard
+from slimqwen.distillation.rate_search import FACTOR, lowest_point, next_exponent
 from slimqwen.distillation.teacher import Teacher
 from slimqwen.distillation.trainer import Span, Trainer
 from slimqwen.errors import Preempted, StageFailed, UserError
@@ -34,7 +35,6 @@ FILE = "learning_rate.json"
 SHARE = 0.03  # of the training's tokens, which all forks together may train on
 MOST_FORKS = 6  # that these are divided among
 FEWEST_STEPS = 4  # of a fork, however short the training
-FACTOR = 2.0  # between neighbouring rates
 MEASURED_TOKENS = 8_192, 65_536  # after each fork: as many as it trained on, and at least and at most these
 AS_A_FORK = {"on_bad_step": "stop", "spike_factor": None, "ema_decay": None}  # an average of few steps is the start
 LONGER = 1.5  # times the rate that is best in a fork is best in the training: measured, docs/learning-rate.md
@@ -166,9 +166,9 @@ def choose_learning_rate(start: Start, recipe: DistilRecipe) -> RateChoice:
         tell(start, f"before training: {IN_WORDS[measured]} {before:.4f}")
     while choice.chosen is None:
         values = {exponent_of(fork.rate): inf if fork.value is None else fork.value for fork in choice.forks}
-        exponent = next_exponent(values)
+        exponent = next_exponent(values, MOST_FORKS)
         if exponent is None:
-            best = AUTO_REFERENCE * FACTOR ** lowest_point(values)
+            best = AUTO_REFERENCE * FACTOR ** best_exponent(values)
             choice = keep(start, choice, best=best, chosen=rounded(LONGER * best))
         else:
             rate = AUTO_REFERENCE * FACTOR**exponent
@@ -266,38 +266,15 @@ def _stop_if_told(stop: int) -> None:
         raise KeyboardInterrupt
 
 
-def next_exponent(values: Mapping[int, float]) -> int | None:
-    """Return the next rate to try, as a power of FACTOR times the first; None where there is nothing more to try.
-
-    values: exponent -> what was measured, infinite where the fork broke. The walk goes downhill, a factor at a time, until
-    the best has been tried on both sides.
-    """
-    if not values:
-        return 0
-    if len(values) == MOST_FORKS:
-        return None
-    best = min(values, key=lambda exponent: (values[exponent], exponent))
-    if not isfinite(values[best]):
-        return min(values) - 1
-    return next((exponent for exponent in (best - 1, best + 1) if exponent not in values), None)
-
-
-def lowest_point(values: Mapping[int, float]) -> float:
-    """Return where the parabola through the best and its neighbours is lowest, an exponent; the best itself at the edge.
-
-    Raises StageFailed where no value is finite.
-    """
-    best = min(values, key=lambda exponent: (values[exponent], exponent))
-    if not isfinite(values[best]):
+def best_exponent(values: Mapping[int, float]) -> float:
+    """Return the power of FACTOR, times the first rate, at which forks do best. Raises StageFailed where all broke."""
+    lowest = lowest_point(values)
+    if lowest is None:
         rates = ", ".join(f"{AUTO_REFERENCE * FACTOR**exponent:g}" for exponent in sorted(values))
         raise StageFailed(
             f"distil.learning_rate auto found none: the training breaks at each of {rates}; look at the data and the start."
         )
-    lower, upper = values.get(best - 1, inf), values.get(best + 1, inf)
-    if not (isfinite(lower) and isfinite(upper)):
-        return float(best)
-    curvature = lower - 2 * values[best] + upper
-    return best + (lower - upper) / (2 * curvature) if curvature > 0 else float(best)
+    return lowest
 
 
 def exponent_of(rate: float) -> int:

@@ -10,7 +10,7 @@ from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, s
 from slimqwen.calibration.statistics import Part
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.errors import UserError
-from slimqwen.healing.layers import BETAS, MAX_GRAD_NORM, WARMUP, Healing
+from slimqwen.healing.layers import ARITHMETIC, Healing
 from slimqwen.layerwise.pair import Pair, write_changed
 from slimqwen.modeling.device import reproducible
 from slimqwen.planning.plan import Plan
@@ -70,7 +70,7 @@ def heal(
     )
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value(
-        [version("slimqwen"), *pair.made_from, recipe.model_dump(mode="json"), WARMUP, BETAS, MAX_GRAD_NORM, LEFT_OUT]
+        [version("slimqwen"), *pair.made_from, recipe.model_dump(mode="json"), *ARITHMETIC, LEFT_OUT]
     )
     with scratch_folder(layers, key) as folder, reproducible(pair.device):
         pair.announce(folder, title)

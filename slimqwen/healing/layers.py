@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slimqwen.artifacts import write_json
 from slimqwen.calibration.step import Step
+from slimqwen.checkpoint.config import read_json
+from slimqwen.distillation.rate_search import FACTOR, lowest_point, next_exponent
 from slimqwen.healing.objective import Objective, PredictionError, StreamError
 from slimqwen.healing.weights import rounded_as_stored, stored, trainable_weights
 from slimqwen.layerwise.courses import Course
@@ -24,6 +28,37 @@ from slimqwen.recipe import HealingRecipe
 WARMUP = 0.05  # of a layer's steps
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
+FIRST_RATE = 4e-4  # of the search in the first layer
+MOST_TRIALS = 6
+TRIAL, FEWEST_STEPS = 0.1, 4  # of a layer's steps, to try a rate; and at least
+ARITHMETIC = (
+    WARMUP,
+    BETAS,
+    MAX_GRAD_NORM,
+    FIRST_RATE,
+    MOST_TRIALS,
+    TRIAL,
+    FEWEST_STEPS,
+)  # what the result depends on beside the recipe
+
+RATE = "rate.json"  # in the folder of each layer that is finished: the learning rate that it was trained with
+
+
+class _Training:
+    """A layer's weights that train, where they began, what the layer makes of some rows, and what is to be lowered."""
+
+    def __init__(self, weights: dict[str, Tensor], layer: Callable[[Tensor], Tensor], objective: Objective) -> None:
+        self.weights, self.layer, self.objective = weights, layer, objective
+        self._start = {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+    def take_back(self) -> None:
+        """The weights are where they began."""
+        for name, tensor in self.weights.items():
+            tensor.data.copy_(self._start[name])
+
+    def changed(self) -> dict[str, Tensor]:
+        """The weights that are not where they began."""
+        return {name: tensor for name, tensor in self.weights.items() if not torch.equal(tensor, self._start[name])}
 
 
 class Healing:
@@ -52,10 +87,12 @@ class Healing:
         self._steps = recipe.epochs * math.ceil(len(self._training) / recipe.batch_size)
 
     def passes(self, _course: Course) -> int:
-        """A forward pass counts one, forward and backward three."""
+        """A forward pass counts one, forward and backward three; what the search for a rate takes is not known before."""
         return 1 + 3 * self._recipe.epochs
 
-    def __call__(self, course: Course, hidden: Tensor, target: Target, folder: Path, progress: LayerProgress) -> None:
+    def __call__(
+        self, course: Course, hidden: Tensor, target: Target, folder: Path, before: Path | None, progress: LayerProgress
+    ) -> None:
         step, checkpoint = course.student, self._student.checkpoint
         with (
             trainable_weights(self._student, step) as weights,
@@ -63,22 +100,43 @@ class Healing:
             self._objective(course, target) as objective,
         ):
             layer = partial(self._through, step, hidden)
-            start = {name: tensor.detach().clone() for name, tensor in weights.items()}
-            before = self._mean(layer, objective)
-            self._train(course, weights, layer, objective, progress)
+            training = _Training(weights, layer, objective)
+            error = self._mean(training)
+            rate = self._rate(course, training, before, progress)
+            self._train(training, list(self._batches(course)), rate, progress)
+            progress.advance(3 * self._recipe.epochs * len(self._validation) * self._seq)  # which were not trained on
             rounded_as_stored(checkpoint, step, weights)
-            after = self._mean(layer, objective)
-            if not after < before:
-                for name, tensor in weights.items():
-                    tensor.data.copy_(start[name])
-            changed = {name: tensor for name, tensor in weights.items() if not torch.equal(tensor, start[name])}
+            healed = self._mean(training)
+            if not healed < error:
+                training.take_back()
+            changed = training.changed()
             for rows in self._chunks(torch.arange(len(hidden))):
                 hidden[rows] = layer(rows).float().cpu()
                 progress.advance(len(rows) * self._seq)
             save_file(stored(checkpoint, step, changed), folder / CHANGED)
-        start_in_words, end = objective.in_words(before), objective.in_words(after)
-        said = f"{start_in_words} to {end}" if after < before else f"{start_in_words}, left as it is"
-        progress.advance(0, **{objective.name: said})
+        write_json(folder / RATE, {"learning_rate": rate})
+        start, end = objective.in_words(error), objective.in_words(healed)
+        said = f"{start} to {end}" if healed < error else f"{start}, left as it is"
+        progress.advance(0, rate=f"{rate:.2g}", **{objective.name: said})
+
+    def _rate(self, course: Course, training: "_Training", before: Path | None, progress: LayerProgress) -> float:
+        """The recipe's learning rate, or with `auto` the one at which a tenth of the steps leave the smallest error.
+
+        The search begins at the rate of the layer before, which is near. Where every rate breaks the layer it is the lowest.
+        """
+        if self._recipe.learning_rate != "auto":
+            return self._recipe.learning_rate
+        first = FIRST_RATE if before is None else read_json(before / RATE)["learning_rate"]
+        batches = list(islice(self._batches(course), max(FEWEST_STEPS, round(TRIAL * self._steps))))
+        errors: dict[int, float] = {}
+        while (exponent := next_exponent(errors, MOST_TRIALS)) is not None:
+            progress.advance(0, trying=f"{first * FACTOR**exponent:.2g}")
+            self._train(training, batches, first * FACTOR**exponent, None)
+            error = self._mean(training)
+            errors[exponent] = error if math.isfinite(error) else math.inf
+            training.take_back()
+        best = lowest_point(errors)
+        return float(first * FACTOR ** (min(errors) if best is None else best))
 
     @contextmanager
     def _objective(self, course: Course, target: Target) -> Iterator[Objective]:
@@ -97,24 +155,20 @@ class Healing:
             yield PredictionError(norm, self._student.head(), teacher_hidden, teacher.head())
 
     def _train(
-        self,
-        course: Course,
-        weights: dict[str, Tensor],
-        layer: Callable[[Tensor], Tensor],
-        objective: Objective,
-        progress: LayerProgress,
+        self, training: "_Training", batches: Sequence[Tensor], rate: float, progress: LayerProgress | None
     ) -> None:
-        recipe = self._recipe
-        progress.advance(3 * recipe.epochs * len(self._validation) * self._seq)  # which are not trained on
+        """One step for each of the batches, at a learning rate that peaks at `rate`."""
+        weights, objective = training.weights, training.objective
         optimizer = torch.optim.AdamW(weights.values(), lr=0.0, betas=BETAS, weight_decay=0.0)
-        for number, rows in enumerate(self._batches(course)):
+        for number, rows in enumerate(batches):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * self._share_of_rate(number)
+                group["lr"] = rate * share_of_peak(number, len(batches))
             for some in self._chunks(rows):
                 with torch.enable_grad(), self._mixed_precision():
-                    loss = objective.total(layer(some), some) / (len(rows) * self._seq)
+                    loss = objective.total(training.layer(some), some) / (len(rows) * self._seq)
                 loss.backward()
-                progress.advance(3 * len(some) * self._seq)
+                if progress is not None:
+                    progress.advance(3 * len(some) * self._seq)
             torch.nn.utils.clip_grad_norm_(weights.values(), MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -127,17 +181,11 @@ class Healing:
             order = self._training[torch.randperm(len(self._training), generator=generator)]
             yield from order.split(self._recipe.batch_size)
 
-    def _share_of_rate(self, step: int) -> float:
-        """The learning rate over its peak: a warm-up, then half a cosine to 0 after the last step."""
-        warmup = max(1, round(WARMUP * self._steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / max(1, self._steps - warmup)))
-
-    def _mean(self, layer: Callable[[Tensor], Tensor], objective: Objective) -> float:
-        """Over the tokens of the rows left out."""
+    def _mean(self, training: "_Training") -> float:
+        """The objective's mean over the tokens of the rows left out."""
+        layer, total = training.layer, training.objective.total
         with self._mixed_precision():
-            totals = [float(objective.total(layer(rows), rows)) for rows in self._chunks(self._validation)]
+            totals = [float(total(layer(rows), rows)) for rows in self._chunks(self._validation)]
         return math.fsum(totals) / (len(self._validation) * self._seq)
 
     def _through(self, step: Step, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -160,3 +208,11 @@ class Healing:
         block = moe_block(step)
         with nullcontext() if block is None else computed_by(BATCHED_EXPERTS, self._student.experts_of(block)):
             yield
+
+
+def share_of_peak(step: int, steps: int) -> float:
+    """The learning rate over its peak: a warm-up over the first twentieth, then half a cosine to 0 after the last step."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (steps - warmup + 1)))

@@ -56,10 +56,20 @@ class LayerChange(Protocol):
     def passes(self, course: Course) -> int:
         """How often the whole text goes through the student's layer, for the progress."""
 
-    def __call__(self, course: Course, hidden: Tensor, target: Target, folder: Path, progress: LayerProgress) -> None:
+    def __call__(
+        self,
+        course: Course,
+        hidden: Tensor,
+        target: Target,
+        folder: Path,
+        before: Path | None,
+        progress: LayerProgress,
+        /,
+    ) -> None:
         """Change a layer: `hidden` [rows, seq, hidden] comes as its input and is then its output, without the norm that may follow.
 
-        Writes the changed tensors to `folder` / CHANGED, and advances `progress` by the text's tokens once for each of the passes.
+        Writes the changed tensors to `folder` / CHANGED, beside whatever the next layer needs to know: `before` is the folder of
+        the layer before, None for the first one. Advances `progress` by the text's tokens once for each of the passes.
         """
 
 
@@ -101,7 +111,7 @@ class SideBySide:
             if step is not course.teacher[-1]:
                 self._teacher.normed(step, theirs)
         ours = self._begin(self._student, before, after, STUDENT)
-        change(course, ours, Target(theirs, self._projection, course), after, progress)
+        change(course, ours, Target(theirs, self._projection, course), after, before, progress)
         self._student.normed(course.student, ours)
         self._teacher.normed(course.teacher[-1], theirs)
 

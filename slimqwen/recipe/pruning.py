@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveFloat, PositiveInt, Section
+from slimqwen.recipe.distil import LearningRate
+from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveInt, Section
 
 DepthCriterion = Literal["last", "similarity", "block_influence", "measured"]
 WidthCriterion = Literal["norm_activation", "rotation", "weight_magnitude", "random"]
@@ -113,8 +114,10 @@ class HealingRecipe(Section):
     samples: PositiveInt = Field(512, description="Sequences of the calibration text, spread evenly over its sources.")
     epochs: PositiveInt = Field(2, description="Times that each layer sees them.")
     batch_size: PositiveInt = Field(8, description="Sequences per optimiser step.")
-    learning_rate: PositiveFloat = Field(
-        1e-3, description="AdamW's, at its peak: a short warm-up comes before it, and half a cosine to 0 after it."
+    learning_rate: LearningRate = Field(
+        "auto",
+        description="AdamW's, at its peak: a short warm-up comes before it, and half a cosine to 0 after it. 'auto': each layer is trained for "
+        "a tenth of the steps at several rates first, and its error on sequences left out decides.",
     )
 
 

@@ -40,7 +40,15 @@ class Refit:
         """By the layer, and by its networks in each sweep and for each fold."""
         return 1 + SWEEPS + len(self._folds)
 
-    def __call__(self, course: Course, hidden: Tensor, target: Target, folder: Path, progress: LayerProgress) -> None:
+    def __call__(
+        self,
+        course: Course,
+        hidden: Tensor,
+        target: Target,
+        folder: Path,
+        before: Path | None,
+        progress: LayerProgress,
+    ) -> None:
         """Refit a layer (`LayerChange`): `hidden` is the stream before it, then the residual, at last the stream after it."""
         with self._student.weights_of(course.student):
             self._refit(course, hidden, target, folder, progress)
