@@ -21,6 +21,7 @@ from slimqwen.distillation.optimizer import check_optimizer
 from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
 from slimqwen.families.count import Counts, count
+from slimqwen.healing.heal import check_samples
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.kernels import check_expert_sizes
 from slimqwen.modeling.native import check_buildable
@@ -55,9 +56,12 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     length, sources = recipe.data.sequence_length, recipe.calibration.sources
     if sources:
         CalibrationText(sources, source, samples=recipe.calibration.samples, sequence_length=length, seed=recipe.seed)
+    mixed = [name_of(source) for source in recipe.data.sources] if is_mixture(recipe.data.sources) else []
+    calibrated_on = list(sources) or mixed or [TRAINING_TEXT]
     if recipe.pruning.source_weights is not None:
-        mixed = [name_of(source) for source in recipe.data.sources] if is_mixture(recipe.data.sources) else []
-        check_source_weights(recipe.pruning.source_weights, list(sources) or mixed or [TRAINING_TEXT])
+        check_source_weights(recipe.pruning.source_weights, calibrated_on)
+    if recipe.pruning.healing is not None:
+        check_samples(recipe.pruning.healing.samples, len(calibrated_on))
     check_companions(teacher)
     resolve_device(recipe.device)
     check_loggers(recipe.distil.loggers)

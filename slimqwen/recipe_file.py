@@ -203,10 +203,10 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _nearest_key(unknown: str, known: list[str]) -> str:
-    """A key of the same section with a similar name, or else one elsewhere with the same name."""
+    """A key of the same section with a similar name, or else one elsewhere with the same name, the least nested."""
     section, _, name = unknown.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-    elsewhere = [key for key in known if key.rpartition(".")[2] == name]
+    elsewhere = sorted((key for key in known if key.rpartition(".")[2] == name), key=lambda key: key.count("."))
     return did_you_mean(name, siblings) or (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else "")
 
 

@@ -10,10 +10,11 @@ from slimqwen import work
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.tokenize import tokenize
+from slimqwen.errors import UserError
 from slimqwen.pipeline import STAGE_OUTPUTS
 from slimqwen.planning.plan import Plan
 from slimqwen.preflight import check
-from slimqwen.recipe import Recipe, Source, Target
+from slimqwen.recipe import PruningRecipe, Recipe, Source, Target
 from slimqwen.work import Work
 
 
@@ -69,6 +70,27 @@ def test_a_cut_of_experts_is_refitted(tmp_path: Path, teacher: tuple[Path, Path]
         "pruned",
         "repaired",
     ]
+
+
+def test_a_cut_is_healed_where_the_recipe_asks_and_the_plan_is_the_same(
+    tmp_path: Path, teacher: tuple[Path, Path]
+) -> None:
+    target = Target(hidden_size=24, num_experts=4)
+    healing = {"samples": 6, "epochs": 1, "batch_size": 2}
+    assert steps_of_a_cut(tmp_path, teacher, target, pruning={"healing": healing}) == [
+        "plan.json",
+        "pruned",
+        "repaired",
+        "healed",
+    ]
+    assert (
+        Plan.load(tmp_path / "plan.json").pruning == PruningRecipe()
+    )  # a plan is not made again because of what comes after it
+
+
+def test_too_few_sequences_to_heal_on_are_told_before_any_work(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="raise samples to at least 2"):
+        check(recipe(tmp_path, pruning={"healing": {"samples": 1}}), Checkpoint(teacher[0]))
 
 
 def test_layers_are_measured_where_the_recipe_asks_and_layers_go(tmp_path: Path, teacher: tuple[Path, Path]) -> None:

@@ -54,7 +54,7 @@ def heal(
     Raises UserError where plan, student and teacher do not belong together, where the embeddings were trained since, for one
     sequence, and where the disk is too small.
     """
-    _check_samples(recipe.samples, 1 if isinstance(tokens, Path) else len(tokens))
+    check_samples(recipe.samples, 1 if isinstance(tokens, Path) else len(tokens))
     pair = Pair(
         student,
         teacher,
@@ -90,7 +90,8 @@ def heal(
     return out
 
 
-def _check_samples(samples: int, sources: int) -> None:
+def check_samples(samples: int, sources: int) -> None:
+    """Raise UserError for fewer sequences than one to train on and one to leave out of each source."""
     if samples < 2 * sources:
         raise UserError(
             f"healing leaves one sequence of each source out of its training, and {samples} of {sources} source"

@@ -103,6 +103,7 @@ class Healing:
             training = _Training(weights, layer, objective)
             error = self._mean(training)
             rate = self._rate(course, training, before, progress)
+            progress.advance(0, rate=f"{rate:.2g}")
             self._train(training, list(self._batches(course)), rate, progress)
             progress.advance(3 * self._recipe.epochs * len(self._validation) * self._seq)  # which were not trained on
             rounded_as_stored(checkpoint, step, weights)
@@ -117,7 +118,7 @@ class Healing:
         write_json(folder / RATE, {"learning_rate": rate})
         start, end = objective.in_words(error), objective.in_words(healed)
         said = f"{start} to {end}" if healed < error else f"{start}, left as it is"
-        progress.advance(0, rate=f"{rate:.2g}", **{objective.name: said})
+        progress.advance(0, **{objective.name: said})
 
     def _rate(self, course: Course, training: "_Training", before: Path | None, progress: LayerProgress) -> float:
         """The recipe's learning rate, or with `auto` the one at which a tenth of the steps leave the smallest error.
@@ -130,7 +131,7 @@ class Healing:
         batches = list(islice(self._batches(course), max(FEWEST_STEPS, round(TRIAL * self._steps))))
         errors: dict[int, float] = {}
         while (exponent := next_exponent(errors, MOST_TRIALS)) is not None:
-            progress.advance(0, trying=f"{first * FACTOR**exponent:.2g}")
+            progress.advance(0, rate=f"{first * FACTOR**exponent:.2g} tried")
             self._train(training, batches, first * FACTOR**exponent, None)
             error = self._mean(training)
             errors[exponent] = error if math.isfinite(error) else math.inf
