@@ -27,11 +27,11 @@ import torch
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.depth.measure import measure_depth
 from slimqwen.distillation.distil import distil
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.healing.heal import heal
 from slimqwen.modeling.model import load
-from slimqwen.planning.measured_depth import measure_depth
 from slimqwen.planning.plan import cuts_only_channels, plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, DistilRecipe, PruningRecipe, Target

@@ -15,13 +15,13 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.identity import text_identity
 from slimqwen.data.store import load_manifest
 from slimqwen.data.tokenize import tokenize
+from slimqwen.depth.measure import measure_depth
 from slimqwen.distillation.carry import carry
 from slimqwen.distillation.course import course_of
 from slimqwen.distillation.distil import SETTINGS_WITHOUT_EFFECT, distil, state_folder_of
 from slimqwen.distillation.pretrain import write_initial
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.healing.heal import heal
-from slimqwen.planning.measured_depth import measure_depth
 from slimqwen.planning.plan import Plan, cuts_only_channels, plan
 from slimqwen.planning.shapes import target_config
 from slimqwen.preflight import Stage
@@ -111,11 +111,14 @@ def calibrated(recipe: Recipe, checkpoint: Path, tokens: Path, pruning: PruningR
     )
 
 
-def measured_depth(recipe: Recipe, checkpoint: Path, statistics: Path, tokens: Path, target: Target) -> Work:
+def measured_depth(
+    recipe: Recipe, checkpoint: Path, statistics: Path, tokens: Path, target: Target, *, refit: bool
+) -> Work:
     """What leaving layers out does to `checkpoint`, on the text that was calibrated on."""
     sources = calibration_sources(recipe, tokens)
     settings: dict[str, Any] = {
         "num_hidden_layers": target.num_hidden_layers,
+        "refit": refit,
         "samples": max(recipe.calibration.depth_samples, len(sources)),
         "sequence_length": recipe.data.sequence_length,
         "seed": recipe.seed,
@@ -243,7 +246,9 @@ def cut(
     """
     source, depth = Checkpoint(checkpoint), None
     if pruning.depth == "measured" and target.num_hidden_layers not in (None, source.config["num_hidden_layers"]):
-        depth = made("depth.json", measured_depth(recipe, checkpoint, statistics, tokens, target))
+        depth = made(
+            "depth.json", measured_depth(recipe, checkpoint, statistics, tokens, target, refit=pruning.experts.refit)
+        )
     criteria = pruning.model_copy(update={"healing": None})  # which comes after the plan
     plan_file = made("plan.json", planned(checkpoint, statistics, target, criteria, depth))
     last = made("pruned", pruned(checkpoint, plan_file))

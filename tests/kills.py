@@ -32,13 +32,13 @@ from tiny import write_tiny_checkpoint, write_tiny_tokens
 
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.data.tokenize import tokenize
+from slimqwen.depth.measure import measure_depth
 from slimqwen.distillation.carry import carry
 from slimqwen.distillation.distil import distil, state_folder_of
 from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.healing.heal import heal
 from slimqwen.pipeline import run
-from slimqwen.planning.measured_depth import measure_depth
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import (

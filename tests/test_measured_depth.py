@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import rounding
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny_checkpoint, write_tiny_tokens
@@ -12,16 +13,22 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from slimqwen.calibration.calibrate import calibrate
+from slimqwen.calibration.memory import allot
+from slimqwen.calibration.statistics import Part
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.data.store import training_stream
+from slimqwen.depth import measure
+from slimqwen.depth.measure import REFITTED, Search, Walk, _as_it_is, folds_of_seen, measure_depth, passes_of
 from slimqwen.errors import UserError
+from slimqwen.layerwise.side_by_side import STUDENT, TEACHER, SideBySide
+from slimqwen.layerwise.stream import Stream
 from slimqwen.modeling.model import load
-from slimqwen.planning import measured_depth
-from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop, Search, measure_depth, passes_of
+from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.cut import Cut
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.repair.layers import Refit
 
 SEQUENCE_LENGTH, SAMPLES = 16, 6
 MEASURED = PruningRecipe(depth="measured", width="norm_activation")
@@ -152,7 +159,7 @@ def test_one_full_attention_layer_stays() -> None:
 def test_interrupted_and_continued_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = measurable(tmp_path)
     whole = measured(model, tmp_path / "whole.json", keep=3)
-    usual = measured_depth.Walk._measured
+    usual = measure.Walk._measured
     rounds: list[str] = []
 
     def counted(self: Any, sets: list[Dropped], name: str, last: int) -> Any:
@@ -162,10 +169,10 @@ def test_interrupted_and_continued_is_uninterrupted(tmp_path: Path, monkeypatch:
         return usual(self, sets, name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(measured_depth.Walk, "_measured", lambda self, sets, name: counted(self, sets, name, 1))
+        patch.setattr(measure.Walk, "_measured", lambda self, sets, name: counted(self, sets, name, 1))
         measured(model, tmp_path / "out.json", keep=3)
     assert not (tmp_path / "out.json").exists()
-    monkeypatch.setattr(measured_depth.Walk, "_measured", lambda self, sets, name: counted(self, sets, name, 9))
+    monkeypatch.setattr(measure.Walk, "_measured", lambda self, sets, name: counted(self, sets, name, 9))
     assert measured(model, tmp_path / "out.json", keep=3) == whole
     assert rounds == ["round 1 of 2", "round 2 of 2"]
 
@@ -223,3 +230,110 @@ def test_the_commands(tmp_path: Path) -> None:
     options = [*common, "--tokens", model.tokens]
     result = CliRunner().invoke(app, ["measure-depth", str(model.checkpoint), *map(str, options)])
     assert isinstance(result.exception, UserError) and "names no num_hidden_layers" in str(result.exception)
+
+
+# After the refit
+
+
+class Unchanged:
+    """A change of every layer that is none."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def passes(self, _course: Any) -> int:
+        return 1
+
+    def __call__(
+        self, course: Any, hidden: Tensor, target: Any, folder: Path, before: Path | None, progress: Any
+    ) -> None:
+        with self._stream.weights_of(course.student):
+            self._stream.advance(course.student, hidden, progress)
+
+
+@pytest.mark.parametrize("dropped", [(1, 2), (3, 4)])
+def test_a_stream_without_layers_is_the_pruned_model(tmp_path: Path, dropped: Dropped) -> None:
+    """Without the last layers too: what follows them follows the last that is left."""
+    model = measurable(tmp_path, "qwen3_next")
+    walk = walk_of(model, tmp_path / "work")
+    whole, left = walk._stream.without(()), walk._stream.without(dropped)
+    kept = [step.number for step in left.steps if step.number is not None]
+    layers = tmp_path / "layers"
+    layers.mkdir()
+    *_, last = SideBySide(left, whole, kept, lambda _block: lambda stream: stream).run(Unchanged(left), layers, "walk")
+    (kl,) = walk._divergences(whole.open(last.with_name(TEACHER)), [left.open(last.with_name(STUDENT))])
+    assert kl == pytest.approx(referee(model, dropped, tmp_path / "pruned"), rel=1e-3, abs=1e-5)
+
+
+def walk_of(model: Measurable, folder: Path, rows: Tensor | None = None) -> Walk:
+    folder.mkdir()
+    source = Checkpoint(model.checkpoint)
+    rows = training_stream(model.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens if rows is None else rows
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    allotment = allot(
+        source,
+        parts=0,
+        rows=SAMPLES,
+        sequence_length=SEQUENCE_LENGTH,
+        batch_size=2,
+        budget_bytes=10_000_000,
+        **settings,
+    )
+    parts = [Part("text", row % 2) for row in range(SAMPLES)]
+    return Walk(Stream(source, rows, allotment, **settings), parts, folder, "walk")
+
+
+def test_the_refit_sees_even_rows_alone(tmp_path: Path) -> None:
+    """Other text in the odd rows changes what is measured on them, and no refitted matrix."""
+    model = measurable(tmp_path)
+    rows = training_stream(model.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens
+    other = rows.clone()
+    other[1::2] = rows[1::2].flip(1)
+    found = []
+    for name, text in (("one", rows), ("other", other)):
+        walk = walk_of(model, tmp_path / name, text)
+        left = walk._stream.without((IDLE, 3))
+        refit = Refit(left, folds_of_seen(walk._parts), torch.tensor([row % 2 == 1 for row in range(SAMPLES)]))
+        layers = tmp_path / f"{name}-layers"
+        layers.mkdir()
+        files = SideBySide(left, walk._stream.without(()), [0, 2, 4], _as_it_is).run(refit, layers, "walk")
+        found.append([load_file(file) for file in files])
+    source = Checkpoint(model.checkpoint)
+    changed = 0
+    for one, another in zip(*found, strict=True):
+        for name, tensor in one.items():
+            assert rounding.error(another[name], tensor) < rounding.GRADIENT
+            changed += not torch.equal(tensor, source.read(name))
+    assert changed > 0
+
+
+def test_what_the_refit_makes_up_for_best_is_chosen(tmp_path: Path) -> None:
+    model = measurable(tmp_path)
+    result = measured(model, tmp_path / "depth.json", keep=3)
+    refitted = [drop for drop in result.measured if drop.refitted_kl is not None]
+    plain = {drop.dropped: drop.kl for drop in result.measured if drop.refitted_kl is None}
+    assert 1 <= len(refitted) <= REFITTED + 1 and all(len(drop.dropped) == 2 for drop in refitted)
+    assert all(plain[drop.dropped] == drop.kl for drop in refitted)
+    assert result.best(2, refitted=True) == min(refitted, key=lambda drop: drop.refitted_kl or 0.0).dropped
+    assert measured(model, tmp_path / "without.json", keep=3, refit=False).measured == [
+        drop for drop in result.measured if drop.refitted_kl is None
+    ]
+
+
+def test_the_best_by_hand() -> None:
+    drops = [MeasuredDrop(dropped=(1,), kl=0.2), MeasuredDrop(dropped=(2,), kl=0.3), MeasuredDrop(dropped=(3,), kl=0.1)]
+    after = [drops[0].model_copy(update={"refitted_kl": 0.05}), drops[2].model_copy(update={"refitted_kl": 0.07})]
+    result = MeasuredDepth(checkpoint="", data="", tokens=1, measured=drops + after)
+    assert result.best(1) == (3,) and result.best(1, refitted=True) == (1,)
+    assert MeasuredDepth(checkpoint="", data="", tokens=1, measured=drops).best(1, refitted=True) == (3,)
+
+
+def test_folds_of_what_the_refit_sees() -> None:
+    one = [Part("a", half) for half in (0, 0, 0, 1, 1)]
+    assert [fold.tolist() for fold in folds_of_seen(one)] == [
+        [True, False, True, False, False],
+        [False, True, False, False, False],
+    ]
+    two = [Part("a", 0), Part("a", 1), Part("b", 0)]
+    assert [fold.tolist() for fold in folds_of_seen(two)] == [[True, False, False], [False, False, True]]
+    assert folds_of_seen([Part("a", 0), Part("a", 1)]) == []

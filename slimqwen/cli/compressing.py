@@ -186,10 +186,16 @@ def measure_depth(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("depth.json"),
-    samples: Annotated[int, typer.Option(min=1, help="Sequences to measure on, spread evenly over the sources.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences to measure on, spread evenly over the sources.")] = 32,
     shortlist: Annotated[
         int, typer.Option(min=1, help="Layers to try in each round: those with the least block influence.")
     ] = 8,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit/--no-refit", help="Refit what the best sets leave, as `slimqwen repair` will, and choose by that."
+        ),
+    ] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
     sequence_length: SequenceLength = 256,
     memory_budget: Annotated[str, typer.Option(metavar="SIZE", help="Memory for activations.")] = "2GB",
@@ -204,7 +210,7 @@ def measure_depth(
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.bytesize import bytes_of
-    from slimqwen.planning.measured_depth import measure_depth as run_stage
+    from slimqwen.depth.measure import measure_depth as run_stage
     from slimqwen.recipe import Target
     from slimqwen.recipe_file import load_recipe
 
@@ -219,6 +225,7 @@ def measure_depth(
         num_hidden_layers=layers,
         samples=samples,
         shortlist=shortlist,
+        refit=refit,
         batch_size=batch_size,
         sequence_length=sequence_length,
         memory_budget_bytes=bytes_of(memory_budget),

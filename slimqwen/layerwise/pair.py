@@ -104,7 +104,7 @@ class Pair:
             Stream(checkpoint, self.rows, allotment, self.dtype, self.device)
             for checkpoint, allotment in zip((self.student, self.teacher), self._allotments, strict=True)
         )
-        return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection)
+        return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection.after)
 
     def announce(self, folder: Path, title: str, scratch_sizes: int = 0) -> None:
         """Say what the work will take. Raises StageFailed where the disk is too small.

@@ -5,7 +5,7 @@ where the teacher's stream is after the same layer. So a layer also makes up for
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from slimqwen.artifacts import atomic_folder
+from slimqwen.families.family import Block
 from slimqwen.layerwise.courses import Course, courses
-from slimqwen.layerwise.projection import Projection
 from slimqwen.layerwise.stream import Stream
 from slimqwen.progress import Progress
 
@@ -29,8 +29,8 @@ class Target:
     teacher_stream: the teacher's as it is, float32 [rows, seq, teacher's hidden], without the norm that may follow.
     """
 
-    def __init__(self, teacher_stream: Tensor, projection: Projection, course: Course) -> None:
-        self.teacher_stream, self._project = teacher_stream, projection.after(course.teacher_block)
+    def __init__(self, teacher_stream: Tensor, project: Callable[[Tensor], Tensor]) -> None:
+        self.teacher_stream, self._project = teacher_stream, project
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """Of some of the text's rows, float32 [rows, seq, hidden]."""
@@ -76,10 +76,16 @@ class LayerChange(Protocol):
 class SideBySide:
     """The walk: every layer of the student is changed, on its own stream, towards the teacher's.
 
-    projection: makes the student's targets of the teacher's stream.
+    projection: what makes of the teacher's stream after one of its blocks the student's target (`Projection.after`).
     """
 
-    def __init__(self, student: Stream, teacher: Stream, kept_layers: Sequence[int], projection: Projection) -> None:
+    def __init__(
+        self,
+        student: Stream,
+        teacher: Stream,
+        kept_layers: Sequence[int],
+        projection: Callable[[Block], Callable[[Tensor], Tensor]],
+    ) -> None:
         self._student, self._teacher, self._projection = student, teacher, projection
         self._tokens = math.prod(student.shape[:2])
         self._courses = courses(student.steps, teacher.steps, kept_layers)
@@ -111,7 +117,7 @@ class SideBySide:
             if step is not course.teacher[-1]:
                 self._teacher.normed(step, theirs)
         ours = self._begin(self._student, before, after, STUDENT)
-        change(course, ours, Target(theirs, self._projection, course), after, before, progress)
+        change(course, ours, Target(theirs, self._projection(course.teacher_block)), after, before, progress)
         self._student.normed(course.student, ours)
         self._teacher.normed(course.teacher[-1], theirs)
 

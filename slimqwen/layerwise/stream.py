@@ -1,7 +1,9 @@
 """A model walked layer by layer, and the text's hidden states on their way through it, which lie in a file."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +48,17 @@ class Stream:
         self.steps = steps_of(self.model)
         self.shape = (len(tokens), tokens.shape[1] - 1, checkpoint.config["hidden_size"])
         self._allotment, self._dtype, self.device = allotment, dtype, device
+
+    def without(self, layers: Collection[int]) -> "Stream":
+        """The same model without some of its decoder layers, and without its MTP module."""
+        other = copy(self)
+        decoder = [step for step in self.steps if step.number is not None]
+        other.steps = [step for step in decoder if step.number not in layers]
+        if other.steps[-1] is not decoder[-1]:  # what follows the last layer follows the last that is left
+            after = [block for block in decoder[-1].blocks if block.layer is None]
+            last = other.steps[-1]
+            other.steps[-1] = replace(last, blocks=[*last.blocks, *after], norm=decoder[-1].norm)
+        return other
 
     def weights_of(self, step: Step) -> AbstractContextManager[None]:
         return weights_of(step.blocks, self.model, self.checkpoint, self._dtype, self.device, Stopwatch())

@@ -74,6 +74,7 @@ def choose(
         similarity=torch.tensor(scores.layer_similarity, dtype=torch.float64),
         block_influence=torch.tensor(scores.layer_block_influence, dtype=torch.float64),
         measured=measured_depth,
+        refitted=pruning.experts.refit,
         must_keep_one_of=source.family.attention_layers(source.config),
     )
     keep, basis = size_of(target.hidden_size), None

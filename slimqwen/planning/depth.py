@@ -1,6 +1,6 @@
 """Which decoder layers stay (method.md section 2)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from slimqwen.errors import UserError
@@ -20,6 +20,7 @@ def kept_layers(
     similarity: "Tensor | None" = None,
     block_influence: "Tensor | None" = None,
     measured: "MeasuredDepth | None" = None,
+    refitted: bool = False,
     must_keep_one_of: Collection[int] | None = None,
 ) -> list[int]:
     """The `keep` of `num_layers` layers that stay, in ascending order. N = num_layers - keep layers go:
@@ -28,7 +29,8 @@ def kept_layers(
     - 'similarity': the run l*..l*+N-1 that starts at l* = argmax of `similarity` `[layers]`, over the starts whose run
       fits.
     - 'block_influence': the N lowest of `block_influence` `[layers]`.
-    - 'measured': those without which the KL to the whole model is smallest, of what was `measured`.
+    - 'measured': those without which the KL to the whole model is smallest, of what was `measured`; of what was `refitted` after it, if
+      what is left will be.
 
     On a tie the later layer (or run) goes. `must_keep_one_of` are the full-attention layers: a stack without any
     does not run (formats.md section 2), so one of them must stay. Where none would, 'block_influence' keeps the
@@ -41,17 +43,13 @@ def kept_layers(
 
     if criterion == "measured":
         assert measured is not None
-        dropped = measured.best(num_layers - keep)
+        dropped = measured.best(num_layers - keep, refitted=refitted)
         return [layer for layer in range(num_layers) if layer not in dropped]
 
     if criterion == "block_influence":
         assert block_influence is not None and len(block_influence) == num_layers
-        influences = block_influence.tolist()
-        ranked = sorted(range(num_layers), key=lambda layer: -influences[layer])  # stable: the earlier layer wins a tie
-        kept = ranked[:keep]
-        if must_keep_one_of and not set(must_keep_one_of) & set(kept):
-            kept[-1] = next(layer for layer in ranked if layer in must_keep_one_of)
-        return sorted(kept)
+        dropped = least_influential(block_influence.tolist(), num_layers - keep, must_keep_one_of or ())
+        return [layer for layer in range(num_layers) if layer not in dropped]
 
     if criterion == "similarity":
         assert similarity is not None and len(similarity) == num_layers
@@ -68,3 +66,15 @@ def kept_layers(
             "keep more layers, or use 'block_influence', which always keeps one."
         )
     return kept
+
+
+def least_influential(influence: Sequence[float], count: int, must_keep_one_of: Collection[int]) -> tuple[int, ...]:
+    """The `count` layers with the lowest block influence, in ascending order; on a tie the later one.
+
+    Where none of `must_keep_one_of` would stay, the highest-scored of them takes the place of the lowest-scored layer that would.
+    """
+    ranked = sorted(range(len(influence)), key=lambda layer: -influence[layer])  # stable: the earlier layer wins a tie
+    kept = ranked[: len(ranked) - count]
+    if must_keep_one_of and not set(must_keep_one_of) & set(kept):
+        kept[-1] = next(layer for layer in ranked if layer in must_keep_one_of)
+    return tuple(sorted(set(ranked) - set(kept)))

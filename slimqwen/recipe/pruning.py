@@ -43,7 +43,7 @@ class CalibrationRecipe(Section):
         1024, description="Sequences to measure on (the paper: 1,024), spread evenly over the sources."
     )
     depth_samples: PositiveInt = Field(
-        16, description="With `depth: measured`: sequences to measure on what leaving layers out does."
+        32, description="With `depth: measured`: sequences to measure on what leaving layers out does."
     )
     batch_size: PositiveInt = Field(
         8, description="Sequences per forward pass. Changes speed and memory, not the result."

@@ -28,12 +28,13 @@ class Refit:
     """Refits the networks of a layer that is not where the teacher is.
 
     folds: what is left out, bool [rows], to see how far a refit is to be trusted on text that it has not seen
-    (`refit.trusted_share`).
+    (`refit.trusted_share`). unseen: rows that nothing is fitted on and no fold has, bool [rows], to measure the result on.
     """
 
-    def __init__(self, student: Stream, folds: Sequence[Tensor] = ()) -> None:
+    def __init__(self, student: Stream, folds: Sequence[Tensor] = (), unseen: Tensor | None = None) -> None:
         self._student = student
         self._folds = [left_out.repeat_interleave(student.shape[1]) for left_out in folds]
+        self._seen = None if unseen is None else ~unseen.repeat_interleave(student.shape[1])
         self._tokens = math.prod(student.shape[:2])
 
     def passes(self, _course: Course) -> int:
@@ -88,15 +89,19 @@ class Refit:
             (folder / SCRATCH).unlink()
             progress.advance(self._tokens * (SWEEPS + len(self._folds)))
             return "0, left as it is"
+        seen = networks if self._seen is None else [network.on(self._seen) for network in networks]
         agreements = []
         for left_out in self._folds:
-            agreements.append(agreement(networks, matrices, target, scratch, left_out, ridge=RIDGE, sweeps=SWEEPS))
+            agreements.append(agreement(seen, matrices, target, scratch, left_out, ridge=RIDGE, sweeps=SWEEPS))
             progress.advance(self._tokens)
-        (folder / SCRATCH).unlink()
-        for sweep, _ in enumerate(refit(networks, matrices, target, ridge=RIDGE, sweeps=SWEEPS)):
+        residual = target if self._seen is None else scratch.copy_(target)
+        for sweep, _ in enumerate(refit(seen, matrices, residual, ridge=RIDGE, sweeps=SWEEPS)):
             progress.advance(self._tokens if sweep else 0)
         share = trusted_share(agreements)
         if share < 1:
-            take_share(networks, matrices, start, target, share)
+            take_share(seen, matrices, start, residual, share)
+        if residual is scratch:
+            subtract_answers(networks, matrices, target)
+        (folder / SCRATCH).unlink()
         before, after = (math.sqrt(error / wanted) if wanted else 0.0 for error in (missing, squared_norm(target)))
         return f"{before:.3f} to {after:.3f}" + (f" ({share:.2f} of the refit)" if share < 1 else "")

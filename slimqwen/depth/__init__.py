@@ -1,0 +1,1 @@
+"""Which layers can go, measured by leaving them out."""
