@@ -28,6 +28,7 @@ from slimqwen.distillation.metrics import forget_stages_after
 from slimqwen.distillation.trainer import Span
 from slimqwen.errors import UserError
 from slimqwen.evaluation.benchmark_results import Benchmarks
+from slimqwen.evaluation.kept import check_kept_folder
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
 from slimqwen.preflight import Stage, announce, announce_text, check, check_heldout, stages_of
@@ -73,6 +74,7 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
 
 def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
     pipeline.steps.check(pipeline.outputs())
+    check_kept_folder(recipe.run_dir / "evaluation.json")
     pipeline.steps.begin(recipe)
     with pipeline.steps.warned("recipe", fingerprint_value(recipe.model_dump(mode="json"))):
         announce(recipe, pipeline.source, pipeline.stages)

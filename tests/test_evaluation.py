@@ -20,6 +20,7 @@ from slimqwen.errors import StageFailed, UserError
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
+from slimqwen.evaluation.kept import kept_folder
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.families import Config, family_of
 from slimqwen.families.count import count
@@ -464,3 +465,114 @@ def test_what_is_not_an_evaluation(student, tokens, tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=rf"is not an evaluation of slimqwen.evaluation/1 \(.*{where}"):
             Evaluation.load(path)
+
+
+# What is kept of each model
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[str]:
+    """The titles under which a model was run over the text, as they come."""
+    titles: list[str] = []
+
+    def watch(model, family, config, rows, *, batch_size, title):
+        titles.append(title)
+        return record(model, family, config, rows, batch_size=batch_size, title=title)
+
+    monkeypatch.setattr("slimqwen.evaluation.evaluate.record", watch)
+    return titles
+
+
+def test_an_interrupted_evaluation_goes_on_after_the_models_that_are_measured(
+    teacher, student, tokens, tmp_path, recorded, monkeypatch, capsys
+):
+    models = {"teacher": teacher, "student": student}
+    undisturbed = run(models, tmp_path / "undisturbed" / "evaluation.json", tokens)
+    assert recorded == ["evaluate teacher", "evaluate student"]
+    out = tmp_path / "here" / "evaluation.json"
+
+    original = continue_greedily
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # the first is the teacher's
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slimqwen.evaluation.evaluate.continue_greedily", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(models, out, tokens)
+    assert not out.exists()
+    recorded.clear()
+    again = run(models, out, tokens)
+    assert recorded == ["evaluate student"]  # the teacher is not run again, for its numbers or for what it said
+    assert again == undisturbed  # to the bit: the hidden states are kept in the dtype that they were computed in
+    assert "evaluate teacher: measured already" in capsys.readouterr().err
+
+
+def test_one_model_more_is_all_that_is_measured(teacher, student, tokenizer, tokens, tmp_path, recorded):
+    out = tmp_path / "evaluation.json"
+    first = run({"teacher": teacher, "student": student}, out, tokens)
+    other = write_checkpoint(tmp_path / "other", initialise(CONFIG, seed=3), CONFIG, tokenizer)
+    moved = shutil.copytree(student, tmp_path / "moved")
+    recorded.clear()
+    second = run({"teacher": teacher, "student": moved, "other": other}, out, tokens)
+    assert recorded == ["evaluate other"]
+    assert second.models["teacher"] == first.models["teacher"]
+    assert second.models["student"] == first.models["student"].model_copy(update={"checkpoint": str(moved)})
+
+    fresh = run({"teacher": teacher, "other": other}, tmp_path / "fresh" / "evaluation.json", tokens)
+    assert second.models["other"] == fresh.models["other"]
+
+    # Other text to measure on, another context or other teacher: everything anew.
+    for options in ({"recipe": RECIPE.model_copy(update={"tokens": 32})}, {"teacher": "student"}, {"teacher": None}):
+        recorded.clear()
+        run({"teacher": teacher, "student": student}, out, tokens, **options)
+        assert len(recorded) == 2
+    recorded.clear()
+    run({"teacher": teacher, "student": student}, out, tokens)
+    assert recorded == []  # what was measured first is still there
+
+
+def test_what_is_kept_is_small_and_the_last_teachers(teacher, student, tokens, tmp_path, recorded, monkeypatch, capsys):
+    out = tmp_path / "evaluation.json"
+    run({"teacher": teacher, "student": student}, out, tokens)
+    (file,) = kept_folder(out).glob("*.safetensors")
+    assert file.stat().st_size < 96 * 32 * 4 + 1024  # tokens x hidden_size float32, and a header
+    run({"teacher": student}, out, tokens)
+    assert not file.exists() and len(list(kept_folder(out).glob("*.safetensors"))) == 1
+
+    # A damaged file is no reason to stop, nor is a teacher of which too much would be kept.
+    for file in kept_folder(out).iterdir():
+        if file.is_file() and file.name != ".slimqwen":
+            file.write_bytes(file.read_bytes()[:200])
+    run({"teacher": student, "other": teacher}, out, tokens)
+    monkeypatch.setattr("slimqwen.evaluation.kept.LARGEST_RECORDING_BYTES", 100)
+    elsewhere = tmp_path / "elsewhere" / "evaluation.json"
+    run({"teacher": teacher}, elsewhere, tokens)
+    assert not list(kept_folder(elsewhere).glob("*.safetensors"))
+    assert "is not kept: another call runs the teacher again" in capsys.readouterr().err
+    recorded.clear()
+    run({"teacher": teacher, "student": student}, elsewhere, tokens)
+    assert recorded == ["evaluate student: the teacher first", "evaluate student"]
+
+
+def test_a_folder_of_the_users_in_the_place_of_what_is_kept_is_refused(teacher, tokens, tmp_path, recorded):
+    out = tmp_path / "evaluation.json"
+    kept_folder(out).mkdir()
+    (kept_folder(out) / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and was not written by slimqwen"):
+        run({"teacher": teacher}, out, tokens)
+    assert recorded == [] and (kept_folder(out) / "notes.txt").read_text() == "mine"
+
+
+def test_nothing_is_left_beside_a_result_that_was_not_reached(teacher, tokenizer, tokens, tmp_path):
+    model = initialise(CONFIG, seed=1)
+    with torch.no_grad():
+        model.head[0, 0] = math.nan
+    broken = write_checkpoint(tmp_path / "broken", model, CONFIG, tokenizer)
+    with pytest.raises(StageFailed):
+        run({"broken": broken}, tmp_path / "place" / "evaluation.json", tokens, teacher=None)
+    assert not (tmp_path / "place").exists()

@@ -33,7 +33,7 @@ LEFT = {
     "teacher-cache": FILES_STAY,
     "calibrate": "nothing is left half written; the same command continues where it measures layer by layer, and else starts again.",
     "plan": "nothing is left half written; the same command starts again, after what --work holds of a search.",
-    "evaluate": "nothing is left half written; the same command starts again, after the benchmarks that are finished.",
+    "evaluate": "the models and the benchmarks that are finished stay measured: the same command continues with the next.",
     "check": NOTHING_WRITTEN,
     "generate": NOTHING_WRITTEN,
     "bench": NOTHING_WRITTEN,

@@ -65,6 +65,9 @@ def evaluate(
 
     acc_k: share of positions at which the first k + 1 drafts of the MTP module are all accepted. tokens/pass: what a forward
     pass yields in real speculative decoding, as `slimqwen generate` does it, on four held-out prompts; 1 without drafting.
+
+    Each model's numbers, and the teacher's hidden states on the text, are kept beside --out in a hidden folder: interrupted, or
+    given with one model more, the same command measures only what is not there yet.
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.evaluation.evaluate import evaluate as run_stage

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from slimqwen.artifacts import makes_file, write_json
+from slimqwen.artifacts import fingerprint, makes_file, write_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.packed import bin_path
 from slimqwen.data.store import TokenManifest, check_vocabulary, load_manifest
@@ -17,13 +17,14 @@ from slimqwen.errors import StageFailed, UserError, did_you_mean
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
 from slimqwen.evaluation.breakdown import Breakdown, breakdown, token_ranks
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
+from slimqwen.evaluation.kept import KeptRecording, keep_numbers, kept_folder
 from slimqwen.evaluation.result import FORMAT, Evaluation, ModelEvaluation, Sample
 from slimqwen.families.count import count
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.modeling.device import resolve_device, resolve_dtype
 from slimqwen.modeling.model import MtpCausalLM, load
-from slimqwen.progress import Progress
+from slimqwen.progress import Progress, say
 from slimqwen.recipe import DocumentBoundaries, EvaluationRecipe
 
 LARGEST_LOSS = 700.0  # e^710 is beyond float64
@@ -46,7 +47,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure checkpoints on the same held-out text and write `out`, a JSON file (`Evaluation`).
 
-    One model is in memory at a time; of the teacher its final hidden states and lm_head stay for the comparisons.
+    One model is in memory at a time; of the teacher its final hidden states and lm_head stay for the comparisons. What is
+    measured of a model is written at once into a hidden folder beside `out` (`kept`), the teacher's hidden states too: given
+    again, after an interruption or with other models, only what is not there yet is measured.
 
     Args:
         models: name -> checkpoint folder, all over the same vocabulary.
@@ -72,10 +75,20 @@ def evaluate(
         documents=documents,
         device=device,
         dtype=dtype,
+        keep=kept_folder(out),
     )
-    evaluations = {
-        name: examination.of(name, checkpoint, f"{title} {name}") for name, checkpoint in checkpoints.items()
-    }
+    evaluations = {}
+    with keep_numbers(out, examination.made_from) as kept:
+        examination.forget_other_recordings()
+        for name, checkpoint in checkpoints.items():
+            identity = checkpoint.fingerprint()
+            numbers = kept.find(identity)
+            if numbers is None:
+                numbers = examination.of(name, checkpoint, f"{title} {name}")
+                kept.keep(identity, numbers)
+            else:
+                say(f"{title} {name}: measured already")
+            evaluations[name] = numbers.model_copy(update={"checkpoint": str(checkpoint.folder)})
     predicted, _ = count_targets(examination.rows.tokens, examination.rows.mask)
     evaluation = Evaluation(format=FORMAT, tokens=predicted, sequence_length=sequence_length, models=evaluations)
     write_json(out, evaluation.model_dump(mode="json"))
@@ -85,7 +98,8 @@ def evaluate(
 class Examination:
     """The held-out text and prompts that models are measured on, one after another, and what the teacher says of them.
 
-    like: a checkpoint with the vocabulary and the tokenizer that all of them share. The other arguments are those of
+    like: a checkpoint with the vocabulary and the tokenizer that all of them share. keep: a folder in which the teacher's
+    hidden states stay, so that another process need not run it (`kept.KeptRecording`). The other arguments are those of
     `evaluate`. Raises UserError where the text does not suffice.
     """
 
@@ -100,6 +114,7 @@ class Examination:
         documents: DocumentBoundaries = "packed",
         device: str = "auto",
         dtype: str = "auto",
+        keep: Path | None = None,
     ) -> None:
         self.rows = heldout_rows(tokens, sequence_length, recipe.tokens, documents)
         self._teacher = teacher
@@ -114,23 +129,56 @@ class Examination:
         prompts = heldout_prompts(tokens, recipe.acceptance_prompts, recipe.acceptance_prompt_tokens)
         self._prompts = prompts.to(self._device)
         self._teachers_recording: Recording | None = None
+        text_settings = {
+            "tokens": fingerprint(tokens),
+            "sequence_length": sequence_length,
+            "documents": documents,
+            "dtype": str(self._dtype),
+            "device": self._device.type,
+            "teacher": None if teacher is None else teacher.fingerprint(),
+        }
+        # What numbers depend on beside the model; how many sequences are computed at once is rounding.
+        self.made_from = text_settings | {"evaluation": recipe.model_dump(mode="json", exclude={"batch_size"})}
+        recorded_from = text_settings | {"measured_tokens": recipe.tokens}
+        self._kept = None if keep is None or teacher is None else KeptRecording(keep, recorded_from)
 
     @torch.inference_mode()
     def of(self, name: str, checkpoint: Checkpoint, title: str) -> ModelEvaluation:
         """The numbers of one model. Raises StageFailed where its loss is not finite."""
         is_teacher = self._teacher is not None and checkpoint.folder == self._teacher.folder
         if self._teacher is not None and self._teachers_recording is None and not is_teacher:
-            self._teachers_recording = self._record(self._teacher, f"{title}: the teacher first")[1]
+            self._teachers_recording = self._kept_recording(self._teacher)
+            if self._teachers_recording is None:
+                self._teachers_recording = self._record(self._teacher, f"{title}: the teacher first")[1]
+                self._keep(self._teachers_recording)
         model, recording = self._record(checkpoint, title)
         if is_teacher:
             self._teachers_recording = recording
         means = compare(recording, self._teachers_recording, title=f"{title}: losses")
         _check_loss(name, checkpoint.folder, means["lm"])
+        if is_teacher:
+            self._keep(recording)
         acceptance, sample = _generate(model, self._tokenizer, self._prompts, self._recipe, title)
         yielded = _speculate(model, self._prompts, self._recipe, f"{title}: speculative decoding")
         del model
         where = breakdown(recording, self._sequence_length, self._ranks, title=f"{title}: where the loss is")
         return _summary(checkpoint, self._manifest, means, where, recording.utilisation, acceptance, yielded, sample)
+
+    def forget_other_recordings(self) -> None:
+        """Remove what was kept in the folder of another teacher, or on other text."""
+        if self._kept is not None:
+            self._kept.forget_others()
+
+    def _keep(self, recording: Recording) -> None:
+        """Write what the teacher said, for other processes."""
+        if self._kept is not None:
+            self._kept.keep(recording)
+
+    def _kept_recording(self, teacher: Checkpoint) -> Recording | None:
+        """What an earlier process recorded of the teacher."""
+        if self._kept is None:
+            return None
+        return self._kept.find(teacher, self.rows, self._recipe.batch_size, self._dtype, self._device)
 
     def _record(self, checkpoint: Checkpoint, title: str) -> tuple[MtpCausalLM, Recording]:
         model = load(checkpoint.folder, self._dtype, self._device)

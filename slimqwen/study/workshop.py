@@ -149,6 +149,7 @@ class Workshop:
                 documents=recipe.data.documents,
                 device=recipe.device,
                 dtype=recipe.dtype,
+                keep=self.folder / "teacher",
             )
 
         def of(path: Path, number: int) -> ModelEvaluation:

@@ -1,0 +1,171 @@
+"""What was measured, kept beside the result as soon as it is there: each model's numbers, and what the teacher said.
+
+Everything is known by the content that it depends on, so an interrupted evaluation goes on where it was, and one with
+another model more measures that one only.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+from slimqwen.artifacts import (
+    atomic_file,
+    check_replaceable,
+    claim_folder,
+    discard,
+    fingerprint_value,
+    is_marked,
+    write_json,
+)
+from slimqwen.bytesize import bytes_in_words
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.stream import Batch
+from slimqwen.distillation.loss import align
+from slimqwen.evaluation.fidelity import Recording
+from slimqwen.evaluation.result import ModelEvaluation
+from slimqwen.modeling.arithmetic import arithmetic, warn_of_other_arithmetic
+from slimqwen.modeling.device import aligned
+from slimqwen.modeling.model import weightless
+from slimqwen.progress import say
+from slimqwen.teacher_cache.predict import head_name
+
+REVISION = 1  # raised when the same model on the same text gets other numbers: what was kept before is measured again
+LARGEST_RECORDING_BYTES = 2_000_000_000  # 0.5M tokens of a bfloat16 teacher of hidden_size 2048; more is made again
+FORMAT = "slimqwen.hidden/1"
+HIDDEN = "hidden"
+
+
+class _Measured(BaseModel):
+    """One model's numbers, in a file of their own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["slimqwen.measured/1"] = "slimqwen.measured/1"
+    key: str
+    arithmetic: dict[str, Any]  # that they were computed with
+    numbers: ModelEvaluation
+
+
+def kept_folder(out: Path) -> Path:
+    """The hidden folder beside a result, `.evaluation.json.measured`."""
+    return out.parent / f".{out.name}.measured"
+
+
+def check_kept_folder(out: Path) -> None:
+    """Raise UserError where something that is not ours has the folder's name."""
+    check_replaceable(kept_folder(out))
+
+
+@contextmanager
+def keep_numbers(out: Path, made_from: Mapping[str, Any]) -> Iterator["KeptNumbers"]:
+    """Hold the folder beside `out`; where nothing came to lie in it, it goes again. made_from: as in `KeptNumbers`.
+
+    Raises UserError where the folder's name is taken by something that is not ours.
+    """
+    folder = kept_folder(out)
+    check_kept_folder(out)
+    claim_folder(folder, fingerprint_value(FORMAT))
+    try:
+        yield KeptNumbers(out, made_from)
+    finally:
+        if all(name.startswith(".") for name in os.listdir(folder)):
+            discard(folder)
+
+
+class KeptNumbers:
+    """The numbers of the models that were measured for the result `out`, by what each depends on.
+
+    made_from: what the numbers of every model depend on beside the checkpoint.
+    """
+
+    def __init__(self, out: Path, made_from: Mapping[str, Any]) -> None:
+        self._folder = kept_folder(out)
+        self._out = out
+        self._made_from = {"slimqwen": version("slimqwen"), "revision": REVISION, **made_from}
+        self._has_compared = False
+
+    def find(self, checkpoint: str) -> ModelEvaluation | None:
+        """The numbers of a checkpoint of this fingerprint; None where there are none that can be read."""
+        key, file = self._place(checkpoint)
+        try:
+            found = _Measured.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError):  # damaged: measured again
+            return None
+        if found.key != key:
+            return None
+        if not self._has_compared and found.arithmetic != arithmetic():
+            self._has_compared = True
+            warn_of_other_arithmetic(found.arithmetic, f"the measuring for {self._out}")
+        return found.numbers
+
+    def keep(self, checkpoint: str, numbers: ModelEvaluation) -> None:
+        """Write the numbers of a checkpoint of this fingerprint."""
+        key, file = self._place(checkpoint)
+        write_json(file, _Measured(key=key, arithmetic=arithmetic(), numbers=numbers).model_dump(mode="json"))
+
+    def _place(self, checkpoint: str) -> tuple[str, Path]:
+        key = fingerprint_value({**self._made_from, "checkpoint": checkpoint})
+        return key, self._folder / f"{key[:16]}.json"
+
+
+class KeptRecording:
+    """What the KL needs of the teacher: its final hidden states, `folder/teacher-KEY.safetensors`; lm_head is the checkpoint's.
+
+    That is tokens x hidden_size numbers in the dtype that is computed with: 268 MB for 65,536 tokens of a bfloat16 teacher of
+    hidden_size 2048, where its distributions over a vocabulary of 152k would be 20 GB. More than `LARGEST_RECORDING_BYTES` is
+    not kept. made_from: what the hidden states depend on, the teacher too.
+    """
+
+    def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._key = fingerprint_value({"slimqwen": version("slimqwen"), "revision": REVISION, **made_from})
+        self._file = folder / f"teacher-{self._key[:16]}.safetensors"
+
+    def find(
+        self, teacher: Checkpoint, rows: Batch, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> Recording | None:
+        """What was recorded, cut into batches, as far as `compare` needs it of a teacher; None where it is not kept."""
+        if not is_marked(self._file):
+            return None
+        count, length = rows.tokens[:, 1:].shape
+        shape = (count * length, teacher.config["hidden_size"])
+        try:
+            hidden = load_file(self._file).get(HIDDEN)
+        except Exception:  # whatever safetensors raises on a damaged file: it is recorded again
+            return None
+        if hidden is None or hidden.shape != shape or hidden.dtype != dtype:
+            return None
+        parts = hidden.to(device).view(count, length, -1).split(batch_size)
+        batches = rows.to(device).split(batch_size)
+        head = teacher.read(head_name(teacher, weightless(teacher, dtype, device)))
+        return Recording(
+            [align(batch.tokens, part, mask=batch.mask) for batch, part in zip(batches, parts, strict=True)],
+            aligned(head.to(device, dtype)),
+            utilisation={},
+        )
+
+    def keep(self, recording: Recording) -> None:
+        """Write what was recorded, unless it is too large; that is said."""
+        size = sum(said.hidden.nbytes for said in recording.predictions)
+        if size > LARGEST_RECORDING_BYTES:
+            say(
+                f"what the teacher said takes {bytes_in_words(size)} and is not kept: another call runs the teacher again, for "
+                "the models that are not measured yet"
+            )
+            return
+        hidden = torch.cat([said.hidden.cpu() for said in recording.predictions])
+        with atomic_file(self._file) as partial:
+            save_file({HIDDEN: hidden}, partial, metadata={"slimqwen": FORMAT})
+
+    def forget_others(self) -> None:
+        """Remove what was kept in the folder of another teacher or text: only the last is of use."""
+        for file in self._folder.glob("teacher-*.safetensors"):
+            if file != self._file and is_marked(file):
+                file.unlink()
