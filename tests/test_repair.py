@@ -304,3 +304,12 @@ def test_the_command(tmp_path: Path, texts: Texts, cut: Cut) -> None:
     assert result.exit_code == 0, result.output
     expected = repaired(cut, texts, tmp_path / "expected")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def test_progress_counts_every_token_once_in_every_layer(
+    tmp_path: Path, texts: Texts, cut: Cut, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repaired(cut, texts, tmp_path / "out")
+    said = [line for line in capsys.readouterr().err.splitlines() if "layer 5/5" in line]
+    done = f"{5 * SAMPLES * SEQUENCE_LENGTH:,}"
+    assert said[-1].startswith(f"repair: {done}/{done} token-layers, ")  # every pass was counted, and none twice
