@@ -10,7 +10,7 @@ from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.announcement import notes_of_length, notes_of_passes
-from slimqwen.data.sources import check_sources, is_mixture, name_of
+from slimqwen.data.sources import check_sources, describe, is_mixture, name_of
 from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.tokenizer import check_tokenizer_files
 from slimqwen.distillation.cached_teacher import check_temperature
@@ -27,10 +27,11 @@ from slimqwen.modeling.kernels import check_expert_sizes
 from slimqwen.modeling.native import check_buildable
 from slimqwen.places import check_apart, inputs_of
 from slimqwen.planning.depth import kept_layers
+from slimqwen.planning.loadable import loadable, refusals_in_words
 from slimqwen.planning.progressive import stage_steps, stage_targets
 from slimqwen.planning.shapes import completed, shape_of, size_of, target_config
 from slimqwen.progress import say
-from slimqwen.recipe import Recipe, Target
+from slimqwen.recipe import BUILTIN_TEACHER, Recipe, Target
 from slimqwen.rotation.mtp import stretches
 from slimqwen.teacher_cache.write import check_teacher
 from slimqwen.warning import warn
@@ -170,6 +171,8 @@ def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:
         tokens = course.tokens(stage.span.end_step) - course.tokens(stage.span.first_step)
         share = after.total_parameters / before.total_parameters
         say(f"stage {stage.number}   {_shape(stage.target, after)} ({share:.1%} of the teacher), {tokens:,} tokens")
+    for note in (*notes_of_serving(source, stages[-1].target), *notes_of_calibration(recipe)):
+        warn(note)
     for note in notes_of_length(config, recipe.data.sequence_length):
         warn(note)
     if course.warmup_steps >= course.total_steps:
@@ -182,6 +185,35 @@ def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:
             f"note: the run ends before distil.batch_size_ramp does, with {course.rows(course.total_steps - 1)} of "
             f"{recipe.distil.batch_size} sequences per step."
         )
+
+
+def notes_of_serving(source: Checkpoint, target: Target) -> list[str]:
+    """A sentence for each engine that would not load the final shape; which layers go, `plan` knows later."""
+    family, config = source.family, source.config
+    layers = list(range(size_of(target.num_hidden_layers)))
+    cut = target_config(family, config, target, layers)
+    refusals = loadable(family, config, cut, source.layouts, layers=layers).refusals
+    return [
+        f"warning: the result of this run {words} (docs/serving.md; another target may load)."
+        for words in refusals_in_words(refusals)
+    ]
+
+
+def notes_of_calibration(recipe: Recipe) -> list[str]:
+    """A sentence where the weights are refitted by text of one source alone, and what to do about it.
+
+    Not of the built-in teacher, which has read nothing else.
+    """
+    pruning, sources = recipe.pruning, recipe.calibration.sources or recipe.data.sources
+    learns = pruning.repair or pruning.experts.refit
+    if len(sources) != 1 or not learns or recipe.init == "random" or recipe.teacher == BUILTIN_TEACHER:
+        return []
+    name = next(iter(recipe.calibration.sources), None) or describe(recipe.data.sources[0])
+    return [
+        f"note: what stays is chosen, and its weights are refitted, by one source of text ({name}): part of what that wins is lost on "
+        "text of other kinds. Where the model is for several, give calibration.sources a folder of `slimqwen tokens` for each, "
+        "or data.sources one source with a weight for each."
+    ]
 
 
 def _shape(target: Target, counts: Counts) -> str:

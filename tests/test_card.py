@@ -251,3 +251,22 @@ def test_markdown_of_a_text_reads_as_the_text(text: str) -> None:
     assert (span.type, span.content) == ("code_inline", visible(text))
     (fence,) = parser.parse(block(text, "yaml"))
     assert fence.content == visible(text, keep="\n") + "\n"
+
+
+def test_a_model_without_mtp_has_no_word_of_it(teacher: Path) -> None:
+    full = an_evaluation()
+    plain = {
+        name: model.model_copy(update={"mtp_parameters": 0, "mtp_acceptance": [], "tokens_per_verification": None})
+        for name, model in full.models.items()
+    }
+    card = model_card(
+        a_recipe(teacher), parentage_of(teacher), full.model_copy(update={"models": plain}), "slimqwen run x.yaml", {}
+    )
+    text = card.partition("## How it was made")[0]
+    for word in ("MTP", "draft", "tokens/pass", "Tokens/pass"):
+        assert word not in text
+    header, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in (header, rule, *rows)} == {9} and len(rows) == 2
+    with_it = model_card(a_recipe(teacher), parentage_of(teacher), full, "x", {}).partition("## How it was made")[0]
+    header, rule, *rows = [line for line in with_it.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in (header, rule, *rows)} == {11} and "MTP module of" in with_it

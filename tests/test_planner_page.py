@@ -111,3 +111,21 @@ def browse(url: str, profile: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_model_without_mtp_and_state_has_no_rows_for_them(tmp_path: Path) -> None:
+    def rows_of(name: str) -> tuple[set[str], str]:
+        family = family_of(FAMILIES_NATIVE[name], "test")
+        page = tmp_path / f"{name}.html"
+        write_planner_page(family, family.normalise(FAMILIES_NATIVE[name]), Target(), page)
+        body = page.read_text().partition("<script")[0]
+        return set(re.findall(r'<tr id="(\w+)">', body)), body
+
+    full, words = rows_of("qwen3_next")
+    assert "MTP module" in words
+    plain, words = rows_of("mixtral")
+    assert full - plain == {"mtp_parameters", "state_bytes"}
+    assert "MTP" not in words and "state" not in words
+    if CHROMIUM is not None:  # the script passes over the rows that are not there
+        dom = browse((tmp_path / "mixtral.html").as_uri(), tmp_path)
+        assert set(re.findall(r'<tr id="(\w+)" data-value="\d+"', dom)) == plain

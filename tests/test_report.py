@@ -351,6 +351,30 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     assert "– |– |" in page.text and "acc_0" not in page.text
 
 
+def test_a_model_without_mtp_has_no_word_of_it(full_page: Page, tmp_path: Path) -> None:
+    assert any("weight of MTP" in script for script in full_page.scripts)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        write_recipe(folder)
+        write_metrics(folder, {"slimqwen": 4.9}, stages=1)
+        results = make_results({"teacher": 0.0, "slimqwen": 0.2})
+        for model in results["models"].values():
+            model |= {"mtp_parameters": 0, "mtp_acceptance": [], "tokens_per_verification": None}
+            model |= {"mtp_loss": None, "mtp_kl_to_teacher": None}
+            del model["expert_utilisation"]["mtp.layers.0"]
+        (folder / "evaluation.json").write_text(json.dumps(results))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        of_mtp = {"mtp_lm", "mtp_kd", "acc_0", "acc_1"}
+        lines = [{key: value for key, value in line.items() if key not in of_mtp} for line in lines]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for page in (Page(report(folders[0])), Page(compare(folders, tmp_path / "comparison.html"))):
+        numbers, _, rest = page.text.partition("Do it again")
+        shown = [numbers, rest.partition("Glossary")[2]]  # not the recipe, whose terms are named so
+        for word in ("MTP", "multi-token", "draft", "acc_", "tokens/pass", "β"):
+            assert not any(word in text for text in shown), word
+        assert not any("weight of MTP" in script for script in page.scripts)
+
+
 def test_lines_cut_short_by_a_kill_are_passed_over(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     write_metrics(tmp_path, {"slimqwen": 4.9}, stages=1)

@@ -6,7 +6,7 @@ import torch
 
 from slimqwen.checkpoint.config import read_config
 from slimqwen.checkpoint.reader import INDEX_FILE, Checkpoint
-from slimqwen.checkpoint.serving import KERNEL_MULTIPLE, expert_parallel, slow_sizes, tensor_parallel
+from slimqwen.checkpoint.serving import size_caveats
 from slimqwen.errors import shown
 
 
@@ -61,16 +61,7 @@ def _of_tokens(checkpoint: Checkpoint, tokens: int | None) -> list[str]:
 def _of_sizes(checkpoint: Checkpoint) -> list[str]:
     """What the sizes and the layer pattern rule out, or make slow."""
     family, config = checkpoint.family, checkpoint.config
-    warnings = []
-    parallel = {"tensor": tensor_parallel(family, config), "expert": expert_parallel(family, config)}
-    for kind, obstacles in parallel.items():
-        for ranks in (2, 4, 8):  # what people have; the other numbers are in the table
-            if obstacles[ranks]:
-                warnings.append(f"{kind} parallel {ranks} does not divide {', '.join(obstacles[ranks])}.")
-    if slow := slow_sizes(family, config):
-        warnings.append(
-            f"{', '.join(slow)}: not a multiple of {KERNEL_MULTIPLE}, which fast kernels and FP8 blocks want."
-        )
+    warnings = size_caveats(family, config)
     if not family.attention_layers(config):
         warnings.append("no layer attends in full: Transformers cannot generate with a cache.")
     note = family.serving_note(config)

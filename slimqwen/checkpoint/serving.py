@@ -2,17 +2,19 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from slimqwen.checkpoint.engines import ENGINES, Engine, Loader, Names
-from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError, did_you_mean, shown
 from slimqwen.families import Config, Family
 from slimqwen.families.axes import Axis, axes_of
 from slimqwen.families.canonical import full_attention_interval, periodic_layer_types
-from slimqwen.families.family import TensorSpec
+from slimqwen.families.family import Layout, TensorSpec
 
 PARALLEL_SIZES = range(1, 9)
 KERNEL_MULTIPLE = 128  # tiles of the fast matrix kernels, and the blocks of FP8 quantisation
@@ -65,6 +67,21 @@ def slow_sizes(family: Family, config: Config) -> list[str]:
     return [f"{field} {config[field]}" for field in KERNEL_FIELDS if field in used and config[field] % KERNEL_MULTIPLE]
 
 
+def size_caveats(family: Family, config: Config) -> list[str]:
+    """What the sizes rule out, or make slow, one sentence each."""
+    caveats = []
+    parallel = {"tensor": tensor_parallel(family, config), "expert": expert_parallel(family, config)}
+    for kind, obstacles in parallel.items():
+        for ranks in (2, 4, 8):  # what people have; the other numbers are in the table
+            if obstacles[ranks]:
+                caveats.append(f"{kind} parallel {ranks} does not divide {', '.join(obstacles[ranks])}.")
+    if slow := slow_sizes(family, config):
+        caveats.append(
+            f"{', '.join(slow)}: not a multiple of {KERNEL_MULTIPLE}, which fast kernels and FP8 blocks want."
+        )
+    return caveats
+
+
 def _shared_evenly(field: str, size: int, ranks: int) -> bool:
     return size % ranks == 0 or (field == KV_FIELD and ranks % size == 0)
 
@@ -79,6 +96,38 @@ def _used_fields(family: Family, config: Config) -> dict[str, tuple[Axis, ...]]:
 
 
 # --- one engine at a time ---------------------------------------------------------------------------------------------
+
+
+class Described(Protocol):
+    """What a loader goes by: a `Checkpoint`, or one that is not there yet (`Unwritten`)."""
+
+    @property
+    def family(self) -> Family: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def has_mtp(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """The checkpoint that a config would have, as a loader would find it."""
+
+    family: Family
+    config: Config
+    specs: Mapping[str, TensorSpec]
+
+    @classmethod
+    def of(cls, family: Family, config: Config, layouts: Mapping[str, Layout] | None = None) -> "Unwritten":
+        """layouts: block name -> how its experts lie; None: as the family's releases have them."""
+        written = family.normalise(family.to_disk(config))
+        return cls(family, written, {spec.name: spec for spec in family.tensors(config, layouts)})
+
+    @property
+    def has_mtp(self) -> bool:
+        return bool(self.config["num_nextn_predict_layers"])
 
 
 class Verdict(BaseModel):
@@ -109,7 +158,7 @@ def chosen_engines(names: Iterable[str]) -> list[Engine]:
     return list(chosen.values())
 
 
-def verdict(engine: Engine, checkpoint: Checkpoint) -> Verdict:
+def verdict(engine: Engine, checkpoint: Described) -> Verdict:
     """Compare a checkpoint's tensors, sizes and config.json with what one engine's loader takes."""
     model_type, config = checkpoint.family.model_type, checkpoint.config
     if model_type not in engine.loaders:
@@ -183,7 +232,7 @@ def _wrong_sizes(loader: Loader, config: Config) -> Iterator[str]:
             yield f"it wants {words[0]} to be {words[1]}"
 
 
-def _mtp_problems(loader: Loader, checkpoint: Checkpoint) -> list[str]:
+def _mtp_problems(loader: Loader, checkpoint: Described) -> list[str]:
     """Why the engine cannot draft with a module that is there; what to know where there is none."""
     if not checkpoint.has_mtp:
         return [loader.without_mtp] if loader.without_mtp else []
@@ -197,7 +246,8 @@ def _mtp_problems(loader: Loader, checkpoint: Checkpoint) -> list[str]:
 
 def _without_place(names: Names, specs: Iterable[TensorSpec], unchecked: Mapping[str, str]) -> list[str]:
     """The tensors that a loader has no place for: the first, and how many more."""
-    lost = [s for s in specs if _starred(s.name) not in names and not s.name.startswith(tuple(unchecked))]
+    known = tuple(unchecked)
+    lost = [s for s in specs if _starred(s.block.prefix, s.pattern) not in names and not s.name.startswith(known)]
     if not lost:
         return []
     first = lost[0]
@@ -207,5 +257,7 @@ def _without_place(names: Names, specs: Iterable[TensorSpec], unchecked: Mapping
     return [f"it has no place for '{first.name}' of shape {list(first.shape)}{more}{advice}"]
 
 
-def _starred(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+@cache
+def _starred(prefix: str, pattern: str) -> str:
+    """A tensor's name with `*` for every number. By block and pattern: an 80B checkpoint has 75,944 names."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", prefix + pattern.format(expert=0))

@@ -165,8 +165,8 @@ def plan(
 ) -> None:
     """Parameters and costs before and after, from the config alone; with statistics, choose what to keep.
 
-    Costs: bytes on disk, KV cache and DeltaNet state, FLOPs, training memory. With --fit, search the shape itself: by
-    arithmetic, or with --tokens by what cutting to it does (docs/search.md).
+    Costs: bytes on disk, KV cache and recurrent state, FLOPs, training memory; and the engines that would not load the result.
+    With --fit, search the shape itself: by arithmetic, or with --tokens by what cutting to it does (docs/search.md).
     """
     from slimqwen.planning.counts import comparison_table
     from slimqwen.planning.footprint import TrainingSettings
@@ -283,6 +283,7 @@ def _plan(
         made.kept_layers,
         context_length=context_length,
         training=training,
+        layouts=source.layouts,
     )
 
 

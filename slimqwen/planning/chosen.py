@@ -67,7 +67,7 @@ def _width(plan: "Plan") -> Iterator[str]:
         if plan.readers and len(plan.sources) == 1:
             yield (
                 f"           on one source of text ('{next(iter(plan.sources))}'): part of what that wins is not there on other text; "
-                "calibrate on several where the model is for several"
+                "where the model is for several, calibrate on a source of each (--tokens given several times, calibration.sources in a recipe)"
             )
     elif 0 < kept < len(plan.scores.hidden):
         yield f"width      {len(plan.scores.hidden)} -> {kept} channels by '{plan.pruning.width}'"

@@ -22,6 +22,7 @@ from slimqwen.families.count import Counts, count, tally
 from slimqwen.planning.budget import QUANTITIES, Budget, parse
 from slimqwen.planning.counts import in_parameters
 from slimqwen.planning.footprint import BYTES_OF, dtype_of
+from slimqwen.planning.loadable import Refusal, loadable, refusals_in_words
 from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
 from slimqwen.terminal import DataTable
@@ -38,8 +39,7 @@ PAPER_CUTS = ((36 / 48, 1536 / 2048, 256 / 512, 1.0, 8 / 10), (20 / 28, 1280 / 2
 FOOTNOTE = (
     "A budget of parameters is met within 3 %, or by what rounds to it as written (2B: 1.5B to 2.5B; 2.0B: 1.94B to 2.06B); "
     "bytes are\nnever exceeded. Whole blocks of layers first; then by distance: how far the sizes are from the paper's "
-    "proportions and the\nnumbers from the budgets (0.1: about 10 % off in one of them). active: with input embedding; "
-    "checkpoint: with MTP."
+    "proportions and the\nnumbers from the budgets (0.1: about 10 % off in one of them). active: with input embedding{mtp}."
 )
 
 
@@ -61,7 +61,10 @@ class Grid:
 
 
 class Candidate(BaseModel):
-    """A shape that meets the budgets. `deviations`: quantity -> actual / budget - 1; `distance`: see `distances`."""
+    """A shape that meets the budgets.
+
+    `deviations`: quantity -> actual / budget - 1; `distance`: see `distances`; `refusals`: the engines that would not load it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,6 +73,7 @@ class Candidate(BaseModel):
     checkpoint_bytes: int
     deviations: dict[str, float]
     distance: float
+    refusals: list[Refusal] = []
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,10 @@ class Feasible:
                 config = target_config(self.family, self.config, completed(self.family, target, self.config))
             except UserError:
                 continue
+            layers = list(range(config["num_hidden_layers"]))
             counted[int(index)] = Candidate(
                 target=target,
+                refusals=loadable(self.family, self.config, config, layers=layers).refusals,
                 counts=count(self.family, config),
                 checkpoint_bytes=int(self.checkpoint_bytes[index]),
                 deviations={quantity: float(values[index]) for quantity, values in self.deviations.items()},
@@ -254,7 +260,8 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
     """The candidates, best first, as text."""
     columns = ("", "layers", "hidden", "experts", "top-k", "expert size", "total", "active", "checkpoint")
     deviations = [f"{quantity.replace('_', ' ')} vs budget" for quantity in candidates[0].deviations]
-    table = DataTable(*columns, *deviations, "distance", left=0)
+    refused = refused_by(candidates)
+    table = DataTable(*columns, *deviations, "distance", *refused[:1], left=0)
     for number, candidate in enumerate(candidates, start=1):
         target = candidate.target
         table.add(
@@ -269,8 +276,25 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
             bytes_in_words(candidate.checkpoint_bytes),
             *(f"{deviation:+.1%}" for deviation in candidate.deviations.values()),
             f"{candidate.distance:.2f}",
+            *refused[number : number + 1],
         )
-    return f"{table.as_text(160)}\n\n{FOOTNOTE}"
+    footnote = FOOTNOTE.format(mtp="; checkpoint: with MTP" if candidates[0].counts.mtp_parameters else "")
+    return f"{table.as_text(160)}\n\n{footnote}{why_refused(candidates)}"
+
+
+def refused_by(candidates: Sequence[Candidate]) -> list[str]:
+    """A column's title and a cell for each candidate, the engines that would not load it; empty where every engine loads them all."""
+    cells = [", ".join(refusal.engine for refusal in candidate.refusals) or "-" for candidate in candidates]
+    return ["does not load in", *cells] if any(candidate.refusals for candidate in candidates) else []
+
+
+def why_refused(candidates: Sequence[Candidate]) -> str:
+    """For below the table: of the first shape that an engine would not load, why; a line for each engine."""
+    first: dict[str, str] = {}
+    for number, candidate in enumerate(candidates, start=1):
+        for refusal, words in zip(candidate.refusals, refusals_in_words(candidate.refusals), strict=True):
+            first.setdefault(refusal.engine, f"\n{number} {words}.")
+    return "".join(first.values())
 
 
 def write_target(candidate: Candidate, path: Path) -> None:

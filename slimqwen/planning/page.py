@@ -45,7 +45,10 @@ def write_planner_page(family: Family, config: Config, target: Target, out: Path
         lstrip_blocks=True,
     )
     page = templates.get_template("planner.html.j2").render(
-        model_type=family.model_type, model=formulas(family, config), start=start(family, config, target)
+        model_type=family.model_type,
+        model=formulas(family, config),
+        start=start(family, config, target),
+        has_state=any(state_elements(family.blocks(config), family.sizes(config)).values()),
     )
     write_text(out, page)
 

@@ -75,6 +75,7 @@ function update() {
   for (const field in shape) document.getElementById(`${field}-value`).textContent = shape[field].toLocaleString("en");
   for (const name in now) {
     const row = document.getElementById(name), units = UNITS[name] || BYTES;
+    if (!row) continue; // what this model does not have has no row
     row.dataset.value = now[name];
     row.dataset.before = before[name];
     row.children[1].textContent = words(before[name], units);

@@ -15,6 +15,14 @@ from slimqwen.reporting.parentage import Parentage
 from slimqwen.reporting.titles import MAIN_RUN, title_of
 from slimqwen.terminal import visible
 
+OF_DRAFTS = f""" MTP acceptance: the share of
+positions at which the first 1, 2, ... drafted tokens are all what the model itself generates greedily; it is measured on each
+model's own continuations, and a model that repeats itself is easy to draft for. Tokens/pass: what a forward pass yields in greedy
+speculative decoding with drafts of {DEFAULT_DRAFT}, on a few prompts; 1 without drafting."""
+OF_MTP = """The MTP module's tensors are in the checkpoint for serving engines; Transformers ignores them.
+
+"""
+
 
 def model_card(
     recipe: Recipe,
@@ -58,7 +66,20 @@ def model_card(
     )
     start = "Pruned from" if recipe.init == "pruned" else "Randomly initialised at a shape cut from"
     training = "with knowledge distillation" if {"kd", "mtp_kd"} & set(recipe.distil.terms) else "on text alone"
-    rows = "\n".join(_row(title_of(name), models[name]) for name in models)
+    drafts = any(model.mtp_acceptance for model in models.values())
+    rows = "\n".join(_row(title_of(name), models[name], drafts) for name in models)
+    columns = [
+        "model",
+        "total",
+        "active",
+        "loss (nats/token)",
+        "perplexity",
+        "bits/byte",
+        "KL to teacher",
+        "top-1 agreement",
+    ]
+    columns += ["MTP acceptance", "tokens/pass"] * drafts
+    apart = f", MTP module of {this.mtp_parameters:,} apart" if this.mtp_parameters else ""
     hashes = "\n".join(f"- {what}: {code(fingerprint)}" for what, fingerprint in made_from.items())
     return f"""---
 {front.to_yaml()}
@@ -66,18 +87,15 @@ def model_card(
 
 # {plain(recipe.name)}
 
-{start} {teacher} to {this.total_parameters:,} parameters ({this.active_parameters:,} active, MTP module of
-{this.mtp_parameters:,} apart) and trained {training} on {recipe.distil.tokens:,} tokens. The method is SlimQwen's
-(arXiv 2605.08738), as implemented by slimqwen.
+{start} {teacher} to {this.total_parameters:,} parameters ({this.active_parameters:,} active{apart})
+and trained {training} on {recipe.distil.tokens:,} tokens. The method is SlimQwen's (arXiv 2605.08738), as implemented by
+slimqwen.
 
-| model | total | active | loss (nats/token) | perplexity | bits/byte | KL to teacher | top-1 agreement | MTP acceptance | tokens/pass |
-|---|---|---|---|---|---|---|---|---|---|
+| {" | ".join(columns)} |
+|{"---|" * len(columns)}
 {rows}
 
-Measured on {evaluation.tokens:,} held-out tokens, sequence length {evaluation.sequence_length}. MTP acceptance: the share of
-positions at which the first 1, 2, ... drafted tokens are all what the model itself generates greedily; it is measured on each
-model's own continuations, and a model that repeats itself is easy to draft for. Tokens/pass: what a forward pass yields in greedy
-speculative decoding with drafts of {DEFAULT_DRAFT}, on a few prompts; 1 without drafting.
+Measured on {evaluation.tokens:,} held-out tokens, sequence length {evaluation.sequence_length}.{OF_DRAFTS * drafts}
 
 {benchmark_table(benchmarks)}## Use
 
@@ -88,9 +106,7 @@ model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 
-The MTP module's tensors (`mtp.*`) are in the checkpoint for serving engines; Transformers ignores them.
-
-## How it was made
+{OF_MTP * bool(this.mtp_parameters)}## How it was made
 
 {code(command)} with this recipe:
 
@@ -155,12 +171,13 @@ def benchmark_table(benchmarks: Benchmarks | None) -> str:
     )
 
 
-def _row(title: str, model: ModelEvaluation) -> str:
+def _row(title: str, model: ModelEvaluation, drafts: bool) -> str:
+    """drafts: whether the table has columns for what MTP modules draft."""
     acceptance = " / ".join(f"{share:.1%}" for share in model.mtp_acceptance) or "-"
     yielded = "-" if model.tokens_per_verification is None else f"{model.tokens_per_verification:.2f}"
     kl = "-" if model.kl_to_teacher is None else f"{model.kl_to_teacher:.4f}"
     agreement = "-" if model.top1_agreement is None else f"{model.top1_agreement:.1%}"
     return (
         f"| {plain(title)} | {model.total_parameters:,} | {model.active_parameters:,} | {model.loss:.4f} | {model.perplexity:.2f} "
-        f"| {model.bits_per_byte:.4f} | {kl} | {agreement} | {acceptance} | {yielded} |"
+        f"| {model.bits_per_byte:.4f} | {kl} | {agreement} |" + f" {acceptance} | {yielded} |" * drafts
     )

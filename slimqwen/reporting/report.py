@@ -33,6 +33,7 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
         recipe=run.recipe,
         recipe_text=run.recipe_text,
         provenance=run.provenance,
+        has_mtp=run.has_mtp,
         subtitle=summary.subtitle(run),
         verdict=summary.verdict(run),
         tiles=summary.tiles(run),

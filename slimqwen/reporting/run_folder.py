@@ -136,6 +136,12 @@ class Run:
     def teacher(self) -> ModelEvaluation | None:
         return self.evaluation.models.get("teacher") if self.evaluation else None
 
+    @property
+    def has_mtp(self) -> bool:
+        """Whether one of its models has a multi-token-prediction module."""
+        models = self.evaluation.models.values() if self.evaluation else ()
+        return any(plan.before.mtp_parameters for plan in self.plans) or any(model.mtp_parameters for model in models)
+
     def kl(self, name: str) -> float | None:
         """KL to the teacher of a model, None where that was not measured."""
         model = self.evaluation.models.get(name) if self.evaluation else None

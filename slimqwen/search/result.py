@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slimqwen.artifacts import write_text
 from slimqwen.planning.counts import in_parameters
-from slimqwen.planning.fit import SEARCHED, Candidate
+from slimqwen.planning.fit import SEARCHED, Candidate, refused_by, why_refused
 from slimqwen.recipe import PruningRecipe, Target
 from slimqwen.terminal import DataTable
 
@@ -67,6 +67,7 @@ def tables(result: SearchResult) -> str:
     """The sensitivities and the shapes, best first, as text."""
     footnote = FOOTNOTE.format(tokens=result.measured_tokens, feasible=result.feasible)
     agreement = f"Prediction and measurement put {result.agreeing_pairs} of the {result.pairs} pairs of measured shapes in the same order."
+    agreement += why_refused([shape.candidate for shape in result.shapes])
     return "\n\n".join((_sensitivities(result).as_text(160), _shapes(result).as_text(160), f"{footnote}\n{agreement}"))
 
 
@@ -92,6 +93,7 @@ def _saved(kl: float, parameters: int) -> tuple[str, str]:
 
 
 def _shapes(result: SearchResult) -> DataTable:
+    refused = refused_by([shape.candidate for shape in result.shapes])
     table = DataTable(
         "",
         "layers",
@@ -104,6 +106,7 @@ def _shapes(result: SearchResult) -> DataTable:
         "predicted KL",
         "measured KL",
         "arithmetic",
+        *refused[:1],
         left=0,
     )
     for number, shape in enumerate(result.shapes, start=1):
@@ -116,5 +119,6 @@ def _shapes(result: SearchResult) -> DataTable:
             f"{shape.predicted_kl:.4f}",
             "-" if shape.measured_kl is None else f"{shape.measured_kl:.4f}",
             str(shape.arithmetic_place),
+            *refused[number : number + 1],
         )
     return table

@@ -108,9 +108,10 @@ def schedules(runs: Mapping[str, Steps], run: str, *, axis: str = "tokens") -> g
     steps = runs[run]
     shown = _thinned(len(steps.tokens))
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1)
+    of_mtp = [("beta", "β, weight of MTP", "#c4620e", 1)] if steps.has("mtp_lm") or steps.has("mtp_kd") else []
     for field, name, colour, row in (
         ("lambda", "λ, weight of KD", "#2271d1", 1),
-        ("beta", "β, weight of MTP", "#c4620e", 1),
+        *of_mtp,
         ("learning_rate", "learning rate", "#2a8767", 2),
     ):
         figure.add_scatter(

@@ -56,7 +56,8 @@ def shapes(run: Run) -> Shapes | None:
         totals=[
             ("Total", before.total_parameters, after.total_parameters),
             ("Active per token", before.active_parameters, after.active_parameters),
-            ("MTP module (counted apart)", before.mtp_parameters, after.mtp_parameters),
+            *[("MTP module (counted apart)", before.mtp_parameters, after.mtp_parameters)]
+            * bool(before.mtp_parameters),
         ],
         chart=Chart.of(
             "Where the parameters are",
