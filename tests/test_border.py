@@ -7,16 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from pydantic import BaseModel
 from tiny import write_tiny_checkpoint
+from typer.main import get_command
 
 from slimqwen.checkpoint.readable import check_companions
-from slimqwen.cli import main
-from slimqwen.cli.command import in_options
+from slimqwen.cli import app, main
+from slimqwen.cli.command import EVERY_STAGE, OPTION_OF, in_options, options_of
 from slimqwen.errors import StageFailed, UserError
 from slimqwen.modeling.device import resolve_device
+from slimqwen.recipe import Recipe
 from slimqwen.regular import read_regular
 from slimqwen.torchrun import local_rank, rank, world_size
 
@@ -290,6 +294,107 @@ OPTIONS = {
 )
 def test_errors_speak_of_the_options_that_were_given(command: str, sentence: str, told: str) -> None:
     assert in_options(sentence, command, OPTIONS) == told
+
+
+# The options of the stage commands that are no field of a recipe: files, and what only the command line has.
+NO_FIELD = {
+    "tokens": {"tokenizer", "out"},
+    "calibrate": {"out", "second_moments"},
+    "measure-depth": {"target", "statistics", "out", "shortlist"},
+    "plan": {
+        "target",
+        "out",
+        "as_json",
+        "context_length",
+        "gpus",
+        "micro_batch_size",
+        "html",
+        "statistics",
+        "pruning",
+        "depth",
+    }
+    | {"stability", "budgets", "align", "pick", "tokens", "work", "shapes"},
+    "prune": {"plan", "out", "shard_size", "layout"},
+    "repair": {"teacher", "plan", "out"},
+    "teacher-cache": {"tokens", "out", "mtp", "sequences"},
+    "distil": {"tokens", "out", "settings", "teacher", "teacher_cache", "steps", "moments", "keep_state", "overrides"},
+    "carry": {"plan", "out"},
+    "evaluate": {"tokens", "teacher", "out", "tasks", "suite", "tasks_dir", "limit", "shots", "batch_size"},
+}
+
+
+def fields_of(model: type[BaseModel]) -> set[str]:
+    """Every field of a recipe, `data.sources.format` those of lists too."""
+    found: set[str] = set()
+    for name, info in model.model_fields.items():
+        found.add(name)
+        kinds = [info.annotation, *get_args(info.annotation)]
+        for kind in (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)):
+            found |= {f"{name}.{inner}" for inner in fields_of(kind)}
+    return found
+
+
+@pytest.mark.parametrize("name", NO_FIELD)
+def test_every_option_that_is_a_field_of_a_recipe_is_named_in_errors(name: str) -> None:
+    """A new option of a stage must be in one of the two tables."""
+    command = get_command(app).commands[name]
+    options = options_of(command)
+    fields = {key: option for key, option in (EVERY_STAGE | OPTION_OF.get(name, {})).items() if option in options}
+    assert NO_FIELD[name] | set(fields.values()) == set(options)
+    assert not NO_FIELD[name] & set(fields.values())
+    assert OPTION_OF.get(name, {}).keys() <= fields.keys() <= fields_of(Recipe)
+    for key, option in fields.items():
+        given = options[option]
+        last = key.rpartition(".")[2]
+        assert in_options(f"{key}: 5 is too much.", name, options) == f"{given} 5 is too much."
+        if key != last:
+            assert in_options(f"lower {key}, or {key} 'x'.", name, options) == f"lower {given}, or {given} 'x'."
+        if "_" in last:
+            assert in_options(f"lower {last}.", name, options) == f"lower {given}."
+
+
+def test_other_stages_fields_stay_as_they_are() -> None:
+    options = options_of(get_command(app).commands["evaluate"])  # --batch-size and --tokens are other things here
+    sentence = "lower distil.batch_size, distil.tokens or calibration.sources: x."
+    assert in_options(sentence, "evaluate", options) == sentence
+    options = options_of(get_command(app).commands["plan"])
+    said = in_options("set pruning.experts.keep_outliers: true and pruning.depth: measured.", "plan", options)
+    assert said == "set experts.keep_outliers: true and depth: measured."
+
+
+def test_what_is_wrong_with_an_option_begins_with_it_or_names_it(
+    slimqwen: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text").mkdir()
+    for number in range(9):
+        (Path("text") / f"{number}.txt").write_text(" ".join(map(str, range(400))))
+    Path("notes.log").write_text("x")
+    made = slimqwen("tokens", "text", "--tokenizer", "builtin", "--out", "tokens", "--workers", "1")
+    assert made.code == 0, made.err
+    tokenize = ("tokens", "text", "--tokenizer", "builtin", "--out", "other", "--workers", "1")
+    calibrate = ("calibrate", "builtin", "--tokens", "tokens")
+    cache = ("teacher-cache", "builtin", "--tokens", "tokens", "--out", "cache")
+    repair = ("repair", "builtin", "--teacher", "builtin", "--tokens", "tokens", "--plan", "p", "--out", "o")
+    for arguments, words in {
+        (*calibrate, "--tokens", "more=tokens", "--samples", "1"): "raise --samples",
+        (*calibrate, "--samples", "99999999999"): "lower --samples",
+        (*calibrate, "--sequence-length", "100000"): "lower --sequence-length",
+        (*calibrate, "--memory-budget", "0GB"): "--memory-budget: '0GB' is not a size",
+        (*calibrate, "--device", "gpu"): "try --device auto",
+        (*repair, "--memory-budget", "much"): "--memory-budget: 'much' is not a size",
+        (*cache, "--shard-size", "0"): "--shard-size: '0' is not a size",
+        (*cache, "--memory-budget", "-1GB"): "--memory-budget: '-1GB' is not a size",
+        (*cache, "--top-k", "9999999"): "--top-k 9,999,999 is more than",
+        ("prune", "builtin", "--plan", "p", "--out", "o", "--shard-size", "5XB"): "--shard-size: '5XB' is not a size",
+        (*tokenize, "--separator", "nope"): "--separator 'nope' is no token",
+        (*tokenize, "--weight", "txt=1"): "--weight is given for 'txt' (did you mean 'text'?)",
+        (*tokenize, "--weight", "text=0"): "the --weight of 'text' must be positive",
+        (*tokenize, "--heldout-fraction", "1.0"): "lower --heldout-fraction",
+        (*tokenize, "--heldout", "notes.log"): "as --format",
+    }.items():
+        result = slimqwen(*arguments)
+        assert result.code == 2 and words in result.err, (arguments, result.err)
 
 
 def test_a_stages_error_names_the_commands_option(slimqwen: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_folds_leave_out_a_source_or_of_one_source_a_half() -> None:
     ignoring = three.folds({"a": 1.0, "b": 0.0, "c": 3.0})
     assert [float(f.left_out["x"] / f.left_out.tokens["main"]) for f in ignoring] == [3 / 20, 48 / 20]
     assert statistics_of(wiki_0=1.0).folds() == []
-    with pytest.raises(UserError, match="source weights leave out"):
+    with pytest.raises(UserError, match=r"pruning\.source_weights leaves out"):
         three.folds({"a": 1.0})
 
 

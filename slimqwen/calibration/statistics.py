@@ -322,10 +322,12 @@ def check_source_weights(weights: Mapping[str, float], sources: Collection[str])
     for name in weights:
         if name not in sources:
             raise UserError(
-                f"source weights name '{name}'{did_you_mean(name, sources)}; the calibration text is {', '.join(sources)}."
+                f"pruning.source_weights names '{name}'{did_you_mean(name, sources)}; the calibration text is {', '.join(sources)}."
             )
     missing = [source for source in sources if source not in weights]
     if missing:
-        raise UserError(f"source weights leave out {', '.join(missing)}: give every source a weight, 0 to ignore it.")
+        raise UserError(
+            f"pruning.source_weights leaves out {', '.join(missing)}: give every source a weight, 0 to ignore it."
+        )
     if min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
-        raise UserError("source weights must be 0 or more, and at least one of them more than 0.")
+        raise UserError("pruning.source_weights must be 0 or more, and at least one of them more than 0.")

@@ -35,10 +35,12 @@ class CalibrationText:
     ) -> None:
         if samples > MOST_SAMPLES:
             raise UserError(
-                f"{samples:,} samples are more than the {MOST_SAMPLES:,} that can be counted: lower samples."
+                f"{samples:,} samples are more than the {MOST_SAMPLES:,} that can be counted: lower calibration.samples."
             )
         if samples < len(sources):
-            raise UserError(f"{samples} samples cannot be spread over {len(sources)} sources: raise samples.")
+            raise UserError(
+                f"{samples} samples cannot be spread over {len(sources)} sources: raise calibration.samples."
+            )
         self._streams: dict[str, RowStream] = {}
         self._rows: dict[str, int] = {}
         manifests = {}

@@ -40,16 +40,49 @@ LEFT = {
     "recipe": NOTHING_WRITTEN,
 }
 
-# Recipe fields whose option has another name; else it is the field's.
-OPTION_OF = {
-    "evaluation.tokens": "measured_tokens",
-    "heldout_sources": "heldout",
-    "data.heldout_sources": "heldout",
+# What each stage command has as an option of what a recipe has as a field: stages speak of fields in their errors. A field
+# that stands alone in a sentence (`heldout_fraction`) is known by its last word, where that is one of several.
+EVERY_STAGE = {"data.sequence_length": "sequence_length", "seed": "seed", "device": "device", "dtype": "dtype"}
+FIT_ON_TEXT = {
+    "calibration.sources": "tokens",
+    "calibration.samples": "samples",
+    "calibration.batch_size": "batch_size",
+    "calibration.memory_budget_bytes": "memory_budget",
+}
+OPTION_OF: dict[str, dict[str, str]] = {
+    "tokens": {
+        "data.heldout_sources": "heldout",
+        "data.heldout_fraction": "heldout_fraction",
+        "data.separator": "separator",
+        "data.workers": "workers",
+        "data.sources.text_field": "text_field",
+        "data.sources.format": "text_format",
+        "data.sources.weight": "weights",
+    },
+    "calibrate": {**FIT_ON_TEXT, "calibration.streaming": "streaming"},
+    "measure-depth": {**FIT_ON_TEXT, "calibration.depth_samples": "samples"},
+    "repair": FIT_ON_TEXT,
+    "plan": {
+        "pruning.source_weights": "source_weights",
+        "calibration.samples": "samples",
+        "evaluation.tokens": "measured_tokens",
+    },
+    "teacher-cache": {
+        "teacher_cache.top_k": "top_k",
+        "teacher_cache.exact": "exact",
+        "teacher_cache.batch_size": "batch_size",
+        "teacher_cache.shard_bytes": "shard_size",
+        "teacher_cache.streaming": "streaming",
+        "teacher_cache.memory_budget_bytes": "memory_budget",
+        "data.documents": "isolated",
+    },
+    "distil": {"data.documents": "isolated"},
+    "evaluate": {"evaluation.tokens": "measured_tokens", "data.documents": "isolated"},
 }
 SECTION_FILES = {"distil": "distil", "plan": "pruning"}  # commands that read one section of a recipe as a file
 FIELD = re.compile(
-    r"(?<![\w./-])(?:(?P<section>data|calibration|evaluation|teacher_cache|distil|pruning)\.)?"
-    r"(?P<name>[a-z]+(?:_[a-z]+)*)(?![\w/(]|\.\w)(?P<setting>: (?=[\w.\[]))?"
+    r"(?<![\w./-])(?P<key>(?P<sections>(?:(?:data|calibration|evaluation|teacher_cache|distil|pruning)\.(?:[a-z_]+\.)*)?)"
+    r"(?P<name>[a-z]+(?:_[a-z]+)*))(?![\w/(]|\.\w)(?P<setting>: (?=[\w.\[]))?"
 )
 
 
@@ -63,7 +96,7 @@ class Command(TyperCommand):
                 "torchrun, and only `slimqwen distil` with it."
             )
         try:
-            check_numbers(ctx.params)
+            check_numbers(ctx.params, options_of(self))
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {LEFT.get(self.name or '', NOTHING_STAYS)}") from None
@@ -92,10 +125,10 @@ def options_of(command: TyperCommand) -> dict[str, str]:
     return {param.name: max(param.opts, key=len) for param in command.params if param.name and param.opts[0][0] == "-"}
 
 
-def check_numbers(values: Mapping[str, Any]) -> None:
+def check_numbers(values: Mapping[str, Any], options: Mapping[str, str]) -> None:
     """Raise UserError for a number that nothing can be done with, which options accept as one: 2^70, nan, inf."""
     for name, value in values.items():
-        option = f"--{name.replace('_', '-')}"
+        option = options.get(name, name)
         most = LARGEST_SEED if name == "seed" else MOST
         if isinstance(value, int) and abs(value) > most:
             raise UserError(f"{option} {value} is too large: at most {most:,}.")
@@ -109,13 +142,18 @@ def in_options(sentence: str, command: str, options: Mapping[str, str]) -> str:
     Stages speak of recipe fields, which a single command has as options, or in a file with one section of a recipe.
     """
 
+    fields = EVERY_STAGE | OPTION_OF.get(command, {})
+    by_last_word = {key.rpartition(".")[2]: name for key, name in fields.items() if "_" in key.rpartition(".")[2]}
+
     def named(found: re.Match[str]) -> str:
-        section, name, setting = found["section"], found["name"], found["setting"] or ""
-        key = f"{section}.{name}" if section else name
-        if section is not None and section == SECTION_FILES.get(command):
-            return found[0].removeprefix(f"{section}.")
-        is_field = section is not None or "_" in name or (setting and name in ("device", "dtype", "seed"))
-        option = options.get(OPTION_OF.get(key, name)) if is_field else None
-        return found[0] if option is None else option + (" " if setting else "")
+        key, sections, setting = found["key"], found["sections"], found["setting"] or ""
+        if sections or (setting and key in fields):
+            option = options.get(fields.get(key, ""))
+        else:
+            option = options.get(by_last_word.get(key, key)) if "_" in key else None
+        if option is not None:
+            return option + (" " if setting else "")
+        own = SECTION_FILES.get(command)
+        return found[0].removeprefix(f"{own}.") if own is not None and sections.startswith(f"{own}.") else found[0]
 
     return FIELD.sub(named, sentence)

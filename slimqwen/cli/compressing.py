@@ -14,6 +14,7 @@ from slimqwen.cli.options import (
     dtype_of,
     layout_of,
     rate_of,
+    size_of,
     source_texts,
     text_format_of,
     token_folders,
@@ -150,7 +151,6 @@ def calibrate(
 ) -> None:
     """Measure the importance of every layer, channel, expert, head and neuron in one forward pass over text."""
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.bytesize import bytes_of
     from slimqwen.calibration.calibrate import calibrate as run_stage
     from slimqwen.recipe import CalibrationRecipe
 
@@ -162,7 +162,7 @@ def calibrate(
             samples=samples,
             batch_size=batch_size,
             streaming=streaming,
-            memory_budget_bytes=bytes_of(memory_budget),
+            memory_budget_bytes=size_of("--memory-budget", memory_budget),
         ),
         sequence_length=sequence_length,
         seed=seed,
@@ -209,7 +209,6 @@ def measure_depth(
     round under way.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.bytesize import bytes_of
     from slimqwen.depth.measure import measure_depth as run_stage
     from slimqwen.recipe import Target
     from slimqwen.recipe_file import load_recipe
@@ -228,7 +227,7 @@ def measure_depth(
         refit=refit,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        memory_budget_bytes=bytes_of(memory_budget),
+        memory_budget_bytes=size_of("--memory-budget", memory_budget),
         seed=seed,
         device=device,
         dtype=dtype_of(dtype),
@@ -255,10 +254,15 @@ def prune(
     Interrupted, even by a power cut, the same command continues with the first file that is not complete.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.bytesize import bytes_of
     from slimqwen.pruning.prune import prune as run_stage
 
-    run_stage(checkpoint_folder(checkpoint), out, plan=plan, layout=layout_of(layout), shard_bytes=bytes_of(shard_size))
+    run_stage(
+        checkpoint_folder(checkpoint),
+        out,
+        plan=plan,
+        layout=layout_of(layout),
+        shard_bytes=size_of("--shard-size", shard_size),
+    )
     show(str(out))
 
 
@@ -289,7 +293,6 @@ def repair(
     it gains. Interrupted, the same command continues with the layer under way.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.bytesize import bytes_of
     from slimqwen.repair.repair import repair as run_stage
 
     run_stage(
@@ -301,7 +304,7 @@ def repair(
         samples=samples,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        memory_budget_bytes=bytes_of(memory_budget),
+        memory_budget_bytes=size_of("--memory-budget", memory_budget),
         seed=seed,
         device=device,
         dtype=dtype_of(dtype),
@@ -342,7 +345,6 @@ def heal(
     docs/healing.md says what it gains. Interrupted, the same command continues with the layer under way.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.bytesize import bytes_of
     from slimqwen.healing.heal import heal as run_stage
     from slimqwen.recipe import HealingRecipe
 
@@ -359,7 +361,7 @@ def heal(
             learning_rate=rate_of("--learning-rate", learning_rate),
         ),
         sequence_length=sequence_length,
-        memory_budget_bytes=bytes_of(memory_budget),
+        memory_budget_bytes=size_of("--memory-budget", memory_budget),
         seed=seed,
         device=device,
         dtype=dtype_of(dtype),

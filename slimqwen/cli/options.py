@@ -92,6 +92,16 @@ def source_texts(given: list[str]) -> list[str]:
     ]
 
 
+def size_of(option: str, text: str) -> int:
+    """The bytes that an option says: 5GB, 512MiB."""
+    from slimqwen.bytesize import bytes_of
+
+    try:
+        return bytes_of(text)
+    except UserError as error:
+        raise UserError(f"{option}: {error.args[0]}") from None
+
+
 def layout_of(name: str | None) -> Layout | None:
     known = get_args(Layout)
     if name is not None and name not in known:

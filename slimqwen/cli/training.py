@@ -15,6 +15,7 @@ from slimqwen.cli.options import (
     SequenceLength,
     TokensFolder,
     dtype_of,
+    size_of,
 )
 from slimqwen.terminal import show
 from slimqwen.torchrun import rank
@@ -67,7 +68,6 @@ def teacher_cache(
     Interrupted, the same command continues with the first file that is not complete.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.bytesize import bytes_of
     from slimqwen.recipe import TeacherCacheRecipe
     from slimqwen.teacher_cache.write import write_teacher_cache
 
@@ -79,9 +79,9 @@ def teacher_cache(
             top_k=top_k,
             exact=exact,
             batch_size=batch_size,
-            shard_bytes=bytes_of(shard_size),
+            shard_bytes=size_of("--shard-size", shard_size),
             streaming=streaming,
-            memory_budget_bytes=bytes_of(memory_budget),
+            memory_budget_bytes=size_of("--memory-budget", memory_budget),
         ),
         sequence_length=sequence_length,
         documents="isolated" if isolated else "packed",

@@ -52,7 +52,7 @@ def _separator(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str | 
         if named not in vocabulary:
             special = [token.content for token in tokenizer.added_tokens_decoder.values()]
             raise UserError(
-                f"the separator {named!r} is no token of the tokenizer in {folder}"
+                f"data.separator {named!r} is no token of the tokenizer in {folder}"
                 f"{did_you_mean(named, special)}; its special tokens are {', '.join(map(repr, special)) or 'none'}."
             )
         say(f"documents are separated by {named!r}, as asked")
@@ -60,7 +60,7 @@ def _separator(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str | 
     eos: str | None = tokenizer.eos_token
     if eos is None:
         raise UserError(
-            f"the tokenizer in {folder} has no eos token, which must separate documents: set eos_token, or name a separator."
+            f"the tokenizer in {folder} has no eos token, which must separate documents: set eos_token, or name a token as data.separator."
         )
     if eos not in TEXT_ENDS and _ends_a_turn(eos, tokenizer):
         for token, why in _ends_of_text(tokenizer, folder):

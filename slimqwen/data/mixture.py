@@ -59,12 +59,12 @@ def check_weights(weights: Mapping[str, float]) -> None:
     """Raise UserError for a weight that is no positive number, or so small beside the others that it draws nothing."""
     for name, weight in weights.items():
         if not 0.0 < weight < inf:
-            raise UserError(f"the weight of '{name}' must be positive, not {weight:g}.")
+            raise UserError(f"the data.sources.weight of '{name}' must be positive, not {weight:g}.")
     total = sum(map(Fraction, weights.values()))
     for name, weight in weights.items():
         if Fraction(weight) / total < SMALLEST_SHARE:
             raise UserError(
-                f"the weight of '{name}', {weight:g}, is less than a billionth of all weights together: raise it, or leave "
+                f"the data.sources.weight of '{name}', {weight:g}, is less than a billionth of all weights together: raise it, or leave "
                 "the source out."
             )
 

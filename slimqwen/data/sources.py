@@ -137,7 +137,7 @@ def named_sources(
     for name in weights:
         if name not in names:
             raise UserError(
-                f"there is a weight for '{name}'{did_you_mean(name, names)}; the sources are {', '.join(names)}."
+                f"data.sources.weight is given for '{name}'{did_you_mean(name, names)}; the sources are {', '.join(names)}."
             )
     check_weights(weights)
     return [s.model_copy(update={"weight": weights.get(name)}) for name, s in zip(names, sources, strict=True)]
@@ -174,7 +174,7 @@ def _check_path(source: Source, path: Path) -> None:
         raise UserError(
             f"the data source {describe(source)} is of a kind that is not read: slimqwen reads {READ_IN_WORDS}; "
             "to read it all the same say how, as one of "
-            f"{', '.join(map(repr, get_args(TextFormat)))}, by the source's `format` (--format)."
+            f"{', '.join(map(repr, get_args(TextFormat)))}, as data.sources.format."
         )
 
 
@@ -193,7 +193,7 @@ def check_sources(sources: Sequence[Source], heldout_sources: Sequence[Source]) 
     if any(weighted) and not all(weighted):
         without = describe(sources[weighted.index(False)])
         raise UserError(
-            f"the data source {without} has no weight and others have one: give all of them weights, or none."
+            f"the data source {without} has no weight and others have one: give a data.sources.weight to all of them, or to none."
         )
     names = [name_of(source) for source in sources]
     for name in names:

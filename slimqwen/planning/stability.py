@@ -63,7 +63,9 @@ def measure_stability(
     """
     for name in statistics.sources:
         if any(Part(name, half) not in statistics.tokens for half in HALVES):
-            raise UserError(f"stability compares two halves, and '{name}' was measured on one sequence: raise samples.")
+            raise UserError(
+                f"stability compares two halves, and '{name}' was measured on one sequence: calibrate on more."
+            )
     sizes = {axis.name: size for axis, size in source.family.sizes(source.config).items()}
     sizes[LAYER] = source.config["num_hidden_layers"]
     expert = source.family.expert.name

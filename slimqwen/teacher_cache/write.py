@@ -148,7 +148,7 @@ def check_teacher(recipe: TeacherCacheRecipe, teacher: Checkpoint, with_mtp: boo
     """Raise UserError for what the teacher cannot say."""
     if recipe.top_k > teacher.config["vocab_size"]:
         raise UserError(
-            f"top_k {recipe.top_k:,} is more than the {teacher.config['vocab_size']:,} tokens in the vocabulary of "
+            f"teacher_cache.top_k {recipe.top_k:,} is more than the {teacher.config['vocab_size']:,} tokens in the vocabulary of "
             f"{teacher.folder}: the vocabulary's size keeps everything."
         )
     if with_mtp and not teacher.has_mtp:
@@ -190,7 +190,7 @@ def _announce(caches: list[Cache], out: Path, title: str) -> None:
     if left > free:
         raise StageFailed(
             f"{bytes_in_words(left)} are to be written to {out}, and {bytes_in_words(free)} are free: make room, write to "
-            "another disk, or lower top_k or the number of sequences."
+            "another disk, or lower teacher_cache.top_k or the number of sequences."
         )
 
 
