@@ -10,6 +10,7 @@ from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.announcement import notes_of_length, notes_of_passes
+from slimqwen.data.frame import check_separator
 from slimqwen.data.sources import check_sources, describe, is_mixture, name_of
 from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.tokenizer import check_tokenizer_files
@@ -50,6 +51,7 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     """Raise UserError now for what would otherwise stop the run after hours."""
     teacher = source.folder
     check_tokenizer_files(teacher)
+    check_separator(teacher, recipe.data.separator)
     check_buildable(source.family, source.config, str(teacher))
     check_experts(recipe, source.config["hidden_size"], source.config["moe_intermediate_size"], "in the teacher")
     check_sources(recipe.data.sources, recipe.data.heldout_sources)

@@ -175,7 +175,9 @@ def test_what_cannot_be_read_is_explained(tmp_path: Path, file: str, content: by
 def test_other_suffixes_are_refused_by_name_and_read_when_asked(tmp_path: Path) -> None:
     (tmp_path / "notes.log").write_text("prose")
     (tmp_path / "export.dat").write_bytes(LINES)
-    with pytest.raises(UserError, match=r"notes\.log is of a kind that is not read.*\.parquet.*'text'.*data\.sources\.format"):
+    with pytest.raises(
+        UserError, match=r"notes\.log is of a kind that is not read.*\.parquet.*'text'.*data\.sources\.format"
+    ):
         check_source(Source(path=tmp_path / "notes.log"))
     assert texts(Source(path=tmp_path / "notes.log", format="text")) == ["prose"]
     assert texts(Source(path=tmp_path / "export.dat", format="jsonl")) == TEXTS

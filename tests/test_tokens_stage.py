@@ -333,6 +333,25 @@ def test_the_separator_is_the_eos_or_what_is_asked_for(
         tokenize([corpus], tokenizer, tmp_path / "out", heldout_fraction=0.3, separator="<|im_ends|>")
 
 
+def test_a_separator_may_be_any_text_that_is_one_token(make: Make, corpus: Source, tmp_path: Path) -> None:
+    tokenizer = make()
+    encode = load_tokenizer(tokenizer).encode
+    newline = encode("\n", add_special_tokens=False)
+    assert len(newline) == 1 and "\n" not in load_tokenizer(tokenizer).get_vocab()  # where it is written otherwise
+    manifest = tokenize([corpus], tokenizer, tmp_path / "out", heldout_fraction=0.3, separator="\n")
+    assert [manifest.eos_token_id] == newline and ends(tmp_path / "out") == newline[0]
+    for text_of_several in ("\n\n-- end --\n", "=" * 9 + "\u0000é"):
+        several = len(encode(text_of_several, add_special_tokens=False))
+        assert several > 1
+        with pytest.raises(
+            UserError, match=rf"data\.separator '.*' is no token .* which cuts it into {several}: name one"
+        ):
+            tokenize([corpus], tokenizer, tmp_path / "two", heldout_fraction=0.3, separator=text_of_several)
+    with pytest.raises(UserError, match=r"data\.separator '' is no token .* which cuts it into 0"):
+        tokenize([corpus], tokenizer, tmp_path / "two", heldout_fraction=0.3, separator="")
+    assert not (tmp_path / "two").exists()
+
+
 def test_documents_begin_as_the_tokenizer_begins_a_text(
     make: Make, corpus: Source, tmp_path: Path, trained: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,8 +68,8 @@ def tokens(
         str | None,
         typer.Option(
             metavar="TOKEN",
-            help="Token that ends each document. Default: the tokenizer's eos, or where this only ends a turn of its chat template the "
-            "token that ends a text.",
+            help="Token that ends each document, such as '<|endoftext|>': text that is one token. Default: the tokenizer's eos, or where this "
+            "only ends a turn of its chat template the token that ends a text.",
             show_default=False,
         ),
     ] = None,

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.data.worker import Frame
-from slimqwen.errors import UserError, did_you_mean
+from slimqwen.errors import UserError, did_you_mean, shown
 from slimqwen.progress import say
 from slimqwen.warning import warn
 
@@ -25,7 +26,7 @@ def frame_of(tokenizer: "PreTrainedTokenizerFast", folder: Path, separator: str 
     then the separator, where that does not end with it: the token `separator`, or by default the tokenizer's eos. An
     eos that only ends a turn of the chat template gives way to a token that ends a text for the model.
 
-    Raises UserError for a separator that is no token, and where there is none.
+    Raises UserError for a separator that is not one token, and where there is none.
     """
     token = _separator(tokenizer, folder, separator)
     number = tokenizer.convert_tokens_to_ids(token)
@@ -47,16 +48,11 @@ def _added(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
 
 
 def _separator(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str | None) -> str:
-    vocabulary = tokenizer.get_vocab()
     if named is not None:
-        if named not in vocabulary:
-            special = [token.content for token in tokenizer.added_tokens_decoder.values()]
-            raise UserError(
-                f"data.separator {named!r} is no token of the tokenizer in {folder}"
-                f"{did_you_mean(named, special)}; its special tokens are {', '.join(map(repr, special)) or 'none'}."
-            )
+        token = separator_token(tokenizer, folder, named)
         say(f"documents are separated by {named!r}, as asked")
-        return named
+        return token
+    vocabulary = tokenizer.get_vocab()
     eos: str | None = tokenizer.eos_token
     if eos is None:
         raise UserError(
@@ -72,6 +68,29 @@ def _separator(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str | 
                 return token
     say(f"documents are separated by {eos!r}, the tokenizer's eos")
     return eos
+
+
+def separator_token(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str) -> str:
+    """The token of the vocabulary that a recipe or option names, as it stands there, or as the text that it is (a line break is "Ċ").
+
+    Raises UserError for text that is cut into several tokens, or into none.
+    """
+    if named in tokenizer.get_vocab():
+        return named
+    ids = tokenizer.backend_tokenizer.encode(named, add_special_tokens=False).ids
+    if len(ids) == 1 and tokenizer.decode(ids) == named:
+        return str(tokenizer.convert_ids_to_tokens(ids[0]))
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    raise UserError(
+        f"data.separator {shown(named)} is no token of the tokenizer in {folder}{did_you_mean(named, special)}, which cuts it into "
+        f"{len(ids)}: name one that is a single token; its special tokens are {', '.join(map(shown, special)) or 'none'}."
+    )
+
+
+def check_separator(folder: Path, named: str | None) -> None:
+    """Raise UserError now where `frame_of` would for a separator that is named."""
+    if named is not None:
+        separator_token(load_tokenizer(folder), folder, named)
 
 
 def _ends_a_turn(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
