@@ -255,7 +255,7 @@ def test_sources_are_weighted_when_planning(world: Path, tmp_path: Path) -> None
 
     assert_one_sentence(slimqwen(*weighted, "cod=0.3", cwd=tmp_path), 2, "'cod' (did you mean 'code'?)")
     assert_one_sentence(slimqwen(*weighted, "code=much", cwd=tmp_path), 2, "NAME=WEIGHT")
-    assert_one_sentence(slimqwen(*planned, "--source-weight", "wiki=1", cwd=tmp_path), 2, "leave out code")
+    assert_one_sentence(slimqwen(*planned, "--source-weight", "wiki=1", cwd=tmp_path), 2, "leaves out code")
     result = slimqwen("calibrate", world / "teacher", "--tokens", "wiki", "--tokens", "./wiki", *options, cwd=tmp_path)
     assert_one_sentence(result, 2, "two sources are called 'wiki'")
     assert_one_sentence(slimqwen("plan", world / "teacher", "--stability"), 2, "give --statistics")
@@ -265,7 +265,7 @@ def test_calibration_sources_of_a_recipe_are_checked_first(world: Path, tmp_path
     tokens = json.dumps(str(world / "data" / "tokens"))
     assert_one_sentence(run_recipe(world, tmp_path, "calibration.sources={wiki: nowhere}"), 2, "nowhere")
     sources = f"calibration.sources={{wiki: {tokens}, code: {tokens}}}"
-    assert_one_sentence(run_recipe(world, tmp_path, sources, "pruning.source_weights={wiki: 1}"), 2, "leave out code")
+    assert_one_sentence(run_recipe(world, tmp_path, sources, "pruning.source_weights={wiki: 1}"), 2, "leaves out code")
     result = run_recipe(world, tmp_path, "calibration.sources.a/b=data/tokens")
     assert_one_sentence(result, 2, "'a/b' cannot be the name")
     assert not (tmp_path / "run").exists()

@@ -316,7 +316,7 @@ def test_words_of_a_command_line(world: Path, store: Path, monkeypatch: pytest.M
     assert [name_of(source) for source in found] == ["wiki", "x", "lang=en", "train", "python-stdlib"]
     assert found[1].path == Path("code") and found[2].path == Path("lang=en")
     assert found[3].megatron == Path("store/wiki/train") and found[4].builtin == "python-stdlib"
-    with pytest.raises(UserError, match=r"a weight for 'wikki' \(did you mean 'wiki'\?\)"):
+    with pytest.raises(UserError, match=r"weight is given for 'wikki' \(did you mean 'wiki'\?\)"):
         named_sources(["wiki"], "text", {"wikki": 1.0})
     with pytest.raises(UserError, match="must be positive, not 0"):
         named_sources(["wiki"], "text", {"wiki": 0.0})

@@ -214,9 +214,10 @@ def test_a_study_goes_on_after_an_interruption_of_its_measurements(
     with pytest.raises(KeyboardInterrupt):
         study("init", here, tmp_path / "out", seeds=1)
     assert not (tmp_path / "out").exists()
+    capsys.readouterr()
     study("init", here, tmp_path / "out", seeds=1)
     assert len(measured) == 1 + 8  # the teacher, two starts and what five arms trained them to; nothing twice
-    capsys.readouterr()
+    assert "the teacher first" not in capsys.readouterr().err  # what it said is kept too
     other = changed(here, {"dtype": "bfloat16"})
     with pytest.raises(UserError, match="holds work in float32 on cpu, and this is in bfloat16"):
         study("init", other, tmp_path / "other", seeds=1)
