@@ -32,9 +32,8 @@ from slimqwen.evaluation.fidelity import Recording
 from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.modeling.arithmetic import arithmetic, warn_of_other_arithmetic
 from slimqwen.modeling.device import aligned
-from slimqwen.modeling.model import weightless
+from slimqwen.modeling.model import head_name, weightless
 from slimqwen.progress import say
-from slimqwen.teacher_cache.predict import head_name
 
 REVISION = 1  # raised when the same model on the same text gets other numbers: what was kept before is measured again
 LARGEST_RECORDING_BYTES = 2_000_000_000  # 0.5M tokens of a bfloat16 teacher of hidden_size 2048; more is made again
