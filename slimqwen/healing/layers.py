@@ -17,7 +17,7 @@ from slimqwen.calibration.step import Step
 from slimqwen.checkpoint.config import read_json
 from slimqwen.distillation.rate_search import FACTOR, lowest_point, next_exponent
 from slimqwen.healing.objective import Objective, PredictionError, StreamError
-from slimqwen.healing.weights import rounded_as_stored, stored, trainable_weights
+from slimqwen.healing.weights import round_as_stored, stored_tensors, trainable_weights
 from slimqwen.layerwise.courses import Course
 from slimqwen.layerwise.experts import computed_by
 from slimqwen.layerwise.side_by_side import CHANGED, LayerProgress, Target
@@ -28,18 +28,10 @@ from slimqwen.recipe import HealingRecipe
 WARMUP = 0.05  # of a layer's steps
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
-FIRST_RATE = 4e-4  # of the search in the first layer
-MOST_TRIALS = 6
+FIRST_RATE, MOST_TRIALS = 4e-4, 6  # of the search for a rate: where it begins in the first layer, and when it ends
 TRIAL, FEWEST_STEPS = 0.1, 4  # of a layer's steps, to try a rate; and at least
-ARITHMETIC = (
-    WARMUP,
-    BETAS,
-    MAX_GRAD_NORM,
-    FIRST_RATE,
-    MOST_TRIALS,
-    TRIAL,
-    FEWEST_STEPS,
-)  # what the result depends on beside the recipe
+# What the result depends on beside the recipe:
+ARITHMETIC = (WARMUP, BETAS, MAX_GRAD_NORM, FIRST_RATE, MOST_TRIALS, TRIAL, FEWEST_STEPS)
 
 RATE = "rate.json"  # in the folder of each layer that is finished: the learning rate that it was trained with
 
@@ -106,7 +98,7 @@ class Healing:
             progress.advance(0, rate=f"{rate:.2g}")
             self._train(training, list(self._batches(course)), rate, progress)
             progress.advance(3 * self._recipe.epochs * len(self._validation) * self._seq)  # which were not trained on
-            rounded_as_stored(checkpoint, step, weights)
+            round_as_stored(checkpoint, step, weights)
             healed = self._mean(training)
             if not healed < error:
                 training.take_back()
@@ -114,7 +106,7 @@ class Healing:
             for rows in self._chunks(torch.arange(len(hidden))):
                 hidden[rows] = layer(rows).float().cpu()
                 progress.advance(len(rows) * self._seq)
-            save_file(stored(checkpoint, step, changed), folder / CHANGED)
+            save_file(stored_tensors(checkpoint, step, changed), folder / CHANGED)
         write_json(folder / RATE, {"learning_rate": rate})
         start, end = objective.in_words(error), objective.in_words(healed)
         said = f"{start} to {end}" if healed < error else f"{start}, left as it is"

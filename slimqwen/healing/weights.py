@@ -26,10 +26,8 @@ def trainable_weights(stream: Stream, step: Step) -> Iterator[dict[str, Tensor]]
         leaves: dict[str, Tensor] = {}
         for block in trained_blocks(step):
             for name in [*dense_tensors(block), *stacked_experts(block)]:
-                module, attribute = (
-                    model.module_of(name),
-                    model.family.module_name(name, model.config).rpartition(".")[2],
-                )
+                module = model.module_of(name)
+                attribute = model.family.module_name(name, model.config).rpartition(".")[2]
                 if not isinstance(module._parameters.get(attribute), nn.Parameter):
                     continue
                 lent = vars(module)[attribute]
@@ -44,36 +42,39 @@ def trained_blocks(step: Step) -> list[Block]:
 
 
 def stacked_experts(block: Block) -> list[str]:
+    """Names of the block's routed experts as the module holds them, stacked."""
     return [block.prefix + name for name in (block.experts.fused if block.experts else ())]
 
 
-def stored(checkpoint: Checkpoint, step: Step, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained tensors by their names in the checkpoint, in its dtypes: experts one by one where it has them so."""
-    result = {}
-    for name, tensor in trained.items():
-        if name in checkpoint.specs:
-            result[name] = tensor.detach().to("cpu", checkpoint.dtype(name), copy=True).contiguous()
-            continue
-        block = next(block for block in trained_blocks(step) if name in stacked_experts(block))
-        assert block.experts is not None
-        joined = [block.prefix + part for part in block.experts.fused[name.removeprefix(block.prefix)]]
-        for expert, rows in enumerate(tensor.detach()):
-            names = [part.format(expert=expert) for part in joined]
-            sizes = [checkpoint.specs[part].shape[0] for part in names]
-            for part, of_part in zip(names, rows.split(sizes), strict=True):
-                result[part] = of_part.to("cpu", checkpoint.dtype(part), copy=True).contiguous()
-    return result
+def stored_names(checkpoint: Checkpoint, step: Step, name: str) -> list[str]:
+    """What the checkpoint keeps a tensor of the layer as: its own name, or of stacked experts the parts' with `{expert}` in them."""
+    if name in checkpoint.specs:
+        return [name]
+    block = next(block for block in trained_blocks(step) if name in stacked_experts(block))
+    assert block.experts is not None
+    return [block.prefix + part for part in block.experts.fused[name.removeprefix(block.prefix)]]
 
 
-def rounded_as_stored(checkpoint: Checkpoint, step: Step, trained: Mapping[str, Tensor]) -> None:
-    """Round the leaves to the dtype that the checkpoint will keep of them, in place."""
+def round_as_stored(checkpoint: Checkpoint, step: Step, trained: Mapping[str, Tensor]) -> None:
+    """Round the tensors to the dtype that the checkpoint will keep of them, in place."""
     for name, tensor in trained.items():
-        kept = name if name in checkpoint.specs else next(iter(stored_names(checkpoint, step, name)))
+        kept = stored_names(checkpoint, step, name)[0].format(expert=0)
         tensor.data.copy_(tensor.data.to(checkpoint.dtype(kept)))
 
 
-def stored_names(checkpoint: Checkpoint, step: Step, name: str) -> list[str]:
-    """Names in the checkpoint of what makes the stacked experts `name`, of the first expert."""
-    block = next(block for block in trained_blocks(step) if name in stacked_experts(block))
-    assert block.experts is not None
-    return [block.prefix + part.format(expert=0) for part in block.experts.fused[name.removeprefix(block.prefix)]]
+def stored_tensors(checkpoint: Checkpoint, step: Step, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained tensors by their names in the checkpoint, in its dtypes, on the CPU: experts one by one where it has them so."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in trained.items():
+        names = stored_names(checkpoint, step, name)
+        if names == [name]:
+            result[name] = tensor
+            continue
+        for expert, rows in enumerate(tensor):
+            parts = [part.format(expert=expert) for part in names]
+            sizes = [checkpoint.specs[part].shape[0] for part in parts]
+            result |= zip(parts, rows.split(sizes), strict=True)
+    return {
+        name: tensor.detach().to("cpu", checkpoint.dtype(name), copy=True).contiguous()
+        for name, tensor in result.items()
+    }
