@@ -32,6 +32,7 @@ from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.statistics import Part
 from slimqwen.cli import app
 from slimqwen.data.store import training_stream
+from slimqwen.distillation.rate_search import LONGER
 from slimqwen.errors import UserError
 from slimqwen.families import Config
 from slimqwen.families.family import Layout
@@ -254,10 +255,10 @@ def test_a_layer_finds_its_learning_rate(
     monkeypatch.setattr(Healing, "_train", train)
     out = healed(cut, texts, tmp_path / "out", auto)
     assert distance(out, cut.teacher, texts) < 0.8 * distance(cut.student, cut.teacher, texts)
-    assert [trials[0] for trials in begun] == [FIRST_RATE, *found[:-1]]
+    assert [trials[0] for trials in begun] == pytest.approx([FIRST_RATE, *(rate / LONGER for rate in found[:-1])])
     assert all(3 <= len(trials) <= 6 for trials in begun)
     for trials, chosen in zip(begun, found, strict=True):
-        assert min(trials) / 2 <= chosen <= max(trials) * 2
+        assert min(trials) / 2 <= chosen / LONGER <= max(trials) * 2
 
 
 def test_a_search_that_breaks_everywhere_leaves_the_layer(

@@ -15,7 +15,7 @@ from torch import Tensor
 from slimqwen.artifacts import write_json
 from slimqwen.calibration.step import Step
 from slimqwen.checkpoint.config import read_json
-from slimqwen.distillation.rate_search import FACTOR, lowest_point, next_exponent
+from slimqwen.distillation.rate_search import FACTOR, LONGER, lowest_point, next_exponent
 from slimqwen.healing.objective import Objective, PredictionError, StreamError
 from slimqwen.healing.weights import round_as_stored, stored_tensors, trainable_weights
 from slimqwen.layerwise.courses import Course
@@ -113,13 +113,13 @@ class Healing:
         progress.advance(0, **{objective.name: said})
 
     def _rate(self, course: Course, training: "_Training", before: Path | None, progress: LayerProgress) -> float:
-        """The recipe's learning rate, or with `auto` the one at which a tenth of the steps leave the smallest error.
+        """The recipe's learning rate; with `auto` LONGER times the one at which a tenth of the steps leave the smallest error.
 
         The search begins at the rate of the layer before, which is near. Where every rate breaks the layer it is the lowest.
         """
         if self._recipe.learning_rate != "auto":
             return self._recipe.learning_rate
-        first = FIRST_RATE if before is None else read_json(before / RATE)["learning_rate"]
+        first = FIRST_RATE if before is None else read_json(before / RATE)["learning_rate"] / LONGER
         batches = list(islice(self._batches(course), max(FEWEST_STEPS, round(TRIAL * self._steps))))
         errors: dict[int, float] = {}
         while (exponent := next_exponent(errors, MOST_TRIALS)) is not None:
@@ -129,7 +129,7 @@ class Healing:
             errors[exponent] = error if math.isfinite(error) else math.inf
             training.take_back()
         best = lowest_point(errors)
-        return float(first * FACTOR ** (min(errors) if best is None else best))
+        return float(LONGER * first * FACTOR ** (min(errors) if best is None else best))
 
     @contextmanager
     def _objective(self, course: Course, target: Target) -> Iterator[Objective]:
