@@ -14,6 +14,7 @@ from slimqwen.data.frame import check_separator
 from slimqwen.data.sources import check_sources, describe, is_mixture, name_of
 from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.tokenizer import check_tokenizer_files
+from slimqwen.depth.measure import layers_at_once
 from slimqwen.distillation.cached_teacher import check_temperature
 from slimqwen.distillation.course import course_of
 from slimqwen.distillation.distil import check_terms, total_steps
@@ -130,10 +131,12 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
     else:
         assert recipe.target is not None
         final = completed(source.family, recipe.target, config)
+        shape = shape_of(source.family, config)
+        at_once = 1
+        if recipe.pruning.depth == "measured":
+            at_once = layers_at_once(config, size_of(shape.num_hidden_layers) - size_of(final.num_hidden_layers))
         targets = (
-            [final]
-            if recipe.init == "random"
-            else stage_targets(recipe.schedule, shape_of(source.family, config), final)
+            [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape, final, layers_at_once=at_once)
         )
         first = recipe.first_stage_token_fraction
         fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]

@@ -19,8 +19,18 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.data.store import training_stream
 from slimqwen.depth import measure
-from slimqwen.depth.measure import REFITTED, Search, Walk, _as_it_is, folds_of_seen, measure_depth, passes_of
+from slimqwen.depth.measure import (
+    REFITTED,
+    Search,
+    Walk,
+    _as_it_is,
+    folds_of_seen,
+    layers_at_once,
+    measure_depth,
+    passes_of,
+)
 from slimqwen.errors import UserError
+from slimqwen.families.canonical import full_attention_interval
 from slimqwen.layerwise.side_by_side import STUDENT, TEACHER, SideBySide
 from slimqwen.layerwise.stream import Stream
 from slimqwen.modeling.model import load
@@ -337,3 +347,25 @@ def test_folds_of_what_the_refit_sees() -> None:
     two = [Part("a", 0), Part("a", 1), Part("b", 0)]
     assert [fold.tolist() for fold in folds_of_seen(two)] == [[True, False, False], [False, False, True]]
     assert folds_of_seen([Part("a", 0), Part("a", 1)]) == []
+
+
+# Whole periods
+
+
+def test_whole_periods_go_where_the_target_is_some_of_them_fewer() -> None:
+    alternating = {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+    config = {"layer_types": alternating["layer_types"] * 4}
+    assert [layers_at_once(config, count) for count in (1, 3, 4, 6, 8)] == [1, 1, 4, 1, 4]
+    assert layers_at_once({"layer_types": ["full_attention"] * 8}, 4) == 1
+    assert layers_at_once({"layer_types": ["full_attention", "linear_attention", *config["layer_types"]]}, 4) == 1
+    assert layers_at_once({}, 4) == 1
+
+    influence = [0.5, 0.4, 0.1, 0.2, 0.1, 0.3, 0.9, 0.9, 0.8, 0.2, 0.2, 0.3, 0.2, 0.9, 0.9, 0.9]
+    table = Table({(2, 3, 4, 5): 0.1, (2, 3, 4, 5, 9, 10, 11, 12): 0.3})
+    found = Search(influence, 8, 2, [3, 7, 11, 15], at_once=4).run(table)  # type: ignore[arg-type]
+    assert table.asked[0] == [(2, 3, 4, 5), (1, 2, 3, 4)]
+    assert len(table.asked) == 2
+    for drop in found:
+        left = [kind for layer, kind in enumerate(config["layer_types"]) if layer not in drop.dropped]
+        assert full_attention_interval({"layer_types": left}) == 4
+    assert min(found, key=lambda drop: (-len(drop.dropped), drop.kl)).dropped == (2, 3, 4, 5, 9, 10, 11, 12)

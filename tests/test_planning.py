@@ -340,6 +340,7 @@ TEACHER, SLIMQWEN = shape(48, 2048, 512, 10), shape(36, 1536, 256, 8)
 def test_the_papers_stages() -> None:
     assert stage_targets("one_shot", TEACHER, SLIMQWEN) == [SLIMQWEN]
     assert stage_targets("depth_first", TEACHER, SLIMQWEN) == [shape(42, 2048, 512, 10), SLIMQWEN]
+    assert stage_targets("depth_first", TEACHER, SLIMQWEN, layers_at_once=4) == [shape(44, 2048, 512, 10), SLIMQWEN]
     assert stage_targets("width_first", TEACHER, SLIMQWEN) == [shape(48, 1792, 384, 9), SLIMQWEN]
     assert stage_targets("joint", TEACHER, SLIMQWEN) == [shape(42, 1792, 384, 9), SLIMQWEN]
 

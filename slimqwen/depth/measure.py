@@ -3,7 +3,8 @@
 A score of a layer says how much it does, and not what its absence does to the layers after it: of a pretrained 30-layer model
 the run that `last` drops costs ten times the KL of the best one. So layers with little influence are really left out, one
 more in each round, and the KL to the whole model decides; runs compete with what is found so. Streams are shared up to the
-first layer in which two of them differ, and every layer's weights are read once per round.
+first layer in which two of them differ, and every layer's weights are read once per round. Of a stack that alternates
+regularly (three DeltaNet layers and one of attention) whole periods go where the target is some of them fewer.
 
 What is missed least is not what the refit makes up for best. So the best sets of the last round are refitted too, on half of the text,
 each as `slimqwen repair` would, and the KL on the other half decides.
@@ -24,6 +25,8 @@ from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.errors import UserError
+from slimqwen.families import Config
+from slimqwen.families.canonical import full_attention_interval
 from slimqwen.families.family import Block
 from slimqwen.layerwise.side_by_side import STUDENT, TEACHER, SideBySide
 from slimqwen.layerwise.stream import Stream
@@ -119,7 +122,9 @@ def measure_depth(
         torch.inference_mode(),
     ):
         walk = Walk(Stream(source, rows, allotment, torch_dtype, torch_device), parts, folder, title)
-        search = Search(influence, layers - num_hidden_layers, shortlist, source.family.attention_layers(source.config))
+        count = layers - num_hidden_layers
+        attention = source.family.attention_layers(source.config)
+        search = Search(influence, count, shortlist, attention, layers_at_once(source.config, count))
         found = search.run(walk)
         if refit and len(parts) > 1:
             found = [*found, *walk.refitted(search.finalists(found))]
@@ -130,23 +135,38 @@ def measure_depth(
     return result
 
 
-class Search:
-    """Which layers to try to leave out: `count` of them at last, one of `attention` always staying."""
+def layers_at_once(config: Config, count: int) -> int:
+    """How many neighbours go together: a whole period of a stack that alternates regularly, where `count` is some of them.
 
-    def __init__(self, influence: Sequence[float], count: int, shortlist: int, attention: Collection[int]) -> None:
-        self._influence, self._count, self._shortlist = influence, count, shortlist
+    Engines that count layers by full_attention_interval load what is left; of other counts `plan` says which do not.
+    """
+    period = full_attention_interval(config) if config.get("layer_types") else None
+    return period if period is not None and count % period == 0 else 1
+
+
+class Search:
+    """Which layers to try to leave out: `count` of them at last, one of `attention` always staying.
+
+    at_once: layers that go in each round, neighbours among those that are left; divides `count`. What alternates in a
+    period of so many layers still does afterwards.
+    """
+
+    def __init__(
+        self, influence: Sequence[float], count: int, shortlist: int, attention: Collection[int], at_once: int = 1
+    ) -> None:
+        self._influence, self._count, self._shortlist, self._at_once = influence, count, shortlist, at_once
         self._attention = set(attention)
 
     def run(self, walk: "Walk") -> list[MeasuredDrop]:
         """All that was measured, round after round."""
         found: list[MeasuredDrop] = []
         best: Dropped = ()
-        for size in range(1, self._count + 1):
+        rounds = self._count // self._at_once
+        for number in range(1, rounds + 1):
             sets = self.one_more(best)
-            if size == self._count:
-                least = least_influential(self._influence, self._count, self._attention)
-                sets = list(dict.fromkeys([*sets, *self.runs(), least]))
-            measured = walk.kl(sets, f"round {size} of {self._count}")
+            if number == rounds:
+                sets = list(dict.fromkeys([*sets, *self.runs(), *self._least()]))
+            measured = walk.kl(sets, f"round {number} of {rounds}")
             found += measured
             grown = [drop for drop in measured if set(drop.dropped) > set(best)] or measured
             best = min(grown, key=lambda drop: (drop.kl, drop.dropped)).dropped
@@ -157,14 +177,21 @@ class Search:
         last = sorted(
             (drop for drop in found if len(drop.dropped) == self._count), key=lambda drop: (drop.kl, drop.dropped)
         )
-        least = least_influential(self._influence, self._count, self._attention)
-        return last[:REFITTED] + [drop for drop in last[REFITTED:] if drop.dropped == least]
+        return last[:REFITTED] + [drop for drop in last[REFITTED:] if drop.dropped in self._least()]
 
     def one_more(self, dropped: Dropped) -> list[Dropped]:
-        """What is left out so far and one more of the layers with the least influence."""
+        """What is left out so far, and one more layer, or as many as go at once, with the least influence."""
         left = [layer for layer in range(len(self._influence)) if layer not in dropped]
-        sets = [tuple(sorted((*dropped, layer))) for layer in sorted(left, key=self._influence.__getitem__)]
+        groups = [left[start : start + self._at_once] for start in range(len(left) - self._at_once + 1)]
+        groups.sort(key=lambda group: sum(self._influence[layer] for layer in group))
+        sets = [tuple(sorted((*dropped, *group))) for group in groups]
         return [drop for drop in sets if self._runs_without(drop)][: self._shortlist]
+
+    def _least(self) -> list[Dropped]:
+        """The layers with the least influence, wherever they lie; none where whole periods go."""
+        if self._at_once > 1:
+            return []
+        return [least_influential(self._influence, self._count, self._attention)]
 
     def runs(self) -> list[Dropped]:
         """The contiguous runs with the least influence, summed."""

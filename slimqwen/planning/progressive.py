@@ -24,7 +24,7 @@ def check_target(source: Target, target: Target) -> None:
         raise UserError(f"the target can't be cut out of the source, change target: {'; '.join(problems)}.")
 
 
-def stage_targets(schedule: Schedule, source: Target, target: Target) -> list[Target]:
+def stage_targets(schedule: Schedule, source: Target, target: Target, *, layers_at_once: int = 1) -> list[Target]:
     """The shape that each stage ends with; the last is `target`.
 
     - 'one_shot': [target].
@@ -38,11 +38,18 @@ def stage_targets(schedule: Schedule, source: Target, target: Target) -> list[Ta
     multiples of 8. Heads are few and must divide one another: they go in the last stage.
     A stage that would change nothing is left out (depth_first with no layer to drop has one stage).
 
+    layers_at_once: layers that go together, of which half of all are a whole number.
+
     Example, layers / hidden / experts / top-k: 48/2048/512/10 -> 36/1536/256/8 goes over 42/2048/512/10 depth_first,
-    48/1792/384/9 width_first, 42/1792/384/9 joint.
+    48/1792/384/9 width_first, 42/1792/384/9 joint; in whole periods of 4 layers over 44/2048/512/10.
     """
     goal = _shape(target)
-    halfway = Target(**{field: _halfway(field, size, goal[field]) for field, size in _shape(source).items()})
+    halfway = Target(
+        **{
+            field: _halfway(field, size, goal[field], layers_at_once if field == "num_hidden_layers" else 1)
+            for field, size in _shape(source).items()
+        }
+    )
     first = {
         "one_shot": target,
         "depth_first": source.model_copy(update={"num_hidden_layers": halfway.num_hidden_layers}),
@@ -72,12 +79,12 @@ def stage_steps(fractions: Sequence[float], total_steps: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
-def _halfway(field: str, source: int, target: int) -> int:
+def _halfway(field: str, source: int, target: int, unit: int) -> int:
     """The size after the first of two cuts, by the rule in `stage_targets`."""
     if field.endswith("_heads"):
         return source
     aligned = field.endswith("_size") and source % SIZE_MULTIPLE == target % SIZE_MULTIPLE == 0
-    unit = SIZE_MULTIPLE if aligned else 1
+    unit = SIZE_MULTIPLE if aligned else unit
     if source - target <= unit:
         return target
     return source - (source - target) // 2 // unit * unit

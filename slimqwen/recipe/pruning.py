@@ -130,9 +130,10 @@ class PruningRecipe(Section):
         "'slimqwen-paper': the published method, that is norm_activation, reap and partial merging, and no closed-form repair.",
     )
     depth: DepthCriterion = Field(
-        "last",
+        "measured",
         description="Which layers go: the last ones (the paper's choice), by a score, or by the KL without them (measured: layers with little "
-        "block influence are really left out, one more in each round, on `calibration.depth_samples` sequences).",
+        "block influence are really left out, one more or one whole period more in each round, and the best sets are refitted, on "
+        "`calibration.depth_samples` sequences).",
     )
     width: WidthCriterion = Field(
         "rotation",
