@@ -26,7 +26,7 @@ from slimqwen.recipe_file import load_recipe
 
 
 def tiny_recipe(folder: Path, run_dir: Path, **overrides: object) -> Recipe:
-    """A run from a tiny random teacher: 4 -> 3 layers, 32 -> 24 channels, 8 -> 4 experts, in two stages."""
+    """A run from a tiny random teacher: 4 -> 2 layers (a whole period), 32 -> 24 channels, 8 -> 4 experts, in two stages."""
     if not (folder / "teacher").exists():
         tokenizer, _ = write_tiny_tokens(folder / "data")
         write_tiny_checkpoint(
@@ -115,7 +115,7 @@ def test_schedules_run_over_the_whole_run_and_not_per_stage(finished: Recipe) ->
 
 def test_the_schedule_cuts_depth_first(finished: Recipe) -> None:
     first, last = (Checkpoint(finished.run_dir / f"stage-{n}" / "distilled").config for n in (1, 2))
-    assert (first["num_hidden_layers"], first["hidden_size"], first["num_experts"]) == (3, 32, 8)
+    assert (first["num_hidden_layers"], first["hidden_size"], first["num_experts"]) == (2, 32, 8)
     assert (last["num_hidden_layers"], last["hidden_size"], last["num_experts"]) == (2, 24, 4)
 
 
@@ -315,7 +315,12 @@ def test_ours_and_the_papers_cut_in_one_run(tmp_path: Path) -> None:
     pipeline = Pipeline(recipe, "slimqwen run")
     assert {recipe.run_dir / record.made for record in pipeline.steps.records()} <= set(pipeline.outputs())
 
-    run(tiny_recipe(tmp_path, tmp_path / "published", pruning={"method": "slimqwen-paper"}, baselines=[]))
+    stages = [
+        {"target": stage.target.model_dump(exclude_none=True), "token_fraction": share}
+        for stage, share in zip(pipeline.stages, (0.3, 0.7), strict=True)
+    ]
+    published = {"pruning": {"method": "slimqwen-paper"}, "baselines": [], "target": None, "stages": stages}
+    run(tiny_recipe(tmp_path, tmp_path / "published", **published))
     trained = Path("stage-2") / "distilled" / "model.safetensors"
     alone, beside = (tmp_path / folder / trained for folder in ("published", "run/paper"))
     assert alone.read_bytes() == beside.read_bytes()
