@@ -32,12 +32,11 @@ from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.statistics import Part
 from slimqwen.cli import app
 from slimqwen.data.store import training_stream
-from slimqwen.distillation.rate_search import LONGER
 from slimqwen.errors import UserError
 from slimqwen.families import Config
 from slimqwen.families.family import Layout
 from slimqwen.healing.heal import heal, left_out_of
-from slimqwen.healing.layers import FIRST_RATE, Healing, share_of_peak
+from slimqwen.healing.layers import FIRST_RATE, LONGER, Healing, share_of_peak
 from slimqwen.healing.objective import PredictionError, StreamError
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune

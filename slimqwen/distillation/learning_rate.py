@@ -23,7 +23,7 @@ from slimqwen.distillation.course import Course
 from slimqwen.distillation.heldout import evaluated, measure_losses
 from slimqwen.distillation.interrupt import deferred_interrupts
 from slimqwen.distillation.parallel import Ranks, reshard
-from slimqwen.distillation.rate_search import FACTOR, LONGER, lowest_point, next_exponent
+from slimqwen.distillation.rate_search import FACTOR, lowest_point, next_exponent
 from slimqwen.distillation.teacher import Teacher
 from slimqwen.distillation.trainer import Span, Trainer
 from slimqwen.errors import Preempted, StageFailed, UserError
@@ -37,6 +37,7 @@ MOST_FORKS = 6  # that these are divided among
 FEWEST_STEPS = 4  # of a fork, however short the training
 MEASURED_TOKENS = 8_192, 65_536  # after each fork: as many as it trained on, and at least and at most these
 AS_A_FORK = {"on_bad_step": "stop", "spike_factor": None, "ema_decay": None}  # an average of few steps is the start
+LONGER = 1.25  # times the rate that is best in a fork is best in the training: measured, docs/learning-rate.md
 
 Measured = Literal["kd", "lm", "mtp_kd", "mtp_lm"]
 IN_WORDS: dict[Measured, str] = {

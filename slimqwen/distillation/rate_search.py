@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from math import inf, isfinite
 
 FACTOR = 2.0  # between neighbouring rates
-LONGER = 1.5  # times the rate that is best in a fork is best in the training: measured, docs/learning-rate.md
 
 
 def next_exponent(values: Mapping[int, float], most: int) -> int | None:

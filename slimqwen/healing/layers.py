@@ -15,7 +15,7 @@ from torch import Tensor
 from slimqwen.artifacts import write_json
 from slimqwen.calibration.step import Step
 from slimqwen.checkpoint.config import read_json
-from slimqwen.distillation.rate_search import FACTOR, LONGER, lowest_point, next_exponent
+from slimqwen.distillation.rate_search import FACTOR, lowest_point, next_exponent
 from slimqwen.healing.objective import Objective, PredictionError, StreamError
 from slimqwen.healing.weights import round_as_stored, stored_tensors, trainable_weights
 from slimqwen.layerwise.courses import Course
@@ -30,8 +30,9 @@ BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
 FIRST_RATE, MOST_TRIALS = 4e-4, 6  # of the search for a rate: where it begins in the first layer, and when it ends
 TRIAL, FEWEST_STEPS = 0.1, 4  # of a layer's steps, to try a rate; and at least
+LONGER = 1.5  # times the best rate of a trial is a layer trained with: measured, docs/healing.md
 # What the result depends on beside the recipe:
-ARITHMETIC = (WARMUP, BETAS, MAX_GRAD_NORM, FIRST_RATE, MOST_TRIALS, TRIAL, FEWEST_STEPS)
+ARITHMETIC = (WARMUP, BETAS, MAX_GRAD_NORM, FIRST_RATE, MOST_TRIALS, TRIAL, FEWEST_STEPS, LONGER)
 
 RATE = "rate.json"  # in the folder of each layer that is finished: the learning rate that it was trained with
 
