@@ -35,7 +35,7 @@ from slimqwen.data.store import training_stream
 from slimqwen.errors import UserError
 from slimqwen.families import Config
 from slimqwen.families.family import Layout
-from slimqwen.healing.heal import heal, left_out_of
+from slimqwen.healing.heal import heal, left_out_of, training_of
 from slimqwen.healing.layers import FIRST_RATE, LONGER, Healing, share_of_peak
 from slimqwen.healing.objective import PredictionError, StreamError
 from slimqwen.planning.plan import plan as make_plan
@@ -60,8 +60,8 @@ def cut(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Cut:
 
 
 def healed(cut: Cut, texts: Texts, out: Path, recipe: HealingRecipe = RECIPE, **changed: Any) -> Path:
-    settings = {"teacher": cut.teacher, "plan": cut.plan, "tokens": texts.tokens} | changed
-    return heal(cut.student, out, recipe=recipe, sequence_length=SEQUENCE_LENGTH, **settings)
+    settings = {"teacher": cut.teacher, "plan": cut.plan, "tokens": texts.tokens, "sequence_length": SEQUENCE_LENGTH}
+    return heal(cut.student, out, recipe=recipe, **(settings | changed))
 
 
 def changed_tensors(before: Path, after: Path) -> set[str]:
@@ -224,8 +224,9 @@ def test_interrupted_and_continued_is_uninterrupted(
 
 def test_what_does_not_belong_together_is_one_sentence(tmp_path: Path, texts: Texts, cut: Cut) -> None:
     trained = with_noise(cut.student, tmp_path / "trained", only="embed_tokens", size=0.5)
-    with pytest.raises(UserError, match=r"the embeddings of .*trained are not what the plan makes of those of"):
+    with pytest.raises(UserError, match=r"the embeddings of .*trained are not what the plan makes of those of") as told:
         healed(cut._replace(student=trained), texts, tmp_path / "out")
+    assert "repair" not in str(told.value)  # which is another command
     with pytest.raises(UserError, match="the plan was not made for"):
         healed(cut._replace(teacher=cut.student), texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -234,13 +235,13 @@ def test_what_does_not_belong_together_is_one_sentence(tmp_path: Path, texts: Te
 def test_a_layer_finds_its_learning_rate(
     tmp_path: Path, texts: Texts, cut: Cut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From wherever the search begins it comes to the same rates, and to what these leave; each layer begins at the last one's."""
+    """From wherever the search begins it comes to the same rates, and to what these leave; each layer begins at the best of the last that became better."""
     auto = RECIPE.model_copy(update={"learning_rate": "auto", "epochs": 8})
     begun: list[list[float]] = []
-    found: list[float] = []
+    found: list[tuple[float, float]] = []
     usual_rate, usual_train = Healing._rate, Healing._train
 
-    def rate(self: Healing, *rest: Any) -> float:
+    def rate(self: Healing, *rest: Any) -> tuple[float, float]:
         begun.append([])
         found.append(usual_rate(self, *rest))
         return found[-1]
@@ -254,10 +255,65 @@ def test_a_layer_finds_its_learning_rate(
     monkeypatch.setattr(Healing, "_train", train)
     out = healed(cut, texts, tmp_path / "out", auto)
     assert distance(out, cut.teacher, texts) < 0.8 * distance(cut.student, cut.teacher, texts)
-    assert [trials[0] for trials in begun] == pytest.approx([FIRST_RATE, *(rate / LONGER for rate in found[:-1])])
+    starts = [trials[0] for trials in begun]
+    assert starts[0] == FIRST_RATE
+    for start, following, (chosen, _) in zip(starts[:-1], starts[1:], found[:-1], strict=True):
+        assert following == pytest.approx(chosen / LONGER) or following == start  # of a layer that was left as it is
+    assert len(set(starts)) > 1
     assert all(3 <= len(trials) <= 6 for trials in begun)
-    for trials, chosen in zip(begun, found, strict=True):
+    for trials, (chosen, _) in zip(begun, found, strict=True):
         assert min(trials) / 2 <= chosen / LONGER <= max(trials) * 2
+
+
+def test_layers_that_are_where_the_teacher_is_do_not_move_the_search(
+    tmp_path: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a gap there is nothing to learn and the lowest rate seems best: layer after layer it would fall by 32."""
+    begun: list[tuple[int | None, float]] = []
+    usual = Healing._rate
+
+    def rate(self: Healing, course: Any, training: Any, first: float, progress: Any) -> tuple[float, float]:
+        begun.append((course.student.number, first))
+        return usual(self, course, training, first, progress)
+
+    monkeypatch.setattr(Healing, "_rate", rate)
+    teacher = write_tiny_checkpoint(tmp_path / "teacher", tokenizer=texts.tokenizer)
+    plan = a_plan(teacher, Target(num_hidden_layers=3), kept_layers=[0, 1, 3])
+    student = prune(teacher, tmp_path / "student", plan=plan)
+    healed(Cut(teacher, student, plan), texts, tmp_path / "out", RECIPE.model_copy(update={"learning_rate": "auto"}))
+    assert begun[0] == (1, FIRST_RATE)  # layer 0 is the teacher's: no rate is tried
+
+
+def test_the_search_begins_where_the_last_layer_that_became_better_ended(
+    tmp_path: Path, texts: Texts, cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[float] = []
+
+    def rate(_self: Healing, _course: Any, _training: Any, first: float, _progress: Any) -> tuple[float, float]:
+        begun.append(first)
+        return (3e-3, first) if len(begun) == 1 else (1e3, first)  # at which nothing becomes better
+
+    monkeypatch.setattr(Healing, "_rate", rate)
+    healed(cut, texts, tmp_path / "out", RECIPE.model_copy(update={"learning_rate": "auto"}))
+    assert begun == pytest.approx([FIRST_RATE, *[3e-3 / LONGER] * 4])
+
+
+def test_no_sequence_is_both_trained_on_and_left_out() -> None:
+    """Of a text with fewer sequences than samples some come twice."""
+    rows = torch.tensor([[1, 2], [3, 4], [5, 6], [3, 4], [1, 2]])
+    left_out = torch.tensor([False, True, False, False, False])
+    assert training_of(rows, left_out).tolist() == [True, False, True, False, True]
+
+
+def test_a_text_of_one_sequence_is_one_sentence(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    with pytest.raises(UserError, match="leaves one sequence of each source out of its training, and this text has no"):
+        healed(cut, texts, tmp_path / "out", sequence_length=4_000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_seed_that_is_taken_can_be_trained_with(tmp_path: Path, texts: Texts, cut: Cut) -> None:
+    recipe = RECIPE.model_copy(update={"samples": 2, "epochs": 1})
+    assert healed(cut, texts, tmp_path / "out", recipe, seed=2**63 - 1).is_dir()
 
 
 def test_a_search_that_breaks_everywhere_leaves_the_layer(

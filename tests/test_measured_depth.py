@@ -27,6 +27,7 @@ from slimqwen.depth.measure import (
     folds_of_seen,
     layers_at_once,
     measure_depth,
+    measured_after_refit,
     passes_of,
 )
 from slimqwen.errors import UserError
@@ -76,10 +77,9 @@ def kinds(native: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def measured(model: Measurable, out: Path, keep: int, **changed: Any) -> MeasuredDepth:
-    settings: dict[str, Any] = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH, "batch_size": 4} | changed
-    return measure_depth(
-        model.checkpoint, out, statistics=model.statistics, tokens=model.tokens, num_hidden_layers=keep, **settings
-    )
+    settings: dict[str, Any] = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH, "batch_size": 4}
+    settings |= {"tokens": model.tokens} | changed
+    return measure_depth(model.checkpoint, out, statistics=model.statistics, num_hidden_layers=keep, **settings)
 
 
 @torch.no_grad()
@@ -328,6 +328,24 @@ def test_what_the_refit_makes_up_for_best_is_chosen(tmp_path: Path) -> None:
     assert measured(model, tmp_path / "without.json", keep=3, refit=False).measured == [
         drop for drop in result.measured if drop.refitted_kl is None
     ]
+
+
+def test_no_row_is_both_refitted_on_and_measured() -> None:
+    """Of a text with fewer sequences than samples some come twice."""
+    rows = torch.tensor([[1, 2], [3, 4], [5, 6], [1, 2], [3, 4], [7, 8]])
+    parts = [Part("a", half) for half in (0, 0, 0, 1, 1, 1)]
+    assert measured_after_refit(rows, parts).tolist() == [False] * 5 + [True]
+
+
+def test_sources_of_one_sequence_each_are_measured_without_a_refit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second of a source would be the one to measure on."""
+    model = measurable(tmp_path)
+    sources = {"one": model.tokens, "two": model.tokens}
+    result = measured(model, tmp_path / "depth.json", keep=4, tokens=sources, samples=2)
+    assert result.measured and all(drop.refitted_kl is None for drop in result.measured)
+    assert "no sequence is left that a refit would not have seen" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_best_by_hand() -> None:

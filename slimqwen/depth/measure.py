@@ -36,6 +36,7 @@ from slimqwen.planning.depth import least_influential
 from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop
 from slimqwen.progress import Progress, say
 from slimqwen.repair.layers import Refit
+from slimqwen.warning import warn
 
 CHUNK_TOKENS = 512  # whose logits exist at one time
 SAMPLES = 32
@@ -90,6 +91,7 @@ def measure_depth(
     influence = importance.block_influence(sums["layers/cosine_sums"], sums.tokens["main"]).tolist()
     sources = {TRAINING_TEXT: tokens} if isinstance(tokens, Path) else tokens
     text = CalibrationText(sources, source, samples=samples, sequence_length=sequence_length, seed=seed)
+    text.say_what_is_short()
     batches = list(text.batches(batch_size))
     rows = torch.cat([batch for _, batch in batches])
     parts = [part for part, batch in batches for _ in batch]
@@ -105,6 +107,12 @@ def measure_depth(
         dtype=torch_dtype,
         device=torch_device,
     )
+    measurable = measured_after_refit(rows, parts)
+    if refit and not measurable.any():
+        warn(
+            "note: no sequence is left that a refit would not have seen, so the sets are chosen by the KL before it: raise --samples, "
+            "or give more text."
+        )
     made_from = [
         version("slimqwen"),
         source.fingerprint(),
@@ -126,8 +134,8 @@ def measure_depth(
         attention = source.family.attention_layers(source.config)
         search = Search(influence, count, shortlist, attention, layers_at_once(source.config, count))
         found = search.run(walk)
-        if refit and len(parts) > 1:
-            found = [*found, *walk.refitted(search.finalists(found))]
+        if refit and measurable.any():
+            found = [*found, *walk.refitted(search.finalists(found), measurable)]
         result = MeasuredDepth(
             checkpoint=source.fingerprint(), data=text.fingerprint, tokens=rows[:, 1:].numel(), measured=found
         )
@@ -222,11 +230,11 @@ class Walk:
         values = read_json(file)["kl"]
         return [MeasuredDrop(dropped=drop, kl=kl) for drop, kl in zip(sets, values, strict=True)]
 
-    def refitted(self, drops: Sequence[MeasuredDrop]) -> list[MeasuredDrop]:
-        """The same sets, refitted on the even rows of each source, with the KL on the odd ones."""
-        return [drop.model_copy(update={"refitted_kl": self._refitted_kl(drop.dropped)}) for drop in drops]
+    def refitted(self, drops: Sequence[MeasuredDrop], measurable: Tensor) -> list[MeasuredDrop]:
+        """The same sets, refitted on the even rows of each source, with the KL on these of the odd ones, bool [rows]."""
+        return [drop.model_copy(update={"refitted_kl": self._refitted_kl(drop.dropped, measurable)}) for drop in drops]
 
-    def _refitted_kl(self, dropped: Dropped) -> float:
+    def _refitted_kl(self, dropped: Dropped, measurable: Tensor) -> float:
         file = self._folder / f"refitted-{'-'.join(map(str, dropped))}.json"
         if not file.exists():
             whole, left = self._stream.without(()), self._stream.without(dropped)
@@ -237,7 +245,7 @@ class Walk:
             layers.mkdir(exist_ok=True)
             name = f"{self._title}, without layers {', '.join(map(str, dropped))}, refitted"
             *_, last = SideBySide(left, whole, kept, _as_it_is).run(refit, layers, name)
-            ends = [whole.open(last.with_name(TEACHER))[unseen], left.open(last.with_name(STUDENT))[unseen]]
+            ends = [whole.open(last.with_name(TEACHER))[measurable], left.open(last.with_name(STUDENT))[measurable]]
             (kl,) = self._divergences(ends[0], ends[1:])
             shutil.rmtree(layers)
             write_json(file, {"kl": kl})
@@ -295,6 +303,16 @@ class Walk:
                 totals[number] += float(divergence.double().sum())
         count = whole.shape[0] * whole.shape[1]
         return [max(total / count, 0.0) for total in totals]
+
+
+def measured_after_refit(rows: Tensor, parts: Sequence[Part]) -> Tensor:
+    """Return the rows on which a refit is measured, bool [rows]: the odd ones, but for those that an even one repeats.
+
+    A source with fewer sequences than samples has some of them twice. rows: int64 [rows, sequence_length + 1].
+    """
+    texts = [tuple(row) for row in rows.tolist()]
+    seen = {text for text, part in zip(texts, parts, strict=True) if part.half == 0}
+    return torch.tensor([part.half == 1 and text not in seen for text, part in zip(texts, parts, strict=True)])
 
 
 def folds_of_seen(parts: Sequence[Part]) -> list[Tensor]:

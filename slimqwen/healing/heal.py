@@ -68,6 +68,13 @@ def heal(
         device=device,
         dtype=dtype,
     )
+    left_out = left_out_of(pair.parts)
+    in_training = training_of(pair.rows, left_out)
+    if not in_training.any():
+        raise UserError(
+            "healing leaves one sequence of each source out of its training, and this text has no other: give more of it, or "
+            "shorter sequences."
+        )
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value(
         [version("slimqwen"), *pair.made_from, recipe.model_dump(mode="json"), *ARITHMETIC, LEFT_OUT]
@@ -80,7 +87,8 @@ def heal(
             teacher_stream,
             recipe,
             seed=seed,
-            left_out=left_out_of(pair.parts),
+            left_out=left_out,
+            in_training=in_training,
             rows_per_pass=pair.rows_per_pass,
         )
         changed = side_by_side.run(healing, folder, title)
@@ -106,3 +114,12 @@ def left_out_of(parts: Sequence[Part]) -> torch.Tensor:
         rows = [row for row, part in enumerate(parts) if part.source == source]
         result[rows[LEFT_OUT - 1 :: LEFT_OUT] or rows[-1:]] = True
     return result
+
+
+def training_of(rows: torch.Tensor, left_out: torch.Tensor) -> torch.Tensor:
+    """Return the rows to train on, bool [rows]: those that are not left out, and none that is the same text as one of these.
+
+    A source with fewer sequences than samples has some of them twice. rows: int64 [rows, sequence_length + 1].
+    """
+    seen = {tuple(row) for row in rows[left_out].tolist()}
+    return torch.tensor([tuple(row) not in seen for row in rows.tolist()], dtype=torch.bool)

@@ -30,11 +30,12 @@ BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
 FIRST_RATE, MOST_TRIALS = 4e-4, 6  # of the search for a rate: where it begins in the first layer, and when it ends
 TRIAL, FEWEST_STEPS = 0.1, 4  # of a layer's steps, to try a rate; and at least
+UNCHANGED = 1e-3  # of the stream: a layer that is nearer than this to the teacher's, or than `dtype` can tell, stays
 LONGER = 1.5  # times the best rate of a trial is a layer trained with: measured, docs/healing.md
 # What the result depends on beside the recipe:
-ARITHMETIC = (WARMUP, BETAS, MAX_GRAD_NORM, FIRST_RATE, MOST_TRIALS, TRIAL, FEWEST_STEPS, LONGER)
+ARITHMETIC = (WARMUP, BETAS, MAX_GRAD_NORM, FIRST_RATE, MOST_TRIALS, TRIAL, FEWEST_STEPS, UNCHANGED, LONGER)
 
-RATE = "rate.json"  # in the folder of each layer that is finished: the learning rate that it was trained with
+RATE = "rate.json"  # in the folder of each layer that is finished: where the search of the next layer begins
 
 
 class _Training:
@@ -57,9 +58,10 @@ class _Training:
 class Healing:
     """Trains every weight of a layer (`LayerChange`) by AdamW, on the student's stream towards the teacher's (`Objective`).
 
-    A layer whose error on the rows left out did not fall stays as it was.
+    A layer whose error on the rows left out did not fall stays as it was, and one that is where the teacher's is, to rounding.
 
-    left_out: rows that no layer is trained on, bool [rows]. rows_per_pass: that go through a layer at once.
+    left_out: rows that tell whether a layer has become better, bool [rows]; in_training: those that it is trained on.
+    rows_per_pass: that go through a layer at once.
     """
 
     def __init__(
@@ -70,13 +72,15 @@ class Healing:
         *,
         seed: int,
         left_out: Tensor,
+        in_training: Tensor,
         rows_per_pass: int,
     ) -> None:
         self._student, self._teacher, self._recipe, self._seed = student, teacher, recipe, seed
         self._rows_per_pass = rows_per_pass
+        self._rounding = max(UNCHANGED, torch.finfo(student.dtype).eps)
         self._seq: int = student.shape[1]
         self._validation = left_out.nonzero()[:, 0]
-        self._training = (~left_out).nonzero()[:, 0]
+        self._training = in_training.nonzero()[:, 0]
         self._steps = recipe.epochs * math.ceil(len(self._training) / recipe.batch_size)
 
     def passes(self, _course: Course) -> int:
@@ -94,33 +98,43 @@ class Healing:
         ):
             layer = partial(self._through, step, hidden)
             training = _Training(weights, layer, objective)
-            error = self._mean(training)
-            rate = self._rate(course, training, before, progress)
-            progress.advance(0, rate=f"{rate:.2g}")
-            self._train(training, list(self._batches(course)), rate, progress)
-            progress.advance(3 * self._recipe.epochs * len(self._validation) * self._seq)  # which were not trained on
-            round_as_stored(checkpoint, step, weights)
-            healed = self._mean(training)
-            if not healed < error:
+            start = error = self._mean(training)
+            rate, hands_on = None, self._first_rate(before)
+            if error > self._rounding**2:
+                rate, hands_on = self._rate(course, training, hands_on, progress)
+                progress.advance(0, rate=f"{rate:.2g}")
+                self._train(training, list(self._batches(course)), rate, progress)
+                round_as_stored(checkpoint, step, weights)
+                error = self._mean(training)
+            is_better = error < start
+            if not is_better:
                 training.take_back()
+            rows_not_trained_on = len(hidden) - (0 if rate is None else len(self._training))
+            progress.advance(3 * self._recipe.epochs * rows_not_trained_on * self._seq)
             changed = training.changed()
             for rows in self._chunks(torch.arange(len(hidden))):
                 hidden[rows] = layer(rows).float().cpu()
                 progress.advance(len(rows) * self._seq)
             save_file(stored_tensors(checkpoint, step, changed), folder / CHANGED)
-        write_json(folder / RATE, {"learning_rate": rate})
-        start, end = objective.in_words(error), objective.in_words(healed)
-        said = f"{start} to {end}" if healed < error else f"{start}, left as it is"
-        progress.advance(0, **{objective.name: said})
+        write_json(folder / RATE, {"next": rate / LONGER if rate is not None and is_better else hands_on})
+        begun, ended = objective.in_words(start), objective.in_words(error)
+        progress.advance(0, **{objective.name: f"{begun} to {ended}" if is_better else f"{begun}, left as it is"})
 
-    def _rate(self, course: Course, training: "_Training", before: Path | None, progress: LayerProgress) -> float:
-        """The recipe's learning rate; with `auto` LONGER times the one at which a tenth of the steps leave the smallest error.
+    @staticmethod
+    def _first_rate(before: Path | None) -> float:
+        """Return where the search begins: at the best rate of the last layer that became better."""
+        return FIRST_RATE if before is None else float(read_json(before / RATE)["next"])
 
-        The search begins at the rate of the layer before, which is near. Where every rate breaks the layer it is the lowest.
+    def _rate(
+        self, course: Course, training: "_Training", first: float, progress: LayerProgress
+    ) -> tuple[float, float]:
+        """Return the recipe's learning rate; with `auto` LONGER times the one at which a tenth of the steps leave the smallest error.
+
+        And where the next layer's search begins if this one does not become better: at `first` too, for rates at which nothing
+        is gained say nothing of others, and the lowest is the best of them. Where every rate breaks the layer it is the lowest.
         """
         if self._recipe.learning_rate != "auto":
-            return self._recipe.learning_rate
-        first = FIRST_RATE if before is None else read_json(before / RATE)["learning_rate"] / LONGER
+            return self._recipe.learning_rate, first
         batches = list(islice(self._batches(course), max(FEWEST_STEPS, round(TRIAL * self._steps))))
         errors: dict[int, float] = {}
         while (exponent := next_exponent(errors, MOST_TRIALS)) is not None:
@@ -130,7 +144,10 @@ class Healing:
             errors[exponent] = error if math.isfinite(error) else math.inf
             training.take_back()
         best = lowest_point(errors)
-        return float(LONGER * first * FACTOR ** (min(errors) if best is None else best))
+        if best is None:
+            lowest = first * FACTOR ** min(errors)
+            return LONGER * lowest, lowest
+        return float(LONGER * first * FACTOR**best), first
 
     @contextmanager
     def _objective(self, course: Course, target: Target) -> Iterator[Objective]:
@@ -170,7 +187,7 @@ class Healing:
     def _batches(self, course: Course) -> Iterator[Tensor]:
         """The rows of each step: every epoch has all of them in an order of its own."""
         number = -1 if course.student.number is None else course.student.number
-        generator = torch.Generator().manual_seed(1_000_003 * self._seed + number + 1)
+        generator = torch.Generator().manual_seed((1_000_003 * self._seed + number + 1) % 2**63)  # of 64 bits, signed
         for _ in range(self._recipe.epochs):
             order = self._training[torch.randperm(len(self._training), generator=generator)]
             yield from order.split(self._recipe.batch_size)

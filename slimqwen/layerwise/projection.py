@@ -48,8 +48,8 @@ class Projection:
         ours = _first_rows(student, name)
         if ours.shape != theirs.shape or (ours - theirs).norm() > SAME_STREAM * theirs.norm():
             raise UserError(
-                f"the embeddings of {student.folder} are not what the plan makes of those of {teacher.folder}: repair compares "
-                "the two residual streams and comes right after the prune, before any training."
+                f"the embeddings of {student.folder} are not what the plan makes of those of {teacher.folder}: the two "
+                "residual streams are compared, so give what `slimqwen prune` made by this plan, before any training of the whole model."
             )
 
 

@@ -47,7 +47,7 @@ class Stream:
         self.model = without_weights(checkpoint, dtype, device)
         self.steps = steps_of(self.model)
         self.shape = (len(tokens), tokens.shape[1] - 1, checkpoint.config["hidden_size"])
-        self._allotment, self._dtype, self.device = allotment, dtype, device
+        self._allotment, self.dtype, self.device = allotment, dtype, device
 
     def without(self, layers: Collection[int]) -> "Stream":
         """The same model without some of its decoder layers, and without its MTP module."""
@@ -61,12 +61,12 @@ class Stream:
         return other
 
     def weights_of(self, step: Step) -> AbstractContextManager[None]:
-        return weights_of(step.blocks, self.model, self.checkpoint, self._dtype, self.device, Stopwatch())
+        return weights_of(step.blocks, self.model, self.checkpoint, self.dtype, self.device, Stopwatch())
 
     def weights_after(self, step: Step) -> AbstractContextManager[None]:
         """The norm that follows the last decoder layer, alone."""
         after = [block for block in step.blocks if block.layer is None and not block.is_mtp]
-        return weights_of(after, self.model, self.checkpoint, self._dtype, self.device, Stopwatch())
+        return weights_of(after, self.model, self.checkpoint, self.dtype, self.device, Stopwatch())
 
     def head(self) -> Tensor:
         """lm_head's weight, or the embedding that it is tied to, float32 [vocab, hidden] on the device."""
@@ -80,7 +80,7 @@ class Stream:
         """What goes into the first layer, written to a file."""
         hidden = self.open(path)
         for rows in self.passes():
-            hidden[rows] = embeddings(self.model, self.tokens[rows, :-1], self._dtype, self.device).cpu().float()
+            hidden[rows] = embeddings(self.model, self.tokens[rows, :-1], self.dtype, self.device).cpu().float()
         return hidden
 
     def advance(self, step: Step, hidden: Tensor, progress: Counts) -> None:
@@ -112,7 +112,7 @@ class Stream:
 
     def ready(self, hidden: Tensor) -> Tensor:
         """Hidden states as the layers compute with them."""
-        return hidden.to(self.device, self._dtype)
+        return hidden.to(self.device, self.dtype)
 
 
 def moe_block(step: Step) -> Block | None:
