@@ -85,13 +85,14 @@ def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
         pipeline.teacher_cache(tokens)
     models = {"teacher": pipeline.teacher}
     ours, papers = recipe.pruning, recipe.pruning.as_published()
+    unhealed = ours.model_copy(update={"healing": None})  # which is training, by a teacher
     models[MAIN_RUN] = (
         pipeline.initialised() if recipe.init == "random" else pipeline.progressive(MAIN_RUN, ours, recipe.distil.terms)
     )
     for baseline in recipe.baselines:
         match baseline:
             case "pruned":
-                models[baseline] = pipeline.one_shot("one_shot", ours)
+                models[baseline] = pipeline.one_shot("one_shot", unhealed)
             case "paper_pruned":
                 models[baseline] = pipeline.one_shot("paper/one_shot", papers)
             case "paper":
@@ -99,7 +100,7 @@ def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
             case "random_init":
                 models[baseline] = pipeline.random_init(baseline, pipeline.run_dir / baseline)
             case "lm_only":
-                models[baseline] = pipeline.progressive(baseline, ours, ["lm", "mtp_lm"])
+                models[baseline] = pipeline.progressive(baseline, unhealed, ["lm", "mtp_lm"])
     order = ("teacher", "paper_pruned", "pruned", "random_init", "lm_only", "paper", MAIN_RUN)
     evaluation = pipeline.evaluation({name: models[name] for name in order if name in models}, tokens)
     pipeline.final(models[MAIN_RUN], evaluation)

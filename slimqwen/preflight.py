@@ -210,7 +210,7 @@ def notes_of_calibration(recipe: Recipe) -> list[str]:
     Not of the built-in teacher, which has read nothing else.
     """
     pruning, sources = recipe.pruning, recipe.calibration.sources or recipe.data.sources
-    learns = pruning.repair or pruning.experts.refit
+    learns = pruning.repair or pruning.experts.refit or pruning.healing is not None
     if len(sources) != 1 or not learns or recipe.init == "random" or recipe.teacher == BUILTIN_TEACHER:
         return []
     name = next(iter(recipe.calibration.sources), None) or describe(recipe.data.sources[0])

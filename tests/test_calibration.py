@@ -297,7 +297,7 @@ def scaled(sums: Sums, factor: float) -> Sums:
     ("weights", "message"),
     [
         ({"code": 1, "wikki": 1}, r"'wikki' \(did you mean 'wiki'\?\)"),
-        ({"code": 1}, "leave out wiki"),
+        ({"code": 1}, "leaves out wiki"),
         ({"code": 0, "wiki": 0}, "at least one of them more than 0"),
         ({"code": -1, "wiki": 2}, "0 or more"),
         ({"code": torch.nan, "wiki": 2}, "0 or more"),

@@ -102,7 +102,7 @@ def test_where_it_is_not_kept_a_warning_names_it(
 
 def test_a_dropped_layer_that_stands_out_is_a_warning(planned: Callable[..., Plan]) -> None:
     """Influences 0.1, 0.1, 0.2 and 0.9: the last is 6 times the median, 0.15."""
-    made = planned(target={"num_hidden_layers": 3})
+    made = planned(target={"num_hidden_layers": 3}, depth="last")
     (warning,) = plan_warnings(made)
     assert "drops layer 3, whose block influence 0.900 is 6.0 times the median" in warning
     assert "layers     4 -> 3 by 'last'; dropped, with their block influence: 3 (0.900) (median 0.150)" in choice_text(
@@ -134,8 +134,9 @@ def test_the_papers_method_protects_nobody(planned: Callable[..., Plan]) -> None
 def test_the_command_prints_it(measured: Measured, tmp_path: Path) -> None:
     (tmp_path / "target.yaml").write_text("num_hidden_layers: 3\nnum_experts: 4\nhidden_size: 24\n")
     measured.statistics.save(tmp_path / "s.safetensors")
+    (tmp_path / "pruning.yaml").write_text("depth: last\n")
     options = ["--target", tmp_path / "target.yaml", "--statistics", tmp_path / "s.safetensors"]
-    options += ["--out", tmp_path / "plan.json"]
+    options += ["--out", tmp_path / "plan.json", "--pruning", tmp_path / "pruning.yaml"]
     result = CliRunner().invoke(app, ["plan", str(measured.checkpoint), *map(str, options)])
     assert result.exit_code == 0, result.output
     assert choice_text(Plan.load(tmp_path / "plan.json")) in result.stdout

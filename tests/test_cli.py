@@ -150,7 +150,10 @@ def test_stages_one_by_one(world: Path, tmp_path: Path) -> None:
         "tokens",
     )
     ok("calibrate", teacher, "--tokens", "tokens", "--samples", 2, "--sequence-length", 16)
-    ok("plan", teacher, "--target", "target.yaml", "--statistics", "statistics.safetensors")
+    measured = ("--target", "target.yaml", "--statistics", "statistics.safetensors")
+    short = ("--samples", 2, "--sequence-length", 16)
+    ok("measure-depth", teacher, *measured, "--tokens", "tokens", *short)
+    ok("plan", teacher, *measured, "--depth", "depth.json")
     ok("prune", teacher, "--plan", "plan.json", "--out", "pruned")
     training = ("--recipe", "distil.yaml", "--sequence-length", 16, "--set", "learning_rate=1e-3")
     ok("distil", "pruned", "--teacher", teacher, "--tokens", "tokens", "--out", "trained", *training)
@@ -318,7 +321,7 @@ def test_nothing_of_the_users_is_overwritten(world: Path, tmp_path: Path) -> Non
 
 def test_problems_of_the_last_stage_are_found_before_the_first(world: Path, tmp_path: Path) -> None:
     # layers alternate linear, full: keeping one leaves no full attention
-    result = run_recipe(world, tmp_path, "target.num_hidden_layers=1", "schedule=depth_first")
+    result = run_recipe(world, tmp_path, "target.num_hidden_layers=1", "schedule=depth_first", "pruning.depth=last")
     assert_one_sentence(result, 2, "attention")
     assert_one_sentence(run_recipe(world, tmp_path, "device=cuda:7"), 2, "cuda:7")
     assert not (tmp_path / "run").exists()

@@ -157,6 +157,13 @@ def test_a_round_grows_what_the_round_before_chose() -> None:
     assert min(found, key=lambda drop: (-len(drop.dropped), drop.kl)).dropped == (0, 2, 3)
 
 
+def test_neighbours_that_cannot_go_together_go_one_by_one() -> None:
+    """Of linear, full, linear either pair of neighbours has the attention."""
+    table = Table({(0,): 0.1, (0, 2): 0.2})
+    found = Search([0.1, 0.2, 0.3], 2, 8, [1], at_once=2).run(table)  # type: ignore[arg-type]
+    assert [drop.dropped for drop in found] == [(0,), (2,), (0, 2)]
+
+
 def test_one_full_attention_layer_stays() -> None:
     search = Search([0.1, 0.2, 0.3], 2, 3, [0, 1])
     assert search.one_more((0,)) == [(0, 2)]

@@ -264,9 +264,13 @@ LEAVES = {key.split(".")[-1] for key in KEYS}
 
 
 def is_key(key: str) -> bool:
-    """Whether a dotted name is a field of a recipe (a list's by number or N), or begins one."""
+    """Whether a dotted name is a field of a recipe (a list's by number, N or nothing), or begins one."""
     key = re.sub(r"\.\d+(?=\.|$)", ".N", key)
-    return key in KEYS or any(known.startswith(f"{key}.") or known.endswith(f".{key}") for known in KEYS)
+    return (
+        key in KEYS
+        or key in {known.replace(".N", "") for known in KEYS}
+        or any(known.startswith(f"{key}.") or known.endswith(f".{key}") for known in KEYS)
+    )
 
 
 def is_attribute(name: str) -> bool:

@@ -283,7 +283,10 @@ def test_tables_with_another_column_are_told_from_settings(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"), (gzip.compress(LINES, mtime=0)[:20], "be read")],
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        (gzip.compress(LINES, mtime=0)[:20], "be read"),
+    ],
 )
 def test_a_table_that_cannot_be_looked_into_is_no_setting(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)

@@ -60,8 +60,17 @@ OPTION_OF: dict[str, dict[str, str]] = {
         "data.sources.weight": "weights",
     },
     "calibrate": {**FIT_ON_TEXT, "calibration.streaming": "streaming"},
-    "measure-depth": {**FIT_ON_TEXT, "calibration.depth_samples": "samples"},
+    "measure-depth": {
+        **FIT_ON_TEXT,
+        "calibration.depth_samples": "samples",
+        "pruning.experts.refit": "refit",
+    },
     "repair": FIT_ON_TEXT,
+    "heal": {
+        "calibration.sources": "tokens",
+        "calibration.memory_budget_bytes": "memory_budget",
+        **{f"pruning.healing.{name}": name for name in ("samples", "epochs", "batch_size", "learning_rate")},
+    },
     "plan": {
         "pruning.source_weights": "source_weights",
         "calibration.samples": "samples",

@@ -164,6 +164,8 @@ class Search:
     ) -> None:
         self._influence, self._count, self._shortlist, self._at_once = influence, count, shortlist, at_once
         self._attention = set(attention)
+        if not self.one_more(()):  # every run of neighbours has the last layer of full attention
+            self._at_once = 1
 
     def run(self, walk: "Walk") -> list[MeasuredDrop]:
         """All that was measured, round after round."""
@@ -172,6 +174,10 @@ class Search:
         rounds = self._count // self._at_once
         for number in range(1, rounds + 1):
             sets = self.one_more(best)
+            if not sets:
+                raise UserError(
+                    f"no {self._count} of {len(self._influence)} layers can be left out: one of full attention has to stay; keep more layers."
+                )
             if number == rounds:
                 sets = list(dict.fromkeys([*sets, *self.runs(), *self._least()]))
             measured = walk.kl(sets, f"round {number} of {rounds}")

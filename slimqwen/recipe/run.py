@@ -83,7 +83,7 @@ class Recipe(Section):
         [],
         description="Also make, on the same tokens: 'pruned' (the final shape in one cut, no training), 'paper' (the same stages "
         "with pruning.method slimqwen-paper), 'paper_pruned' (its final shape in one cut, no training), "
-        "'random_init' (the final shape from random weights + KD), 'lm_only' (the same cuts, no teacher).",
+        "'random_init' (the final shape from random weights + KD), 'lm_only' (the same cuts, no teacher). None of them is healed.",
     )
     evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Measuring the result.")
 
