@@ -38,7 +38,7 @@ from slimqwen.progress import Progress, say
 from slimqwen.repair.layers import Refit
 from slimqwen.warning import warn
 
-CHUNK_TOKENS = 512  # whose logits exist at one time
+CHUNK_TOKENS = 512  # whose logits, of two models, exist at one time
 SAMPLES = 32
 SHORTLIST = 8
 REFITTED = 3  # of the last round's sets, beside what has the least block influence
@@ -272,8 +272,7 @@ class Walk:
                             self._stream.advance(step, hidden, progress)
             for hidden in streams.values():
                 self._stream.normed(self._steps[-1], hidden)
-            kl = self._divergences(streams.pop(()), [streams[drop] for drop in sets])
-            progress.advance(tokens)
+            kl = self._divergences(streams.pop(()), [streams[drop] for drop in sets], progress)
         for path in self._folder.glob(".stream*"):
             path.unlink()
         best = min(range(len(sets)), key=kl.__getitem__)
@@ -294,19 +293,26 @@ class Walk:
     def _file(self, dropped: Dropped) -> Path:
         return self._folder / f".stream-{'-'.join(map(str, dropped))}"
 
-    def _divergences(self, whole: Tensor, others: Sequence[Tensor]) -> list[float]:
-        """Mean over all positions of KL(whole || other), from what goes into lm_head, [rows, seq, hidden]."""
-        stream = self._stream
-        head = stream.head()
+    def _divergences(self, whole: Tensor, others: Sequence[Tensor], progress: Progress | None = None) -> list[float]:
+        """Mean over all positions of KL(whole || other), from what goes into lm_head, [rows, seq, hidden].
+
+        Two models' log-probabilities of CHUNK_TOKENS positions exist at one time, however many are compared.
+        """
+        head = self._stream.head()
         totals = [0.0] * len(others)
+
+        def log_probabilities(hidden: Tensor, start: int) -> Tensor:
+            rows = hidden.flatten(0, 1)[start : start + CHUNK_TOKENS].to(head)
+            return (rows @ head.T).log_softmax(dim=-1)
+
         for start in range(0, whole.shape[0] * whole.shape[1], CHUNK_TOKENS):
-            wanted, *found = (
-                (hidden.flatten(0, 1)[start : start + CHUNK_TOKENS].to(head) @ head.T).log_softmax(dim=-1)
-                for hidden in (whole, *others)
-            )
-            for number, log_probabilities in enumerate(found):
-                divergence = (wanted.exp() * (wanted - log_probabilities)).sum(dim=-1)
+            wanted = log_probabilities(whole, start)
+            probabilities = wanted.exp()
+            for number, other in enumerate(others):
+                divergence = (probabilities * (wanted - log_probabilities(other, start))).sum(dim=-1)
                 totals[number] += float(divergence.double().sum())
+            if progress is not None:
+                progress.advance(len(wanted))
         count = whole.shape[0] * whole.shape[1]
         return [max(total / count, 0.0) for total in totals]
 
