@@ -394,3 +394,19 @@ def test_whole_periods_go_where_the_target_is_some_of_them_fewer() -> None:
         left = [kind for layer, kind in enumerate(config["layer_types"]) if layer not in drop.dropped]
         assert full_attention_interval({"layer_types": left}) == 4
     assert min(found, key=lambda drop: (-len(drop.dropped), drop.kl)).dropped == (2, 3, 4, 5, 9, 10, 11, 12)
+
+
+def test_killed_while_a_refit_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is half removed must not be taken for finished: its hidden states would be zeros."""
+    model = measurable(tmp_path)
+    whole = measured(model, tmp_path / "whole.json", keep=3)
+
+    def killed(folder: Path) -> None:
+        for stream in folder.rglob(STUDENT):
+            stream.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(measure.shutil, "rmtree", killed)
+        measured(model, tmp_path / "out.json", keep=3)
+    assert measured(model, tmp_path / "out.json", keep=3) == whole

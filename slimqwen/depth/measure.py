@@ -253,8 +253,8 @@ class Walk:
             *_, last = SideBySide(left, whole, kept, _as_it_is).run(refit, layers, name)
             ends = [whole.open(last.with_name(TEACHER))[measurable], left.open(last.with_name(STUDENT))[measurable]]
             (kl,) = self._divergences(ends[0], ends[1:])
-            shutil.rmtree(layers)
             write_json(file, {"kl": kl})
+            shutil.rmtree(layers)  # only now: what is half removed would look finished
             say(f"{name}: KL {kl:.4f}")
         return float(read_json(file)["kl"])
 
