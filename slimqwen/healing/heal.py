@@ -17,7 +17,7 @@ from slimqwen.planning.plan import Plan
 from slimqwen.recipe import HealingRecipe
 
 HELD_FOR_GRADIENTS = 3  # times as much memory for activations as without gradients, about
-LEFT_OUT = 16  # every so-manieth sequence of each source is left out of the training
+LEFT_OUT = 16  # of each source every 16th sequence is left out of the training
 
 
 @makes_folder("student", "teacher", "tokens", "plan", kind="checkpoint")
@@ -41,8 +41,8 @@ def heal(
     Layer after layer, on the student's own stream: what goes into a layer is what the healed layers before it hand on, and its
     target is the teacher's stream after the same layer, in the student's coordinates. Every weight of the layer trains, in float32
     (bfloat16 products on a GPU). Embeddings, the final norm and lm_head stay, as do layout and dtypes. In memory there
-    are one layer's weights five times (itself, where it began, gradients and AdamW's moments); no vocabulary; hidden states lie in
-    files. Interrupted, it continues with the layer under way.
+    are one layer's weights five times (itself, where it began, gradients and AdamW's moments), and with the last layer both lm_heads and
+    a few rows of logits; hidden states lie in files. Interrupted, it continues with the layer under way.
 
     Args:
         student: what `prune` made of `teacher` by `plan`, refitted or not, embeddings not trained since.
