@@ -341,7 +341,7 @@ def heal(
 ) -> None:
     """Train each layer of a pruned (or refitted) checkpoint alone, so that it ends where the teacher's does.
 
-    All weights of the layer, by gradient, on the student's own stream: one layer and its optimiser in memory, no vocabulary.
+    All weights of the layer, by gradient, on the student's own stream: one layer and its optimiser in memory.
     docs/healing.md says what it gains. Interrupted, the same command continues with the layer under way.
     """
     from slimqwen.builtin import checkpoint_folder

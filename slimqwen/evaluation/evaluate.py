@@ -239,7 +239,7 @@ def _generate(
 def _speculate(model: MtpCausalLM, prompts: torch.Tensor, recipe: EvaluationRecipe, title: str) -> float | None:
     """Tokens that a forward pass of the backbone yields where the MTP module drafts; None without one.
 
-    Measured by decoding greedily as `slimqwen generate` does, after every so-manieth of the prompts [prompts, prompt].
+    Measured by decoding greedily as `slimqwen generate` does, after every n-th of the prompts [prompts, prompt].
     """
     if model.mtp is None:
         return None
