@@ -35,16 +35,16 @@ from synthetic import write_synthetic
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimqwen.bytesize import bytes_in_words, bytes_of
 from slimqwen.calibration.observe import add_layer_sums, observe_blocks
 from slimqwen.calibration.statistics import Part, Statistics
-from slimqwen.calibration.step import Step, steps_of
-from slimqwen.calibration.stopwatch import Stopwatch
-from slimqwen.calibration.weights import ExpertsOnDisk, weights_of, without_weights
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.modeling.device import reproducible
-from slimqwen.modeling.model import MtpCausalLM
+from slimqwen.core.bytesize import bytes_in_words, bytes_of
+from slimqwen.core.stopwatch import Stopwatch
+from slimqwen.layerwise.step import Step, steps_of
+from slimqwen.layerwise.weights import ExpertsOnDisk, weights_of, without_weights
+from slimqwen.model.device import reproducible
+from slimqwen.model.model import MtpCausalLM
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "qwen3-next-80b-a3b.json"
 CPU = torch.device("cpu")

@@ -28,14 +28,14 @@ from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.depth.measure import measure_depth
-from slimqwen.distillation.distil import distil
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.healing.heal import heal
-from slimqwen.modeling.model import load
+from slimqwen.model.model import load
 from slimqwen.planning.plan import cuts_only_channels, plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, DistilRecipe, PruningRecipe, Target
-from slimqwen.repair.repair import repair
+from slimqwen.refit.refit import repair
+from slimqwen.training.distil import distil
 
 SEQUENCE_LENGTH = 256
 

@@ -17,22 +17,22 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from slimqwen.artifacts.json_lines import append, read_lines, value_of
 from slimqwen.builtin import DEMO_RECIPE, checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import StageFailed
 from slimqwen.data.store import training_stream
-from slimqwen.distillation.distil import distil
-from slimqwen.distillation.learning_rate import FILE, RateChoice
-from slimqwen.distillation.teacher import LiveTeacher
-from slimqwen.distillation.trainer import Span, Student, Trainer
-from slimqwen.errors import StageFailed
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
-from slimqwen.jsonl import append, read_lines, value_of
-from slimqwen.modeling.device import reproducible
-from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.model.device import reproducible
+from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.recipe import DistilRecipe, Target
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
+from slimqwen.runs.store import Workshop
 from slimqwen.study.variation import changed
-from slimqwen.study.workshop import Workshop
+from slimqwen.training.distil import distil
+from slimqwen.training.learning_rate import FILE, RateChoice
+from slimqwen.training.teacher import LiveTeacher
+from slimqwen.training.trainer import Span, Student, Trainer
 
 BATCH_SIZE = 4
 END_RATE = 3e-5 / 4e-4  # of the peak, as in the recipe's defaults

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimqwen.distillation.loss import LossWeights, Predictions, chunked_loss
-from slimqwen.distillation.signal import LiveSignal
-from slimqwen.modeling.live_bytes import LiveStorages
+from slimqwen.losses.loss import LossWeights, Predictions, chunked_loss
+from slimqwen.losses.signal import LiveSignal
+from slimqwen.model.live_bytes import LiveStorages
 
 VOCAB, TEACHER_HIDDEN, STUDENT_HIDDEN = 151_936, 2048, 1536
 WEIGHTS = LossWeights(lm=0.25, kd=0.75, mtp_lm=0.05, mtp_kd=0.15)

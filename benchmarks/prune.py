@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from synthetic import write_synthetic
 
-from slimqwen.bytesize import bytes_in_words
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.families.count import count
 from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import group_experts
 from slimqwen.planning.plan import Plan
-from slimqwen.planning.shapes import completed, target_config
 from slimqwen.planning.width import kept_channels
 from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.shapes.target import completed, target_config
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "qwen3-next-80b-a3b.json"
 SAMPLE_EVERY_SECONDS = 0.05

@@ -35,14 +35,14 @@ from slimqwen.artifacts import atomic_file, atomic_folder, write_json
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
+from slimqwen.core.errors import UserError
+from slimqwen.core.progress import Progress, say
 from slimqwen.data.store import heldout_stream, training_stream
 from slimqwen.data.tokenize import tokenize
-from slimqwen.distillation.distil import distil
-from slimqwen.errors import UserError
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
-from slimqwen.modeling.model import load
-from slimqwen.progress import Progress, say
+from slimqwen.model.model import load
 from slimqwen.recipe import DistilRecipe, Ramp, Source
+from slimqwen.training.distil import distil
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END_OF_TEXT = "<|endoftext|>"  # what separated documents when it was pretrained; the chat's end is another

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimqwen.artifacts import atomic_folder
+from slimqwen.core.errors import UserError
 from slimqwen.data.documents import Document
 from slimqwen.data.sources import documents, is_heldout
-from slimqwen.errors import UserError
 from slimqwen.recipe import Source
 
 KINDS = ("home", "python", "docs")

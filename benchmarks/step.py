@@ -11,7 +11,7 @@ the parts are timed by events in its own queue, and nothing waits for them befor
                         fused loss, backward, clipping, AdamW), written down here without the Trainer
     other_fraction      share of a step that is none of PARTS
     tokens_per_second   of steps
-    mfu                 where the GPU's peak is known, as the metrics have it (`distillation/speed.py`)
+    mfu                 where the GPU's peak is known, as the metrics have it (`training/speed.py`)
 """
 
 import argparse
@@ -31,19 +31,19 @@ import torch
 from slimqwen.checkpoint.config import read_config
 from slimqwen.data.packed import PackedTokens, PackedWriter
 from slimqwen.data.stream import Batch, TokenStream
-from slimqwen.distillation import trainer as trainer_module
-from slimqwen.distillation.loss import LossWeights, align, chunked_loss, count_targets
-from slimqwen.distillation.speed import training_flops
-from slimqwen.distillation.teacher import LiveTeacher
-from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.families import Config, Family
-from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.modeling.kernels import kernels_of
-from slimqwen.modeling.model import MtpCausalLM, initialise
-from slimqwen.modeling.peaks import dense_bf16_flops
-from slimqwen.planning.shapes import completed, target_config
+from slimqwen.losses.loss import LossWeights, align, chunked_loss, count_targets
+from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.model.kernels import kernels_of
+from slimqwen.model.model import MtpCausalLM, initialise
+from slimqwen.model.peaks import dense_bf16_flops
 from slimqwen.recipe import DistilRecipe, Target
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
+from slimqwen.shapes.target import completed, target_config
+from slimqwen.training import trainer as trainer_module
+from slimqwen.training.speed import training_flops
+from slimqwen.training.teacher import LiveTeacher
+from slimqwen.training.trainer import Span, Student, Trainer
 
 ROOT = Path(__file__).parent.parent
 DEMO = Target(num_hidden_layers=6, hidden_size=96, num_experts=16, num_experts_per_tok=3)  # slimqwen/builtin/demo.yaml

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from slimqwen.builtin import checkpoint_folder
-from slimqwen.distillation.head import Logits
-from slimqwen.distillation.loss import chunked_loss
-from slimqwen.distillation.signal import LiveSignal, StoredSignal
 from slimqwen.evaluation.fidelity import ONLY_MEASURED, Recording, heldout_rows, record
-from slimqwen.modeling.model import load
+from slimqwen.losses.head import Logits
+from slimqwen.losses.loss import chunked_loss
+from slimqwen.losses.signal import LiveSignal, StoredSignal
+from slimqwen.model.model import load
 from slimqwen.teacher_cache.records import bytes_per_token, packed, unpacked
 from slimqwen.teacher_cache.write import CHUNK_TOKENS, most_likely
 

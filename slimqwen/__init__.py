@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimqwen.calibration.calibrate import calibrate as calibrate
     from slimqwen.data.tokenize import tokenize as tokenize
-    from slimqwen.distillation.distil import distil as distil
-    from slimqwen.distillation.pretrain import pretrain as pretrain
     from slimqwen.evaluation.evaluate import evaluate as evaluate
-    from slimqwen.pipeline import run as run
     from slimqwen.planning.plan import plan as plan
     from slimqwen.pruning.prune import prune as prune
     from slimqwen.recipe import CalibrationRecipe as CalibrationRecipe
@@ -26,8 +23,11 @@ if TYPE_CHECKING:
     from slimqwen.recipe import Recipe as Recipe
     from slimqwen.recipe import Source as Source
     from slimqwen.recipe import Target as Target
-    from slimqwen.recipe_file import load_recipe as load_recipe
+    from slimqwen.recipe.file import load_recipe as load_recipe
     from slimqwen.reporting.report import report as report
+    from slimqwen.runs.pretrain import pretrain as pretrain
+    from slimqwen.runs.recipe_run import run as run
+    from slimqwen.training.distil import distil as distil
 
 _HOMES = {
     "CalibrationRecipe": "slimqwen.recipe",
@@ -38,14 +38,14 @@ _HOMES = {
     "Source": "slimqwen.recipe",
     "Target": "slimqwen.recipe",
     "calibrate": "slimqwen.calibration.calibrate",
-    "distil": "slimqwen.distillation.distil",
+    "distil": "slimqwen.training.distil",
     "evaluate": "slimqwen.evaluation.evaluate",
-    "load_recipe": "slimqwen.recipe_file",
+    "load_recipe": "slimqwen.recipe.file",
     "plan": "slimqwen.planning.plan",
-    "pretrain": "slimqwen.distillation.pretrain",
+    "pretrain": "slimqwen.runs.pretrain",
     "prune": "slimqwen.pruning.prune",
     "report": "slimqwen.reporting.report",
-    "run": "slimqwen.pipeline",
+    "run": "slimqwen.runs.recipe_run",
     "tokenize": "slimqwen.data.tokenize",
 }
 __all__ = list(_HOMES)

@@ -31,14 +31,11 @@ import torch
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 
 from slimqwen.calibration.calibrate import calibrate
+from slimqwen.core.errors import UserError
 from slimqwen.data.tokenize import tokenize
 from slimqwen.depth.measure import measure_depth
-from slimqwen.distillation.carry import carry
-from slimqwen.distillation.distil import distil, state_folder_of
-from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.healing.heal import heal
-from slimqwen.pipeline import run
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import (
@@ -52,10 +49,13 @@ from slimqwen.recipe import (
     Target,
     TeacherCacheRecipe,
 )
-from slimqwen.recipe_file import dump_recipe
-from slimqwen.repair.repair import repair
+from slimqwen.recipe.file import dump_recipe
+from slimqwen.refit.refit import repair
 from slimqwen.reporting.report import report
+from slimqwen.runs.recipe_run import run
 from slimqwen.teacher_cache.write import write_teacher_cache
+from slimqwen.training.distil import distil, state_folder_of
+from slimqwen.training.moments import carry
 
 torch.set_num_threads(1)
 

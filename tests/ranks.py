@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 
 # The server imports once and forks each rank from itself; the test process, with its threads, is never forked.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["conftest", "slimqwen.cli.app", "slimqwen.pipeline", "transformers.models.qwen3_next"])
+CONTEXT.set_forkserver_preload(
+    ["conftest", "slimqwen.cli.app", "slimqwen.runs.recipe_run", "transformers.models.qwen3_next"]
+)
 
 
 class Ranks:

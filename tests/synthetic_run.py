@@ -16,7 +16,7 @@ from slimqwen.planning.experts import group_experts
 from slimqwen.planning.plan import Plan, Scores, completed, target_config
 from slimqwen.planning.width import kept_channels
 from slimqwen.recipe import DataRecipe, DistilRecipe, PruningRecipe, Recipe, Target
-from slimqwen.recipe_file import dump_recipe
+from slimqwen.recipe.file import dump_recipe
 
 CONFIG = QWEN3_NEXT.normalise(
     {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimqwen.modeling.arithmetic import arithmetic, keep_arithmetic
+from slimqwen.model.arithmetic import arithmetic, keep_arithmetic
 
 
 @pytest.fixture

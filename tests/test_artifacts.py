@@ -20,7 +20,7 @@ from slimqwen.artifacts import (
     resumable_folder,
     write_json,
 )
-from slimqwen.errors import StageFailed, UserError
+from slimqwen.core.errors import StageFailed, UserError
 
 
 def names(folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimqwen.distillation.balance import expert_counts, load_balancing_loss
+from slimqwen.losses.balance import expert_counts, load_balancing_loss
 
 pytestmark = pytest.mark.rounding
 

@@ -10,8 +10,8 @@ import torch
 from test_cli import assert_one_sentence, slimqwen
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 
+from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.errors import StageFailed, UserError
 from slimqwen.evaluation.benchmarks import (
     Benchmarks,
     benchmark,
@@ -22,7 +22,7 @@ from slimqwen.evaluation.benchmarks import (
 )
 from slimqwen.evaluation.evalplus import CONSENT, DATA_VARIABLES, EVALPLUS, evalplus_identity, run_evalplus
 from slimqwen.evaluation.harness import GroupMetric, GroupScores, Harness, Metric, Scores, TaskScores
-from slimqwen.modeling.model import load
+from slimqwen.model.model import load
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("lm_eval")

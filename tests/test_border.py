@@ -18,11 +18,11 @@ from typer.main import get_command
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.cli import app, main
 from slimqwen.cli.command import EVERY_STAGE, OPTION_OF, in_options, options_of
-from slimqwen.errors import StageFailed, UserError
-from slimqwen.modeling.device import resolve_device
+from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.regular_files import read_regular
+from slimqwen.core.torchrun import local_rank, rank, world_size
+from slimqwen.model.device import resolve_device
 from slimqwen.recipe import Recipe
-from slimqwen.regular import read_regular
-from slimqwen.torchrun import local_rank, rank, world_size
 
 
 @dataclass

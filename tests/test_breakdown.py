@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from slimqwen.data.packed import PackedWriter
-from slimqwen.distillation.loss import Predictions
 from slimqwen.evaluation.breakdown import breakdown, token_ranks
 from slimqwen.evaluation.fidelity import Recording
+from slimqwen.losses.loss import Predictions
 
 pytestmark = pytest.mark.rounding
 

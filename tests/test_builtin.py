@@ -11,12 +11,12 @@ from slimqwen.builtin import DEMO_RECIPE, TEACHER
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.sources import documents, is_heldout
 from slimqwen.data.tokenize import tokenize
-from slimqwen.distillation.distil import distil
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.families.count import count
-from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import DistilRecipe, EvaluationRecipe, PretrainRecipe, Source
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
+from slimqwen.shapes.target import completed, target_config
+from slimqwen.training.distil import distil
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,10 +19,10 @@ from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import HALVES, Part, Statistics, Sums
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
-from slimqwen.errors import UserError
-from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.recipe import CalibrationRecipe
 
 pytestmark = pytest.mark.rounding

@@ -9,14 +9,14 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from tiny import put_json
 
-from slimqwen import strict_yaml
+from slimqwen.core import strict_yaml
+from slimqwen.core.terminal import visible
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation, Sample
 from slimqwen.recipe import Recipe
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.markdown import block, code, plain
 from slimqwen.reporting.parentage import Parentage, hub_name, inherited, parentage_of
-from slimqwen.terminal import visible
 
 TEACHER_CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [chat]\n---\n# Teacher\n"
 

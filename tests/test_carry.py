@@ -15,18 +15,18 @@ from typer.testing import CliRunner
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
-from slimqwen.distillation.carry import MOMENTS, carry
-from slimqwen.distillation.distil import distil
-from slimqwen.distillation.trainer import Span, Trainer
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.count import count
-from slimqwen.pipeline import run
 from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan
-from slimqwen.planning.shapes import completed
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import DistilRecipe, PruningRecipe, Target
+from slimqwen.runs.recipe_run import run
+from slimqwen.shapes.target import completed
+from slimqwen.training.distil import distil
+from slimqwen.training.moments import MOMENTS, carry
+from slimqwen.training.trainer import Span, Trainer
 
 SEQUENCE_LENGTH = 16
 BATCH_SIZE = 4

@@ -14,10 +14,10 @@ from test_cli import slimqwen as run_command
 from tiny import write_tiny_checkpoint
 from tiny_families import FAMILIES_NATIVE
 
-from slimqwen.checkpoint import check
-from slimqwen.checkpoint.check import CheckResult, check_checkpoint, describe, tensor_hash
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
+from slimqwen.serving import check
+from slimqwen.serving.check import CheckResult, check_checkpoint, describe, tensor_hash
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from slimqwen.checkpoint.config import read_config
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
-from slimqwen.errors import UserError
-from slimqwen.modeling.model import load, save
+from slimqwen.core.errors import UserError
+from slimqwen.model.model import load, save
 
 pytestmark = pytest.mark.rounding
 

@@ -22,7 +22,7 @@ from tiny import write_tiny_checkpoint, write_tiny_tokens
 
 from slimqwen.cli import app, main
 from slimqwen.recipe import EvaluationRecipe
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -344,7 +344,7 @@ def test_ctrl_c_is_a_sentence(world: Path, tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slimqwen.work.calibrate", interrupted)
+    monkeypatch.setattr("slimqwen.runs.stages.calibrate", interrupted)
     assert_one_sentence(run_recipe(world, tmp_path), 130, "interrupted", "the same command continues")
     monkeypatch.setattr("slimqwen.generation.generate.speculate", interrupted)
     stopped = slimqwen("generate", "builtin", "--prompt", "def ")

@@ -14,15 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 from slimqwen.checkpoint.config import read_config
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES, Config
 from slimqwen.families.count import count, tally
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.planning.counts import Comparison, compare, comparison_table
-from slimqwen.planning.footprint import TrainingSettings, dtype_of, footprint, forward_flops
-from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
+from slimqwen.shapes.counts import Comparison, compare, comparison_table
+from slimqwen.shapes.footprint import TrainingSettings, dtype_of, footprint, forward_flops
+from slimqwen.shapes.target import completed, target_config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PAPER = {  # the models of the paper, as the recipes have them: config, target

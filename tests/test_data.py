@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from slimqwen.builtin import TEACHER
+from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.data.packed import MAGIC, PackedTokens, PackedWriter
 from slimqwen.data.sources import EXCLUDED_FOLDERS, documents, is_heldout
 from slimqwen.data.store import load_manifest
 from slimqwen.data.stream import TokenStream, shuffled
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer, train_tokenizer
-from slimqwen.errors import StageFailed, UserError
 from slimqwen.recipe import Source
 
 CODE = (

@@ -7,15 +7,15 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, tiny_config, tiny_stream
 
-from slimqwen.distillation import dry_run as module
-from slimqwen.distillation.dry_run import dry_run, held_bytes, predicted_memory, remedies
-from slimqwen.distillation.teacher import LiveTeacher
-from slimqwen.distillation.trainer import Span, Student, Trainer
-from slimqwen.errors import StageFailed
+from slimqwen.core.errors import StageFailed
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.modeling.live_bytes import measured_peak
-from slimqwen.modeling.model import initialise
+from slimqwen.model.live_bytes import measured_peak
+from slimqwen.model.model import initialise
 from slimqwen.recipe import DistilRecipe
+from slimqwen.training import dry_run as module
+from slimqwen.training.dry_run import dry_run, held_bytes, predicted_memory, remedies
+from slimqwen.training.teacher import LiveTeacher
+from slimqwen.training.trainer import Span, Student, Trainer
 
 SEQUENCE_LENGTH = 64  # the reference DeltaNet pads to it
 

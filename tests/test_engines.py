@@ -11,12 +11,12 @@ from test_cli import slimqwen as run_command
 from tiny import canonical, write_tiny_checkpoint
 from tiny_families import FAMILIES_NATIVE
 
-from slimqwen.checkpoint.check import CheckResult, check_checkpoint, describe
-from slimqwen.checkpoint.engines import ENGINES
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.checkpoint.serving import Verdict, verdict
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES
+from slimqwen.serving.check import CheckResult, check_checkpoint, describe
+from slimqwen.serving.engines import ENGINES
+from slimqwen.serving.requirements import Verdict, verdict
 
 # What the tiny configs have and some engines do not take: checked one by one below.
 PLAIN: dict[str, dict[str, Any]] = {

@@ -12,11 +12,11 @@ from tiny import canonical
 from torch import nn
 from transformers import GenerationConfig
 
+from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.data.packed import PackedWriter
 from slimqwen.data.store import load_manifest
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer, train_tokenizer
-from slimqwen.errors import StageFailed, UserError
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
@@ -26,7 +26,7 @@ from slimqwen.families import Config, family_of
 from slimqwen.families.count import count
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.generation.speculative import speculate
-from slimqwen.modeling.model import MtpCausalLM, initialise, load, save
+from slimqwen.model.model import MtpCausalLM, initialise, load, save
 from slimqwen.recipe import EvaluationRecipe, Source
 
 pytestmark = pytest.mark.rounding

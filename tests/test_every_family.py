@@ -27,18 +27,18 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES, Config, family_of
 from slimqwen.families.axes import Axis, axes_of
 from slimqwen.families.count import count
 from slimqwen.families.family import Block, Layout
-from slimqwen.modeling.model import MtpCausalLM, load, save
-from slimqwen.pipeline import run
+from slimqwen.model.model import MtpCausalLM, load, save
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan
-from slimqwen.planning.shapes import UNITS_OF_NO_AXIS
 from slimqwen.pruning.cut import Cut
 from slimqwen.recipe import Recipe
+from slimqwen.runs.recipe_run import run
+from slimqwen.shapes.target import UNITS_OF_NO_AXIS
 
 pytestmark = pytest.mark.rounding
 

@@ -15,15 +15,15 @@ from tiny_families import FAMILIES_NATIVE, GLM4_MOE, QWEN3_MOE
 from torch import Tensor
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.distillation.distil import distil
-from slimqwen.distillation.expert_parallel import check_expert_ranks
-from slimqwen.distillation.parallel import join_ranks
-from slimqwen.distillation.sharded import export, load_sharded, whole
-from slimqwen.distillation.trainer import Trainer
-from slimqwen.errors import UserError
-from slimqwen.modeling.model import MtpCausalLM, load
-from slimqwen.modeling.routing import observe_routing
+from slimqwen.core.errors import UserError
+from slimqwen.model.model import MtpCausalLM, load
+from slimqwen.model.routing import observe_routing
+from slimqwen.parallel.expert_parallel import check_expert_ranks
+from slimqwen.parallel.ranks import join_ranks
+from slimqwen.parallel.sharded_checkpoint import export, load_sharded, whole
 from slimqwen.recipe import DistilRecipe
+from slimqwen.training.distil import distil
+from slimqwen.training.trainer import Trainer
 
 SEQUENCE_LENGTH = 16
 BATCH_SIZE = 8

@@ -10,7 +10,7 @@ from tiny import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import Config, family_of
 from slimqwen.families.count import count
 from slimqwen.families.qwen3_next import QWEN3_NEXT

@@ -8,15 +8,15 @@ from tiny import canonical, tiny_config
 from tiny_families import FAMILIES_NATIVE
 
 from slimqwen.checkpoint.config import read_config
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES, Config
 from slimqwen.families.count import count
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.planning.budget import parse
-from slimqwen.planning.fit import SEARCHED, Candidate, candidates_table, fit, period, write_target
-from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
+from slimqwen.shapes.budget import parse
+from slimqwen.shapes.fit import SEARCHED, Candidate, candidates_table, fit, period, write_target
+from slimqwen.shapes.target import completed, target_config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

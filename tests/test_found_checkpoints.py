@@ -20,21 +20,22 @@ from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from slimqwen.artifacts.warning_file import kept_in
 from slimqwen.builtin import checkpoint_folder
-from slimqwen.checkpoint import check, reader, writer
-from slimqwen.checkpoint.check import check_checkpoint, describe
+from slimqwen.checkpoint import reader, writer
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
-from slimqwen.distillation.distil import distil
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import ARCHITECTURES, FAMILIES, family_of
-from slimqwen.modeling.model import load, save
-from slimqwen.modeling.native import native_config
-from slimqwen.pipeline import run
+from slimqwen.model.model import load, save
+from slimqwen.model.native import native_config
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import DistilRecipe
-from slimqwen.warning import kept_in
+from slimqwen.runs.recipe_run import run
+from slimqwen.serving import check
+from slimqwen.serving.check import check_checkpoint, describe
+from slimqwen.training.distil import distil
 
 TOKENS = tiny_tokens(rows=2, columns=13)
 Tensors = dict[str, Tensor]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimqwen import free_memory
-from slimqwen.free_memory import available_bytes, control_groups, limit_bytes
+from slimqwen.core import free_memory
+from slimqwen.core.free_memory import available_bytes, control_groups, limit_bytes
 
 CPU = torch.device("cpu")
 GB = 10**9

@@ -17,16 +17,16 @@ from test_cli import slimqwen as run_command
 from tiny import fused, write_tiny_checkpoint
 from tiny_families import FAMILIES_NATIVE
 
-from slimqwen.checkpoint.check import check_checkpoint
 from slimqwen.checkpoint.config import read_config
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.count import count
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan, Scores
-from slimqwen.planning.shapes import shape_of
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import PruningRecipe
+from slimqwen.serving.check import check_checkpoint
+from slimqwen.shapes.target import shape_of
 
 CASES_OF_A_KIND = 24
 SIZES = {

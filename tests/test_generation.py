@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from slimqwen.builtin import TEACHER
+from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.errors import StageFailed, UserError
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily
 from slimqwen.generation.sampling import GREEDY, Sampling, accept, draw
 from slimqwen.generation.speculative import Drafter, speculate
 from slimqwen.generation.state import MOST_TOKENS_AGAIN, Reader
-from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.model.model import MtpCausalLM, load
 
 pytestmark = pytest.mark.rounding
 

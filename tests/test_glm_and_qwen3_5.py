@@ -20,13 +20,13 @@ from transformers.modeling_layers import MtpModel
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Part, Statistics
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES, Config
 from slimqwen.families.count import count
 from slimqwen.families.glm4_moe import GLM4_MOE
 from slimqwen.families.qwen3_5_moe import LANGUAGE_MODEL, QWEN3_5_MOE, QWEN3_5_MOE_TEXT
-from slimqwen.modeling.model import load, save
-from slimqwen.modeling.routing import observe_routing
+from slimqwen.model.model import load, save
+from slimqwen.model.routing import observe_routing
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.pruning.cut import Cut
 

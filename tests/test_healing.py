@@ -31,8 +31,8 @@ from typer.testing import CliRunner
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.statistics import Part
 from slimqwen.cli import app
+from slimqwen.core.errors import UserError
 from slimqwen.data.store import training_stream
-from slimqwen.errors import UserError
 from slimqwen.families import Config
 from slimqwen.families.family import Layout
 from slimqwen.healing.heal import heal, left_out_of, training_of

@@ -17,15 +17,15 @@ from slimqwen.data.isolated import DocumentStream
 from slimqwen.data.packed import PackedTokens, PackedWriter
 from slimqwen.data.store import load_manifest
 from slimqwen.data.stream import Batch, TokenStream
-from slimqwen.distillation.balance import expert_counts
-from slimqwen.distillation.distil import distil
-from slimqwen.distillation.loss import LossWeights, count_targets
-from slimqwen.distillation.teacher import LiveTeacher
-from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
-from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.losses.balance import expert_counts
+from slimqwen.losses.loss import LossWeights, count_targets
+from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.recipe import DistilRecipe, EvaluationRecipe
+from slimqwen.training.distil import distil
+from slimqwen.training.teacher import LiveTeacher
+from slimqwen.training.trainer import Span, Student, Trainer
 
 pytestmark = pytest.mark.rounding
 

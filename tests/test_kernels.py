@@ -9,11 +9,11 @@ import torch
 from tiny import canonical, tiny_config, write_tiny_checkpoint
 from tiny_families import QWEN3_MOE
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.modeling.kernels import BATCHED_EXPERTS, announce_slow, batched_experts_forward, kernels_of
-from slimqwen.modeling.model import MtpCausalLM, initialise, load
+from slimqwen.model.kernels import BATCHED_EXPERTS, announce_slow, batched_experts_forward, kernels_of
+from slimqwen.model.model import MtpCausalLM, initialise, load
 
 pytestmark = pytest.mark.rounding
 

@@ -21,13 +21,19 @@ from typer.testing import CliRunner
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
+from slimqwen.core.errors import Preempted, StageFailed, UserError
 from slimqwen.data.tokenize import tokenize
-from slimqwen.distillation import learning_rate, schedules
-from slimqwen.distillation.cached_teacher import CachedTeacher
-from slimqwen.distillation.carry import carry
-from slimqwen.distillation.course import course_of
-from slimqwen.distillation.distil import distil, state_folder_of
-from slimqwen.distillation.learning_rate import (
+from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Recipe, Source, TeacherCacheRecipe
+from slimqwen.reporting.run_folder import read_learning_rates
+from slimqwen.runs.recipe_run import run
+from slimqwen.study.catalogue.definition import at_both_rates
+from slimqwen.study.variation import Variation
+from slimqwen.teacher_cache.write import write_teacher_cache
+from slimqwen.training import learning_rate, schedules
+from slimqwen.training.cached_teacher import CachedTeacher
+from slimqwen.training.course import course_of
+from slimqwen.training.distil import distil, state_folder_of
+from slimqwen.training.learning_rate import (
     FEWEST_STEPS,
     FILE,
     MOST_FORKS,
@@ -36,15 +42,9 @@ from slimqwen.distillation.learning_rate import (
     best_exponent,
     fork_steps,
 )
-from slimqwen.distillation.rate_search import lowest_point, next_exponent
-from slimqwen.distillation.trainer import Span, Trainer
-from slimqwen.errors import Preempted, StageFailed, UserError
-from slimqwen.pipeline import run
-from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Recipe, Source, TeacherCacheRecipe
-from slimqwen.reporting.run_folder import read_learning_rates
-from slimqwen.study.catalogue.definition import at_both_rates
-from slimqwen.study.variation import Variation
-from slimqwen.teacher_cache.write import write_teacher_cache
+from slimqwen.training.moments import carry
+from slimqwen.training.rate_search import lowest_point, next_exponent
+from slimqwen.training.trainer import Span, Trainer
 
 LENGTH, BATCH_SIZE, STEPS = 16, 2, 20
 

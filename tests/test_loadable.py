@@ -9,17 +9,17 @@ from test_every_family import alone
 from tiny import write_tiny_checkpoint
 from tiny_families import FAMILIES_NATIVE
 
-from slimqwen.checkpoint.check import check_checkpoint
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families import family_of
 from slimqwen.families.family import Layout
-from slimqwen.planning.counts import compare, comparison_table
-from slimqwen.planning.fit import candidates_table, fit
-from slimqwen.planning.loadable import loadable
-from slimqwen.planning.shapes import completed, target_config
-from slimqwen.preflight import notes_of_calibration, notes_of_serving
 from slimqwen.pruning.cut import Cut
 from slimqwen.recipe import Recipe, Target
+from slimqwen.runs.checks import notes_of_calibration, notes_of_serving
+from slimqwen.serving.check import check_checkpoint
+from slimqwen.serving.loadable import loadable
+from slimqwen.shapes.counts import compare, comparison_table
+from slimqwen.shapes.fit import candidates_table, fit
+from slimqwen.shapes.target import completed, target_config
 
 # A target for each family, the layers that stay, and the engines that then refuse what they took before.
 CUTS: list[tuple[str, Layout, Target, list[int] | None, set[str]]] = [

@@ -21,19 +21,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import Preempted, StageFailed, UserError
 from slimqwen.data.stream import Batch
-from slimqwen.distillation import heldout, loggers, speed
-from slimqwen.distillation.distil import distil
-from slimqwen.distillation.guard import FEWEST, WINDOW, Guard, GuardRecord, Rollback
-from slimqwen.distillation.loggers import check_loggers, open_loggers
-from slimqwen.distillation.metrics import MetricsLog
-from slimqwen.distillation.trainer import MAX_ROLLBACKS, Trainer
-from slimqwen.errors import Preempted, StageFailed, UserError
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
-from slimqwen.modeling.model import load
-from slimqwen.modeling.peaks import peak_of
-from slimqwen.planning.footprint import forward_flops
+from slimqwen.model.model import load
+from slimqwen.model.peaks import peak_of
 from slimqwen.recipe import DistilRecipe
+from slimqwen.shapes.footprint import forward_flops
+from slimqwen.training import heldout, loggers, speed
+from slimqwen.training.distil import distil
+from slimqwen.training.guard import FEWEST, WINDOW, Guard, GuardRecord, Rollback
+from slimqwen.training.loggers import check_loggers, open_loggers
+from slimqwen.training.metrics import MetricsLog
+from slimqwen.training.trainer import MAX_ROLLBACKS, Trainer
 
 SEQUENCE_LENGTH = 16
 BATCH_SIZE = 4

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimqwen.distillation import head
-from slimqwen.distillation.divergence import FORWARD_KL, Distribution, Divergence
-from slimqwen.distillation.loss import LossSums, LossWeights, align, chunked_loss, count_targets
-from slimqwen.distillation.signal import LiveSignal
+from slimqwen.losses import head
+from slimqwen.losses.divergence import FORWARD_KL, Distribution, Divergence
+from slimqwen.losses.loss import LossSums, LossWeights, align, chunked_loss, count_targets
+from slimqwen.losses.signal import LiveSignal
 from slimqwen.recipe import LossTerm
 
 pytestmark = pytest.mark.rounding

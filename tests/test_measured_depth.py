@@ -13,10 +13,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from slimqwen.calibration.calibrate import calibrate
-from slimqwen.calibration.memory import allot
 from slimqwen.calibration.statistics import Part
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
+from slimqwen.core.errors import UserError
 from slimqwen.data.store import training_stream
 from slimqwen.depth import measure
 from slimqwen.depth.measure import (
@@ -30,16 +30,16 @@ from slimqwen.depth.measure import (
     measured_after_refit,
     passes_of,
 )
-from slimqwen.errors import UserError
 from slimqwen.families.canonical import full_attention_interval
+from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.side_by_side import STUDENT, TEACHER, SideBySide
 from slimqwen.layerwise.stream import Stream
-from slimqwen.modeling.model import load
+from slimqwen.model.model import load
 from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.cut import Cut
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
-from slimqwen.repair.layers import Refit
+from slimqwen.refit.layers import Refit
 
 SEQUENCE_LENGTH, SAMPLES = 16, 6
 MEASURED = PruningRecipe(depth="measured", width="norm_activation")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.cli import app
+from slimqwen.core.errors import UserError
 from slimqwen.data.isolated import DocumentStream
 from slimqwen.data.mixture import MixedStream, drawn_from
 from slimqwen.data.packed import PackedTokens, PackedWriter, bin_path
@@ -22,11 +23,10 @@ from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.stream import TokenStream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.distillation.distil import distil
-from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
-from slimqwen.pipeline import run
 from slimqwen.recipe import CalibrationRecipe, DistilRecipe, EvaluationRecipe, Recipe, Source
+from slimqwen.runs.recipe_run import run
+from slimqwen.training.distil import distil
 
 
 def pack(prefix: Path, documents: list[list[int]], vocab_size: int = 300) -> PackedTokens:

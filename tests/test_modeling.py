@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.family import Layout
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.modeling.device import ALIGNMENT_BYTES, resolve_device, resolve_dtype
-from slimqwen.modeling.model import MtpCausalLM, initialise, load, save
-from slimqwen.modeling.routing import observe_routing
+from slimqwen.model.device import ALIGNMENT_BYTES, resolve_device, resolve_dtype
+from slimqwen.model.model import MtpCausalLM, initialise, load, save
+from slimqwen.model.routing import observe_routing
 
 pytestmark = pytest.mark.rounding
 

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from slimqwen.calibration.experts import (
+from slimqwen.calibration.observe import observe
+from slimqwen.calibration.statistics import Part, Statistics
+from slimqwen.families import FAMILIES
+from slimqwen.model.experts import (
     ExpertsObserver,
     Pairs,
     Stopwatch,
@@ -22,10 +25,7 @@ from slimqwen.calibration.experts import (
     one_by_one,
     streamed_experts_forward,
 )
-from slimqwen.calibration.observe import observe
-from slimqwen.calibration.statistics import Part, Statistics
-from slimqwen.families import FAMILIES
-from slimqwen.modeling.model import MtpCausalLM, initialise, load
+from slimqwen.model.model import MtpCausalLM, initialise, load
 
 pytestmark = pytest.mark.rounding
 

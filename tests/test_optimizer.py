@@ -16,9 +16,13 @@ from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.distillation.average import Average
-from slimqwen.distillation.distil import check_batch, distil
-from slimqwen.distillation.optimizer import (
+from slimqwen.core.errors import UserError
+from slimqwen.model.model import load
+from slimqwen.parallel.ranks import Ranks
+from slimqwen.recipe import DistilRecipe
+from slimqwen.training.average import Average
+from slimqwen.training.distil import check_batch, distil
+from slimqwen.training.optimizer import (
     MUON_PARTS,
     build_optimizer,
     check_optimizer,
@@ -26,11 +30,7 @@ from slimqwen.distillation.optimizer import (
     set_learning_rate,
     trained_parameters,
 )
-from slimqwen.distillation.parallel import Ranks
-from slimqwen.distillation.trainer import Span, Trainer
-from slimqwen.errors import UserError
-from slimqwen.modeling.model import load
-from slimqwen.recipe import DistilRecipe
+from slimqwen.training.trainer import Span, Trainer
 
 SEQUENCE_LENGTH = 16
 BATCH_SIZE = 4

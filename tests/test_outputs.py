@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from slimqwen.artifacts import is_marked
 from slimqwen.cli import app
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 
 # With what each of them reads, by its place in `world`. `OUT` is where it is told to write.
 COMMANDS = {

@@ -32,7 +32,7 @@ from slimqwen.artifacts import (
     write_text,
 )
 from slimqwen.artifacts.record import HASHED_BYTES
-from slimqwen.errors import StageFailed, UserError
+from slimqwen.core.errors import StageFailed, UserError
 
 OURS = {"format": "slimqwen.test/1"}
 

@@ -20,17 +20,17 @@ from torch.distributed.tensor import DTensor
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
+from slimqwen.core.errors import UserError
 from slimqwen.data.store import training_stream
 from slimqwen.data.tokenize import tokenize
-from slimqwen.distillation import heldout, trainer
-from slimqwen.distillation.distil import distil
-from slimqwen.distillation.loss import count_targets
-from slimqwen.distillation.parallel import join_ranks
-from slimqwen.distillation.sharded import export, load_sharded
-from slimqwen.distillation.trainer import Trainer
-from slimqwen.errors import UserError
-from slimqwen.modeling.model import load
+from slimqwen.losses.loss import count_targets
+from slimqwen.model.model import load
+from slimqwen.parallel.ranks import join_ranks
+from slimqwen.parallel.sharded_checkpoint import export, load_sharded
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries, Source
+from slimqwen.training import heldout, trainer
+from slimqwen.training.distil import distil
+from slimqwen.training.trainer import Trainer
 
 SEQUENCE_LENGTH = 16
 BATCH_SIZE = 4

@@ -14,15 +14,15 @@ from tiny import write_tiny_checkpoint, write_tiny_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimqwen.artifacts import atomic_folder, claim_folder, write_json
+from slimqwen.artifacts.json_lines import read_lines, value_of
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.distillation.distil import state_folder_of
-from slimqwen.errors import StageFailed, UserError
+from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.evaluation.result import Evaluation
-from slimqwen.jsonl import read_lines, value_of
-from slimqwen.pipeline import Pipeline, run
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import PruningRecipe, Recipe
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
+from slimqwen.runs.recipe_run import Pipeline, run
+from slimqwen.training.distil import state_folder_of
 
 
 def tiny_recipe(folder: Path, run_dir: Path, **overrides: object) -> Recipe:
@@ -451,7 +451,7 @@ def test_what_only_the_card_tells_is_read_before_the_work_and_costs_a_warning(
     def stop(_: object) -> None:
         raise StageFailed("the first step")
 
-    monkeypatch.setattr("slimqwen.pipeline.Pipeline.tokens", stop)
+    monkeypatch.setattr("slimqwen.runs.recipe_run.Pipeline.tokens", stop)
     with pytest.raises(StageFailed, match="the first step"):
         run(recipe)
     said = capsys.readouterr().err

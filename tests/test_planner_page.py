@@ -11,12 +11,12 @@ import pytest
 from tiny_families import FAMILIES_NATIVE
 
 from slimqwen.checkpoint.config import read_config
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import Config, Family, family_of
-from slimqwen.planning.counts import compare
-from slimqwen.planning.page import formulas, start, write_planner_page
-from slimqwen.planning.polynomial import Polynomial
 from slimqwen.recipe import Target
+from slimqwen.reporting.planner_page import formulas, start, write_planner_page
+from slimqwen.shapes.counts import compare
+from slimqwen.shapes.polynomial import Polynomial
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

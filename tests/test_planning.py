@@ -7,13 +7,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.planning import importance
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.experts import ExpertGroup, expert_roles, group_experts
-from slimqwen.planning.progressive import check_target, stage_steps, stage_targets
+from slimqwen.planning.progressive import stage_steps, stage_targets
 from slimqwen.planning.width import kept_channels
 from slimqwen.recipe import Target
+from slimqwen.shapes.target import check_target
 
 
 @pytest.fixture(autouse=True)

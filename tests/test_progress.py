@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from slimqwen import progress
-from slimqwen.bytesize import bytes_of
-from slimqwen.errors import UserError
-from slimqwen.progress import Progress, duration, say
+from slimqwen.core import progress
+from slimqwen.core.bytesize import bytes_of
+from slimqwen.core.errors import UserError
+from slimqwen.core.progress import Progress, duration, say
 
 
 class Clock:

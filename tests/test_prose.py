@@ -22,7 +22,7 @@ import slimqwen
 from slimqwen.cli import app
 from slimqwen.families import FAMILIES
 from slimqwen.recipe import PretrainRecipe, Recipe
-from slimqwen.recipe_file import describe
+from slimqwen.recipe.file import describe
 from slimqwen.study.catalogue import STUDIES
 
 ROOT = Path(__file__).parents[1]
@@ -406,7 +406,7 @@ def test_nothing_that_grows_is_counted_in_prose() -> None:
         (missing_files, "see docs/recipes.md", "see docs/repair.md"),
         (missing_files, "in `slimqwen/planing/`", "in `slimqwen/planning/`"),
         (missing_files, "as `prunning.py` has it", "as `prune.py` has it"),
-        (missing_names, "see `distillation/loss.py: aligned`", "see `distillation/loss.py: align`"),
+        (missing_names, "see `losses/loss.py: aligned`", "see `losses/loss.py: align`"),
         (missing_names, "add it to `FAMILIES_FOREIGN`", "add it to `FAMILIES_NATIVE`"),
         (wrong_commands, "run `slimqwen distill student`", "run `slimqwen distil student`"),
         (wrong_commands, "run `slimqwen prune --layers 3`", "run `slimqwen prune --layout fused`"),
@@ -432,6 +432,12 @@ def test_all_that_is_written_is_read() -> None:
     (command,) = of_document("d.md", "    slimqwen prune a \\\n        --plan b\n")
     assert command.is_code and command.text.split() == ["slimqwen", "prune", "a", "--plan", "b"]
     read = {passage.file for passage in passages()}
-    assert {"README.md", "docs/method.md", "docs/study/README.md", "slimqwen/work.py", "recipes/README.md"} <= read
+    assert {
+        "README.md",
+        "docs/method.md",
+        "docs/study/README.md",
+        "slimqwen/runs/stages.py",
+        "recipes/README.md",
+    } <= read
     lines = [line for passage in passages() for line in commands_in(passage)]
     assert {line.split()[1] for line in lines} >= set(OPTIONS)

@@ -17,9 +17,9 @@ from slimqwen.artifacts import MARKER
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Part, Statistics
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.family import Layout
-from slimqwen.modeling.model import MtpCausalLM, load
+from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan, plan
 from slimqwen.pruning.cut import Cut

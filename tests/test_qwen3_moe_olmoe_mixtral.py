@@ -9,12 +9,12 @@ from tiny import canonical, write_tiny_checkpoint
 from tiny_families import MIXTRAL, OLMOE, QWEN3_MOE
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES, Config
 from slimqwen.families.count import count
-from slimqwen.planning.shapes import completed, target_config
 from slimqwen.pruning.cut import Cut
 from slimqwen.recipe import Target
+from slimqwen.shapes.target import completed, target_config
 
 pytestmark = pytest.mark.rounding
 

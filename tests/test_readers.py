@@ -9,11 +9,11 @@ from torch import Tensor
 
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.statistics import Part, Statistics
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
+from slimqwen.planning.norm_readers import STRENGTHS, Reading, best_strength, strengths_in_words
 from slimqwen.planning.plan import plan
+from slimqwen.planning.rotation import Basis
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
-from slimqwen.rotation.basis import Basis
-from slimqwen.rotation.readers import STRENGTHS, Reading, best_strength, strengths_in_words
 
 HIDDEN, KEPT = 7, 4
 

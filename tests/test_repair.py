@@ -33,8 +33,8 @@ from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.statistics import Part
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
+from slimqwen.core.errors import UserError
 from slimqwen.data.store import training_stream
-from slimqwen.errors import UserError
 from slimqwen.families import Config
 from slimqwen.families.family import Layout
 from slimqwen.layerwise.courses import courses
@@ -42,8 +42,8 @@ from slimqwen.planning.plan import cuts_only_channels
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
-from slimqwen.repair import layers
-from slimqwen.repair.repair import folds_of, repair
+from slimqwen.refit import layers
+from slimqwen.refit.refit import folds_of, repair
 
 pytestmark = pytest.mark.rounding
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimqwen.repair import refit
-from slimqwen.repair.refit import Network, squared_norm
-from slimqwen.repair.ridge import RidgeSums
+from slimqwen.refit import matrices as refit
+from slimqwen.refit.matrices import Network, squared_norm
+from slimqwen.refit.ridge import RidgeSums
 
 pytestmark = pytest.mark.rounding
 

@@ -24,7 +24,7 @@ from synthetic_run import (
     write_recipe,
 )
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.count import count
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.planning.experts import group_experts

@@ -16,18 +16,18 @@ from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES
 from slimqwen.families.axes import Cat
-from slimqwen.modeling.model import load
+from slimqwen.model.model import load
+from slimqwen.planning.mtp_rotation import stretches
 from slimqwen.planning.plan import Plan, plan
+from slimqwen.planning.rotation import Basis, cut_gain, principal_directions
 from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.planned import planned_cut
 from slimqwen.pruning.prune import prune
+from slimqwen.pruning.residual import Residual
 from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
-from slimqwen.rotation.basis import Basis, cut_gain, principal_directions
-from slimqwen.rotation.mtp import stretches
-from slimqwen.rotation.residual import Residual
 
 pytestmark = pytest.mark.rounding
 

@@ -10,16 +10,18 @@ from test_pipeline import tiny_recipe
 from tiny import QWEN3_NEXT
 
 from slimqwen.artifacts import atomic_folder, fingerprint, write_json
-from slimqwen.distillation.metrics import MetricsLog, forget_stages_after
-from slimqwen.distillation.pretrain import pretrain
-from slimqwen.distillation.state import saved_states
-from slimqwen.errors import UserError
-from slimqwen.jsonl import append, keep_lines, read_lines, value_of
-from slimqwen.pipeline import run
-from slimqwen.places import check_apart
+from slimqwen.artifacts.json_lines import append, keep_lines, read_lines, value_of
+from slimqwen.artifacts.step_record import StepRecord
+from slimqwen.artifacts.warning_file import kept_in
+from slimqwen.core.errors import UserError
+from slimqwen.core.warning import warn
 from slimqwen.recipe import DataRecipe, DistilRecipe, PretrainRecipe, Source
-from slimqwen.steps import Record, Steps
-from slimqwen.warning import kept_in, warn
+from slimqwen.runs.places import check_apart
+from slimqwen.runs.pretrain import pretrain
+from slimqwen.runs.recipe_run import run
+from slimqwen.runs.record import Steps
+from slimqwen.training.metrics import MetricsLog, forget_stages_after
+from slimqwen.training.state import saved_states
 
 # --- lines ------------------------------------------------------------------------------------------------------------
 
@@ -131,9 +133,9 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, damage: bytes) -> 
 
 @pytest.mark.parametrize("made", ["../thesis", "/etc/passwd", "a/../../thesis"])
 def test_a_record_names_nothing_outside(tmp_path: Path, made: str) -> None:
-    record = Record(name="a", key="a", made=made, output="a", arithmetic={})
+    record = StepRecord(name="a", key="a", made=made, output="a", arithmetic={})
     (tmp_path / "a.json").write_text(record.model_dump_json())
-    assert Record.read(tmp_path / "a.json") is None
+    assert StepRecord.read(tmp_path / "a.json") is None
 
 
 def test_notes_in_an_output_do_not_make_it_another_one(tmp_path: Path) -> None:

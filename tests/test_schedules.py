@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from slimqwen.distillation.course import DEFAULT_WARMUP_STEPS, Course, Level, course_of
-from slimqwen.distillation.distil import span_of
-from slimqwen.distillation.schedules import kd_weight, learning_rate, mtp_weight
-from slimqwen.distillation.trainer import Span
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.planning.progressive import stage_steps
 from slimqwen.recipe import DistilRecipe, Ramp
+from slimqwen.training.course import DEFAULT_WARMUP_STEPS, Course, Level, course_of
+from slimqwen.training.distil import span_of
+from slimqwen.training.schedules import kd_weight, learning_rate, mtp_weight
+from slimqwen.training.trainer import Span
 
 
 def course(tokens: int, sequence_length: int = 2, **settings: Any) -> Course:

@@ -11,13 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_cli import assert_one_sentence, slimqwen
 from tiny import tiny_config, write_tiny_checkpoint, write_tiny_tokens
 
-from slimqwen import work
 from slimqwen.calibration.calibrate import calibrate
+from slimqwen.core.errors import UserError
 from slimqwen.data.store import load_manifest
-from slimqwen.errors import UserError
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.planning.fit import SEARCHED, feasible
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import (
@@ -30,11 +28,13 @@ from slimqwen.recipe import (
     Recipe,
     Target,
 )
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
+from slimqwen.runs import stages as work
 from slimqwen.search.gauge import Gauge
 from slimqwen.search.result import SearchResult, tables
 from slimqwen.search.search import search
 from slimqwen.search.sensitivity import Axes, Curve, agreeing_pairs, predicted, spread
+from slimqwen.shapes.fit import SEARCHED, feasible
 
 SEQUENCE_LENGTH = 16
 MEASURED_TOKENS = 128

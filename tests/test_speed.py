@@ -9,7 +9,7 @@ import pytest
 from ranks import CONTEXT
 from tiny import write_tiny_checkpoint
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.evaluation.speed import Protocol, bench, print_speeds
 
 SMALL = Protocol(prompt_tokens=4, new_tokens=5, batch_size=2, runs=2, warmups=1, device="cpu")

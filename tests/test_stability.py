@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimqwen.calibration.statistics import Half, Part, Statistics
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.planning.choose import Choice, Scores
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan, plan

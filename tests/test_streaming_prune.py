@@ -24,19 +24,19 @@ from slimqwen.checkpoint.reader import INDEX_FILE, Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo, plan_shards
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.cli import app
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.count import count
 from slimqwen.families.family import Layout
-from slimqwen.modeling.model import load
+from slimqwen.model.model import load
 from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan
-from slimqwen.planning.shapes import completed
 from slimqwen.pruning import prune as prune_stage
 from slimqwen.pruning import stream
 from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.shapes.target import completed
 
 EXPERTS, NEURONS, HIDDEN = 8, 16, 32
 KEPT_LAYERS = [1, 2, 3]

@@ -9,14 +9,15 @@ from test_pipeline import tiny_recipe
 from slimqwen.artifacts import fingerprint
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.evaluation.evaluate import Examination
 from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.families.count import count
-from slimqwen.pipeline import run
-from slimqwen.planning.shapes import target_config
-from slimqwen.preflight import stages_of
 from slimqwen.recipe import PruningRecipe, Recipe, Target
+from slimqwen.runs.checks import stages_of
+from slimqwen.runs.recipe_run import run
+from slimqwen.runs.store import Workshop
+from slimqwen.shapes.target import target_config
 from slimqwen.study.catalogue import STUDIES
 from slimqwen.study.catalogue.definition import at_both_rates, at_the_better_rate, lower_at_the_better_rate
 from slimqwen.study.catalogue.init import tokens_to_reach
@@ -25,7 +26,6 @@ from slimqwen.study.scales import load_scale
 from slimqwen.study.study import study
 from slimqwen.study.variation import Variation, changed
 from slimqwen.study.verdict import Finding, interval, judged, lower
-from slimqwen.study.workshop import Workshop
 
 
 def a_run(arm: str, seed: int, loss: float, **changes: Any) -> Run:

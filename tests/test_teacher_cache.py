@@ -19,26 +19,26 @@ from typer.testing import CliRunner
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
+from slimqwen.core.errors import UserError
 from slimqwen.data.mixture import drawn_from, shares_of
 from slimqwen.data.store import training_stream
 from slimqwen.data.tokenize import tokenize
-from slimqwen.distillation import distil as distil_stage
-from slimqwen.distillation.cached_teacher import open_teacher_cache
-from slimqwen.distillation.distil import distil
-from slimqwen.distillation.divergence import Distribution, Divergence
-from slimqwen.distillation.loss import LossWeights, align, chunked_loss
-from slimqwen.distillation.signal import LiveSignal, StoredSignal, TopTokens
-from slimqwen.distillation.teacher import LiveTeacher
-from slimqwen.distillation.trainer import Trainer
-from slimqwen.errors import UserError
 from slimqwen.families import FAMILIES
-from slimqwen.modeling.model import load
-from slimqwen.pipeline import run
+from slimqwen.losses.divergence import Distribution, Divergence
+from slimqwen.losses.loss import LossWeights, align, chunked_loss
+from slimqwen.losses.signal import LiveSignal, StoredSignal, TopTokens
+from slimqwen.model.model import load
 from slimqwen.recipe import DistilRecipe, Source, TeacherCacheRecipe
+from slimqwen.runs.recipe_run import run
 from slimqwen.teacher_cache import write
 from slimqwen.teacher_cache.folder import MANIFEST, TeacherCache
 from slimqwen.teacher_cache.records import bytes_per_token, packed, unpacked
 from slimqwen.teacher_cache.write import write_teacher_cache
+from slimqwen.training import distil as distil_stage
+from slimqwen.training.cached_teacher import open_teacher_cache
+from slimqwen.training.distil import distil
+from slimqwen.training.teacher import LiveTeacher
+from slimqwen.training.trainer import Trainer
 
 pytestmark = pytest.mark.rounding
 

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from slimqwen.core.progress import Progress, say
+from slimqwen.core.terminal import DataTable, accept_every_character, show, show_generated, show_json, visible
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation, Sample
-from slimqwen.progress import Progress, say
 from slimqwen.reporting.table import print_table
-from slimqwen.terminal import DataTable, accept_every_character, show, show_generated, show_json, visible
 
 EVIL = "a\x1b[31mred\x1b]0;title\x07\x9b2J\r\nb\x7f\u202ec\u2028\ud800"
 SHOWN = r"a\x1b[31mred\x1b]0;title\x07\x9b2J\r\nb\x7f\u202ec\u2028\ud800"
@@ -31,7 +31,7 @@ def test_control_characters_are_written_out() -> None:
 def test_a_line_said_is_one_line_without_control_characters(
     stream_type: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slimqwen.progress import _console
+    from slimqwen.core.progress import _console
 
     stream = stream_type()
     monkeypatch.setattr(sys, "stderr", stream)

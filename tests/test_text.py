@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from slimqwen.core.errors import UserError
 from slimqwen.data import rows as rows_module
 from slimqwen.data.folder import split_of
 from slimqwen.data.sources import check_source, documents, files_of, name_of, source_named
-from slimqwen.errors import UserError
 from slimqwen.recipe import Source
 
 TEXTS = ["first, with a comma", 'second "quoted"\nof two lines', "dritter, größer 漢字"]

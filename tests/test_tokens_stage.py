@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from slimqwen.checkpoint.identity import vocabulary_fingerprint
+from slimqwen.core.errors import UserError
 from slimqwen.data import overlap as overlap_module
 from slimqwen.data.announcement import announce, context_of, notes_of_length, notes_of_passes
 from slimqwen.data.division import divide
@@ -22,9 +23,8 @@ from slimqwen.data.packed import PackedTokens
 from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.errors import UserError
-from slimqwen.preflight import announce_text
 from slimqwen.recipe import Recipe, Source
+from slimqwen.runs.checks import announce_text
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 TEMPLATE = (

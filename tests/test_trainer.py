@@ -16,16 +16,16 @@ from torch import Tensor
 
 from slimqwen.artifacts import MARKER, claim_folder
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import Preempted, StageFailed, UserError
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
-from slimqwen.distillation.distil import check_terms, distil, total_steps
-from slimqwen.distillation.loss import LossWeights, count_targets
-from slimqwen.distillation.teacher import LiveTeacher
-from slimqwen.distillation.trainer import MAX_SKIPPED_IN_A_ROW, Span, Student, Trainer
-from slimqwen.errors import Preempted, StageFailed, UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.modeling.model import MtpCausalLM, initialise, load
+from slimqwen.losses.loss import LossWeights, count_targets
+from slimqwen.model.model import MtpCausalLM, initialise, load
 from slimqwen.recipe import DistilRecipe
+from slimqwen.training.distil import check_terms, distil, total_steps
+from slimqwen.training.teacher import LiveTeacher
+from slimqwen.training.trainer import MAX_SKIPPED_IN_A_ROW, Span, Student, Trainer
 
 pytestmark = pytest.mark.rounding
 

@@ -10,17 +10,17 @@ from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
 
 from slimqwen.checkpoint.config import read_config
-from slimqwen.distillation.dry_run import held_bytes, predicted_memory
-from slimqwen.distillation.teacher import LiveTeacher
-from slimqwen.distillation.trainer import Span, Student, Trainer
 from slimqwen.families import FAMILIES, Config
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.modeling.kernels import BATCHED_EXPERTS
-from slimqwen.modeling.live_bytes import measured_peak
-from slimqwen.modeling.model import MtpCausalLM, initialise
-from slimqwen.planning.activations import CPU, Precision, saved_bytes
-from slimqwen.planning.footprint import TrainingSettings, training_memory
+from slimqwen.model.kernels import BATCHED_EXPERTS
+from slimqwen.model.live_bytes import measured_peak
+from slimqwen.model.model import MtpCausalLM, initialise
 from slimqwen.recipe import DistilRecipe
+from slimqwen.shapes.activations import CPU, Precision, saved_bytes
+from slimqwen.shapes.footprint import TrainingSettings, training_memory
+from slimqwen.training.dry_run import held_bytes, predicted_memory
+from slimqwen.training.teacher import LiveTeacher
+from slimqwen.training.trainer import Span, Student, Trainer
 
 AUTOCAST_WITHOUT_FUSED_KERNELS = Precision(compute_bytes=2, casts=True, fused_deltanet=False)
 # Options of tiny models that released checkpoints do not use, and that keep copies of their own.

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.planning.shapes import completed, target_config, target_sizes
 from slimqwen.planning.units import highest, kept_units
 from slimqwen.recipe import Target
+from slimqwen.shapes.target import completed, target_config, target_sizes
 
 
 def sums_of(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:  # type: ignore[type-arg]

@@ -16,18 +16,19 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from slimqwen.calibration import calibrate as calibrate_module
-from slimqwen.calibration import memory, walk, weights
 from slimqwen.calibration import statistics as statistics_module
+from slimqwen.calibration import walk
 from slimqwen.calibration.calibrate import calibrate
-from slimqwen.calibration.memory import allot
 from slimqwen.calibration.observe import add_layer_sums
 from slimqwen.calibration.statistics import ADDED_AT_ONCE, Part, Statistics, check_finite
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES
-from slimqwen.modeling.device import ALIGNMENT_BYTES
-from slimqwen.modeling.live_bytes import measured_peak
+from slimqwen.layerwise import memory, weights
+from slimqwen.layerwise.memory import allot
+from slimqwen.model.device import ALIGNMENT_BYTES
+from slimqwen.model.live_bytes import measured_peak
 from slimqwen.recipe import CalibrationRecipe
 
 pytestmark = pytest.mark.rounding

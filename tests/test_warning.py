@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from slimqwen.artifacts.warning_file import kept_in
+from slimqwen.core.warning import warn
 from slimqwen.reporting.run_folder import LoggedWarning
-from slimqwen.steps import Steps
-from slimqwen.warning import kept_in, warn
+from slimqwen.runs.record import Steps
 
 
 def kept(path: Path) -> list[tuple[str, str]]:

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 from tiny import write_tiny_checkpoint, write_tiny_text, write_tiny_tokens
 
-from slimqwen import work
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError
 from slimqwen.data.tokenize import tokenize
-from slimqwen.errors import UserError
-from slimqwen.pipeline import STAGE_OUTPUTS
 from slimqwen.planning.plan import Plan
-from slimqwen.preflight import check
 from slimqwen.recipe import PruningRecipe, Recipe, Source, Target
-from slimqwen.work import Work
+from slimqwen.runs import stages as work
+from slimqwen.runs.checks import check
+from slimqwen.runs.recipe_run import STAGE_OUTPUTS
+from slimqwen.runs.stages import Work
 
 
 def recipe(folder: Path, **sections: Any) -> Recipe:

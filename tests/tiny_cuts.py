@@ -14,13 +14,13 @@ from slimqwen.data.store import training_stream
 from slimqwen.families.axes import Axis, axes_of
 from slimqwen.families.count import count
 from slimqwen.families.family import Block
-from slimqwen.modeling.model import load
+from slimqwen.model.model import load
 from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan
-from slimqwen.planning.shapes import completed
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.shapes.target import completed
 
 SEQUENCE_LENGTH = 16
 SAMPLES = 24

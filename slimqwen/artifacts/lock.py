@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimqwen.artifacts.disk import full_disk_explained
-from slimqwen.errors import UserError, shown
-from slimqwen.progress import say
+from slimqwen.core.errors import UserError, shown
+from slimqwen.core.progress import say
 
 SIGNATURE = "slimqwen: held by "
 _held: set[tuple[Path, int]] = set()  # lock files and the threads that hold them

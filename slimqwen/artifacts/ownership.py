@@ -8,8 +8,8 @@ from pathlib import Path
 
 from slimqwen.artifacts.lock import alone, hidden
 from slimqwen.artifacts.record import MARKER, Record, is_marked, is_old, kind_of, kind_of_folder, names_in
-from slimqwen.errors import UserError, shown
-from slimqwen.progress import say
+from slimqwen.core.errors import UserError, shown
+from slimqwen.core.progress import say
 
 WORDS = {"checkpoint": "a checkpoint", "tokens": "tokens", "teacher_cache": "a teacher cache"}  # kinds of folders
 _working: list[Path] = []  # folders that this process is making: what lies in them is ours

@@ -24,7 +24,7 @@ from slimqwen.artifacts.ownership import (
     working_in,
 )
 from slimqwen.artifacts.record import Record, listed
-from slimqwen.progress import say
+from slimqwen.core.progress import say
 
 P = ParamSpec("P")
 R = TypeVar("R")

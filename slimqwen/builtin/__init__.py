@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from slimqwen.checkpoint.folder import snapshot_of
-from slimqwen.errors import UserError, did_you_mean
+from slimqwen.core.errors import UserError, did_you_mean
 from slimqwen.recipe import BUILTIN_TEACHER
 
 FOLDER = Path(__file__).parent

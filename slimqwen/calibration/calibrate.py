@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 
 from slimqwen.artifacts import makes_file
-from slimqwen.calibration.memory import allot, fits
 from slimqwen.calibration.observe import observe
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.calibration.walk import Walk, is_unfinished
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.modeling.kernels import announce_slow
-from slimqwen.modeling.model import MtpCausalLM, load
-from slimqwen.progress import Progress, say
+from slimqwen.core.progress import Progress, say
+from slimqwen.layerwise.memory import allot, fits
+from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.model.kernels import announce_slow
+from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.recipe import CalibrationRecipe
 
 

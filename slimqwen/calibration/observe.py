@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from slimqwen.calibration.experts import OBSERVED_EXPERTS, ExpertsObserver
 from slimqwen.calibration.statistics import Statistics
-from slimqwen.calibration.stopwatch import Stopwatch
+from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families.axes import Axis
 from slimqwen.families.family import Block
-from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.modeling.routing import Routing
+from slimqwen.model.experts import OBSERVED_EXPERTS, ExpertsObserver
+from slimqwen.model.model import MtpCausalLM
+from slimqwen.model.routing import Routing
 
 
 @contextmanager

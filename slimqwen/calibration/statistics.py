@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimqwen.artifacts import atomic_file
-from slimqwen.errors import UserError, did_you_mean
+from slimqwen.core.errors import UserError, did_you_mean
+from slimqwen.layerwise.memory import ADDED_AT_ONCE
 
 FORMAT = "slimqwen.statistics/2"
 METADATA_KEY = "slimqwen"  # one key, with all of it as JSON: safetensors writes several in a random order
 
 Half = Literal[0, 1]
-ADDED_AT_ONCE = 1 << 18  # numbers of a sum: PyTorch copies what it adds into the wider dtype first
 
 HALVES: tuple[Half, Half] = (0, 1)
 

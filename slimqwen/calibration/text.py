@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from slimqwen.artifacts import fingerprint_value
 from slimqwen.calibration.statistics import HALVES, Part
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError
+from slimqwen.core.warning import warn
 from slimqwen.data.store import check_vocabulary, load_manifest, training_stream
 from slimqwen.data.stream import RowStream
-from slimqwen.errors import UserError
-from slimqwen.warning import warn
 
 if TYPE_CHECKING:
     import torch

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from slimqwen.artifacts import atomic_folder, fingerprint_value, scratch_folder
-from slimqwen.bytesize import bytes_in_words
-from slimqwen.calibration.memory import Allotment
 from slimqwen.calibration.observe import add_layer_sums, observe_blocks
 from slimqwen.calibration.statistics import FORMAT, Statistics
-from slimqwen.calibration.step import Step, embeddings, steps_of
-from slimqwen.calibration.stopwatch import Stopwatch
 from slimqwen.calibration.text import CalibrationText
-from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import StageFailed
-from slimqwen.progress import Progress, say
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.errors import StageFailed
+from slimqwen.core.progress import Progress, say
+from slimqwen.core.stopwatch import Stopwatch
+from slimqwen.layerwise.memory import Allotment
+from slimqwen.layerwise.step import Step, embeddings, steps_of
+from slimqwen.layerwise.weights import weights_of, without_weights
 
 # In the folder of each layer that is finished:
 BLOCK_SUMS = "statistics.safetensors"  # what was measured inside the layer

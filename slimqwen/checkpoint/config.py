@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from slimqwen.checkpoint.folder import what_it_is
-from slimqwen.errors import UserError, shown
+from slimqwen.core.errors import UserError, shown
 from slimqwen.families import Config, Family, family_of
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that git keeps in place of a large one

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from slimqwen.errors import UserError, shown
+from slimqwen.core.errors import UserError, shown
 
 READ_AND_SAVE = "AutoModelForCausalLM.from_pretrained({arguments}).save_pretrained(FOLDER)"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slimqwen.checkpoint.config import LARGEST_JSON_BYTES, parse_json, refuse_pointer
-from slimqwen.errors import UserError, shown
+from slimqwen.core.errors import UserError, shown
 
 LARGEST_SIZE = 1 << 63  # exclusive; of a shape's numbers and of offsets
 MOST_DIMS = 64  # torch's own limit

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from slimqwen.checkpoint.header import Entry
-from slimqwen.errors import UserError, shown
+from slimqwen.core.errors import UserError, shown
 from slimqwen.families import Config, Family
 from slimqwen.families.family import Layout, TensorSpec
 

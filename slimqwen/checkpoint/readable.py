@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from slimqwen.checkpoint.writer import companions
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 
 
 def check_companions(folder: Path) -> None:

@@ -15,8 +15,8 @@ from slimqwen.checkpoint.folder import what_it_is
 from slimqwen.checkpoint.header import Entry, read_header
 from slimqwen.checkpoint.identity import content_fingerprint
 from slimqwen.checkpoint.match import match, some
-from slimqwen.errors import UserError, shown
-from slimqwen.warning import warn_once
+from slimqwen.core.errors import UserError, shown
+from slimqwen.core.warning import warn_once
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

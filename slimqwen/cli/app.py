@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimqwen.cli.border import safe_usage_error
-from slimqwen.terminal import show
+from slimqwen.core.terminal import show
 
 
 class Commands(TyperGroup):

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import NoReturn
 
-from slimqwen.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FAULT, EXIT_INTERRUPTED, Interrupted, UserError
-from slimqwen.progress import say
-from slimqwen.terminal import NOT_FOR_A_TERMINAL, accept_every_character, visible
+from slimqwen.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FAULT, EXIT_INTERRUPTED, Interrupted, UserError
+from slimqwen.core.progress import say
+from slimqwen.core.terminal import NOT_FOR_A_TERMINAL, accept_every_character, visible
 
 TRACEBACK = "SLIMQWEN_TRACEBACK"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from typer.core import TyperCommand
 from typer.models import ParameterInfo
 
-from slimqwen.errors import Interrupted, UserError
+from slimqwen.core.errors import Interrupted, UserError
+from slimqwen.core.torchrun import world_size
 from slimqwen.recipe.section import LARGEST_SEED, MOST
-from slimqwen.torchrun import world_size
 
 # What stays of a command that is interrupted, by Ctrl-C.
 STEPS_STAY = "finished steps stay, and training goes on from its last saved state: the same command continues."

@@ -21,8 +21,8 @@ from slimqwen.cli.options import (
     weights_of,
 )
 from slimqwen.cli.planning import plan
-from slimqwen.errors import UserError
-from slimqwen.terminal import show
+from slimqwen.core.errors import UserError
+from slimqwen.core.terminal import show
 
 commands = typer.Typer()
 
@@ -211,7 +211,7 @@ def measure_depth(
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.depth.measure import measure_depth as run_stage
     from slimqwen.recipe import Target
-    from slimqwen.recipe_file import load_recipe
+    from slimqwen.recipe.file import load_recipe
 
     layers = load_recipe(target, model=Target).num_hidden_layers
     if layers is None:
@@ -293,7 +293,7 @@ def repair(
     it gains. Interrupted, the same command continues with the layer under way.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.repair.repair import repair as run_stage
+    from slimqwen.refit.refit import repair as run_stage
 
     run_stage(
         checkpoint_folder(student),

@@ -15,9 +15,9 @@ from slimqwen.cli.options import (
     SequenceLength,
     dtype_of,
 )
-from slimqwen.errors import EXIT_FAILED, UserError, did_you_mean
-from slimqwen.progress import say
-from slimqwen.terminal import show, show_generated, show_json, show_result
+from slimqwen.core.errors import EXIT_FAILED, UserError, did_you_mean
+from slimqwen.core.progress import say
+from slimqwen.core.terminal import show, show_generated, show_json, show_result
 
 commands = typer.Typer()
 
@@ -196,7 +196,7 @@ def check(
 ) -> None:
     """Tell whether a checkpoint is whole, finite and loads in Transformers and, with --engine, elsewhere; reads every tensor."""
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.checkpoint.check import check_checkpoint, describe
+    from slimqwen.serving.check import check_checkpoint, describe
 
     result = check_checkpoint(checkpoint_folder(checkpoint), engines=engine or (), quick=quick)
     show_result(result, describe, as_json)

@@ -9,11 +9,11 @@ from typing import Annotated, Literal, cast, get_args
 
 import typer
 
-from slimqwen.errors import UserError, did_you_mean
+from slimqwen.core.errors import UserError, did_you_mean
+from slimqwen.core.terminal import visible
 from slimqwen.families.family import Layout
 from slimqwen.recipe import Dtype, TextFormat
 from slimqwen.recipe.section import LARGEST, SMALLEST
-from slimqwen.terminal import visible
 
 Overrides = Annotated[
     list[str] | None,
@@ -94,7 +94,7 @@ def source_texts(given: list[str]) -> list[str]:
 
 def size_of(option: str, text: str) -> int:
     """The bytes that an option says: 5GB, 512MiB."""
-    from slimqwen.bytesize import bytes_of
+    from slimqwen.core.bytesize import bytes_of
 
     try:
         return bytes_of(text)

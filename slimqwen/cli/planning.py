@@ -9,8 +9,9 @@ import typer
 
 from slimqwen.artifacts import check_file_replaceable
 from slimqwen.cli.options import Device, DtypeOption, Seed, command_line, config_path, dtype_of, weights_of
-from slimqwen.errors import UserError
-from slimqwen.progress import say
+from slimqwen.core.errors import UserError
+from slimqwen.core.progress import say
+from slimqwen.core.terminal import show, show_json, show_result
 from slimqwen.recipe import (
     CalibrationRecipe,
     DataRecipe,
@@ -20,12 +21,11 @@ from slimqwen.recipe import (
     Recipe,
     Target,
 )
-from slimqwen.terminal import show, show_json, show_result
 
 if TYPE_CHECKING:  # they take numpy, which no other command's --help should wait for
-    from slimqwen.planning.counts import Comparison
-    from slimqwen.planning.fit import Candidate
-    from slimqwen.planning.footprint import TrainingSettings
+    from slimqwen.shapes.counts import Comparison
+    from slimqwen.shapes.fit import Candidate
+    from slimqwen.shapes.footprint import TrainingSettings
 
 COSTS = "Predicted costs"
 CHOOSING = "Choosing what to keep (--statistics)"
@@ -168,9 +168,9 @@ def plan(
     Costs: bytes on disk, KV cache and recurrent state, FLOPs, training memory; and the engines that would not load the result.
     With --fit, search the shape itself: by arithmetic, or with --tokens by what cutting to it does (docs/search.md).
     """
-    from slimqwen.planning.counts import comparison_table
-    from slimqwen.planning.footprint import TrainingSettings
-    from slimqwen.recipe_file import load_recipe
+    from slimqwen.recipe.file import load_recipe
+    from slimqwen.shapes.counts import comparison_table
+    from slimqwen.shapes.footprint import TrainingSettings
 
     if tokens is not None and budgets is None:
         raise UserError("--tokens measures the shapes of a search: give --fit too, e.g. --fit total=23B,active=2B.")
@@ -228,7 +228,7 @@ def _costs(
 ) -> "Comparison":
     """From the config alone."""
     from slimqwen.checkpoint.config import read_config
-    from slimqwen.planning.counts import compare
+    from slimqwen.shapes.counts import compare
 
     if out is not None:
         raise UserError("--out takes the plan of --statistics or the target of --fit: give one of these too.")
@@ -237,7 +237,7 @@ def _costs(
     family, config = read_config(config_file)
     comparison = compare(family, config, target, context_length=context_length, training=training)
     if html is not None:
-        from slimqwen.planning.page import write_planner_page
+        from slimqwen.reporting.planner_page import write_planner_page
 
         write_planner_page(family, config, target, html)
         say(f"planner page written to {html}")
@@ -260,9 +260,9 @@ def _plan(
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.checkpoint.reader import Checkpoint
     from slimqwen.planning.chosen import choice_text
-    from slimqwen.planning.counts import compare
     from slimqwen.planning.plan import plan as run_stage
     from slimqwen.planning.stability import stability_text
+    from slimqwen.shapes.counts import compare
 
     out = out or Path("plan.json")
     folder = checkpoint_folder(checkpoint)
@@ -289,7 +289,7 @@ def _plan(
 
 def _fit(config_file: Path, budgets: str, align: int, pick: int, out: Path | None, as_json: bool) -> None:
     from slimqwen.checkpoint.config import read_config
-    from slimqwen.planning.fit import candidates_table, fit
+    from slimqwen.shapes.fit import candidates_table, fit
 
     if out is not None:
         check_file_replaceable(out, config_file)
@@ -353,7 +353,7 @@ def _search_recipe(
 
 
 def _write_picked(candidates: "Sequence[Candidate]", pick: int, out: Path | None) -> None:
-    from slimqwen.planning.fit import write_target
+    from slimqwen.shapes.fit import write_target
 
     if pick > len(candidates):
         raise UserError(f"--pick {pick}: the list has {len(candidates)} shapes.")

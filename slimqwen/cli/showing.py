@@ -9,7 +9,7 @@ from slimqwen.cli.options import (
     Overrides,
     command_line,
 )
-from slimqwen.terminal import show
+from slimqwen.core.terminal import show
 
 commands = typer.Typer()
 

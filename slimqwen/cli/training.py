@@ -17,8 +17,8 @@ from slimqwen.cli.options import (
     dtype_of,
     size_of,
 )
-from slimqwen.terminal import show
-from slimqwen.torchrun import rank
+from slimqwen.core.terminal import show
+from slimqwen.core.torchrun import rank
 
 commands = typer.Typer()
 
@@ -153,10 +153,10 @@ def distil(
     SIGTERM: the training state is saved, the same command continues.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.distillation.distil import distil as run_stage
-    from slimqwen.distillation.distil import span_of, total_steps
     from slimqwen.recipe import DistilRecipe
-    from slimqwen.recipe_file import load_recipe
+    from slimqwen.recipe.file import load_recipe
+    from slimqwen.training.distil import distil as run_stage
+    from slimqwen.training.distil import span_of, total_steps
 
     rate = [] if learning_rate is None else [f"learning_rate={learning_rate}"]
     recipe = load_recipe(settings, [*(overrides or []), *rate], model=DistilRecipe)
@@ -195,6 +195,6 @@ def carry(
     The training must have been one with `distil --keep-state`. In a recipe for `slimqwen run` it is one line:
     `optimizer_state: carry`.
     """
-    from slimqwen.distillation.carry import carry as run_stage
+    from slimqwen.training.moments import carry as run_stage
 
     show(str(run_stage(states, trained, out, plan=plan)))

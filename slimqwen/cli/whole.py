@@ -12,7 +12,7 @@ from slimqwen.cli.options import (
     RecipeFile,
     command_line,
 )
-from slimqwen.terminal import show
+from slimqwen.core.terminal import show
 
 commands = typer.Typer()
 
@@ -23,7 +23,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Steps whose inputs have not changed are skipped, and an interrupted run continues: give the same command again.
     """
-    from slimqwen.recipe_file import load_recipe
+    from slimqwen.recipe.file import load_recipe
 
     _run(load_recipe(recipe, overrides or []))
 
@@ -39,16 +39,16 @@ def demo(
     downloaded.
     """
     from slimqwen.builtin import DEMO_RECIPE
-    from slimqwen.recipe_file import load_recipe
+    from slimqwen.recipe.file import load_recipe
 
     _run(load_recipe(DEMO_RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *(overrides or [])]))
 
 
 def _run(recipe) -> None:  # type: ignore[no-untyped-def]
     from slimqwen.evaluation.result import Evaluation
-    from slimqwen.pipeline import run as run_recipe
-    from slimqwen.pipeline import summary
     from slimqwen.reporting.table import print_table
+    from slimqwen.runs.recipe_run import run as run_recipe
+    from slimqwen.runs.recipe_run import summary
 
     started = time.monotonic()
     folder = run_recipe(recipe, command_line())
@@ -64,7 +64,7 @@ def recipe(
 ) -> None:
     """List every field of a recipe with its type, default and meaning."""
     from slimqwen.recipe import PretrainRecipe, Recipe
-    from slimqwen.recipe_file import describe
+    from slimqwen.recipe.file import describe
 
     show(*describe(PretrainRecipe if pretraining else Recipe).split("\n"))
 
@@ -77,8 +77,8 @@ def pretrain(
     overrides: Overrides = None,
 ) -> None:
     """Train a tokenizer and a small model from random weights: how the built-in teacher was made."""
-    from slimqwen.distillation.pretrain import pretrain as run_stage
     from slimqwen.recipe import PretrainRecipe
-    from slimqwen.recipe_file import load_recipe
+    from slimqwen.recipe.file import load_recipe
+    from slimqwen.runs.pretrain import pretrain as run_stage
 
     show(str(run_stage(load_recipe(recipe, overrides or [], model=PretrainRecipe))))

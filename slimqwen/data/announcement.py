@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from slimqwen.core.progress import say
 from slimqwen.data.mixture import MixedStream
 from slimqwen.data.store import TokenManifest
 from slimqwen.data.stream import RowStream, StoredRows
-from slimqwen.progress import say
 
 # Passes over the same text up to which each is worth about as much as new text: Muennighoff et al., "Scaling
 # Data-Constrained Language Models" (arXiv 2305.16264).

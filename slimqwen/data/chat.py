@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimqwen.errors import UserError, did_you_mean
-from slimqwen.warning import warn
+from slimqwen.core.errors import UserError, did_you_mean
+from slimqwen.core.warning import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
+from slimqwen.core.warning import warn
 from slimqwen.data.documents import Document
 from slimqwen.data.sources import is_heldout
-from slimqwen.warning import warn
 
 WAITING_CHARACTERS = 100_000_000  # of documents that wait for one of the other kind; a single longer one waits too
 BOUNDARIES = ("\n\n", "\n", " ")  # where a document is cut, the first that lies near enough

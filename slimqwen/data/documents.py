@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from slimqwen.checkpoint.config import refuse_pointer
+from slimqwen.core.errors import UserError, shown
 from slimqwen.data.chat import CHAT_COLUMNS, TOOLS, ChatTemplate, is_chat, messages_in, tools_in
 from slimqwen.data.formats import OnRead, is_utf16, opened, why_not_utf8
 from slimqwen.data.rows import Row, no_such_column, parquet_rows, rows_of_stream
-from slimqwen.errors import UserError, shown
 from slimqwen.recipe import Source, TextFormat
 
 OnSkip = Callable[[str, str], None]  # called with a document's name and why it was left out

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from slimqwen.core.errors import StageFailed
 from slimqwen.data.worker import Frame, Ids, encode, read_ids, write_line
-from slimqwen.errors import StageFailed
 
 BATCHES_PER_WORKER = 2  # that wait or are encoded: enough that no worker waits for text, and all that is in memory
 THREADS = "TOKENIZERS_PARALLELISM"  # the environment variable by which a tokenizer uses several threads, or does not

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from slimqwen.core.errors import UserError
 from slimqwen.data.documents import has_text
 from slimqwen.data.formats import format_of, is_prose, kind_of_special_file, uncompressed
-from slimqwen.errors import UserError
 from slimqwen.recipe import Source, TextFormat
 
 # Words of a file's or folder's name that say which split of a data set it is, as the Hugging Face hub reads them.

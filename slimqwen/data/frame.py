@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimqwen.core.errors import UserError, did_you_mean, shown
+from slimqwen.core.progress import say
+from slimqwen.core.warning import warn
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.data.worker import Frame
-from slimqwen.errors import UserError, did_you_mean, shown
-from slimqwen.progress import say
-from slimqwen.warning import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from slimqwen.core.errors import UserError
 from slimqwen.data.packed import TokenIds, bin_path
 from slimqwen.data.stream import StoredRows
-from slimqwen.errors import UserError
 
 # Documents of which one first row is kept in memory; those of the others are counted when they are asked for.
 DOCUMENTS_PER_ENTRY = 1024

@@ -5,9 +5,9 @@ from fractions import Fraction
 from itertools import accumulate
 from math import inf, lcm
 
+from slimqwen.core.errors import UserError
 from slimqwen.data.packed import TokenIds
 from slimqwen.data.stream import Place, RowStream, StoredRows
-from slimqwen.errors import UserError
 
 SMALLEST_SHARE = 1e-9  # of a mixture: less gives no row in any training
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

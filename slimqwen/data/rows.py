@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO
 
 from slimqwen.checkpoint.config import refuse_pointer
+from slimqwen.core.errors import UserError, did_you_mean
 from slimqwen.data.formats import CODECS, OnRead, opened
-from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import TextFormat
 
 JSON_CHARACTERS = 1 << 20  # read at one time, and more where one row is longer

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from slimqwen.core.errors import UserError, did_you_mean
+from slimqwen.core.warning import warn
 from slimqwen.data.chat import ChatTemplate
 from slimqwen.data.documents import EMPTY, Document, LeftOut, OnSkip, Reading, printable, read_documents
 from slimqwen.data.folder import Selection, select, unreadable
 from slimqwen.data.formats import READ_IN_WORDS, OnRead, format_of, kind_of_special_file, stem_of
 from slimqwen.data.mixture import check_weights
 from slimqwen.data.packed import bin_path, idx_path
-from slimqwen.errors import UserError, did_you_mean
 from slimqwen.recipe import BuiltinSource, Source, TextFormat
-from slimqwen.warning import warn
 
 # Folders of the built-in sources that are not read, at any depth.
 EXCLUDED_FOLDERS = frozenset(

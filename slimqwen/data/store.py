@@ -14,14 +14,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimqwen.checkpoint.identity import vocabulary_fingerprint
+from slimqwen.core.errors import UserError
+from slimqwen.core.regular_files import read_regular
 from slimqwen.data.isolated import DocumentStream
 from slimqwen.data.mixture import MixedStream
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.sources import NAME
 from slimqwen.data.stream import RowStream, StoredRows, TokenStream
-from slimqwen.errors import UserError
 from slimqwen.recipe import DocumentBoundaries, PositiveFloat, Source
-from slimqwen.regular import read_regular
 
 FORMAT = "slimqwen.tokens/1"
 MANIFEST = "manifest.json"

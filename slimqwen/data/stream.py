@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from slimqwen.core.errors import UserError
 from slimqwen.data.packed import PackedTokens, TokenIds, bin_path
-from slimqwen.errors import UserError
 
 if TYPE_CHECKING:
     import torch

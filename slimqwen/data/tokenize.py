@@ -7,6 +7,9 @@ from typing import Any
 
 from slimqwen.artifacts import atomic_folder, makes_folder, write_json
 from slimqwen.checkpoint.identity import vocabulary_fingerprint
+from slimqwen.core.errors import UserError
+from slimqwen.core.progress import Progress
+from slimqwen.core.warning import warn
 from slimqwen.data.announcement import notes_of_overlap
 from slimqwen.data.chat import ChatTemplate
 from slimqwen.data.documents import LeftOut
@@ -18,10 +21,7 @@ from slimqwen.data.sources import check_sources, describe, is_mixture, name_of, 
 from slimqwen.data.store import FORMAT, MANIFEST, Skipped, SplitCounts, TokenManifest
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.data.worker import Ids
-from slimqwen.errors import UserError
-from slimqwen.progress import Progress
 from slimqwen.recipe import Source
-from slimqwen.warning import warn
 
 # Fields of DataRecipe that do not change what is written.
 FIELDS_WITHOUT_EFFECT = {"sequence_length", "documents", "workers"}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from slimqwen.artifacts import atomic_folder
 from slimqwen.checkpoint.config import read_json, refuse_pointer
 from slimqwen.checkpoint.identity import VOCABULARY_FILES
-from slimqwen.errors import UserError
-from slimqwen.warning import warn
+from slimqwen.core.errors import UserError
+from slimqwen.core.warning import warn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 
 from slimqwen.artifacts import fingerprint_value, makes_file, scratch_folder, write_json, write_text
-from slimqwen.calibration.memory import allot
 from slimqwen.calibration.statistics import Part, Statistics
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
+from slimqwen.core.progress import Progress, say
+from slimqwen.core.warning import warn
 from slimqwen.families import Config
 from slimqwen.families.canonical import full_attention_interval
 from slimqwen.families.family import Block
+from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.side_by_side import STUDENT, TEACHER, SideBySide
 from slimqwen.layerwise.stream import Stream
-from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.planning import importance
 from slimqwen.planning.depth import least_influential
 from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop
-from slimqwen.progress import Progress, say
-from slimqwen.repair.layers import Refit
-from slimqwen.warning import warn
+from slimqwen.refit.layers import Refit
 
 CHUNK_TOKENS = 512  # whose logits, of two models, exist at one time
 SAMPLES = 32

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from slimqwen.core.errors import UserError
 from slimqwen.data.packed import PackedTokens
-from slimqwen.errors import UserError
-from slimqwen.modeling.model import MtpCausalLM
+from slimqwen.model.model import MtpCausalLM
 
 
 def heldout_prompts(tokens: Path, prompts: int, prompt_tokens: int) -> Tensor:

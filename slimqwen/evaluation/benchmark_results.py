@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from slimqwen.artifacts import fingerprint_value
 from slimqwen.checkpoint.identity import content_fingerprint
 from slimqwen.checkpoint.writer import companions_fingerprint
-from slimqwen.errors import UserError
-from slimqwen.regular import read_regular
+from slimqwen.core.errors import UserError
+from slimqwen.core.regular_files import read_regular
 
 FORMAT = "slimqwen.benchmarks/1"
 

@@ -14,16 +14,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimqwen.artifacts import fingerprint_value, makes_file, write_json
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError, did_you_mean
+from slimqwen.core.progress import say
+from slimqwen.core.terminal import DataTable
+from slimqwen.core.warning import warn
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.errors import UserError, did_you_mean
 from slimqwen.evaluation.benchmark_results import FORMAT, Benchmarks, Result, identity_of
 from slimqwen.evaluation.evalplus import EVALPLUS, evalplus_identity, run_evalplus
 from slimqwen.evaluation.harness import GroupMetric, Harness, Metric, Scores
-from slimqwen.modeling.device import resolve_device, resolve_dtype
-from slimqwen.modeling.model import load
-from slimqwen.progress import say
-from slimqwen.terminal import DataTable
-from slimqwen.warning import warn
+from slimqwen.model.device import resolve_device, resolve_dtype
+from slimqwen.model.model import load
 
 SUITES = {
     "slimqwen": ("mmlu", "mmlu_pro", "mmlu_redux_generative", "bbh", "gsm8k", EVALPLUS, "ceval-valid", "cmmlu"),

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimqwen.core.progress import Progress
 from slimqwen.data.packed import PackedTokens
 from slimqwen.evaluation.fidelity import Recording
-from slimqwen.progress import Progress
 
 CHUNK_TOKENS = 1024  # rows whose logits exist at one time
 CONFIDENCE_BINS = 15

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from slimqwen.artifacts import fingerprint
-from slimqwen.errors import StageFailed, UserError
+from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.evaluation.harness import GroupMetric, GroupScores, Metric, Scores, TaskScores
 
 EVALPLUS = "evalplus"

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from slimqwen.artifacts import fingerprint, makes_file, write_json
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import StageFailed, UserError, did_you_mean
+from slimqwen.core.progress import Progress, say
 from slimqwen.data.packed import bin_path
 from slimqwen.data.store import TokenManifest, check_vocabulary, load_manifest
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.distillation.loss import count_targets
-from slimqwen.errors import StageFailed, UserError, did_you_mean
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
 from slimqwen.evaluation.breakdown import Breakdown, breakdown, token_ranks
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
@@ -22,9 +22,9 @@ from slimqwen.evaluation.result import FORMAT, Evaluation, ModelEvaluation, Samp
 from slimqwen.families.count import count
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.generation.acceptance import speculative_acceptance
-from slimqwen.modeling.device import resolve_device, resolve_dtype
-from slimqwen.modeling.model import MtpCausalLM, load
-from slimqwen.progress import Progress, say
+from slimqwen.losses.loss import count_targets
+from slimqwen.model.device import resolve_device, resolve_dtype
+from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.recipe import DocumentBoundaries, EvaluationRecipe
 
 LARGEST_LOSS = 700.0  # e^710 is beyond float64

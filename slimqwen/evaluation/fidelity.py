@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slimqwen.core.progress import Progress
 from slimqwen.data.store import heldout_stream
 from slimqwen.data.stream import Batch
-from slimqwen.distillation.balance import expert_counts
-from slimqwen.distillation.loss import LossWeights, Predictions, align, chunked_loss
-from slimqwen.distillation.signal import LiveSignal
 from slimqwen.families import Config, Family
-from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.modeling.routing import observe_routing
-from slimqwen.progress import Progress
+from slimqwen.losses.balance import expert_counts
+from slimqwen.losses.loss import LossWeights, Predictions, align, chunked_loss
+from slimqwen.losses.signal import LiveSignal
+from slimqwen.model.model import MtpCausalLM
+from slimqwen.model.routing import observe_routing
 from slimqwen.recipe import DocumentBoundaries
 
 CHUNK_TOKENS = 1024  # tokens whose logits exist at one time: 0.6 GiB in float32 for a vocabulary of 152k

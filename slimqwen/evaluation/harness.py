@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from slimqwen.artifacts import fingerprint, fingerprint_value
-from slimqwen.errors import StageFailed, UserError, did_you_mean
-from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.progress import say
+from slimqwen.core.errors import StageFailed, UserError, did_you_mean
+from slimqwen.core.progress import say
+from slimqwen.model.model import MtpCausalLM
 
 FEWSHOT_SEED = 1234  # the harness's own: every model gets the same examples in front of the same question
 LARGEST_ROUNDING = 1e-9

@@ -24,16 +24,16 @@ from slimqwen.artifacts import (
     is_marked,
     write_json,
 )
-from slimqwen.bytesize import bytes_in_words
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.progress import say
 from slimqwen.data.stream import Batch
-from slimqwen.distillation.loss import align
 from slimqwen.evaluation.fidelity import Recording
 from slimqwen.evaluation.result import ModelEvaluation
-from slimqwen.modeling.arithmetic import arithmetic, warn_of_other_arithmetic
-from slimqwen.modeling.device import aligned
-from slimqwen.modeling.model import head_name, weightless
-from slimqwen.progress import say
+from slimqwen.losses.loss import align
+from slimqwen.model.arithmetic import arithmetic, warn_of_other_arithmetic
+from slimqwen.model.device import aligned
+from slimqwen.model.model import head_name, weightless
 
 REVISION = 1  # raised when the same model on the same text gets other numbers: what was kept before is measured again
 LARGEST_RECORDING_BYTES = 2_000_000_000  # 0.5M tokens of a bfloat16 teacher of hidden_size 2048; more is made again

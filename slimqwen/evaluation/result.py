@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slimqwen.errors import UserError
-from slimqwen.regular import read_regular
+from slimqwen.core.errors import UserError
+from slimqwen.core.regular_files import read_regular
 
 FORMAT = "slimqwen.evaluation/1"
 

@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from slimqwen.bytesize import bytes_in_words
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import StageFailed, UserError
-from slimqwen.modeling.device import resolve_device, resolve_dtype
-from slimqwen.modeling.model import load
-from slimqwen.progress import Progress
-from slimqwen.terminal import DataTable
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.progress import Progress
+from slimqwen.core.terminal import DataTable
+from slimqwen.model.device import resolve_device, resolve_dtype
+from slimqwen.model.model import load
 
 Engine = Literal["transformers", "vllm"]
 

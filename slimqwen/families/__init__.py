@@ -2,7 +2,7 @@
 
 import difflib
 
-from slimqwen.errors import UserError, did_you_mean, shown
+from slimqwen.core.errors import UserError, did_you_mean, shown
 from slimqwen.families.family import Config, Family
 from slimqwen.families.glm4_moe import GLM4_MOE
 from slimqwen.families.mixtral import MIXTRAL

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any
 
-from slimqwen.errors import UserError, shown
+from slimqwen.core.errors import UserError, shown
 from slimqwen.families.family import Config, positive
 
 MOST_LAYERS = 10_000  # more is a damaged file

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.axes import Axis, Cat, Sizes, Stack, Term, axes_of, nest, size
 
 Config = dict[str, Any]

@@ -6,7 +6,7 @@ one more decoder layer, `model.layers.{num_hidden_layers}.`, and so is renumbere
 
 from collections.abc import Collection
 
-from slimqwen.errors import UserError, shown
+from slimqwen.core.errors import UserError, shown
 from slimqwen.families.axes import Read, cat
 from slimqwen.families.canonical import (
     check_layers_and_experts,

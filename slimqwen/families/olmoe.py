@@ -3,7 +3,7 @@
 Names and shapes as in the released checkpoint and in Transformers' `OlmoeForCausalLM`.
 """
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.canonical import (
     check_layers_and_experts,
     full_attention_only,

@@ -8,7 +8,7 @@ and `Qwen3_5MoeForConditionalGeneration`.
 from collections.abc import Collection
 from functools import partial
 
-from slimqwen.errors import UserError, shown
+from slimqwen.core.errors import UserError, shown
 from slimqwen.families.axes import Term, cat
 from slimqwen.families.canonical import (
     MOST_LAYERS,

@@ -5,7 +5,7 @@ Names and shapes as in the released checkpoint and in Transformers' `Qwen3NextFo
 
 from collections.abc import Collection, Mapping
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.axes import Axis, Read, cat, each
 from slimqwen.families.canonical import (
     check_layer_types,

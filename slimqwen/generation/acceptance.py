@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from slimqwen.core.progress import Progress
 from slimqwen.generation.speculative import speculate
-from slimqwen.modeling.model import MtpCausalLM
-from slimqwen.progress import Progress
+from slimqwen.model.model import MtpCausalLM
 
 
 @torch.inference_mode()

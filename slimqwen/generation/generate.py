@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from slimqwen.core.errors import UserError
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.errors import UserError
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.generation.sampling import GREEDY, Sampling
 from slimqwen.generation.speculative import Generation, speculate
-from slimqwen.modeling.device import resolve_device, resolve_dtype
-from slimqwen.modeling.model import load
+from slimqwen.model.device import resolve_device, resolve_dtype
+from slimqwen.model.model import load
 
 COMPARED_ROUNDS = 3  # after the run whose text is shown, which warms up
 

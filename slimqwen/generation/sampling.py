@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.recipe.section import SMALLEST
 
 

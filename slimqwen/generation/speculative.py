@@ -9,10 +9,10 @@ import torch
 from torch import Generator, Tensor
 from transformers import DynamicCache
 
-from slimqwen.errors import StageFailed, UserError
+from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.generation.sampling import GREEDY, Sampling, accept, draw
 from slimqwen.generation.state import Reader
-from slimqwen.modeling.model import MtpCausalLM
+from slimqwen.model.model import MtpCausalLM
 
 
 @dataclass(frozen=True)

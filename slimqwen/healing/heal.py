@@ -9,12 +9,12 @@ import torch
 from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, scratch_folder
 from slimqwen.calibration.statistics import Part
 from slimqwen.checkpoint.writer import copy_companions
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.healing.layers import ARITHMETIC, Healing
-from slimqwen.layerwise.pair import Pair, write_changed
-from slimqwen.modeling.device import reproducible
+from slimqwen.model.device import reproducible
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import HealingRecipe
+from slimqwen.refit.pair import Pair, write_changed
 
 HELD_FOR_GRADIENTS = 3  # times as much memory for activations as without gradients, about
 LEFT_OUT = 16  # of each source every 16th sequence is left out of the training

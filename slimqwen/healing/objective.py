@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from slimqwen.distillation.loss import LossWeights, Predictions, chunked_loss
-from slimqwen.distillation.signal import LiveSignal
 from slimqwen.layerwise.side_by_side import Target
+from slimqwen.losses.loss import LossWeights, Predictions, chunked_loss
+from slimqwen.losses.signal import LiveSignal
 
 CHUNK_TOKENS = 256  # rows of logits at one time
 KD_ALONE = LossWeights(lm=0.0, kd=1.0, mtp_lm=0.0, mtp_kd=0.0)

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from slimqwen.calibration.step import Step
-from slimqwen.calibration.stopwatch import Stopwatch
-from slimqwen.calibration.weights import ExpertsOnDisk, dense_tensors, weights_of
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families.family import Block
+from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Stream
+from slimqwen.layerwise.weights import ExpertsOnDisk, dense_tensors, weights_of
 
 
 @contextmanager

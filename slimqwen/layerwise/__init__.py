@@ -1,1 +1,1 @@
-"""Two models walked through the same text side by side, layer by layer: one layer of each in memory, hidden states in files."""
+"""A model one layer at a time: its layers apart, their weights, the text's hidden states between them."""

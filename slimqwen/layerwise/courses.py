@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slimqwen.calibration.step import Step
 from slimqwen.families.family import Block
+from slimqwen.layerwise.step import Step
 
 
 @dataclass(frozen=True)

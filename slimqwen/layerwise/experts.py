@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from slimqwen.calibration.experts import OBSERVED_EXPERTS, ExpertsObserver
-from slimqwen.calibration.stopwatch import Stopwatch
+from slimqwen.core.stopwatch import Stopwatch
+from slimqwen.model.experts import OBSERVED_EXPERTS, ExpertsObserver
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from slimqwen.artifacts import atomic_folder
+from slimqwen.core.progress import Progress
 from slimqwen.families.family import Block
 from slimqwen.layerwise.courses import Course, courses
 from slimqwen.layerwise.stream import Stream
-from slimqwen.progress import Progress
 
 # In the folder of each layer that is finished; the hidden states [rows, seq, hidden] in the last finished layer's only:
 CHANGED = "changed.safetensors"  # the changed tensors by their names in the checkpoint

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slimqwen.calibration.memory import Allotment
-from slimqwen.calibration.step import Step, embeddings, steps_of
-from slimqwen.calibration.stopwatch import Stopwatch
-from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families.family import Block
 from slimqwen.layerwise.experts import experts_on_disk
-from slimqwen.modeling.model import head_name
+from slimqwen.layerwise.memory import Allotment
+from slimqwen.layerwise.step import Step, embeddings, steps_of
+from slimqwen.layerwise.weights import weights_of, without_weights
+from slimqwen.model.model import head_name
 
 
 def file_backed(path: Path, *shape: int) -> Tensor:

@@ -16,11 +16,11 @@ from slimqwen.planning import importance
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.experts import ExpertGroup, group_experts
 from slimqwen.planning.measured_depth import MeasuredDepth
-from slimqwen.planning.shapes import size_of, target_sizes
+from slimqwen.planning.rotation import Basis, choose_basis
 from slimqwen.planning.units import Units, kept_units
 from slimqwen.planning.width import kept_channels
 from slimqwen.recipe import ExpertImportance, ExpertRecipe, ExpertSimilarity, PruningRecipe, Target
-from slimqwen.rotation.basis import Basis, choose_basis
+from slimqwen.shapes.target import size_of, target_sizes
 
 # Mean output norm of a super expert over its layer's median: 24 measured in a pretrained model, where the largest of the built-in
 # teacher's 288 experts has 2.7.

@@ -6,7 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from slimqwen.planning.experts import Role, expert_roles
-from slimqwen.rotation.readers import strengths_in_words
+from slimqwen.planning.norm_readers import strengths_in_words
 
 if TYPE_CHECKING:
     from slimqwen.planning.plan import Plan

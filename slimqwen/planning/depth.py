@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.recipe import DepthCriterion
 
 if TYPE_CHECKING:

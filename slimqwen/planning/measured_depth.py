@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 
 Dropped = tuple[int, ...]
 """Layers that are left out, in ascending order."""

@@ -8,18 +8,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from slimqwen.artifacts import check_file_replaceable, makes_file, write_text
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
+from slimqwen.core.regular_files import read_regular
+from slimqwen.core.warning import warn
 from slimqwen.families.count import Counts, count
 from slimqwen.planning.choose import Scores, choose
 from slimqwen.planning.chosen import plan_warnings
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.measured_depth import MeasuredDepth
-from slimqwen.planning.shapes import completed, target_config
 from slimqwen.planning.stability import Agreement, measure_stability
 from slimqwen.planning.units import Units
 from slimqwen.recipe import PruningRecipe, Target
-from slimqwen.regular import read_regular
-from slimqwen.warning import warn
+from slimqwen.shapes.target import completed, target_config
 
 
 class BasisFile(BaseModel):

@@ -3,25 +3,10 @@
 import itertools
 from collections.abc import Sequence
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.recipe import Schedule, Target
 
 SIZE_MULTIPLE = 8  # tensor cores want bfloat16 matrices whose sides are multiples of 8
-
-
-def check_target(source: Target, target: Target) -> None:
-    """Raise one `UserError` that names everything that keeps `target` from being cut out of `source`."""
-    wanted, available = _shape(target), _shape(source)
-    problems = [
-        f"{field} {wanted[field]} is more than the source's {available[field]}"
-        for field in wanted
-        if wanted[field] > available[field]
-    ]
-    experts, top_k = wanted["num_experts"], wanted["num_experts_per_tok"]
-    if experts < top_k:
-        problems.append(f"num_experts {experts} is less than num_experts_per_tok {top_k}")
-    if problems:
-        raise UserError(f"the target can't be cut out of the source, change target: {'; '.join(problems)}.")
 
 
 def stage_targets(schedule: Schedule, source: Target, target: Target, *, layers_at_once: int = 1) -> list[Target]:

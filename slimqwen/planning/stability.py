@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict
 
 from slimqwen.calibration.statistics import HALVES, Half, Part, Statistics
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
+from slimqwen.core.terminal import DataTable, visible
 from slimqwen.planning.choose import Choice, choose
 from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.recipe import PruningRecipe, Target
-from slimqwen.terminal import DataTable, visible
 
 WHOLE_MODEL = "model"
 LAYER = "layer"

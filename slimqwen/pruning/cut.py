@@ -10,15 +10,15 @@ import torch
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES, TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.axes import Axis, Term, axes_of, size
 from slimqwen.families.family import Block, Config, Layout, TensorSpec
 from slimqwen.families.slicing import kept_indices
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.units import Units
+from slimqwen.pruning.residual import Residual
 from slimqwen.pruning.rows import merged, shrunk, taken
 from slimqwen.pruning.stream import Matrix, Piece, batches_of, stream
-from slimqwen.rotation.residual import Residual
 
 MERGED_AT_ONCE = 1 << 18  # elements, whose float32 sums stay in a core's cache: a third faster than a whole expert
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError, did_you_mean
+from slimqwen.core.errors import UserError, did_you_mean
 from slimqwen.families.axes import Axis, axes_of
 from slimqwen.families.family import Block, Family, Layout
 from slimqwen.planning.plan import Plan
+from slimqwen.planning.rotation import Basis
 from slimqwen.planning.units import Units
 from slimqwen.pruning.cut import Cut
-from slimqwen.rotation.basis import Basis
-from slimqwen.rotation.residual import Residual
+from slimqwen.pruning.residual import Residual
 
 
 def planned_cut(source: Checkpoint, plan: Plan, layout: Layout | None = None, residual: Residual | None = None) -> Cut:

@@ -5,20 +5,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 from slimqwen.artifacts import fingerprint_value, makes_folder, resumable_folder
-from slimqwen.bytesize import bytes_in_words
-from slimqwen.checkpoint.check import check_checkpoint, tensor_hash
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
-from slimqwen.errors import StageFailed, UserError
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.progress import say
 from slimqwen.families.family import Layout
-from slimqwen.modeling.native import computed_config
+from slimqwen.model.native import computed_config
 from slimqwen.planning.plan import Plan
-from slimqwen.progress import say
 from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.planned import planned_cut, planned_residual
 from slimqwen.pruning.stream import PIECE_BYTES, one_thread_each, peak_bytes
+from slimqwen.serving.check import check_checkpoint, tensor_hash
 
 # Measured with the 75,944 tensors of Qwen3-Next-80B-A3B and the 28,931 that 36 layers of 256 experts leave: 154 MB once
 # torch is imported, 275 MB before the first byte is written.

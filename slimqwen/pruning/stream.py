@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from slimqwen.checkpoint.writer import CheckpointWriter
+from slimqwen.core.progress import Progress
 from slimqwen.families.axes import Term
 from slimqwen.families.family import Block
 from slimqwen.planning.experts import ExpertGroup
-from slimqwen.progress import Progress
 from slimqwen.pruning.rows import will_need
 
 PIECE_BYTES = 16 << 20

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from slimqwen import strict_yaml
-from slimqwen.distillation.learning_rate import RateChoice, in_words
+from slimqwen.core import strict_yaml
+from slimqwen.core.terminal import visible
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.generation import DEFAULT_DRAFT
@@ -13,7 +13,7 @@ from slimqwen.recipe import BUILTIN_TEACHER, Recipe
 from slimqwen.reporting.markdown import block, code, plain
 from slimqwen.reporting.parentage import Parentage
 from slimqwen.reporting.titles import MAIN_RUN, title_of
-from slimqwen.terminal import visible
+from slimqwen.training.learning_rate import RateChoice, in_words
 
 OF_DRAFTS = f""" MTP acceptance: the share of
 positions at which the first 1, 2, ... drafted tokens are all what the model itself generates greedily; it is measured on each

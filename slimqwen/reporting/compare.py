@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.reporting.html import check_page, write_page
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import training

@@ -2,7 +2,7 @@
 
 import re
 
-from slimqwen.terminal import visible
+from slimqwen.core.terminal import visible
 
 WITH_A_MEANING = re.compile(r"[\\`*\[\]<>#!|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # a_b has no emphasis
 RUN_OF_BACKTICKS = re.compile("`+")

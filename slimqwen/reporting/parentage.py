@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from slimqwen.checkpoint.config import read_json
-from slimqwen.errors import UserError, shown
-from slimqwen.terminal import NOT_FOR_A_TERMINAL
-from slimqwen.warning import warn
+from slimqwen.core.errors import UserError, shown
+from slimqwen.core.terminal import NOT_FOR_A_TERMINAL
+from slimqwen.core.warning import warn
 
 LARGEST_CARD_BYTES = 1_000_000
 LONGEST_VALUE = 500  # characters

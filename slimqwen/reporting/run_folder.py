@@ -7,19 +7,19 @@ from typing import TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slimqwen.distillation.learning_rate import FILE as LEARNING_RATE_FILE
-from slimqwen.distillation.learning_rate import RateChoice
-from slimqwen.errors import UserError
+from slimqwen.artifacts.json_lines import read_lines
+from slimqwen.artifacts.step_record import records_in
+from slimqwen.core.errors import UserError
+from slimqwen.core.warning import warn
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
-from slimqwen.jsonl import read_lines
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Recipe
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
 from slimqwen.reporting.charts.curves import Column, Steps
 from slimqwen.reporting.titles import MAIN_RUN
-from slimqwen.steps import records_in
-from slimqwen.warning import warn
+from slimqwen.training.learning_rate import FILE as LEARNING_RATE_FILE
+from slimqwen.training.learning_rate import RateChoice
 
 
 class Line(BaseModel):

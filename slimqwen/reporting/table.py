@@ -1,8 +1,8 @@
 """The final table on the terminal."""
 
+from slimqwen.core.terminal import DataTable
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.reporting.titles import title_of
-from slimqwen.terminal import DataTable
 
 
 def print_table(evaluation: Evaluation) -> None:

@@ -6,20 +6,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slimqwen import work
 from slimqwen.artifacts import claim_folder, discard, fingerprint, write_json
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import StageFailed
+from slimqwen.core.errors import StageFailed
+from slimqwen.core.progress import duration, say
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
-from slimqwen.modeling.device import resolve_device, resolve_dtype
-from slimqwen.modeling.model import load
-from slimqwen.planning.shapes import completed, shape_of
-from slimqwen.progress import duration, say
+from slimqwen.model.device import resolve_device, resolve_dtype
+from slimqwen.model.model import load
 from slimqwen.recipe import Recipe, Target
-from slimqwen.study.workshop import Workshop
-from slimqwen.work import Work
+from slimqwen.runs import stages as work
+from slimqwen.runs.stages import Work
+from slimqwen.runs.store import Workshop
+from slimqwen.shapes.target import completed, shape_of
 
 RESULT = "kl.json"
 SCRATCH = ".cut"  # the checkpoint that is being measured

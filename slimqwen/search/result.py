@@ -6,10 +6,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from slimqwen.artifacts import write_text
-from slimqwen.planning.counts import in_parameters
-from slimqwen.planning.fit import SEARCHED, Candidate, refused_by, why_refused
+from slimqwen.core.terminal import DataTable
 from slimqwen.recipe import PruningRecipe, Target
-from slimqwen.terminal import DataTable
+from slimqwen.shapes.counts import in_parameters
+from slimqwen.shapes.fit import SEARCHED, Candidate, refused_by, why_refused
 
 FOOTNOTE = (
     "KL(teacher || cut model) in nats per token on {tokens:,} held-out tokens, without training. predicted: the sum of each axis cut\n"

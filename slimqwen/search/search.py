@@ -8,15 +8,15 @@ import numpy as np
 from slimqwen.artifacts import alone_in, check_file_replaceable
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError
+from slimqwen.core.progress import say
 from slimqwen.data.store import check_vocabulary, load_manifest
-from slimqwen.errors import UserError
-from slimqwen.places import check_apart
-from slimqwen.planning.fit import Feasible, feasible
-from slimqwen.progress import say
 from slimqwen.recipe import Recipe, Target
+from slimqwen.runs.places import check_apart
 from slimqwen.search.gauge import Gauge
 from slimqwen.search.result import SearchResult, Sensitivity, Shape
 from slimqwen.search.sensitivity import Axes, Curve, agreeing_pairs, predicted
+from slimqwen.shapes.fit import Feasible, feasible
 
 RESULT = "search.json"
 LISTED = 10

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.families.count import Counts, count
-from slimqwen.planning.fit import SEARCHED, Feasible
-from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Target
+from slimqwen.shapes.fit import SEARCHED, Feasible
+from slimqwen.shapes.target import completed, target_config
 
 Array = NDArray[Any]
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 
 FORMAT = "slimqwen.study/1"
 

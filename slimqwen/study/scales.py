@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimqwen.distillation.pretrain import pretrain
-from slimqwen.errors import UserError, did_you_mean
+from slimqwen.core.errors import UserError, did_you_mean
 from slimqwen.recipe import PretrainRecipe, Recipe
-from slimqwen.recipe_file import load_recipe
+from slimqwen.recipe.file import load_recipe
+from slimqwen.runs.pretrain import pretrain
 
 FOLDER = Path(__file__).parent
 SCALES = {"cpu": FOLDER / "cpu.yaml", "gpu": FOLDER / "gpu.yaml"}

@@ -9,25 +9,25 @@ from pathlib import Path
 from statistics import fmean
 
 from slimqwen.artifacts import check_file_replaceable, write_json
+from slimqwen.artifacts.json_lines import read_lines, value_of
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError, did_you_mean
+from slimqwen.core.progress import duration, say
 from slimqwen.data.store import load_manifest
-from slimqwen.errors import UserError, did_you_mean
 from slimqwen.evaluation.result import ModelEvaluation
-from slimqwen.jsonl import read_lines, value_of
-from slimqwen.places import check_apart, inputs_of
-from slimqwen.planning.shapes import shape_of
-from slimqwen.preflight import check, check_heldout, stages_of
-from slimqwen.progress import duration, say
 from slimqwen.recipe import Recipe
-from slimqwen.steps import device_name, machine
+from slimqwen.runs.checks import check, check_heldout, stages_of
+from slimqwen.runs.places import check_apart, inputs_of
+from slimqwen.runs.record import device_name, machine
+from slimqwen.runs.store import Made, Workshop
+from slimqwen.shapes.target import shape_of
 from slimqwen.study.catalogue import STUDIES
 from slimqwen.study.catalogue.definition import Definition
 from slimqwen.study.page import write_page
 from slimqwen.study.result import Arm, CurvePoint, Run, Study
 from slimqwen.study.variation import Changes, Variation, changed
 from slimqwen.study.verdict import judged
-from slimqwen.study.workshop import Made, Workshop
 
 CURVE_POINTS = 40
 DRAFTS = 4  # in a row, whose acceptance a finding may speak of

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.recipe import Recipe
 
 Changes = Mapping[str, Any]

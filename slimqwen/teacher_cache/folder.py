@@ -28,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from slimqwen.artifacts import atomic_file, fingerprint, fingerprint_value
+from slimqwen.core.errors import UserError
+from slimqwen.core.regular_files import read_regular
 from slimqwen.data.packed import bin_path, idx_path
-from slimqwen.distillation.signal import TopTokens
-from slimqwen.errors import UserError
+from slimqwen.losses.signal import TopTokens
 from slimqwen.recipe import DocumentBoundaries, PositiveInt
-from slimqwen.regular import read_regular
 from slimqwen.teacher_cache.records import bytes_per_token, unpacked
 
 MANIFEST = "manifest.json"

@@ -7,18 +7,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from slimqwen.bytesize import bytes_in_words
-from slimqwen.calibration.experts import STREAMED_EXPERTS
-from slimqwen.calibration.memory import allot
-from slimqwen.calibration.step import Step, embeddings, steps_of
-from slimqwen.calibration.stopwatch import Stopwatch
-from slimqwen.calibration.weights import weights_of, without_weights
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.free_memory import available_bytes
+from slimqwen.core.progress import say
+from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.data.stream import Batch
-from slimqwen.free_memory import available_bytes
-from slimqwen.modeling.device import aligned
-from slimqwen.modeling.model import HiddenStates, head_name, load
-from slimqwen.progress import say
+from slimqwen.layerwise.memory import allot
+from slimqwen.layerwise.step import Step, embeddings, steps_of
+from slimqwen.layerwise.weights import weights_of, without_weights
+from slimqwen.model.device import aligned
+from slimqwen.model.experts import STREAMED_EXPERTS
+from slimqwen.model.model import HiddenStates, head_name, load
 
 Advance = Callable[[int], None]
 

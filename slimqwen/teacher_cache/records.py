@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from slimqwen.distillation.signal import TopTokens
+from slimqwen.losses.signal import TopTokens
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 

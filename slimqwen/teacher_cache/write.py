@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from slimqwen.artifacts import alone, check_replaceable, fingerprint_value, make_folder, resumable_folder, write_json
-from slimqwen.bytesize import bytes_in_words
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.progress import Progress, say
 from slimqwen.data import store
 from slimqwen.data.mixture import MixedStream
 from slimqwen.data.stream import Batch, StoredRows
-from slimqwen.distillation.head import Logits
-from slimqwen.distillation.loss import align
-from slimqwen.distillation.signal import TopTokens
-from slimqwen.errors import StageFailed, UserError
-from slimqwen.modeling.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.progress import Progress, say
+from slimqwen.losses.head import Logits
+from slimqwen.losses.loss import align
+from slimqwen.losses.signal import TopTokens
+from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.recipe import DocumentBoundaries, TeacherCacheRecipe
 from slimqwen.teacher_cache.folder import (
     MANIFEST,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimqwen.progress import duration
+from slimqwen.core.progress import duration
 from slimqwen.reporting.run_folder import Provenance, Run
 from slimqwen.reporting.sections.amounts import NOTHING, Cell, number, share
 from slimqwen.reporting.titles import title_of

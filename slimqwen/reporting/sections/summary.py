@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from slimqwen.progress import duration
+from slimqwen.core.progress import duration
 from slimqwen.recipe import BUILTIN_TEACHER
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections.amounts import amount, percent

@@ -5,11 +5,11 @@ from functools import partial
 
 import numpy as np
 
-from slimqwen.distillation.learning_rate import in_words
 from slimqwen.reporting.charts.curves import AXES, Steps, acceptance, axes_of, learning_curves, schedules
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections.chart import Chart
 from slimqwen.reporting.titles import MAIN_RUN
+from slimqwen.training.learning_rate import in_words
 
 # field, title, quantity, whether the axis is logarithmic, caption
 CURVES = (

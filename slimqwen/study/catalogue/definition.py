@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.errors import UserError
+from slimqwen.core.errors import UserError
 from slimqwen.recipe import Recipe
 from slimqwen.study.variation import Changes, Variation, changed
 from slimqwen.study.verdict import Finding, Runs, measured

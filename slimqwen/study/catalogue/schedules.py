@@ -5,8 +5,8 @@ from typing import Any
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.planning.progressive import stage_targets
-from slimqwen.planning.shapes import completed, shape_of
 from slimqwen.recipe import Recipe, Target
+from slimqwen.shapes.target import completed, shape_of
 from slimqwen.study.catalogue.definition import LOSS, MEAN, Definition
 from slimqwen.study.variation import Changes, Variation
 from slimqwen.study.verdict import Finding, lower

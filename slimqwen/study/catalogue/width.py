@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families.count import count
-from slimqwen.planning.shapes import completed, target_config
 from slimqwen.recipe import Recipe, Target
+from slimqwen.shapes.target import completed, target_config
 from slimqwen.study.catalogue.definition import KL, PAPERS_WIDTH, Definition, cut_along
 from slimqwen.study.variation import Changes, Variation
 from slimqwen.study.verdict import Finding, Runs, lower, measured

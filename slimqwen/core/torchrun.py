@@ -1,0 +1,33 @@
+"""What torchrun (or whatever starts many processes) tells each of them in its environment."""
+
+import os
+
+from slimqwen.core.errors import UserError
+
+
+def world_size() -> int:
+    """Processes in all; 1 where nothing says otherwise."""
+    return _number("WORLD_SIZE", 1, least=1)
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    number = _number("RANK", 0)
+    if number >= world_size() > 1:
+        raise UserError(f"RANK is {number} and WORLD_SIZE {world_size()}: ranks count from 0, start it with torchrun.")
+    return number
+
+
+def local_rank() -> int | None:
+    """This process's number on its machine; None where it was started alone."""
+    return _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else None
+
+
+def _number(name: str, default: int, *, least: int = 0) -> int:
+    text = os.environ.get(name, "").strip() or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < least:
+        raise UserError(
+            f"the variable {name} is {text[:40]!r}, where torchrun sets a whole number of at least {least}: unset it, or "
+            "start the command with torchrun."
+        )
+    return int(text)

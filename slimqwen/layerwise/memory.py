@@ -1,0 +1,202 @@
+"""How much memory calibration takes, in one go or layer by layer, and whether there is as much."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.free_memory import available_bytes, limit_bytes
+from slimqwen.core.progress import say
+from slimqwen.core.warning import warn
+from slimqwen.families.axes import Sizes, size
+from slimqwen.families.family import Block, Part, Table
+
+ADDED_AT_ONCE = 1 << 18  # numbers of a sum: PyTorch copies what it adds into the wider dtype first
+# Anonymous memory beside weights, sums and activations, measured: Python with PyTorch and Transformers; a name and a shape.
+PROCESS_BYTES = 450_000_000
+BYTES_PER_TENSOR = 2_000
+# Numbers that a token mixer holds at once, per token, over those that come out of its projections and go in. Measured on
+# layers of Qwen3-Next-80B, Qwen3-30B and Mixtral with 1 to 8 sequences of 256, and one of 2,048 and 4,096: DeltaNet without
+# its fused kernels 3.4 to 6.0, attention 0.6 to 2.6. A dense network holds its neurons four times.
+HELD_AT_ONCE: dict[Part, float] = {"deltanet": 6.0, "attention": 2.6, "dense_mlp": 2.0}
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """How much of the text goes through a layer at once, and the memory that this takes at its peak, in bytes.
+
+    Token mixers see `rows_per_pass` sequences at once, experts `rows_per_chunk`. weights_bytes: of the largest layer, but
+    on a CPU of one routed expert only. sums_bytes: of the largest layer's statistics; copies_bytes: what is added to them at
+    one time. What the layers read from the checkpoint and from the file of hidden states is page cache, which the system takes
+    back as it needs.
+    """
+
+    rows_per_pass: int
+    rows_per_chunk: int
+    weights_bytes: int
+    sums_bytes: int
+    copies_bytes: int
+    activations_bytes: int
+    process_bytes: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Whatever goes through a layer at once."""
+        return self.weights_bytes + self.sums_bytes + self.copies_bytes + self.process_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.fixed_bytes + self.activations_bytes
+
+
+def allot(
+    checkpoint: Checkpoint,
+    *,
+    parts: int,
+    rows: int,
+    sequence_length: int,
+    batch_size: int,
+    budget_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    second_moments: bool = False,
+    beside_bytes: int = 0,
+) -> Allotment:
+    """As many rows at once as the budget for activations allows: at least 1, passes of at most `batch_size`.
+
+    On a CPU the budget is what the memory limit of this process leaves, where that is less: a limit, and not what is free at
+    the moment, so that the same command does the same. Where it leaves too little for one row, that is a warning.
+
+    parts: how many are measured apart; rows: of the largest of them. beside_bytes: what the caller holds in memory meanwhile.
+    """
+    family, config = checkpoint.family, checkpoint.config
+    sizes = family.sizes(config)
+    steps = _steps(checkpoint)
+    layers = [block for block in family.blocks(config) if block.recall is not None]
+    hidden, experts = sizes[family.hidden], sizes[family.expert]
+    resident = experts if device.type != "cpu" else 1
+    fixed = Allotment(
+        rows_per_pass=1,
+        rows_per_chunk=1,
+        weights_bytes=dtype.itemsize * max(sum(_weights(b, sizes, resident) for b in blocks) for blocks in steps),
+        sums_bytes=8 * parts * max(_sums(blocks, checkpoint, second_moments) for blocks in steps),
+        copies_bytes=_copies_bytes(checkpoint, second_moments) if parts else 0,
+        activations_bytes=0,
+        process_bytes=PROCESS_BYTES + BYTES_PER_TENSOR * len(checkpoint.specs),
+    )
+    limit = limit_bytes() if device.type == "cpu" else None
+    if limit is not None:
+        budget_bytes = max(0, min(budget_bytes, limit - fixed.fixed_bytes - beside_bytes))
+    row = dtype.itemsize * sequence_length
+    chosen = config["num_experts_per_tok"]
+    passing = row * max(_held_in_a_pass(block, sizes, hidden) for block in layers)
+    waiting = row * 3 * hidden  # while others pass: the residual stream so far, the experts' inputs, their copy
+    asking = row * max(_held_by_experts(block, sizes, hidden, chosen) for block in layers if block.experts is not None)
+    rows_per_pass = int(min(batch_size, rows, max(1, budget_bytes // 2 // passing)))
+    left = budget_bytes - rows_per_pass * passing
+    rows_per_chunk = int(min(rows, max(rows_per_pass, min(left // waiting, budget_bytes // asking))))
+    allotment = replace(
+        fixed,
+        rows_per_pass=rows_per_pass,
+        rows_per_chunk=rows_per_chunk,
+        activations_bytes=int(max(rows_per_pass * passing + rows_per_chunk * waiting, rows_per_chunk * asking)),
+    )
+    if limit is not None:
+        _warn_beyond(limit, allotment.total_bytes + beside_bytes)
+    return allotment
+
+
+def _warn_beyond(limit: int, needed: int) -> None:
+    if needed > limit:
+        warn(
+            f"layer by layer it takes {bytes_in_words(needed)} of memory, and this process may have {bytes_in_words(limit)}: it may "
+            "be killed; give it more, or shorter sequences"
+        )
+
+
+def fits(
+    checkpoint: Checkpoint,
+    *,
+    parts: int,
+    budget_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    second_moments: bool = False,
+) -> bool:
+    """Whether the whole model and its statistics fit beside a budget for activations, and say so where they do not."""
+    numbers = sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
+    sums = 8 * parts * _sums(checkpoint.family.blocks(checkpoint.config), checkpoint, second_moments)
+    needed = numbers * dtype.itemsize + sums + _copies_bytes(checkpoint, second_moments)
+    available = available_bytes(device)
+    if available is None or needed + budget_bytes <= available:
+        return True
+    say(
+        f"layer by layer (--streaming): the model in {str(dtype).removeprefix('torch.')} and its statistics take "
+        f"{bytes_in_words(needed)}, and {bytes_in_words(available)} of memory are free"
+    )
+    return False
+
+
+def _held_in_a_pass(block: Block, sizes: Sizes, hidden: int) -> float:
+    """Numbers per token, of the token mixer or of a dense network."""
+    return max(
+        held * (_outputs(block.tables[part], sizes) + hidden)
+        for part, held in HELD_AT_ONCE.items()
+        if part in block.tables
+    )
+
+
+def _held_by_experts(block: Block, sizes: Sizes, hidden: int, chosen: int) -> int:
+    """Numbers per token: seven of the residual stream; each output of router and shared experts three times; and what is
+    known of each chosen expert (indices of 8 bytes among it).
+    """
+    tables = [block.tables[part] for part in ("shared_experts", "router") if part in block.tables]
+    return 7 * hidden + 3 * sum(_outputs(table, sizes) for table in tables) + 10 * chosen
+
+
+def _outputs(table: Table, sizes: Sizes) -> int:
+    """Rows of all matrices."""
+    return sum(size(dims[0], sizes) for dims in table.values() if len(dims) == 2)
+
+
+def _weights(block: Block, sizes: Sizes, experts: int) -> int:
+    """Numbers in a block's dense tensors and in some of its experts."""
+    dense = [table for part, table in block.tables.items() if part not in ("embedding", "vision")]
+    numbers = sum(prod(size(term, sizes) for term in dims) for table in dense for dims in table.values())
+    each = block.experts.per_expert.values() if block.experts else ()
+    return numbers + experts * sum(prod(size(term, sizes) for term in dims) for dims in each)
+
+
+def _steps(checkpoint: Checkpoint) -> list[list[Block]]:
+    """The blocks that are there at the same time, as in `steps_of`: a decoder layer, the last with the final norm; MTP."""
+    blocks = checkpoint.family.blocks(checkpoint.config)
+    steps = [[block] for block in blocks if block.layer is not None]
+    steps[-1] += [block for block in blocks if block.layer is None and not block.is_mtp]
+    mtp = [block for block in blocks if block.is_mtp]
+    return [*steps, mtp] if mtp else steps
+
+
+def _sums(blocks: Collection[Block], checkpoint: Checkpoint, second_moments: bool) -> int:
+    """Numbers in the sums over these blocks, nearly all of them their experts' (outputs, neurons and the logits' products)
+    and the second moments of their norms, where they are asked for.
+    """
+    hidden, experts, neurons = _expert_sizes(checkpoint)
+    norms = [block for block, _ in checkpoint.family.residual_norms(checkpoint.config) if block in blocks]
+    routing = [block for block in blocks if block.experts is not None]
+    return second_moments * len(norms) * hidden**2 + len(routing) * experts * (hidden + neurons + experts)
+
+
+def _copies_bytes(checkpoint: Checkpoint, second_moments: bool) -> int:
+    """What one batch adds, in float32: the second moments of one norm, or outputs and neurons of a layer's experts."""
+    hidden, experts, neurons = _expert_sizes(checkpoint)
+    return 4 * max(second_moments * hidden**2, experts * (hidden + neurons)) + 8 * ADDED_AT_ONCE
+
+
+def _expert_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Hidden size, experts of a layer, neurons of one."""
+    family, sizes = checkpoint.family, checkpoint.family.sizes(checkpoint.config)
+    neurons = sum(count for axis, count in sizes.items() if axis.scope == "expert")
+    return sizes[family.hidden], sizes[family.expert], neurons

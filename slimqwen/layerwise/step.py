@@ -1,0 +1,121 @@
+"""A model's layers apart: each with the blocks that it needs and the way through it, by Transformers' own forward."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimqwen.families.family import Block
+from slimqwen.model.model import MtpCausalLM
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer.
+
+    blocks: whose weights it needs. run: takes hidden states [rows, seq, hidden] and the rows' tokens [rows, seq + 1] through
+    the layer. moe: the module in it that adds what experts say, if there is one. norm: what follows the last layer. number:
+    the decoder layer's; None for the MTP module.
+    """
+
+    blocks: list[Block]
+    run: Callable[[Tensor, Tensor], Tensor]
+    moe: nn.Module | None
+    norm: nn.Module | None
+    number: int | None
+
+    def through(self, hidden: Tensor, tokens: Tensor, rows_per_pass: int) -> Tensor:
+        """The layer's output for a chunk of rows, [rows, seq, hidden], without the norm that may follow.
+
+        In two strides: the token mixer a few rows at a time, for its activations are large; then the experts on all rows
+        at once, for each must be read from the checkpoint. It is the same sum: what experts say is the last thing
+        that a layer adds to the residual stream, so they are silent in the first stride.
+        """
+        passes = zip(hidden.split(rows_per_pass), tokens.split(rows_per_pass), strict=True)
+        if self.moe is None:
+            return torch.cat([self.run(*rows) for rows in passes])
+        with _silent(self.moe) as asked:
+            result = torch.cat([self.run(*rows) for rows in passes])
+        inputs = torch.cat(asked)
+        asked.clear()
+        return result.add_(self.moe(inputs))
+
+
+def steps_of(model: MtpCausalLM) -> list[Step]:
+    """The decoder layers, the last with the final norm, and the MTP module, in the order of the forward pass."""
+    decoder, blocks = model.backbone.get_decoder(), model.family.blocks(model.config)
+    around = [block for block in blocks if block.layer is None and not block.is_mtp]
+    layers = [block for block in blocks if block.layer is not None]
+    steps = []
+    for number, block in enumerate(layers):
+        needed, norm = ([block, *around], decoder.norm) if block is layers[-1] else ([block], None)
+        steps.append(Step(needed, partial(_decode, _alone(decoder, number)), _moe(model, [block]), norm, number))
+    if model.mtp is not None:
+        mtp = [block for block in blocks if block.is_mtp]
+        run = partial(_draft, model, _with_modules(model.mtp, norm=nn.Identity()))
+        steps.append(Step(mtp, run, _moe(model, mtp), model.mtp.norm, None))
+    return steps
+
+
+def embeddings(model: MtpCausalLM, tokens: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, seq, hidden], looked up where the embedding lies."""
+    found: Tensor = model.backbone.get_decoder().embed_tokens(tokens)
+    return found.to(device, dtype)
+
+
+def _decode(decoder: nn.Module, hidden: Tensor, _tokens: Tensor) -> Tensor:
+    result: Tensor = decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    return result
+
+
+def _draft(model: MtpCausalLM, mtp: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
+    following = embeddings(model, tokens[:, 1:], hidden.dtype, hidden.device)
+    result: Tensor = mtp(hidden, following, model.backbone.get_decoder().rotary_emb)
+    return result
+
+
+def _alone(decoder: nn.Module, number: int) -> nn.Module:
+    """The backbone with one of its layers and no final norm: its own forward makes positions and masks, in any family."""
+    layers = [layer if i == number else _Nothing() for i, layer in enumerate(decoder.layers)]
+    return _with_modules(decoder, layers=nn.ModuleList(layers), norm=nn.Identity())
+
+
+class _Nothing(nn.Module):
+    """In the place of a layer whose turn it is not."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+def _with_modules(module: nn.Module, **replaced: nn.Module) -> nn.Module:
+    """The same module, sharing everything with it but these children."""
+    other = copy(module)
+    other._modules = module._modules | replaced
+    return other
+
+
+def _moe(model: MtpCausalLM, blocks: list[Block]) -> nn.Module | None:
+    """The module that owns the router of these blocks, if one of them has experts."""
+    routers = [block.prefix + model.family.router for block in blocks if block.experts is not None]
+    return model.module_of(routers[0].rpartition(".")[0]) if routers else None
+
+
+@contextmanager
+def _silent(moe: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, `moe` adds nothing, and the list holds what it was asked, [rows, seq, hidden] each."""
+    asked: list[Tensor] = []
+
+    def listen(hidden_states: Tensor) -> Tensor:
+        asked.append(hidden_states)
+        return torch.zeros_like(hidden_states)
+
+    moe.forward = listen
+    try:
+        yield asked
+    finally:
+        del moe.forward

@@ -1,0 +1,109 @@
+"""A model whose weights come and go: built without any, given those of one layer at a time."""
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.stopwatch import Stopwatch
+from slimqwen.families.axes import size
+from slimqwen.families.family import Block
+from slimqwen.model.device import aligned
+from slimqwen.model.model import MtpCausalLM, weightless
+
+ELSEWHERE = ("embedding", "vision")  # parts that no layer needs: embeddings are looked up in the file, row by row
+
+
+def without_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> MtpCausalLM:
+    """The checkpoint's model without weights but for the embedding, which is the file's, memory-mapped."""
+    model = weightless(checkpoint, dtype, device)
+    decoder = model.backbone.get_decoder()
+    table = next(
+        spec
+        for spec in checkpoint.specs.values()
+        if spec.part == "embedding" and model.module_of(spec.name) is decoder.embed_tokens
+    )
+    vars(decoder.embed_tokens)["weight"] = checkpoint.read(table.name)
+    return model
+
+
+@contextmanager
+def weights_of(
+    blocks: Collection[Block],
+    model: MtpCausalLM,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    watch: Stopwatch,
+) -> Iterator[None]:
+    """While open, the modules of these blocks have their weights, parameters in `dtype`; before and after they have none.
+
+    On a CPU routed experts stay in the file, and each is read when it is its turn.
+    """
+    with ExitStack() as guests:
+
+        def lend(name: str, tensor: Any) -> None:
+            module = model.module_of(name)
+            attribute = model.family.module_name(name, model.config).rpartition(".")[2]
+            vars(module)[attribute] = tensor  # hides the parameter of this name, which stays on the meta device
+            guests.callback(vars(module).pop, attribute)
+
+        for block in blocks:
+            with watch:
+                for name in dense_tensors(block):
+                    lend(name, aligned(checkpoint.read(name).to(device, held_dtype(model, name, dtype))))
+            for name in block.experts.fused if block.experts else ():
+                experts = ExpertsOnDisk(checkpoint, block, name, dtype, watch)
+                lend(block.prefix + name, experts if device.type == "cpu" else experts.stacked(device))
+        yield
+
+
+def dense_tensors(block: Block) -> list[str]:
+    """Names of what a block's modules hold beside routed experts."""
+    return [block.prefix + name for part, table in block.tables.items() if part not in ELSEWHERE for name in table]
+
+
+def held_dtype(model: MtpCausalLM, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Parameters are computed with in `dtype`; buffers (a router's correction bias) keep the module's own."""
+    held: Tensor = getattr(model.module_of(name), name.rpartition(".")[2])
+    return dtype if isinstance(held, nn.Parameter) else held.dtype
+
+
+class ExpertsOnDisk:
+    """Stands in for a stacked parameter [experts, rows, columns]: `[expert]` reads that expert from the checkpoint.
+
+    What it returns, [rows, columns] in `dtype`, is one buffer: valid until the next expert is asked for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, block: Block, fused: str, dtype: torch.dtype, watch: Stopwatch) -> None:
+        assert block.experts is not None
+        sizes = checkpoint.family.sizes(checkpoint.config)
+        self._checkpoint, self._watch = checkpoint, watch
+        self._fused = block.prefix + fused
+        self._joined = [block.prefix + part for part in block.experts.fused[fused]]
+        experts, rows, columns = (size(term, sizes) for term in block.experts.table("fused")[fused])
+        self._experts = experts
+        self._buffer = torch.empty(rows, columns, dtype=dtype)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        with self._watch:
+            row = 0
+            for tensor in self._stored(expert):
+                self._buffer[row : row + len(tensor)].copy_(tensor)
+                row += len(tensor)
+        return self._buffer
+
+    def stacked(self, device: torch.device) -> Tensor:
+        """All of them, on a device."""
+        stacked = torch.empty(self._experts, *self._buffer.shape, dtype=self._buffer.dtype, device=device)
+        for expert in range(self._experts):
+            stacked[expert].copy_(self[expert])
+        return stacked
+
+    def _stored(self, expert: int) -> list[Tensor]:
+        if self._fused in self._checkpoint.specs:
+            return [self._checkpoint.read_slice(self._fused, expert)]
+        return [self._checkpoint.read(name.format(expert=expert)) for name in self._joined]

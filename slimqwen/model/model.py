@@ -1,0 +1,252 @@
+"""A causal language model with its MTP module: loading, random initialisation, the forward pass, saving."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.checkpoint.shards import TensorInfo
+from slimqwen.checkpoint.writer import CheckpointWriter
+from slimqwen.core.errors import UserError
+from slimqwen.core.warning import warn
+from slimqwen.families import Config, Family, family_of
+from slimqwen.families.axes import Sizes, size
+from slimqwen.families.family import Block, Layout, TensorSpec
+from slimqwen.model.kernels import check_rows
+from slimqwen.model.mtp import MTP_PREFIX, MtpModule
+from slimqwen.model.native import build_backbone
+
+transformers.utils.logging.set_verbosity_error()  # its load report repeats that `mtp.*` is ignored: we load it ourselves
+transformers.utils.logging.disable_progress_bar()
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Inputs of lm_head. `main[:, i]` predicts t_{i+1}, `mtp[:, i]` predicts t_{i+2}; both [batch, seq, hidden]."""
+
+    main: torch.Tensor
+    mtp: torch.Tensor | None
+
+
+class MtpCausalLM(nn.Module):
+    """`backbone` (Transformers' ...ForCausalLM) and `mtp` (None where the checkpoint has none)."""
+
+    def __init__(self, backbone: PreTrainedModel, mtp: MtpModule | None, family: Family, config: Config) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.mtp = mtp
+        self.family = family
+        self.config = config
+
+    @property
+    def head(self) -> torch.Tensor:
+        """lm_head's weight, [vocab, hidden], shared by both heads."""
+        return self.backbone.get_output_embeddings().weight
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None, with_mtp: bool = True) -> HiddenStates:
+        """Hidden states of both heads, without the vocabulary-sized logits.
+
+        Args:
+            tokens: rows of seq + 1 tokens, [batch, seq + 1]: the backbone reads the first seq of each; the MTP module
+                at position i also reads token i + 1.
+            mask: True for real tokens, [batch, seq + 1]; None where there is no padding.
+            with_mtp: False leaves the MTP module out.
+        """
+        decoder = self.backbone.get_decoder()
+        inputs_mask = None if mask is None else mask[:, :-1]
+        main = decoder(input_ids=tokens[:, :-1], attention_mask=inputs_mask, use_cache=False).last_hidden_state
+        if self.mtp is None or not with_mtp:
+            return HiddenStates(main, None)
+        next_embeddings = decoder.embed_tokens(tokens[:, 1:])
+        return HiddenStates(main, self.mtp(main, next_embeddings, decoder.rotary_emb, inputs_mask))
+
+    def set_experts_implementation(self, name: str) -> None:
+        """Choose how routed experts are computed (a key of Transformers' ALL_EXPERTS_FUNCTIONS), in both parts."""
+        self.backbone.config._experts_implementation = name
+        if self.mtp is not None:
+            self.mtp.config._experts_implementation = name
+
+    def module_of(self, tensor: str) -> nn.Module:
+        """The module that owns a checkpoint tensor: 'model.norm.weight' -> backbone.model.norm."""
+        path = self.family.module_name(tensor, self.config).rpartition(".")[0]
+        return self.get_submodule(path if path.startswith(MTP_PREFIX) else f"backbone.{path}")
+
+    def tensors(self, with_mtp: bool = True) -> dict[str, torch.Tensor]:
+        """Parameters by their name in Transformers' modules, experts fused; tied ones once. MTP's begin with `mtp.`."""
+        tensors = dict(self.backbone.named_parameters())
+        if self.mtp is not None and with_mtp:
+            tensors |= {MTP_PREFIX + name: parameter for name, parameter in self.mtp.named_parameters()}
+        return tensors
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint keeps: `tensors`, and buffers that are no parameters (a router's correction bias)."""
+        held = dict(self.backbone.state_dict(keep_vars=True))
+        if self.mtp is not None:
+            held |= {MTP_PREFIX + name: tensor for name, tensor in self.mtp.state_dict(keep_vars=True).items()}
+        return held
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MtpCausalLM:
+    """Load a checkpoint folder with its MTP module. Local files only; no code from the folder runs.
+
+    Raises UserError for experts of a size that cannot be computed in `dtype`.
+    """
+    checkpoint = Checkpoint(folder)
+    device = torch.device(device)
+    model = weightless(checkpoint, dtype, device)
+    allocate(model, device)
+    fill(model.held(), checkpoint)
+    for tensor in model.held().values():  # or Transformers draws them anew for whoever builds on the backbone
+        vars(tensor)["_is_hf_initialized"] = True
+    model.backbone.generation_config = generation_config(folder, model.backbone)
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):  # routed experts
+            check_rows(module, dtype)
+    return model
+
+
+def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> MtpCausalLM:
+    """What `load` builds, on the meta device: every module, no weights, parameters in `dtype`.
+
+    The rotary table, which is computed and not stored, is on `device`.
+    """
+    with torch.device("meta"):
+        backbone = build_backbone(checkpoint.family, checkpoint.config, dtype, str(checkpoint.folder))
+        mtp = MtpModule(backbone, checkpoint.family) if checkpoint.has_mtp else None
+    for parameter in mtp.parameters() if mtp is not None else ():
+        parameter.data = parameter.data.to(dtype)
+    decoder = backbone.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)
+    return MtpCausalLM(backbone, mtp, checkpoint.family, checkpoint.config).eval()
+
+
+def head_name(checkpoint: Checkpoint, model: MtpCausalLM) -> str:
+    """The tensor in the checkpoint that is lm_head's weight: its own, or the embedding that it is tied to."""
+    modules = (model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
+    specs = [spec for spec in checkpoint.specs.values() if spec.part == "embedding"]
+    return next(spec.name for module in modules for spec in specs if model.module_of(spec.name) is module)
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for every tensor on the meta device. `to_empty` would part tied tensors."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.device.type != "meta":
+                continue
+            if id(tensor) not in made:
+                empty = torch.empty_like(tensor, device=device)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            setattr(module, name, made[id(tensor)])
+
+
+Rows = tuple[torch.Tensor, int]
+"""Rows of a tensor that this process holds, and the number of the first of them."""
+
+
+@torch.no_grad()
+def fill(
+    held: Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    own_rows: Callable[[torch.Tensor], Rows] = lambda tensor: (tensor, 0),
+) -> None:
+    """Copy a checkpoint into tensors that go by their names in the model; of sharded ones, what `own_rows` gives of each."""
+    family, config = checkpoint.family, checkpoint.config
+    filled = set()
+    for block in family.blocks(config):
+        for name in block.module_tensors():
+            own = family.module_name(name, config)
+            is_copy = block.is_mtp and not own.startswith(MTP_PREFIX)  # of an embedding, in GLM's MTP layer
+            if own in held and not is_copy:  # the vision tower is not held
+                _fill_rows(*own_rows(held[own]), checkpoint, block, name)
+                filled.add(id(held[own]))
+    unfilled = [name for name, tensor in held.items() if id(tensor) not in filled]
+    assert not unfilled, f"{family.model_type}: no tensor fills {unfilled}"
+
+
+def _fill_rows(rows: torch.Tensor, first: int, checkpoint: Checkpoint, block: Block, name: str) -> None:
+    """Copy rows `first` and following of a checkpoint tensor, or of the experts that the module holds stacked."""
+    if name in checkpoint.specs:
+        rows.copy_(checkpoint.read_slice(name, slice(first, first + len(rows))))
+        return
+    assert block.experts is not None
+    joined = block.experts.fused[name.removeprefix(block.prefix)]
+    for row, expert in zip(rows, range(first, first + len(rows)), strict=True):
+        row.copy_(torch.cat([checkpoint.read(block.prefix + part.format(expert=expert)) for part in joined]))
+
+
+def generation_config(folder: Path, backbone: PreTrainedModel) -> GenerationConfig:
+    """What generation_config.json says, or else config.json. One that cannot be read is named and left out."""
+    if (folder / "generation_config.json").is_file():
+        try:
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of any class: it is the library's verdict
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            warn(f"warning: {folder / 'generation_config.json'} cannot be read and is left out: {reason}.")
+    return GenerationConfig.from_model_config(backbone.config)
+
+
+def initialise(config: Config, seed: int, device: str | torch.device = "cpu") -> MtpCausalLM:
+    """A randomly initialised float32 model of this shape, as Transformers initialises it; the same for the same seed."""
+    family = family_of(config, "config.json")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_backbone(family, config, torch.float32, "config.json")
+        mtp = MtpModule(backbone, family) if config["num_nextn_predict_layers"] else None
+    return MtpCausalLM(backbone, mtp, family, config).to(device)
+
+
+def save(
+    model: MtpCausalLM, folder: Path, like: Checkpoint | None, config: Config, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write weights, MTP included, and config.json into an existing (temporary) folder.
+
+    Tensor layout and dtypes are those of `like` (A_log may be float32 in a bfloat16 checkpoint); without it, the
+    family's default layout in `dtype`, and a generation_config.json, which otherwise comes along from `like`'s folder.
+    """
+    family = family_of(config, "config.json")
+    layouts: Mapping[str, Layout] | None = like.layouts if like is not None else None
+    sizes = family.sizes(config)
+    held = model.held()
+    specs = {spec.name: spec for spec in family.tensors(config, layouts)}
+    planned = [
+        TensorInfo(name, dtype if like is None else like.dtype(name), spec.shape) for name, spec in specs.items()
+    ]
+    with CheckpointWriter(folder, planned) as writer:
+        for name, kept_as, _ in writer.missing():
+            if specs[name].part == "vision":  # carried along: the language model does not hold it
+                if like is None:
+                    raise UserError(f"random weights for {name} cannot be made: start from a checkpoint that has it.")
+                tensor = like.read(name)
+            else:
+                tensor = disk_tensor(specs[name], family, config, held, sizes).detach().cpu()
+            writer.add(name, tensor.to(kept_as))
+        stored = dtype if like is None else like.dtype(next(iter(like.specs)))
+        writer.finish(family.to_disk({**config, "dtype": str(stored).removeprefix("torch.")}))
+    if like is None:
+        GenerationConfig.from_model_config(model.backbone.config).save_pretrained(folder)
+
+
+def disk_tensor(
+    spec: TensorSpec, family: Family, config: Config, held: Mapping[str, torch.Tensor], sizes: Sizes
+) -> torch.Tensor:
+    """A checkpoint tensor out of the module's tensors: the same one, or one expert's rows of a fused one."""
+    own = family.module_name(spec.name, config)
+    if own in held:
+        return held[own]
+    experts = spec.block.experts
+    if experts is None or spec.expert is None:
+        raise UserError(f"the model holds no tensor '{spec.name}', which its config asks for.")
+    fused, joined = next((name, parts) for name, parts in experts.fused.items() if spec.pattern in parts)
+    before = joined[: joined.index(spec.pattern)]
+    start = sum(size(experts.per_expert[part][0], sizes) for part in before)
+    own = family.module_name(spec.block.prefix + fused, config)
+    return held[own][spec.expert, start : start + spec.shape[0]]

@@ -1,0 +1,1 @@
+"""Many processes on one model: ranks and their mesh, expert parallelism, checkpoints read and written by shards."""

@@ -1,0 +1,207 @@
+"""Many processes train one model: the ranks, their mesh, and every `fully_shard` call (PyTorch's FSDP2)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from slimqwen.core import torchrun
+from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.model.model import MtpCausalLM
+from slimqwen.parallel.expert_parallel import share_experts
+
+# A rank waits this long for the others before it gives up. The longest wait without an error is for rank 0 to bring a
+# finished checkpoint to the disk. That a process died shows at once: its connections close, and torchrun sees it.
+TIMEOUT = timedelta(minutes=10)
+# How gloo and NCCL, whose errors have no types of their own for it, tell that another process is gone.
+LOST_CONTACT = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "timed out",
+    "remote process exited",
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together. Alone (`mesh` None) every method is the identity.
+
+    All of them must call the same methods in the same order.
+
+    experts_mesh: the same ranks as routed experts lie on them, where ranks share these (`expert_ranks`): the dimensions
+        "replicate", "shard", "expert", of which the last one's ranks have different experts.
+    """
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+    experts_mesh: DeviceMesh | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that speaks, logs and writes the result."""
+        return self.rank == 0
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, on every rank with the same bits."""
+        if self.mesh is None:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers; by way of the CPU, without waiting for the GPU's work."""
+        if self.mesh is None:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.largest(0)
+
+    def told(self, value: str | None = None) -> str | None:
+        """What the first rank gives here, on every rank."""
+        if self.mesh is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def join_ranks(
+    device: torch.device, shard_ranks: int | None = None, expert_ranks: int | None = None
+) -> Iterator[Ranks]:
+    """The ranks that torchrun (or whatever sets RANK, WORLD_SIZE, MASTER_ADDR) started; one process otherwise.
+
+    Args:
+        device: this process's own (`resolve_device`).
+        shard_ranks: ranks that share one copy of the model. None: all. Fewer, e.g. the GPUs of a node: the copies'
+            gradients are summed across ("hybrid sharding"), and weights are gathered within the node only.
+        expert_ranks: ranks that share the routed experts of one copy, and exchange tokens. None or 1: experts are
+            gathered like all other weights.
+
+    Raises UserError where the ranks cannot be split so, StageFailed where another rank is gone.
+    """
+    size = torchrun.world_size()
+    if size == 1:
+        yield ALONE
+        return
+    if shard_ranks is not None and size % shard_ranks:
+        raise UserError(f"distil.shard_ranks {shard_ranks} does not divide the {size} ranks: choose a divisor.")
+    copy_ranks = shard_ranks or size
+    if expert_ranks is not None and copy_ranks % expert_ranks:
+        raise UserError(
+            f"distil.expert_ranks {expert_ranks} does not divide the {copy_ranks} ranks that share a copy of the model: "
+            "choose a divisor."
+        )
+    rank = torchrun.rank()
+    try:
+        mesh, experts_mesh = _meshes(device, size, copy_ranks, expert_ranks or 1)
+        yield Ranks(rank, size, mesh, experts_mesh)
+    except RuntimeError as error:
+        reason = next((words for words in LOST_CONTACT if words.lower() in str(error).lower()), None)
+        if reason is None:
+            raise
+        raise StageFailed(
+            f"rank {rank} has lost another rank, which ended or cannot be reached ({reason}). The last saved state is "
+            "intact: see what the other rank said, and give the same command to continue."
+        ) from error
+    # After an error the process group is left to the end of the process: to destroy it may take a rank that is gone.
+    dist.destroy_process_group()
+
+
+def _meshes(
+    device: torch.device, size: int, copy_ranks: int, expert_ranks: int
+) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """Join the other processes: a line of ranks, or rows of `copy_ranks`, each row with its copy of the model.
+
+    The second mesh cuts each row into rows of `expert_ranks` (neighbours, for what they exchange); None without.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    copies = size // copy_ranks
+    if copies == 1:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device.type, (copies, copy_ranks), mesh_dim_names=("replicate", "shard"))
+    if expert_ranks == 1:
+        return mesh, None
+    shape = (copies, copy_ranks // expert_ranks, expert_ranks)
+    return mesh, init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "expert"))
+
+
+def shard(model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_after_forward: bool) -> None:
+    """Split every parameter over the ranks by its first dimension, and gather it, layer by layer, when it is used.
+
+    Gradients are summed and not averaged: the loss is divided by the predictions of all ranks already.
+
+    Args:
+        mixed_precision: gather the float32 parameters in bfloat16; gradients are summed in float32.
+        reshard_after_forward: drop a layer's gathered parameters after its forward pass, to gather them again for its
+            backward pass. False takes the memory of the whole model and saves a third of the traffic.
+    """
+    policy = MixedPrecisionPolicy()
+    if mixed_precision:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = [*model.backbone.get_decoder().layers, *(model.mtp.layers if model.mtp is not None else [])]
+    experts = []
+    if ranks.experts_mesh is not None:
+        experts = share_experts(model, ranks.experts_mesh["expert"])
+        copies = ranks.experts_mesh["replicate"].size()
+        mesh = ranks.experts_mesh["shard"] if copies == 1 else ranks.experts_mesh["replicate", "shard"]
+        # Layers get their input in bfloat16; a router's float32 gates must not be cast on their way to the experts.
+        experts_policy = replace(policy, cast_forward_inputs=False)
+        for module in experts:
+            fully_shard(module, mesh=mesh, mp_policy=experts_policy, reshard_after_forward=reshard_after_forward)
+    for layer in layers:
+        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # Embedding, lm_head and what surrounds the layers stay gathered after the forward pass: the loss uses lm_head.
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in (*experts, *layers, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Drop every gathered parameter, so that each is its shard again; nothing of a model that is whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> float:
+    """Scale gradients down to `max_norm`, the 2-norm of all of them on all ranks; the norm before.
+
+    `torch.nn.utils.clip_grad_norm_`, which refuses to add up what lies on different meshes.
+    """
+    by_mesh: dict[DeviceMesh | None, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        by_mesh.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    norms = []
+    for group in by_mesh.values():
+        norm = get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = get_total_norm(norms)
+    for group in by_mesh.values():
+        clip_grads_with_norm_(group, max_norm, total)
+    return float(total)

@@ -1,0 +1,161 @@
+"""Refitting the matrices through which a layer's networks write into the residual stream, one after another."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from slimqwen.refit.ridge import RidgeSums
+
+NUMBERS_AT_ONCE = 1 << 24  # of a network's neurons, or outputs, in the making: 134 MB in float64
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the output matrix of one network (a routed expert, the shared expert, a dense MLP) reads on a text.
+
+    neurons: from what the network is asked, [n, hidden], to what its output matrix multiplies, [n, neurons]. hidden_states:
+    what the layer's networks are asked, [text, hidden]. tokens: those that this one answers, int64 [n]. gates: the weight
+    of each answer, float32 [n]. All may lie on another device than the network's weights.
+    """
+
+    neurons: Callable[[Tensor], Tensor]
+    hidden_states: Tensor
+    tokens: Tensor
+    gates: Tensor
+
+    def on(self, chosen: Tensor) -> "Network":
+        """The same network on some of the text's tokens alone; chosen: bool [text]."""
+        here = chosen[self.tokens]
+        return replace(self, tokens=self.tokens[here], gates=self.gates[here])
+
+    def parts(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The network's tokens, up to `size` at once, int64 [n], and its gated neurons there, float32 [n, neurons].
+
+        The output matrix W is linear, gate (W a) = W (gate a): the network's share of the output is F W' with these F.
+        """
+        for tokens, gates in zip(self.tokens.split(size), self.gates.split(size), strict=True):
+            neurons = self.neurons(self.hidden_states[tokens]).float()
+            yield tokens, neurons * gates[:, None].to(neurons)
+
+
+def refit(
+    networks: Sequence[Network], matrices: Sequence[Tensor], residual: Tensor, *, ridge: float, sweeps: int
+) -> Iterator[float]:
+    """Change `matrices`, [hidden, neurons] of each network, so that together they explain more of a target.
+
+    Yields |residual|^2 before the first sweep and after each: it has to be read to its end.
+
+    `residual` [tokens, hidden] float32 comes as the target, and is from the first yield on what the matrices leave of it.
+    Both are changed in place and stay consistent, with the matrices as rounded to their dtype. Networks without a token stay
+    as they are.
+
+    Minimises |target - sum_e F_e W_e'|^2 + penalty sum_e |W_e - W_e(start)|^2 by block coordinate descent: network after
+    network is solved exactly against what the others leave. No sweep raises the sum, and there is never more than one
+    system of neurons x neurons, in float64. The penalty is `ridge` times the mean, over all neurons, of a neuron's sum of
+    squares: one number for all networks, so that one with few tokens stays nearer to where it was.
+    """
+    asked = [(network, matrix) for network, matrix in zip(networks, matrices, strict=True) if len(network.tokens)]
+    squares, neurons = 0.0, 0
+    for network, matrix in asked:
+        for tokens, features in network.parts(_at_once(max(matrix.shape))):
+            squares += float(features.double().square().sum())
+            _subtract(tokens, features, matrix, residual)
+        neurons += matrix.shape[1]
+    yield squared_norm(residual)
+    penalty = ridge * squares / max(neurons, 1)
+    start = [matrix.clone() for _, matrix in asked]
+    for _ in range(sweeps):
+        for (network, matrix), origin in zip(asked, start, strict=True) if penalty > 0 else ():
+            _refit_one(network, matrix, origin, residual, penalty)
+        yield squared_norm(residual)
+
+
+def agreement(
+    networks: Sequence[Network],
+    matrices: Sequence[Tensor],
+    target: Tensor,
+    scratch: Tensor,
+    left_out: Tensor,
+    *,
+    ridge: float,
+    sweeps: int,
+) -> tuple[float, float]:
+    """<r, D> and <D, D> on tokens that a refit has not seen: what had been missing there, and what the refit changes there.
+
+    The matrices are refitted to the other tokens of the target [tokens, hidden]; left_out: bool [tokens]. `scratch`, as large as
+    the target, is overwritten; `matrices` and `target` stay.
+    """
+    refitted = [matrix.clone() for matrix in matrices]
+    scratch.copy_(target)
+    for _ in refit([one.on(~left_out) for one in networks], refitted, scratch, ridge=ridge, sweeps=sweeps):
+        pass
+    elsewhere = [one.on(left_out) for one in networks]
+    steps = [new.float() - old.float() for new, old in zip(refitted, matrices, strict=True)]
+    scratch.copy_(target)
+    subtract_answers(elsewhere, matrices, scratch)
+    errors = [squared_norm(scratch, left_out)]  # |r - a D|^2 of a = 0, 1 and 2: a parabola, and D need not be kept
+    for _ in range(2):
+        subtract_answers(elsewhere, steps, scratch)
+        errors.append(squared_norm(scratch, left_out))
+    changed = (errors[0] - 2 * errors[1] + errors[2]) / 2
+    return (errors[0] - errors[1] + changed) / 2, changed
+
+
+def trusted_share(agreements: Sequence[tuple[float, float]]) -> float:
+    """How much of a refit is to be taken, 0 to 1, by the `agreement` on each fold that was left out; without folds all of it.
+
+    The a that makes |r - a D|^2, summed over the folds, smallest is <r, D> / <D, D>; within 0 and 1 it is never worse there than
+    leaving the matrices as they are.
+    """
+    agreed, changed = (sum(numbers) for numbers in zip(*agreements, strict=True)) if agreements else (1.0, 1.0)
+    return min(max(agreed / changed, 0.0), 1.0) if changed > 0 else 0.0
+
+
+def take_share(
+    networks: Sequence[Network], matrices: Sequence[Tensor], start: Sequence[Tensor], residual: Tensor, share: float
+) -> None:
+    """Move `matrices` back, to start + share x (matrices - start); they and the residual change in place and stay consistent."""
+    for network, matrix, origin in zip(networks, matrices, start, strict=True):
+        taken = (origin.double() + share * (matrix.double() - origin.double())).to(matrix.dtype)
+        subtract_answers([network], [taken.float() - matrix.float()], residual)
+        matrix.copy_(taken)
+
+
+def squared_norm(rows: Tensor, chosen: Tensor | None = None) -> float:
+    """The sum of all squares of [tokens, hidden], or of the chosen tokens' (bool [tokens]), in float64."""
+    size = _at_once(rows.shape[1])
+    if chosen is None:
+        return float(sum(part.double().square().sum() for part in rows.split(size)))
+    pairs = zip(rows.split(size), chosen.split(size), strict=True)
+    return float(sum(part[here].double().square().sum() for part, here in pairs))
+
+
+def _refit_one(network: Network, matrix: Tensor, start: Tensor, residual: Tensor, penalty: float) -> None:
+    """The best `matrix` [hidden, neurons] where all others stay as they are; it and `residual` change in place."""
+    sums = RidgeSums()
+    for tokens, features in network.parts(_at_once(max(matrix.shape))):
+        sums.add(features, residual[tokens].to(features))
+    change = sums.solve(matrix.double() - start.double(), penalty)
+    refitted = (start.double() + change.to(start.device)).to(matrix.dtype)
+    step = refitted.float() - matrix.float()
+    for tokens, features in network.parts(_at_once(max(matrix.shape))):
+        _subtract(tokens, features, step, residual)
+    matrix.copy_(refitted)
+
+
+def subtract_answers(networks: Sequence[Network], matrices: Sequence[Tensor], rows: Tensor) -> None:
+    """What all the networks answer, from the rows [tokens, hidden]."""
+    for network, matrix in zip(networks, matrices, strict=True):
+        for tokens, features in network.parts(_at_once(max(matrix.shape))):
+            _subtract(tokens, features, matrix, rows)
+
+
+def _subtract(tokens: Tensor, features: Tensor, matrix: Tensor, rows: Tensor) -> None:
+    """What the matrix [hidden, neurons] makes of some tokens' features, from these tokens' rows."""
+    rows.index_add_(0, tokens, (features @ matrix.to(features).T).to(rows.device), alpha=-1)
+
+
+def _at_once(numbers: int) -> int:
+    """Tokens in a part, of so many numbers each."""
+    return max(1, NUMBERS_AT_ONCE // numbers)

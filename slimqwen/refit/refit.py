@@ -1,0 +1,82 @@
+"""The stage `repair`: a freshly pruned checkpoint, its teacher and tokens in, the same checkpoint with refitted matrices out."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, scratch_folder
+from slimqwen.calibration.statistics import Part
+from slimqwen.checkpoint.writer import copy_companions
+from slimqwen.model.device import reproducible
+from slimqwen.planning.plan import Plan
+from slimqwen.refit.layers import RIDGE, SWEEPS, Refit
+from slimqwen.refit.pair import Pair, write_changed
+
+
+@makes_folder("student", "teacher", "tokens", "plan", kind="checkpoint")
+def repair(
+    student: Path,
+    out: Path,
+    *,
+    teacher: Path,
+    plan: Path | Plan,
+    tokens: Path | Mapping[str, Path],
+    samples: int = 512,
+    batch_size: int = 8,
+    sequence_length: int = 256,
+    memory_budget_bytes: int = 2_000_000_000,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    title: str = "repair",
+) -> Path:
+    """Refit the output matrices of `student`'s experts (routed, shared) and dense MLPs, MTP's too; returns `out`.
+
+    Layer after layer, on the student's own stream, they are solved for in closed form (ridge regression, float64) so that the
+    stream is where the teacher's is after the same layer. Nothing else changes, layout and dtypes neither. Only one layer's
+    weights are needed at a time; the text's hidden states lie in files. Interrupted, it continues with the layer under way.
+
+    Args:
+        student: what `prune` made of `teacher` by `plan`, not trained since.
+        tokens: folder written by `tokenize`, or several by the names of their sources; the first `samples` sequences of their training
+            orders of `seed` are used. How far a layer's refit is taken is what text left out says: each source in turn, or of
+            one each half.
+        batch_size: sequences that a token mixer takes at once, at most; changes speed, and the result by rounding.
+        memory_budget_bytes: for activations.
+
+    Raises UserError where plan, student and teacher do not belong together, where the student was trained since, and where
+    the disk is too small.
+    """
+    pair = Pair(
+        student,
+        teacher,
+        plan=plan,
+        tokens=tokens,
+        samples=samples,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        memory_budget_bytes=memory_budget_bytes,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    layers = out.with_name(f"{out.name}.layers")
+    key = fingerprint_value([version("slimqwen"), *pair.made_from, RIDGE, SWEEPS])
+    with scratch_folder(layers, key) as folder, reproducible(pair.device), torch.inference_mode():
+        pair.announce(folder, title, scratch_sizes=2)  # what is asked, and what is to be explained
+        stream, _, side_by_side = pair.side_by_side()
+        refitted = side_by_side.run(Refit(stream, folds_of(pair.parts)), folder, title)
+        with atomic_folder(out) as partial:
+            write_changed(pair.student, refitted, partial)
+            copy_companions(student, partial)
+    return out
+
+
+def folds_of(parts: Sequence[Part]) -> list[torch.Tensor]:
+    """What is left out in turn, bool [rows], of rows that lie in these parts: every source, or of one source each half."""
+    sources = dict.fromkeys(part.source for part in parts)
+    kinds: list[str | int] = [part.source if len(sources) > 1 else part.half for part in parts]
+    distinct = dict.fromkeys(kinds)
+    return [torch.tensor([kind == one for kind in kinds]) for one in distinct] if len(distinct) > 1 else []

@@ -1,0 +1,1 @@
+"""Where a checkpoint loads: what Transformers, vLLM, SGLang and llama.cpp take, as data, and the command `check`."""

@@ -1,0 +1,263 @@
+"""What serving engines ask of a model: sizes that ranks share evenly and kernels like; names, shapes and keys they know."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from slimqwen.core.errors import UserError, did_you_mean, shown
+from slimqwen.families import Config, Family
+from slimqwen.families.axes import Axis, axes_of
+from slimqwen.families.canonical import full_attention_interval, periodic_layer_types
+from slimqwen.families.family import Layout, TensorSpec
+from slimqwen.serving.engines import ENGINES, Engine, Loader, Names
+
+PARALLEL_SIZES = range(1, 9)
+KERNEL_MULTIPLE = 128  # tiles of the fast matrix kernels, and the blocks of FP8 quantisation
+KERNEL_FIELDS = (
+    "hidden_size",
+    "head_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "intermediate_size",
+)
+KV_FIELD = "num_key_value_heads"
+
+Obstacles = dict[int, list[str]]
+"""Number of ranks -> the sizes that they cannot share evenly; empty where it works."""
+
+
+def tensor_parallel(family: Family, config: Config) -> Obstacles:
+    """The sizes that tensor-parallel ranks split (heads and neurons) against 1 to 8 ranks.
+
+    The axes that differ from block to block are split; those of the whole model (the residual stream, the dims of a
+    head) stay whole on every rank, and the vocabulary is padded. Fewer KV heads than ranks are replicated.
+    """
+    split = {
+        field: config[field]
+        for field, axes in _used_fields(family, config).items()
+        if all(axis.scope != "model" for axis in axes) and family.expert not in axes
+    }
+    return {
+        ranks: [f"{field} {size}" for field, size in split.items() if not _shared_evenly(field, size, ranks)]
+        for ranks in PARALLEL_SIZES
+    }
+
+
+def expert_parallel(family: Family, config: Config) -> Obstacles:
+    """The number of experts against 1 to 8 expert-parallel ranks."""
+    experts = config["num_experts"]
+    return {ranks: [f"num_experts {experts}"] * (experts % ranks != 0) for ranks in PARALLEL_SIZES}
+
+
+def replicated_kv_heads(config: Config) -> list[int]:
+    """Numbers of ranks at which several hold the same KV head."""
+    return [ranks for ranks in PARALLEL_SIZES if ranks > config[KV_FIELD] and ranks % config[KV_FIELD] == 0]
+
+
+def slow_sizes(family: Family, config: Config) -> list[str]:
+    """Sizes that are not a multiple of 128."""
+    used = _used_fields(family, config)
+    return [f"{field} {config[field]}" for field in KERNEL_FIELDS if field in used and config[field] % KERNEL_MULTIPLE]
+
+
+def size_caveats(family: Family, config: Config) -> list[str]:
+    """What the sizes rule out, or make slow, one sentence each."""
+    caveats = []
+    parallel = {"tensor": tensor_parallel(family, config), "expert": expert_parallel(family, config)}
+    for kind, obstacles in parallel.items():
+        for ranks in (2, 4, 8):  # what people have; the other numbers are in the table
+            if obstacles[ranks]:
+                caveats.append(f"{kind} parallel {ranks} does not divide {', '.join(obstacles[ranks])}.")
+    if slow := slow_sizes(family, config):
+        caveats.append(
+            f"{', '.join(slow)}: not a multiple of {KERNEL_MULTIPLE}, which fast kernels and FP8 blocks want."
+        )
+    return caveats
+
+
+def _shared_evenly(field: str, size: int, ranks: int) -> bool:
+    return size % ranks == 0 or (field == KV_FIELD and ranks % size == 0)
+
+
+def _used_fields(family: Family, config: Config) -> dict[str, tuple[Axis, ...]]:
+    """The fields that size a tensor of this very model: its config may carry others (a model without dense layers)."""
+    used: set[Axis] = set()
+    for block in family.blocks(config):
+        tables = [*block.tables.values(), *([block.experts.per_expert] if block.experts else [])]
+        used |= {axis for table in tables for dims in table.values() for term in dims for axis in axes_of(term)}
+    return {field: axes for field, axes in family.fields.items() if used.issuperset(axes)}
+
+
+# --- one engine at a time ---------------------------------------------------------------------------------------------
+
+
+class Described(Protocol):
+    """What a loader goes by: a `Checkpoint`, or one that is not there yet (`Unwritten`)."""
+
+    @property
+    def family(self) -> Family: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def has_mtp(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """The checkpoint that a config would have, as a loader would find it."""
+
+    family: Family
+    config: Config
+    specs: Mapping[str, TensorSpec]
+
+    @classmethod
+    def of(cls, family: Family, config: Config, layouts: Mapping[str, Layout] | None = None) -> "Unwritten":
+        """layouts: block name -> how its experts lie; None: as the family's releases have them."""
+        written = family.normalise(family.to_disk(config))
+        return cls(family, written, {spec.name: spec for spec in family.tensors(config, layouts)})
+
+    @property
+    def has_mtp(self) -> bool:
+        return bool(self.config["num_nextn_predict_layers"])
+
+
+class Verdict(BaseModel):
+    """Whether an engine's loader, as far as engines.py knows it, takes a checkpoint.
+
+    `problems`: why it does not (empty: it does). `notes`: what it does otherwise than Transformers, or leaves out.
+    `drafts`: whether it can draft with the checkpoint's MTP module.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    problems: list[str]
+    notes: list[str]
+    drafts: bool
+
+
+def chosen_engines(names: Iterable[str]) -> list[Engine]:
+    """The engines of these names, or every one for 'all'. Raises UserError for another name."""
+    chosen: dict[str, Engine] = {}
+    for name in names:
+        if name != "all" and name not in ENGINES:
+            known = ", ".join(ENGINES)
+            raise UserError(
+                f"engine {shown(name)} is not known{did_you_mean(name, ENGINES)}: give one of {known}, all."
+            )
+        chosen |= ENGINES if name == "all" else {name: ENGINES[name]}
+    return list(chosen.values())
+
+
+def verdict(engine: Engine, checkpoint: Described) -> Verdict:
+    """Compare a checkpoint's tensors, sizes and config.json with what one engine's loader takes."""
+    model_type, config = checkpoint.family.model_type, checkpoint.config
+    if model_type not in engine.loaders:
+        problem = f"it does not know model_type {model_type}"
+        return Verdict(version=engine.version, problems=[problem], notes=[], drafts=False)
+    loader = engine.loaders[model_type]
+    backbone = [spec for spec in checkpoint.specs.values() if not spec.block.is_mtp]
+    problems = [
+        *_wrong_config(loader, config),
+        *_wrong_sizes(loader, config),
+        *_without_place(loader.names, backbone, loader.unchecked),
+        *(
+            f"it needs '{name}', which tied embeddings leave out"
+            for name in loader.needs
+            if name not in checkpoint.specs
+        ),
+    ]
+    not_drafting = _mtp_problems(loader, checkpoint)
+    unchecked = [
+        note for prefix, note in loader.unchecked.items() if any(spec.name.startswith(prefix) for spec in backbone)
+    ]
+    return Verdict(
+        version=engine.version,
+        problems=problems,
+        notes=[*not_drafting, *_ignored_keys(loader, config), *unchecked, *([engine.note] if engine.note else [])],
+        drafts=checkpoint.has_mtp and not problems and not not_drafting,
+    )
+
+
+def in_words(name: str, result: Verdict) -> str:
+    """`sglang 0.5.23: does not load: ...`, one line."""
+    if result.problems:
+        said = f"does not load: {'; '.join(result.problems)}"
+    else:
+        said = "loads, and drafts with the MTP module" if result.drafts else "loads"
+        said += f", but {'; '.join(result.notes)}" if result.notes else ""
+    return f"{name} {result.version}: {said}"
+
+
+def _wrong_config(loader: Loader, config: Config) -> Iterator[str]:
+    """The words by which an engine chooses its code, and those it cannot do without, or takes a default for."""
+    architectures = config.get("architectures") or []
+    if loader.architecture is not None and loader.architecture not in architectures:
+        yield (
+            f"it goes by config.json's architectures, which are {shown(architectures)} and must have "
+            f"'{loader.architecture}'"
+        )
+    if loader.counts_layers and full_attention_interval(config) is None:
+        yield "it counts layers by full_attention_interval, and these do not alternate regularly"
+        return
+    for key, otherwise in loader.keys.items():
+        if config.get(key) is None:
+            yield f"config.json lacks {key}: {otherwise}"
+    interval = config.get("full_attention_interval")
+    if loader.counts_layers and interval is not None and periodic_layer_types(config) != config["layer_types"]:
+        yield f"full_attention_interval {interval} does not give the layers that layer_types names"
+
+
+def _ignored_keys(loader: Loader, config: Config) -> Iterator[str]:
+    for key, value in loader.fixed.items():
+        if config.get(key) is not None and config[key] != value:
+            does = f"ignores {key}" if value is None else f"takes {key} {value}, not"
+            yield f"it {does} {shown(config[key])}: outputs differ"
+
+
+def _wrong_sizes(loader: Loader, config: Config) -> Iterator[str]:
+    for left, right in loader.equal:
+        products = [prod(config[field] for field in fields) for fields in (left, right)]
+        if products[0] != products[1]:
+            words = [" x ".join(f"{field} {config[field]}" for field in fields) for fields in (left, right)]
+            yield f"it wants {words[0]} to be {words[1]}"
+
+
+def _mtp_problems(loader: Loader, checkpoint: Described) -> list[str]:
+    """Why the engine cannot draft with a module that is there; what to know where there is none."""
+    if not checkpoint.has_mtp:
+        return [loader.without_mtp] if loader.without_mtp else []
+    if not loader.mtp:
+        return ["it leaves out the MTP module"]
+    if loader.mtp_like_first_layer and checkpoint.config["mlp_layer_types"][0] == "dense":
+        return ["the MTP module does not load: it is made dense, as layer 0 is"]
+    specs = (spec for spec in checkpoint.specs.values() if spec.block.is_mtp)
+    return [f"the MTP module does not load: {problem}" for problem in _without_place(loader.mtp, specs, {})]
+
+
+def _without_place(names: Names, specs: Iterable[TensorSpec], unchecked: Mapping[str, str]) -> list[str]:
+    """The tensors that a loader has no place for: the first, and how many more."""
+    known = tuple(unchecked)
+    lost = [s for s in specs if _starred(s.block.prefix, s.pattern) not in names and not s.name.startswith(known)]
+    if not lost:
+        return []
+    first = lost[0]
+    more = f" and {len(lost) - 1:,} more" * (len(lost) > 1)
+    stacked = any(spec.part == "routed_experts" and spec.expert is None for spec in lost)
+    advice = " (write one tensor per expert: slimqwen prune --layout per_expert)" * stacked
+    return [f"it has no place for '{first.name}' of shape {list(first.shape)}{more}{advice}"]
+
+
+@cache
+def _starred(prefix: str, pattern: str) -> str:
+    """A tensor's name with `*` for every number. By block and pattern: an 80B checkpoint has 75,944 names."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", prefix + pattern.format(expert=0))

@@ -1,0 +1,1 @@
+"""Training a student with or without a teacher: the step, the loop around it, its course, its saved state."""

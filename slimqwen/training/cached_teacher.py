@@ -1,0 +1,139 @@
+"""A teacher that has run before: its signal comes from the disk, and no weight of it is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from slimqwen.artifacts import fingerprint_value
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError
+from slimqwen.data.mixture import MixedStream
+from slimqwen.data.stream import Batch, RowStream, StoredRows
+from slimqwen.losses.signal import StoredSignal, TopTokens
+from slimqwen.recipe import DistilRecipe, DocumentBoundaries
+from slimqwen.teacher_cache.folder import CacheManifest, Head, TeacherCache, text_fingerprint
+
+WRITE_IT = "write one for this run with `slimqwen teacher-cache`"
+
+
+class CachedTeacher:
+    """Reads what the teacher said about the rows of a batch, wherever the stream has cut them from.
+
+    caches: of each source of a mixture by its name, or of the one text (None). identity: changes with what they say.
+    """
+
+    def __init__(self, caches: Mapping[str | None, TeacherCache], *, teaches_mtp: bool) -> None:
+        self._caches = caches
+        self._heads: list[Head] = ["main", "mtp"] if teaches_mtp else ["main"]
+        self.identity = fingerprint_value([cache.manifest.identity() for cache in caches.values()])
+
+    def signal(self, batch: Batch) -> StoredSignal:
+        """Lined up with the student's predictions; what stands at padding counts nowhere."""
+        columns = batch.tokens.shape[1] - 1
+        said = [self._caches[place.source].read(place.row) for place in batch.places]
+        found = {head: _joined([heads[head] for heads in said], columns, batch.tokens.device) for head in self._heads}
+        return StoredSignal(found["main"], found.get("mtp"))
+
+
+def _joined(rows: list[TopTokens], columns: int, device: torch.device) -> TopTokens:
+    """Rows of at most `columns` predictions, each filled up to so many: N = rows * columns."""
+    tensors = []
+    for of_rows in zip(*rows, strict=True):
+        first = of_rows[0]
+        filled = first.new_zeros(len(rows), columns, *first.shape[1:])
+        for room, tensor in zip(filled, of_rows, strict=True):
+            room[: len(tensor)] = tensor
+        tensors.append(filled.flatten(0, 1).to(device))
+    return TopTokens(*tensors)
+
+
+def open_teacher_cache(
+    folder: Path | None,
+    stream: RowStream,
+    *,
+    rows: int,
+    recipe: DistilRecipe,
+    documents: DocumentBoundaries,
+    student: Checkpoint,
+    teacher: Path | None,
+) -> CachedTeacher:
+    """The cache of a training on the first `rows` rows of `stream`.
+
+    teacher: the checkpoint that it must be of; None trusts it. Raises UserError for a cache of another text, cut or teacher,
+    and for one that does not say what the loss asks for.
+    """
+    if folder is None:
+        raise UserError("distil.teacher is 'cache': say where it lies, --teacher-cache DIR.")
+    parts: dict[str | None, tuple[StoredRows, int]]
+    if isinstance(stream, MixedStream):
+        counts = stream.rows_of_sources(rows)
+        parts = {name: (part, counts[name]) for name, part in stream.streams.items()}
+    else:
+        assert isinstance(stream, StoredRows)
+        parts = {None: (stream, rows)}
+    teaches_mtp = recipe.is_taught_by_mtp and student.has_mtp
+    of_teacher = None if teacher is None else Checkpoint(teacher).fingerprint()
+    caches = {}
+    for source, (part, count) in parts.items():
+        cache = TeacherCache(folder / (source or "."))
+        manifest = cache.manifest
+        _check_origin(cache, part, documents, teacher, of_teacher)
+        if manifest.vocab_size != student.config["vocab_size"]:
+            raise UserError(
+                f"{cache.folder} is of a teacher with {manifest.vocab_size:,} tokens in its vocabulary, and student "
+                f"{student.folder} has {student.config['vocab_size']:,}: distillation needs the same vocabulary."
+            )
+        if teaches_mtp and "mtp" not in manifest.heads:
+            raise UserError(
+                f"distil.mtp_target is 'mtp', and {cache.folder} holds no MTP head: write it with `slimqwen teacher-cache --mtp`, "
+                "or use mtp_target: main."
+            )
+        check_temperature(recipe, manifest.top_k, manifest.vocab_size)
+        if manifest.subset is not None and recipe.on_bad_step == "roll_back":
+            raise UserError(
+                f"distil.on_bad_step 'roll_back' goes on to later rows of the text, and {cache.folder} holds {manifest.sequences:,} "
+                "sequences of it only: write a cache of the whole text, or choose stop or skip."
+            )
+        if manifest.subset is not None and not all(
+            part.place(i).row in cache for i in range(min(count, part.rows_per_epoch))
+        ):
+            raise UserError(
+                f"{cache.folder} holds {manifest.sequences:,} sequences of the text, and not all of those that this run trains "
+                "on: write it with the run's seed and number of sequences, or of the whole text."
+            )
+        caches[source] = cache
+    return CachedTeacher(caches, teaches_mtp=teaches_mtp)
+
+
+def check_temperature(recipe: DistilRecipe, top_k: int, vocab_size: int) -> None:
+    """Raise UserError for a temperature that stored log-probabilities cannot be brought to."""
+    if recipe.temperature != 1.0 and top_k < vocab_size:
+        raise UserError(
+            f"distil.temperature {recipe.temperature:g} needs the teacher's whole distribution, and its cache keeps the "
+            f"{top_k:,} most likely tokens and the sum of the others: use temperature 1, or teacher: live."
+        )
+
+
+def _check_origin(
+    cache: TeacherCache,
+    part: StoredRows,
+    documents: DocumentBoundaries,
+    teacher: Path | None,
+    of_teacher: str | None,
+) -> None:
+    """Raise UserError unless the cache is about the rows of `part`, by the teacher that is expected."""
+    manifest: CacheManifest = cache.manifest
+    if manifest.sequence_length != part.sequence_length:
+        raise UserError(
+            f"{cache.folder} is about sequences of {manifest.sequence_length:,} tokens, and this run has {part.sequence_length:,}: "
+            f"{WRITE_IT}."
+        )
+    if manifest.documents != documents:
+        raise UserError(
+            f"{cache.folder} is about '{manifest.documents}' documents, and this run has '{documents}': {WRITE_IT}."
+        )
+    if manifest.text != text_fingerprint(part.tokens.prefix):
+        raise UserError(f"{cache.folder} is about other token ids than those of {part.tokens.prefix}: {WRITE_IT}.")
+    if of_teacher is not None and manifest.teacher != of_teacher:
+        raise UserError(f"{cache.folder} is what another teacher than {teacher} said: {WRITE_IT}.")

@@ -1,0 +1,119 @@
+"""The student on held-out text while it trains: loss, KL to a live teacher, MTP acceptance."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slimqwen.core.errors import UserError
+from slimqwen.data.store import load_manifest
+from slimqwen.data.stream import Batch
+from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
+from slimqwen.evaluation.fidelity import ONLY_MEASURED, heldout_rows
+from slimqwen.losses.loss import LossSums, chunked_loss
+from slimqwen.model.model import MtpCausalLM
+from slimqwen.parallel.ranks import Ranks
+from slimqwen.recipe import DistilRecipe, DocumentBoundaries
+from slimqwen.training.teacher import LiveTeacher, Teacher
+from slimqwen.training.trainer import Trainer
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, DEPTH = 8, 32, 32, 2  # of the MTP acceptance: 240 drafts, enough for a trend
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is measured, and how often.
+
+    rows: held-out text, the same at every measurement. prompts: int64 [PROMPTS, PROMPT_TOKENS].
+    """
+
+    every_tokens: int
+    rows: Batch
+    prompts: Tensor
+
+    @classmethod
+    def of(
+        cls, recipe: DistilRecipe, tokens: Path, sequence_length: int, documents: DocumentBoundaries
+    ) -> "HeldOut | None":
+        """As the recipe says; None where it says nothing. Raises UserError where there is too little held-out text."""
+        if recipe.evaluate_every_tokens is None:
+            return None
+        if load_manifest(tokens).heldout.documents == 0:
+            raise UserError(
+                f"{tokens} holds no held-out text, which distil.evaluate_every_tokens needs: leave that out."
+            )
+        rows = heldout_rows(tokens, sequence_length, recipe.evaluate_tokens, documents)
+        return cls(recipe.evaluate_every_tokens, rows, heldout_prompts(tokens, PROMPTS, PROMPT_TOKENS))
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """Means over all rows: heldout_lm, heldout_kd ... as the step's own terms are called; and acc_0, acc_1.
+
+        Nothing of the training is changed: neither mode nor random state, gradients or sharded parameters.
+        """
+        with evaluated(trainer):
+            teacher = trainer.teacher if isinstance(trainer.teacher, LiveTeacher) else None
+            losses = measure_losses(trainer, self.rows, teacher)
+            values = {f"heldout_{name}": value for name, value in losses.items()}
+            if trainer.with_mtp:
+                values |= self._acceptance(trainer)
+        return values
+
+    def _acceptance(self, trainer: Trainer) -> dict[str, float]:
+        """Every rank drafts for all prompts: of sharded models the time goes into gathering layers, which all do at once."""
+        model = trainer.student.model
+        with trainer.mixed_precision():
+            sequences = continue_greedily(model.backbone, self.prompts.to(trainer.device), NEW_TOKENS)
+            accepted = accepted_drafts(model, sequences, PROMPT_TOKENS, DEPTH)
+        return {f"acc_{k}": value for k, value in enumerate(accepted.double().mean(dim=(0, 1)).tolist())}
+
+
+def measure_losses(trainer: Trainer, rows: Batch, teacher: Teacher | None) -> dict[str, float]:
+    """Means over all rows, nats per token, by the names of `LossSums`: lm, mtp_lm; with a teacher kd, mtp_kd too.
+
+    The student must be ready for it (`evaluated`); all ranks measure their share of `rows`, which each has all of.
+    """
+    sums: LossSums | None = None
+    for batch in _share(rows, trainer.ranks).to(trainer.device).split(trainer.micro_batch_size):
+        predictions, _ = trainer.forward(batch)
+        signal = None if teacher is None else teacher.signal(batch)
+        with trainer.mixed_precision():
+            _, measured = chunked_loss(
+                predictions,
+                trainer.student.model.head,
+                ONLY_MEASURED,
+                teacher=signal,
+                chunk_tokens=trainer.recipe.loss_chunk_tokens,
+            )
+        sums = measured if sums is None else sums + measured
+    assert sums is not None
+    return trainer.total_sums(sums).means()
+
+
+def _share(rows: Batch, ranks: Ranks) -> Batch:
+    """A rank's rows: as many on each, since sharded models run on all at once; rows that fill up are all padding."""
+    missing = -len(rows.tokens) % ranks.size
+    mask = torch.ones_like(rows.tokens, dtype=torch.bool) if rows.mask is None else rows.mask
+    tokens = torch.cat([rows.tokens, rows.tokens[:1].expand(missing, -1)])
+    mask = torch.cat([mask, torch.zeros_like(mask[:1]).expand(missing, -1)])
+    places = rows.places + rows.places[:1] * missing
+    mine = slice(ranks.rank, None, ranks.size)
+    return Batch(tokens[mine], mask[mine] if rows.mask is not None or missing else None, places[mine])
+
+
+@contextmanager
+def evaluated(trainer: Trainer) -> Iterator[None]:
+    """The student ready to be measured: in evaluation mode, and what surrounds its layers gathered for `generate`."""
+    model: MtpCausalLM = trainer.student.model
+    model.eval()
+    if trainer.ranks.mesh is not None:
+        model.unshard()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if trainer.ranks.mesh is not None:
+            model.reshard()
+        model.train()

@@ -1,0 +1,331 @@
+"""Finds the learning rate of a training: short forks of it from its own start, at several rates, measured on held-out text.
+
+A fork is the training in miniature: it makes a few of its steps, evenly spaced, each with its own rows, its own weights of the
+loss terms and its own place on the learning-rate curve, so that warm-up and decay happen within the fork. What a fork does to
+the weights is undone.
+"""
+
+import signal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import inf, isfinite, log
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from slimqwen.artifacts import write_json
+from slimqwen.core.errors import Preempted, StageFailed, UserError
+from slimqwen.core.progress import Progress, say
+from slimqwen.data.store import load_manifest
+from slimqwen.data.stream import Batch, RowStream
+from slimqwen.evaluation.fidelity import heldout_rows
+from slimqwen.parallel.ranks import Ranks, reshard
+from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, DocumentBoundaries
+from slimqwen.training.cached_teacher import CachedTeacher
+from slimqwen.training.course import Course
+from slimqwen.training.heldout import evaluated, measure_losses
+from slimqwen.training.interrupt import deferred_interrupts
+from slimqwen.training.rate_search import FACTOR, lowest_point, next_exponent
+from slimqwen.training.teacher import Teacher
+from slimqwen.training.trainer import Span, Trainer
+
+FILE = "learning_rate.json"
+SHARE = 0.03  # of the training's tokens, which all forks together may train on
+MOST_FORKS = 6  # that these are divided among
+FEWEST_STEPS = 4  # of a fork, however short the training
+MEASURED_TOKENS = 8_192, 65_536  # after each fork: as many as it trained on, and at least and at most these
+AS_A_FORK = {"on_bad_step": "stop", "spike_factor": None, "ema_decay": None}  # an average of few steps is the start
+LONGER = 1.25  # times the rate that is best in a fork is best in the training: measured, docs/learning-rate.md
+
+Measured = Literal["kd", "lm", "mtp_kd", "mtp_lm"]
+IN_WORDS: dict[Measured, str] = {
+    "kd": "KL to the teacher",
+    "lm": "loss",
+    "mtp_kd": "KL of the MTP head to the teacher",
+    "mtp_lm": "loss of the MTP head",
+}
+
+
+class Fork(BaseModel):
+    """A fork that was trained. value: what was measured after it; None where it broke."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: float
+    value: float | None
+
+
+class RateChoice(BaseModel):
+    """What learning_rate.json says: the forks of one training, and the rate that was chosen by them.
+
+    steps, tokens: of each fork. training_steps, training_tokens: of the training.
+    measured: what decides, nats per token, on `measured_tokens` tokens. before: the same before any step.
+    text: "held-out", or "training": rows of the training text that no fork trains on.
+    best: the rate at which forks do best. chosen: the training's, which is LONGER times that.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["slimqwen.learning_rate/1"] = "slimqwen.learning_rate/1"
+    steps: int
+    tokens: int
+    training_steps: int
+    training_tokens: int
+    measured: Measured
+    measured_tokens: int
+    text: Literal["held-out", "training"]
+    before: float | None = None
+    forks: list[Fork] = []
+    best: float | None = None
+    chosen: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the training's tokens that the forks trained on in all."""
+        return len(self.forks) * self.tokens / self.training_tokens
+
+    @property
+    def rate(self) -> float:
+        """The chosen rate of a choice that is made."""
+        assert self.chosen is not None
+        return self.chosen
+
+    @classmethod
+    def load(cls, file: Path) -> "RateChoice":
+        """Read `file`. Raises UserError where it is not what slimqwen writes."""
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise UserError(f"{file} is not what slimqwen writes: remove it, and the rate is chosen again.") from error
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with, for forks of it.
+
+    build: makes a trainer of a recipe, with the moments that the training begins with; one at a time is in memory.
+    refill: puts the start's weights into the model.
+    tokens: the folder of tokens, with the held-out text.
+    file: where the choice is kept from its first fork on.
+    title: shown with the progress.
+    """
+
+    build: Callable[[DistilRecipe], Trainer]
+    refill: Callable[[], None]
+    teacher: Teacher | None
+    stream: RowStream
+    course: Course
+    span: Span
+    ranks: Ranks
+    tokens: Path
+    documents: DocumentBoundaries
+    file: Path
+    title: str
+
+
+def choose_learning_rate(start: Start, recipe: DistilRecipe) -> RateChoice:
+    """Train forks at rates a factor of 2 apart, until the best has a worse one on each side or there have been enough.
+
+    A fork that has ended is kept in `start.file`: an interrupted choice trains the others only, and comes to the same rate.
+    All ranks call it. The model is left with the start's weights.
+
+    Args:
+        recipe: with `learning_rate: auto`.
+
+    Raises StageFailed where forks broke at every rate; Preempted and KeyboardInterrupt as `train` does.
+    """
+    choice = kept(start)
+    if choice is not None and choice.chosen is not None:
+        return choice
+    steps = fork_steps(start.span)
+    rows, teacher, where = measured_rows(start, steps)
+    if choice is None:
+        choice = RateChoice(
+            steps=len(steps),
+            tokens=sum(start.course.rows(step) for step in steps) * start.stream.sequence_length,
+            training_steps=start.span.end_step - start.span.first_step,
+            training_tokens=start.course.tokens(start.span.end_step) - start.course.tokens(start.span.first_step),
+            measured=measured_term(recipe, start.teacher),
+            measured_tokens=rows.tokens[:, 1:].numel(),
+            text=where,
+        )
+        tell(start, announcement(choice))
+
+    measured = choice.measured
+
+    def trained(rate: float, steps: Sequence[int], title: str) -> float:
+        return train_fork(start, recipe.at_learning_rate(rate), steps, rows, teacher, title)[measured]
+
+    if choice.before is None:
+        before = trained(AUTO_REFERENCE, [], "")
+        if not isfinite(before):
+            raise StageFailed(f"the {IN_WORDS[measured]} is not finite before any training: look at the student.")
+        choice = keep(start, choice, before=before)
+        tell(start, f"before training: {IN_WORDS[measured]} {before:.4f}")
+    while choice.chosen is None:
+        values = {exponent_of(fork.rate): inf if fork.value is None else fork.value for fork in choice.forks}
+        exponent = next_exponent(values, MOST_FORKS)
+        if exponent is None:
+            best = AUTO_REFERENCE * FACTOR ** best_exponent(values)
+            choice = keep(start, choice, best=best, chosen=rounded(LONGER * best))
+        else:
+            rate = AUTO_REFERENCE * FACTOR**exponent
+            value = trained(rate, steps, f"{start.title}: learning rate {rate:g}")
+            fork = Fork(rate=rate, value=value if isfinite(value) else None)
+            choice = keep(start, choice, forks=[*choice.forks, fork])
+            tell(start, f"learning rate {rate:g}: {IN_WORDS[measured]} {value:.4f} after {choice.steps:,} steps")
+    tell(start, in_words(choice))
+    return choice
+
+
+def fork_steps(span: Span) -> list[int]:
+    """The steps of the training that a fork makes: evenly spaced, as many as the forks' share of the tokens pays for.
+
+    Of a short training at least FEWEST_STEPS, or half of them.
+    """
+    length = span.end_step - span.first_step
+    count = min(max(int(SHARE * length / MOST_FORKS), FEWEST_STEPS), max(length // 2, 1))
+    return [span.first_step + (2 * i + 1) * length // (2 * count) for i in range(count)]
+
+
+def measured_term(recipe: DistilRecipe, teacher: Teacher | None) -> Measured:
+    """What decides between forks: what the main head learns, or the MTP head where only that one learns anything."""
+    is_main = bool({"lm", "kd"} & set(recipe.terms))
+    if teacher is None:
+        return "lm" if is_main else "mtp_lm"
+    return "kd" if is_main else "mtp_kd"
+
+
+def measured_rows(
+    start: Start, steps: Collection[int]
+) -> tuple[Batch, Teacher | None, Literal["held-out", "training"]]:
+    """Choose rows to measure forks on, about as many as a fork trains on, and the teacher that they are compared with.
+
+    A cached teacher has said nothing of the held-out text, and there may be none: then rows of the training's own steps,
+    of which no fork makes any.
+    """
+    least, most = MEASURED_TOKENS
+    wanted = min(max(sum(map(start.course.rows, steps)) * start.stream.sequence_length, least), most)
+    has_heldout = load_manifest(start.tokens).heldout.tokens > start.stream.sequence_length
+    if has_heldout and not isinstance(start.teacher, CachedTeacher):
+        rows = heldout_rows(start.tokens, start.stream.sequence_length, wanted, start.documents)
+        return rows, start.teacher, "held-out"
+    made = set(steps)
+    left = [step for step in range(start.span.first_step, start.span.end_step) if step not in made] or list(steps)
+    count = max(wanted // start.stream.sequence_length, 1)
+    chosen = [(number, left[number * len(left) // count]) for number in range(count)]
+    numbers = (start.course.first_row(step) + number % start.course.rows(step) for number, step in chosen)
+    return start.stream.rows_at(list(dict.fromkeys(numbers))), start.teacher, "training"
+
+
+def train_fork(
+    start: Start, recipe: DistilRecipe, steps: Sequence[int], rows: Batch, teacher: Teacher | None, title: str
+) -> dict[Measured, float]:
+    """Train these steps from the start and measure what comes of it, nats per token; infinite where the training broke.
+
+    The model has the start's weights before and after.
+    """
+    fork = start.build(recipe.model_copy(update=AS_A_FORK))
+    fork.student.model.train()
+    values = dict.fromkeys(IN_WORDS, inf)
+    try:
+        with deferred_interrupts(start.ranks) as interrupted, _progress(start, steps, title) as progress:
+            for step in steps:
+                loss = fork.step(step)["loss"]
+                if progress is not None:
+                    progress.advance(start.course.rows(step) * start.stream.sequence_length, loss=loss)
+                _stop_if_told(start.ranks.largest(interrupted()))
+        with evaluated(fork):
+            found = measure_losses(fork, rows, teacher)
+        values |= {name: found[name] for name in IN_WORDS if name in found and isfinite(found[name])}
+    except StageFailed:  # a step whose loss or gradient was not finite, the same on all ranks
+        pass
+    fork.optimizer.zero_grad(set_to_none=True)
+    reshard(fork.student.model)
+    if steps:
+        start.refill()
+    return values
+
+
+def _progress(start: Start, steps: Sequence[int], title: str) -> AbstractContextManager[Progress | None]:
+    """Return what the first rank shows of a fork."""
+    if not (start.ranks.is_first and steps):
+        return nullcontext()
+    return Progress(title, total=sum(map(start.course.rows, steps)) * start.stream.sequence_length, unit="tokens")
+
+
+def _stop_if_told(stop: int) -> None:
+    """Raise what `train` raises for the signal `stop`; 0 is none."""
+    if stop == signal.SIGTERM:
+        raise Preempted(
+            "stopped by SIGTERM while the learning rate is chosen: forks that have ended are kept, the same command continues."
+        )
+    if stop:
+        raise KeyboardInterrupt
+
+
+def best_exponent(values: Mapping[int, float]) -> float:
+    """Return the power of FACTOR, times the first rate, at which forks do best. Raises StageFailed where all broke."""
+    lowest = lowest_point(values)
+    if lowest is None:
+        rates = ", ".join(f"{AUTO_REFERENCE * FACTOR**exponent:g}" for exponent in sorted(values))
+        raise StageFailed(
+            f"distil.learning_rate auto found none: the training breaks at each of {rates}; look at the data and the start."
+        )
+    return lowest
+
+
+def exponent_of(rate: float) -> int:
+    """Return the power of FACTOR that `rate` is times the first rate."""
+    return round(log(rate / AUTO_REFERENCE, FACTOR))
+
+
+def rounded(rate: float) -> float:
+    """Return `rate` to three digits, so that what is said and written is what is trained with."""
+    return float(f"{rate:.3g}")
+
+
+def kept(start: Start) -> RateChoice | None:
+    """Return what an interrupted choice has left, on all ranks; None where there is nothing of this version."""
+    text = start.ranks.told(start.file.read_text() if start.ranks.is_first and start.file.is_file() else None)
+    try:
+        return None if text is None else RateChoice.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def keep(start: Start, choice: RateChoice, **changes: object) -> RateChoice:
+    """Return the choice with `changes`, as it is written to `start.file`."""
+    changed = choice.model_copy(update=changes)
+    if start.ranks.is_first:
+        write_json(start.file, changed.model_dump(mode="json"))
+    return changed
+
+
+def tell(start: Start, text: str) -> None:
+    """Say something, once."""
+    if start.ranks.is_first:
+        say(f"{start.title}: {text}")
+
+
+def announcement(choice: RateChoice) -> str:
+    """Say what the forks will cost at most, and why where that is more than it should be."""
+    most = MOST_FORKS * choice.tokens / choice.training_tokens
+    so = "" if most <= SHARE else f", more than {SHARE:.0%} because the training is short"
+    return (
+        f"learning rate auto: at most {MOST_FORKS} forks of {choice.steps:,} of the {choice.training_steps:,} steps, {most:.1%} of "
+        f"the training's tokens in all{so}; the {IN_WORDS[choice.measured]} on {choice.measured_tokens:,} tokens of {choice.text} "
+        "text decides"
+    )
+
+
+def in_words(choice: RateChoice) -> str:
+    """Say what was chosen, by what, and what it cost."""
+    ordered = sorted(choice.forks, key=lambda fork: fork.rate)
+    found = ", ".join(f"{fork.rate:g}: {'broke' if fork.value is None else f'{fork.value:.4f}'}" for fork in ordered)
+    return (
+        f"learning rate {choice.rate:g} chosen by the {IN_WORDS[choice.measured]} after {len(choice.forks)} forks of "
+        f"{choice.steps:,} steps, {choice.share:.1%} of the training's tokens: {found}"
+    )

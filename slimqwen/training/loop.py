@@ -1,0 +1,142 @@
+"""The loop around the optimiser steps: where it starts, what is logged, when its state is saved, how it stops."""
+
+import signal
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.errors import Preempted
+from slimqwen.core.progress import Progress, say
+from slimqwen.core.warning import warn
+from slimqwen.recipe import DistilRecipe
+from slimqwen.training.guard import GuardRecord, Rollback
+from slimqwen.training.heldout import HeldOut
+from slimqwen.training.interrupt import deferred_interrupts
+from slimqwen.training.metrics import MetricsLog
+from slimqwen.training.speed import Speed
+from slimqwen.training.state import States
+from slimqwen.training.trainer import BadStep, Trainer
+
+SHOWN = ("lm", "kd", "mtp_lm", "mtp_kd", "heldout_lm", "heldout_kd", "acc_0", "mfu")
+
+
+def train(
+    trainer: Trainer, state_folder: Path, metrics: MetricsLog, title: str, heldout: HeldOut | None = None
+) -> None:
+    """Train to the end of the trainer's span, from the saved state if there is one.
+
+    Ctrl-C and SIGTERM, to whichever rank, are answered between two steps: the state is saved, then all of them raise
+    KeyboardInterrupt or Preempted. A bad step takes the training back to its last saved state where the recipe says so.
+
+    heldout: what to measure on the way, every `evaluate_every_tokens`.
+    """
+    recipe, span, ranks, course = trainer.recipe, trainer.span, trainer.ranks, trainer.course
+    speed = Speed(trainer)
+    trainer.student.model.train()
+    with deferred_interrupts(ranks) as interrupted, _states(trainer, state_folder) as states, metrics:
+        step = _begin(trainer, states)
+        saved_at = time.monotonic()
+        if ranks.is_first:
+            metrics.rewind(step)
+        with _progress(trainer, title, step) as progress:
+            while step < span.end_step:
+                started = time.perf_counter()
+                try:
+                    values = trainer.step(step)
+                except BadStep as bad:
+                    bad_step, step = step, _roll_back(trainer, states, step, str(bad))
+                    if progress is not None:
+                        metrics.rewind(step)
+                        progress.go_back(course.tokens(bad_step) - course.tokens(step))
+                    continue
+                tokens = course.tokens(step + 1) - course.tokens(step)
+                values |= speed.measured(tokens, time.perf_counter() - started)
+                values["tokens"] = course.tokens(step + 1)
+                if heldout is not None and course.passes(step, heldout.every_tokens):
+                    values |= heldout.measure(trainer)
+                if progress is not None:
+                    metrics.append(step, {**values, **trainer.guard.logged(step)})
+                    shown = {name: values[name] for name in SHOWN if name in values}
+                    progress.advance(tokens, **shown, memory=bytes_in_words(values["memory_bytes"]))
+
+                states.poll()
+                stop, minutes_due = ranks.largest(interrupted()), ranks.largest(_is_due(recipe, saved_at))
+                tokens_due = recipe.save_every_tokens is not None and course.passes(step, recipe.save_every_tokens)
+                step += 1
+                is_over = stop or step == span.end_step
+                if is_over or minutes_due or tokens_due or step % recipe.save_every_steps == 0:
+                    states.save(step, trainer.guard.record())
+                    saved_at = time.monotonic()
+                if is_over:
+                    states.finish()
+                if stop == signal.SIGTERM:
+                    raise Preempted(f"stopped by SIGTERM after step {step}, state saved: the same command continues.")
+                if stop:
+                    raise KeyboardInterrupt
+    trainer.student.model.eval()
+
+
+def _states(trainer: Trainer, folder: Path) -> States:
+    recipe = trainer.recipe
+    asynchronous = trainer.device.type == "cuda" if recipe.async_save is None else recipe.async_save
+    states = States(
+        folder,
+        trainer.parameters,
+        trainer.optimizer,
+        trainer.ranks,
+        keep=recipe.keep_states,
+        asynchronous=asynchronous,
+    )
+    if asynchronous and trainer.ranks.is_first:
+        say(
+            "states are written while training goes on, from a copy in the host's memory of "
+            f"{bytes_in_words(states.copy_bytes)} per process; distil.async_save: false does without"
+        )
+    return states
+
+
+def _progress(trainer: Trainer, title: str, step: int) -> AbstractContextManager[Progress | None]:
+    """What the first rank shows."""
+    if not trainer.ranks.is_first:
+        return nullcontext()
+    tokens = trainer.course.tokens
+    first, end = trainer.span.first_step, trainer.span.end_step
+    return Progress(title, total=tokens(end) - tokens(first), unit="tokens", start=tokens(step) - tokens(first))
+
+
+def _begin(trainer: Trainer, states: States) -> int:
+    """Where the training is: the step of the newest state, which is taken up, or the span's first."""
+    saved = states.load()
+    if saved is not None:
+        step, record = saved
+        trainer.guard.restore(record)
+        return step
+    if trainer.recipe.on_bad_step == "roll_back":  # there must be something to go back to
+        states.save(trainer.span.first_step, GuardRecord())
+    return trainer.span.first_step
+
+
+def _roll_back(trainer: Trainer, states: States, bad_step: int, problem: str) -> int:
+    """Go back to the newest state and leave out the rows from there to the bad step; the step to go on with.
+
+    To leave out the bad step's own rows alone would need no way back: the steps before it would be the same again. It
+    is what they did to the model that may have made the step bad (PaLM, arXiv 2204.02311, section 5.1).
+    """
+    saved = states.load()
+    assert saved is not None, "there is a state before the first step"
+    step, record = saved
+    rows = trainer.course.first_row(bad_step + 1) - trainer.course.first_row(step)
+    rollback = Rollback(step=step, bad_step=bad_step, rows=rows, problem=problem)
+    record = record.model_copy(update={"rollbacks": [*record.rollbacks, rollback]})
+    trainer.guard.restore(record)
+    states.note(step, record)
+    if trainer.ranks.is_first:
+        warn(f"optimiser step {bad_step} is bad: {problem}; back to step {step}, leaving out the {rows} rows since")
+    return step
+
+
+def _is_due(recipe: DistilRecipe, saved_at: float) -> bool:
+    """Whether it is time to save, by this process's clock."""
+    minutes = recipe.save_every_minutes
+    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes

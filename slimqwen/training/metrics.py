@@ -1,0 +1,78 @@
+"""metrics.jsonl: one line per optimiser step, of every training run in a run directory; and its copies elsewhere."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from slimqwen.artifacts.json_lines import append, is_cut_short, keep_lines, value_of
+from slimqwen.training.loggers import Logger
+
+KEYS = ("run", "stage", "step")  # which every line begins with
+
+
+class MetricsLog:
+    """The lines of one training run (`run`, `stage`) in a shared file; lines are appended as steps end.
+
+    loggers: who else is told, as long as this context is open.
+    """
+
+    def __init__(self, path: Path, run: str, stage: int, loggers: Sequence[Logger] = ()) -> None:
+        self.path = path
+        self.run = run
+        self.stage = stage
+        self.loggers = loggers
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+    def rewind(self, first_step: int) -> None:
+        """Forget this run's lines from `first_step` on: they were written after the state that training resumes from.
+
+        Lines of others stay, whatever they are.
+        """
+        last_step = first_step - 1
+
+        def is_kept(line: bytes) -> bool:
+            nonlocal last_step
+            entry = _entry(line)
+            if entry is None:
+                return not is_cut_short(line, KEYS[0])
+            if (entry["run"], entry["stage"]) != (self.run, self.stage) or entry["step"] < first_step:
+                return True
+            last_step = max(last_step, entry["step"])
+            return False
+
+        keep_lines(self.path, is_kept)
+        for logger in self.loggers:
+            logger.begin(first_step, last_step)
+
+    def append(self, step: int, values: dict[str, Any]) -> None:
+        append(self.path, dict(zip(KEYS, (self.run, self.stage, step), strict=True)) | values)
+        for logger in self.loggers:
+            logger.log(step, {name: value for name, value in values.items() if isinstance(value, int | float)})
+
+
+def forget_stages_after(path: Path, last_stage: int, runs: Collection[str]) -> None:
+    """Drop the lines of stages that the schedule of these runs no longer has."""
+
+    def is_kept(line: bytes) -> bool:
+        entry = _entry(line)
+        return entry is None or entry["run"] not in runs or entry["stage"] <= last_stage
+
+    keep_lines(path, is_kept)
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """One of our lines; None for what others wrote, or kill -9 cut short."""
+    entry = value_of(line)
+    types = (str, int, int)
+    is_ours = entry is not None and all(isinstance(entry.get(key), kind) for key, kind in zip(KEYS, types, strict=True))
+    return entry if is_ours else None

@@ -1,0 +1,203 @@
+"""Resumable training state: parameters, Adam moments and the step, in safetensors, whatever the number of ranks.
+
+Nothing else is needed to go on bit for bit but what the guard remembers, a few numbers: the data cursor and every
+schedule are functions of the step, and the models have no dropout. Each rank writes its own shards
+(torch.distributed.checkpoint, whose usual format has a pickle; this one has not), and any number of ranks reads them
+again.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from slimqwen.artifacts import atomic_folder, discard, rewrite_text, write_text
+from slimqwen.parallel.ranks import TIMEOUT, Ranks
+from slimqwen.training.guard import GuardRecord
+
+FILE_BYTES = 2 << 30  # of a rank's shards in one file, which is in memory once more while it is written
+GUARD_FILE = "guard.json"
+STATE_NAME = re.compile(r"step-\d{9,}")
+
+
+class States:
+    """The saved states of one training, `folder/step-N`: the newest `keep` of them, each complete or not there.
+
+    asynchronous: training goes on while a state is written. It waits only for a copy, in this process's memory (pinned
+        where there is a GPU), which is as large as the process's share of the state (`copy_bytes`) and stays for the
+        next one. One state is written at a time: saving waits for the one before.
+
+    A context: leaving it waits for what is being written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parameters: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        *,
+        keep: int,
+        asynchronous: bool,
+    ) -> None:
+        self.folder = folder
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.ranks = ranks
+        self.keep = keep
+        # Its own process group: what ranks tell each other while they write must not meet what they say in training.
+        self._group = None if ranks.mesh is None else dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._stager = _stager(parameters) if asynchronous else None
+        self._writing: Future[object] | None = None
+        self._open = ExitStack()  # the folder being written, on the first rank
+        self._quiet = warnings.catch_warnings()
+
+    def __enter__(self) -> "States":
+        # torch.distributed.checkpoint warns that there are no ranks even where it was told so, in whatever thread.
+        self._quiet.__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._wait_for_it()
+        except Exception:
+            if error is None:  # otherwise that one says what happened first
+                raise
+        finally:
+            if self._stager is not None:
+                self._stager.close()
+            self._quiet.__exit__(kind, error, traceback)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Memory for the copy that is written while training goes on."""
+        if self._stager is None:
+            return 0
+        tensors = _tensors(self.parameters, self.optimizer).values()
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors) // self.ranks.size
+
+    def save(self, step: int, guard: GuardRecord) -> None:
+        """Begin to write the state after `step` steps, or write it; called by all ranks."""
+        self.finish()
+        tensors = _tensors(self.parameters, self.optimizer)
+        opened: str | None = None
+        if self.ranks.is_first:
+            partial = self._open.enter_context(atomic_folder(self.folder / _name(step)))
+            write_text(partial / GUARD_FILE, guard.model_dump_json())
+            opened = str(partial)
+        writer = dcp.HuggingFaceStorageWriter(
+            self.ranks.told(opened), _file_numbers(tensors, self.ranks), save_distributed=True
+        )
+        how = {"storage_writer": writer, "process_group": self._group, "no_dist": self.ranks.mesh is None}
+        if self._stager is not None:
+            self._writing = dcp.async_save(tensors, async_stager=self._stager, **how)
+        else:
+            self._complete(lambda: dcp.save(tensors, **how))
+            self.ranks.wait()
+
+    def poll(self) -> None:
+        """Give a state that was written meanwhile its name. Raises what went wrong with it."""
+        if self._writing is not None and self._writing.done():
+            self._wait_for_it()
+
+    def finish(self) -> None:
+        """Wait until what is being written has its name, for all ranks."""
+        self._wait_for_it()
+        self.ranks.wait()
+
+    def _wait_for_it(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._complete(writing.result)
+
+    def _complete(self, write: Callable[[], object]) -> None:
+        """Let `write` end, and give what is written its name: all ranks' shares are when the first rank's `write` ends."""
+        with self._open:
+            try:
+                write()
+            except dcp.CheckpointException as error:
+                raise next(iter(error.failures.values()))[0] from error
+        if self.ranks.is_first:
+            for older in self._saved()[: -self.keep]:
+                discard(older)
+
+    def load(self) -> tuple[int, GuardRecord] | None:
+        """Put the newest state into parameters and optimiser: steps done and the guard's record; None if there is none."""
+        self.finish()
+        saved = self._saved()
+        newest = self.ranks.told(saved[-1].name if self.ranks.is_first and saved else None)
+        if newest is None:
+            return None
+        reader = dcp.HuggingFaceStorageReader(str(self.folder / newest))
+        tensors = _tensors(self.parameters, self.optimizer)
+        dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self.ranks.mesh is None)
+        record = self.ranks.told((self.folder / newest / GUARD_FILE).read_text() if self.ranks.is_first else None)
+        assert record is not None
+        return int(newest.removeprefix("step-")), GuardRecord.model_validate_json(record)
+
+    def note(self, step: int, guard: GuardRecord) -> None:
+        """Keep another record of the guard with a state that is saved already."""
+        if self.ranks.is_first:
+            rewrite_text(self.folder / _name(step) / GUARD_FILE, guard.model_dump_json())
+
+    def _saved(self) -> list[Path]:
+        return saved_states(self.folder)
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The complete states in the state folder of a training, oldest first; nothing else that lies there."""
+    return sorted(path for path in folder.glob("step-*") if STATE_NAME.fullmatch(path.name))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def _stager(parameters: dict[str, Tensor]) -> DefaultStager:
+    """PyTorch's own copying of a state to this host's memory. What follows it may change the parameters."""
+    on_gpu = next(iter(parameters.values())).device.type == "cuda"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
+        )
+    )
+
+
+@torch.no_grad()
+def _tensors(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything by name: the tensors in use, to be read or overwritten in place."""
+    tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for kind, value in optimizer.state[parameter].items():
+            tensors |= _plain(f"{kind}.{name}", value)
+    return tensors
+
+
+def _plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor, or the plain ones that it is made of: an 8-bit moment is codes and scales."""
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
+        return {name: tensor}
+    inner, _ = tensor.__tensor_flatten__()
+    return {f"{name}.{part}": getattr(tensor, part) for part in inner}
+
+
+def _file_numbers(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, int]:
+    """Which of a rank's files, from 1, holds its share of each tensor."""
+    shares = [tensor.numel() * tensor.itemsize // ranks.size for tensor in tensors.values()]
+    ends = accumulate(shares)
+    return {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}

@@ -1,0 +1,245 @@
+"""One optimiser step: pretraining, distillation and the LM-only baseline are the same step with other loss terms."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from slimqwen.core.errors import StageFailed
+from slimqwen.core.warning import warn
+from slimqwen.data.stream import Batch, RowStream
+from slimqwen.families import Config, Family
+from slimqwen.losses.balance import expert_counts, load_balancing_loss
+from slimqwen.losses.divergence import Divergence
+from slimqwen.losses.loss import (
+    LossSums,
+    LossWeights,
+    Predictions,
+    align,
+    chunked_loss,
+    count_targets,
+)
+from slimqwen.model.kernels import BATCHED_EXPERTS
+from slimqwen.model.model import MtpCausalLM
+from slimqwen.model.routing import Routing, observe_routing
+from slimqwen.parallel.ranks import ALONE, Ranks, clip_grad_norm
+from slimqwen.recipe import DistilRecipe
+from slimqwen.training import schedules
+from slimqwen.training.average import Average
+from slimqwen.training.course import course_of
+from slimqwen.training.guard import Guard
+from slimqwen.training.optimizer import build_optimizer, parts_of, set_learning_rate, trained_parameters
+from slimqwen.training.teacher import Teacher
+
+MAX_SKIPPED_IN_A_ROW = 10  # more is no bad batch but a model that is lost
+MAX_ROLLBACKS = 10  # of one training
+
+
+class BadStep(Exception):
+    """A step that must not count, in words; the recipe says to go back to the last saved state."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The optimiser steps of the whole run that one stage trains: `first_step` up to, not including, `end_step`.
+
+    Learning rate, lambda, beta and the data order are functions of the step within the whole run, so a stage goes on
+    where the one before it stopped.
+    """
+
+    first_step: int
+    end_step: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model in training with the table and config that describe it."""
+
+    model: MtpCausalLM
+    family: Family
+    config: Config
+
+
+class Trainer:
+    """Trains one student over one span of steps.
+
+    teacher: None trains on the data alone (pretraining, the LM-only baseline).
+    ranks: the processes that train it together, each on rows of its own; student and teacher are sharded over them.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher | None,
+        stream: RowStream,
+        recipe: DistilRecipe,
+        span: Span,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.stream = stream
+        self.recipe = recipe
+        self.span = span
+        self.course = course_of(recipe, stream.sequence_length, span.total_steps)
+        self.ranks = ranks
+        self.guard = Guard(recipe.spike_factor)
+        self.micro_batch_size = recipe.micro_batch_size or recipe.batch_size
+        self.divergence = Divergence(recipe.divergence, recipe.temperature, recipe.jsd_beta)
+        self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
+        # Without an MTP term the module gets no gradient: it stays as it is, and has no optimiser state.
+        parts = parts_of(student.family, student.config)
+        self.parameters = trained_parameters(student.model, parts, recipe, with_mtp=self.with_mtp)
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = build_optimizer(self.parameters, parts, recipe)
+        self.average: Average | None = None
+        if recipe.ema_decay is not None:
+            self.average = Average(self.parameters.values(), self.optimizer, recipe.ema_decay)
+        self.blocks = [b for b in student.family.moe_blocks(student.config) if self.with_mtp or not b.is_mtp]
+        student.model.set_experts_implementation(BATCHED_EXPERTS)
+        if recipe.activation_checkpointing:
+            student.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimiser step over its rows (`Course`); returns the means of its loss terms and its settings.
+
+        The optimiser does not move in a bad step (`Guard`): it is left out, or StageFailed or BadStep is raised, as
+        `on_bad_step` says.
+        """
+        recipe = self.recipe
+        progress = self.course.progress(step)
+        kd_weight = schedules.kd_weight(progress, recipe.kd_weight)
+        mtp_weight = schedules.mtp_weight(progress, recipe.mtp_weight)
+        learning_rate = schedules.learning_rate(
+            step, self.course, recipe.peak_learning_rate, recipe.final_learning_rate
+        )
+        set_learning_rate(self.optimizer, learning_rate)
+
+        rows = self.course.rows(step) // self.ranks.size
+        first_row = self.course.first_row(step) + self.guard.rows_left_out(step)
+        batch = self.stream.batch(first_row + self.ranks.rank * rows, rows).to(self.device)
+        targets = self.ranks.total(torch.tensor(count_targets(batch.tokens, batch.mask)))
+        main_targets, mtp_targets = targets.tolist()
+        weights = LossWeights.from_terms(recipe.terms, kd_weight, mtp_weight).per_token(main_targets, mtp_targets)
+        micro_batches = batch.split(self.micro_batch_size)
+        balances = recipe.load_balancing_coefficient > 0.0 and len(micro_batches) > 1
+        counts = self.global_expert_counts(micro_batches) if balances else None
+
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: LossSums | None = None
+        losses = torch.zeros(2, device=self.device)  # the loss and, before its coefficient, its load-balancing part
+        for micro_batch in micro_batches:
+            if self.ranks.mesh is not None:  # between copies of the model (`shard_ranks`) gradients cross once a step
+                self.student.model.set_requires_all_reduce(micro_batch is micro_batches[-1])
+            loss, micro_sums, balance = self.backward(micro_batch, weights, counts, main_targets)
+            losses += torch.stack([loss, balance])
+            sums = micro_sums if sums is None else sums + micro_sums
+        assert sums is not None
+
+        grad_norm = clip_grad_norm(self.parameters.values(), recipe.max_grad_norm)
+        loss_value, balance_value = self.ranks.total(losses).tolist()
+        values = {
+            "loss": loss_value,
+            **self.total_sums(sums).means(),
+            "load_balancing": balance_value,
+            "lambda": kd_weight,
+            "beta": mtp_weight,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+        }
+        problem = self.guard.problem(loss_value, grad_norm)
+        if problem is None:
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(step - self.span.first_step)
+            self.guard.accept(loss_value)
+            return values
+        self.leave_out(step, problem)
+        return {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": 1}
+
+    def leave_out(self, step: int, problem: str) -> None:
+        """Say that a step is skipped. Raises StageFailed where it must not be, or too many were before it, and BadStep
+        where training goes back."""
+        too_many = len(self.guard.rollbacks) == MAX_ROLLBACKS or self.guard.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
+        if self.recipe.on_bad_step == "stop" or too_many:
+            raise StageFailed(
+                f"training stopped before optimiser step {step}: {problem}. "
+                "The last saved state is intact; lower distil.learning_rate or look at the data of this step."
+            )
+        if self.recipe.on_bad_step == "roll_back":
+            raise BadStep(problem)
+        self.guard.skipped_in_a_row += 1
+        if self.ranks.is_first:
+            warn(f"optimiser step {step} is left out: {problem}")
+
+    def backward(
+        self, batch: Batch, weights: LossWeights, counts: list[torch.Tensor] | None, step_tokens: int
+    ) -> tuple[torch.Tensor, LossSums, torch.Tensor]:
+        """Forward and backward of one micro-batch: (loss, sums, load balancing), all detached.
+
+        counts: expert assignments of the whole step per block; None where each rank has this one micro-batch.
+        step_tokens: predictions of the whole step that count; padding is routed too, and its routing does not.
+        """
+        signal = None if self.teacher is None else self.teacher.signal(batch)
+        predictions, routing = self.forward(batch)
+        with self.mixed_precision():
+            loss, sums = chunked_loss(
+                predictions,
+                self.student.model.head,
+                weights,
+                teacher=signal,
+                divergence=self.divergence,
+                chunk_tokens=self.recipe.loss_chunk_tokens,
+            )
+        logits, mask = [seen.logits for seen in routing], predictions.main_mask
+        if counts is None:
+            counts = self.over_ranks([expert_counts(seen.experts, mask, seen.logits.shape[-1]) for seen in routing])
+        balance = load_balancing_loss(logits, mask, counts, step_tokens, self.student.family.router_scores)
+        (loss + self.recipe.load_balancing_coefficient * balance).backward()
+        return loss.detach(), sums, balance.detach()
+
+    def forward(self, batch: Batch) -> tuple[Predictions, list[Routing]]:
+        """The student's predictions and its routing, per MoE block."""
+        model = self.student.model
+        with observe_routing(model, self.blocks) as seen, self.mixed_precision():
+            hidden = model(batch.tokens, with_mtp=self.with_mtp)
+        return align(batch.tokens, hidden.main, hidden.mtp, batch.mask), [seen[block.name] for block in self.blocks]
+
+    @torch.no_grad()
+    def global_expert_counts(self, micro_batches: list[Batch]) -> list[torch.Tensor]:
+        """Expert assignments of the whole step, per block, by a forward pass without gradient.
+
+        The load-balancing loss multiplies each micro-batch's probabilities with the counts of ALL of them
+        (arXiv 2501.11873), so the counts must be known before the first backward pass. It costs one more student
+        forward, and only where a step has several micro-batches; it makes any cut of the batch the same step.
+        """
+        totals: list[torch.Tensor] | None = None
+        for batch in micro_batches:
+            predictions, routing = self.forward(batch)
+            counts = [expert_counts(seen.experts, predictions.main_mask, seen.logits.shape[-1]) for seen in routing]
+            totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
+        assert totals is not None
+        return self.over_ranks(totals)
+
+    def over_ranks(self, counts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Expert assignments per block, of all ranks."""
+        return list(self.ranks.total(torch.stack(counts)).unbind())
+
+    def total_sums(self, sums: LossSums) -> LossSums:
+        """The sums over all ranks' predictions. What was measured on one rank was measured on each."""
+        measured = {f.name: getattr(sums, f.name) for f in fields(sums) if getattr(sums, f.name) is not None}
+        totals = self.ranks.total(torch.stack(list(measured.values())))
+        return replace(sums, **dict(zip(measured, totals.unbind(), strict=True)))
+
+    @contextmanager
+    def mixed_precision(self) -> Iterator[None]:
+        """bfloat16 matrix products over float32 weights on a GPU; plain float32 on a CPU, where bfloat16 is slower.
+
+        Sharded parameters come as bfloat16 already (`parallel.shard`).
+        """
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.ranks.mesh is None):
+            yield
