@@ -87,7 +87,7 @@ class CheckpointWriter:
         """
         file, tensor, place = self._places[name]
         assert rows.dtype == tensor.dtype and rows.shape[1:] == tensor.shape[len(tensor.shape) - rows.dim() + 1 :], name
-        data = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
         if file.write(data, place + first_row * (len(data) // len(rows))):
             self._flushes.append(self._flusher.submit(file.flush))
             if len(self._flushes) > MOST_FLUSHES:

@@ -160,7 +160,8 @@ class Healing:
         assert teacher_norm is not None
 
         def teacher_hidden(rows: Tensor) -> Tensor:
-            return teacher_norm(teacher.ready(target.teacher_stream[rows]))
+            hidden: Tensor = teacher_norm(teacher.ready(target.teacher_stream[rows]))
+            return hidden
 
         with teacher.weights_after(course.teacher[-1]):
             yield PredictionError(norm, self._student.head(), teacher_hidden, teacher.head())

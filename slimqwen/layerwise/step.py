@@ -79,7 +79,7 @@ def _draft(model: MtpCausalLM, mtp: nn.Module, hidden: Tensor, tokens: Tensor) -
     return result
 
 
-def _alone(decoder: nn.Module, number: int) -> nn.Module:
+def _alone(decoder: Any, number: int) -> nn.Module:
     """The backbone with one of its layers and no final norm: its own forward makes positions and masks, in any family."""
     layers = [layer if i == number else _Nothing() for i, layer in enumerate(decoder.layers)]
     return _with_modules(decoder, layers=nn.ModuleList(layers), norm=nn.Identity())
@@ -95,7 +95,7 @@ class _Nothing(nn.Module):
 def _with_modules(module: nn.Module, **replaced: nn.Module) -> nn.Module:
     """The same module, sharing everything with it but these children."""
     other = copy(module)
-    other._modules = module._modules | replaced
+    other._modules = {**module._modules, **replaced}
     return other
 
 

@@ -200,7 +200,9 @@ def chunked_loss(
             loss, sums, gradients = _sum_chunks(
                 predictions, head, weights, teacher, divergence, chunk_tokens, needs_gradient
             )
-    return _WithGradients.apply(loss, *gradients, *inputs) if any(needs_gradient) else loss, sums
+    if any(needs_gradient):
+        loss = _WithGradients.apply(loss, *gradients, *inputs)  # type: ignore[no-untyped-call]
+    return loss, sums
 
 
 class _WithGradients(torch.autograd.Function):

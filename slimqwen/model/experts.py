@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
 
@@ -62,9 +62,7 @@ class Pairs:
             start = end
 
 
-def observed_experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def observed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Routed experts as usual, and `self.slimqwen_observer` told the sums of what they did on the tokens routed to them.
 
     The sums are float32, over this batch: assignments, gate_sums and gated_norm_sums [experts], output_sums [experts,
@@ -72,7 +70,7 @@ def observed_experts_forward(
 
     Shapes: hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k].
     """
-    observer: Any = self.slimqwen_observer
+    observer: ExpertsObserver = self.slimqwen_observer
     pairs = Pairs.of(top_k_index, top_k_weights, self.num_experts)
     forward = one_by_one if hidden_states.device.type == "cpu" else grouped
     result = forward(self, hidden_states, pairs, observer)
@@ -82,9 +80,7 @@ def observed_experts_forward(
     return result
 
 
-def streamed_experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def streamed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Routed experts as usual, on a CPU one after another, so that their weights need not be in memory (`each_expert`).
 
     Shapes as in `observed_experts_forward`.

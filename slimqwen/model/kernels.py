@@ -95,7 +95,7 @@ def batched_experts_forward(
     """
     device = hidden_states.device.type
     if not torch.is_autocast_enabled(device):
-        check_rows(self, self.gate_up_proj.dtype)
+        check_rows(self, self.get_parameter("gate_up_proj").dtype)
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype = torch.get_autocast_dtype(device)
     check_rows(self, dtype)

@@ -46,7 +46,7 @@ class LiveStorages(TorchDispatchMode):
     """Adds up the storages that operations make, until they are gone."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.most = 0
         self.seen: set[int] = set()  # id() of storages that are alive
 

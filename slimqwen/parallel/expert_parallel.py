@@ -1,6 +1,6 @@
 """Expert parallelism: ranks share the experts of every MoE block, and send each token to where its experts are."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -105,7 +105,7 @@ def exchanged_forward(
 @contextmanager
 def _local_parameters(experts: nn.Module) -> Iterator[None]:
     """The parameters as the tensors of this rank's experts, which kernels take, and no longer as DTensors."""
-    shared: Mapping[str, Tensor] = dict(experts.named_parameters(recurse=False))
+    shared = dict(experts.named_parameters(recurse=False))
     local: dict[str, Any] = {name: p.to_local() for name, p in shared.items() if isinstance(p, DTensor)}
     experts._parameters.update(local)
     try:

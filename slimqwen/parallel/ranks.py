@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -71,8 +72,8 @@ class Ranks:
         """Until every rank is here."""
         self.largest(0)
 
-    def told(self, value: str | None = None) -> str | None:
-        """What the first rank gives here, on every rank."""
+    def broadcast(self, value: str | None = None) -> str | None:
+        """Return the first rank's `value`, on every rank."""
         if self.mesh is None:
             return value
         values = [value]
@@ -147,6 +148,12 @@ def _meshes(
         return mesh, None
     shape = (copies, copy_ranks // expert_ranks, expert_ranks)
     return mesh, init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "expert"))
+
+
+def fully_sharded(model: nn.Module) -> FSDPModule:
+    """Return `model` as what `shard` made of it."""
+    assert isinstance(model, FSDPModule)
+    return model
 
 
 def shard(model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_after_forward: bool) -> None:

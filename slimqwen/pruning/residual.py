@@ -51,7 +51,8 @@ class Residual:
             case Read():
                 return self._read(norm_of(block, term), dtype)
             case Cat(parts):
-                return torch.block_diag(*(self.matrix(inner, block, part, stored) for _, inner in parts))
+                joined: Tensor = torch.block_diag(*(self.matrix(inner, block, part, stored) for _, inner in parts))
+                return joined
         raise AssertionError(f"not a dimension of the residual stream: {term}")
 
     def norm(self, name: str, weight: Tensor) -> Tensor:

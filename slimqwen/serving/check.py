@@ -204,7 +204,7 @@ def _chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _digest(chunks: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for chunk in chunks:
-        digest.update(chunk.view(torch.uint8).numpy())
+        digest.update(chunk.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

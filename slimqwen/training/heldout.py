@@ -15,7 +15,7 @@ from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, h
 from slimqwen.evaluation.fidelity import ONLY_MEASURED, heldout_rows
 from slimqwen.losses.loss import LossSums, chunked_loss
 from slimqwen.model.model import MtpCausalLM
-from slimqwen.parallel.ranks import Ranks
+from slimqwen.parallel.ranks import Ranks, fully_sharded
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Trainer
@@ -109,11 +109,11 @@ def evaluated(trainer: Trainer) -> Iterator[None]:
     model: MtpCausalLM = trainer.student.model
     model.eval()
     if trainer.ranks.mesh is not None:
-        model.unshard()
+        fully_sharded(model).unshard()
     try:
         with torch.no_grad():
             yield
     finally:
         if trainer.ranks.mesh is not None:
-            model.reshard()
+            fully_sharded(model).reshard()
         model.train()

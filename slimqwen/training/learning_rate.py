@@ -289,7 +289,7 @@ def rounded(rate: float) -> float:
 
 def kept(start: Start) -> RateChoice | None:
     """Return what an interrupted choice has left, on all ranks; None where there is nothing of this version."""
-    text = start.ranks.told(start.file.read_text() if start.ranks.is_first and start.file.is_file() else None)
+    text = start.ranks.broadcast(start.file.read_text() if start.ranks.is_first and start.file.is_file() else None)
     try:
         return None if text is None else RateChoice.model_validate_json(text)
     except ValidationError:

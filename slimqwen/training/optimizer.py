@@ -30,7 +30,7 @@ class Together(torch.optim.Optimizer):
         for optimizer in optimizers:
             optimizer.state = self.state
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no caller here reads a loss
         for optimizer in self.optimizers:
             optimizer.step(closure)
 

@@ -100,14 +100,18 @@ class States:
             partial = self._open.enter_context(atomic_folder(self.folder / _name(step)))
             write_text(partial / GUARD_FILE, guard.model_dump_json())
             opened = str(partial)
-        writer = dcp.HuggingFaceStorageWriter(
-            self.ranks.told(opened), _file_numbers(tensors, self.ranks), save_distributed=True
-        )
-        how = {"storage_writer": writer, "process_group": self._group, "no_dist": self.ranks.mesh is None}
+        opened = self.ranks.broadcast(opened)
+        assert opened is not None
+        writer = dcp.HuggingFaceStorageWriter(opened, _file_numbers(tensors, self.ranks), save_distributed=True)
+        alone, group = self.ranks.mesh is None, self._group
         if self._stager is not None:
-            self._writing = dcp.async_save(tensors, async_stager=self._stager, **how)
+            writing = dcp.async_save(
+                tensors, async_stager=self._stager, storage_writer=writer, process_group=group, no_dist=alone
+            )
+            assert isinstance(writing, Future)  # of the threaded checkpointer, which is the default
+            self._writing = writing
         else:
-            self._complete(lambda: dcp.save(tensors, **how))
+            self._complete(lambda: dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=alone))
             self.ranks.wait()
 
     def poll(self) -> None:
@@ -140,13 +144,13 @@ class States:
         """Put the newest state into parameters and optimiser: steps done and the guard's record; None if there is none."""
         self.finish()
         saved = self._saved()
-        newest = self.ranks.told(saved[-1].name if self.ranks.is_first and saved else None)
+        newest = self.ranks.broadcast(saved[-1].name if self.ranks.is_first and saved else None)
         if newest is None:
             return None
         reader = dcp.HuggingFaceStorageReader(str(self.folder / newest))
         tensors = _tensors(self.parameters, self.optimizer)
         dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self.ranks.mesh is None)
-        record = self.ranks.told((self.folder / newest / GUARD_FILE).read_text() if self.ranks.is_first else None)
+        record = self.ranks.broadcast((self.folder / newest / GUARD_FILE).read_text() if self.ranks.is_first else None)
         assert record is not None
         return int(newest.removeprefix("step-")), GuardRecord.model_validate_json(record)
 

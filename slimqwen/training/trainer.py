@@ -24,7 +24,7 @@ from slimqwen.losses.loss import (
 from slimqwen.model.kernels import BATCHED_EXPERTS
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.model.routing import Routing, observe_routing
-from slimqwen.parallel.ranks import ALONE, Ranks, clip_grad_norm
+from slimqwen.parallel.ranks import ALONE, Ranks, clip_grad_norm, fully_sharded
 from slimqwen.recipe import DistilRecipe
 from slimqwen.training import schedules
 from slimqwen.training.average import Average
@@ -133,7 +133,7 @@ class Trainer:
         losses = torch.zeros(2, device=self.device)  # the loss and, before its coefficient, its load-balancing part
         for micro_batch in micro_batches:
             if self.ranks.mesh is not None:  # between copies of the model (`shard_ranks`) gradients cross once a step
-                self.student.model.set_requires_all_reduce(micro_batch is micro_batches[-1])
+                fully_sharded(self.student.model).set_requires_all_reduce(micro_batch is micro_batches[-1])
             loss, micro_sums, balance = self.backward(micro_batch, weights, counts, main_targets)
             losses += torch.stack([loss, balance])
             sums = micro_sums if sums is None else sums + micro_sums
