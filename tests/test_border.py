@@ -53,7 +53,7 @@ def slimqwen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def failing(
-    monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str = "checkpoint.check.check_checkpoint"
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str = "serving.check.check_checkpoint"
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error

@@ -9,34 +9,34 @@ from slimqwen.calibration.statistics import check_source_weights
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError
+from slimqwen.core.progress import say
+from slimqwen.core.warning import warn
 from slimqwen.data.announcement import notes_of_length, notes_of_passes
 from slimqwen.data.frame import check_separator
 from slimqwen.data.sources import check_sources, describe, is_mixture, name_of
 from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.tokenizer import check_tokenizer_files
 from slimqwen.depth.measure import layers_at_once
+from slimqwen.families.count import Counts, count
+from slimqwen.healing.heal import check_samples
+from slimqwen.model.device import resolve_device, resolve_dtype
+from slimqwen.model.kernels import check_expert_sizes
+from slimqwen.model.native import check_buildable
+from slimqwen.planning.depth import kept_layers
+from slimqwen.planning.mtp_rotation import stretches
+from slimqwen.planning.progressive import stage_steps, stage_targets
+from slimqwen.recipe import BUILTIN_TEACHER, Recipe, Target
+from slimqwen.runs.places import check_apart, inputs_of
+from slimqwen.serving.loadable import loadable, refusals_in_words
+from slimqwen.shapes.target import completed, shape_of, size_of, target_config
+from slimqwen.teacher_cache.write import check_teacher
 from slimqwen.training.cached_teacher import check_temperature
 from slimqwen.training.course import course_of
 from slimqwen.training.distil import check_terms, total_steps
 from slimqwen.training.loggers import check_loggers
 from slimqwen.training.optimizer import check_optimizer
 from slimqwen.training.trainer import Span
-from slimqwen.core.errors import UserError
-from slimqwen.families.count import Counts, count
-from slimqwen.healing.heal import check_samples
-from slimqwen.model.device import resolve_device, resolve_dtype
-from slimqwen.model.kernels import check_expert_sizes
-from slimqwen.model.native import check_buildable
-from slimqwen.runs.places import check_apart, inputs_of
-from slimqwen.planning.depth import kept_layers
-from slimqwen.serving.loadable import loadable, refusals_in_words
-from slimqwen.planning.progressive import stage_steps, stage_targets
-from slimqwen.shapes.target import completed, shape_of, size_of, target_config
-from slimqwen.core.progress import say
-from slimqwen.recipe import BUILTIN_TEACHER, Recipe, Target
-from slimqwen.planning.mtp_rotation import stretches
-from slimqwen.teacher_cache.write import check_teacher
-from slimqwen.core.warning import warn
 
 
 @dataclass(frozen=True)

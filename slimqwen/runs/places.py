@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slimqwen.builtin import checkpoint_folder
-from slimqwen.data.packed import bin_path, idx_path
 from slimqwen.core.errors import UserError
+from slimqwen.data.packed import bin_path, idx_path
 from slimqwen.recipe import DataRecipe, Recipe, Source
 
 

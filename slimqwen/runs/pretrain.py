@@ -14,13 +14,13 @@ from slimqwen.data.identity import text_contents
 from slimqwen.data.sources import check_sources, describe, documents, is_mixture
 from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT, tokenize
 from slimqwen.data.tokenizer import train_tokenizer
-from slimqwen.training.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
 from slimqwen.families import Config, family_of
 from slimqwen.model.device import resolve_device
 from slimqwen.model.model import initialise, load, save
-from slimqwen.runs.places import check_apart, text_of
 from slimqwen.recipe import DataRecipe, PretrainRecipe
+from slimqwen.runs.places import check_apart, text_of
 from slimqwen.runs.record import Steps
+from slimqwen.training.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
 
 
 def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path:

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from slimqwen.runs import stages as work
 from slimqwen.artifacts import (
     alone_in,
     atomic_folder,
@@ -19,31 +18,32 @@ from slimqwen.artifacts import (
     tidy,
     write_text,
 )
+from slimqwen.artifacts.step_record import StepRecord
 from slimqwen.builtin import checkpoint_folder
-from slimqwen.serving.check import check_checkpoint
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
-from slimqwen.training.distil import remove_state
-from slimqwen.training.metrics import forget_stages_after
-from slimqwen.training.trainer import Span
 from slimqwen.core.errors import UserError
+from slimqwen.core.progress import duration
+from slimqwen.core.terminal import visible
+from slimqwen.core.warning import warn
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.kept import check_kept_folder
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.runs.checks import Stage, announce, announce_text, check, check_heldout, stages_of
-from slimqwen.core.progress import duration
 from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.parentage import Parentage, parentage_of
 from slimqwen.reporting.report import report
 from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.reporting.titles import MAIN_RUN, TITLES
-from slimqwen.artifacts.step_record import StepRecord
+from slimqwen.runs import stages as work
+from slimqwen.runs.checks import Stage, announce, announce_text, check, check_heldout, stages_of
 from slimqwen.runs.record import Steps
-from slimqwen.core.terminal import visible
-from slimqwen.core.warning import warn
 from slimqwen.runs.stages import Work
+from slimqwen.serving.check import check_checkpoint
+from slimqwen.training.distil import remove_state
+from slimqwen.training.metrics import forget_stages_after
+from slimqwen.training.trainer import Span
 
 # What lies in the run directory, and in the folder of a stage or of a baseline.
 OUTPUTS = ("tokens", "teacher_cache", "evaluation.json", "final", "report.html")

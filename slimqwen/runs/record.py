@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from slimqwen.artifacts.step_record import FOLDER, StepRecord, records_in
 from slimqwen.artifacts import (
     MARKER,
     check_file_replaceable,
@@ -24,14 +23,16 @@ from slimqwen.artifacts import (
     tidy,
     write_json,
 )
-from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.artifacts.json_lines import append, read_lines, value_of
-from slimqwen.model.arithmetic import arithmetic, warn_of_other_arithmetic
+from slimqwen.artifacts.step_record import FOLDER, StepRecord, records_in
+from slimqwen.artifacts.warning_file import kept_in
+from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.core.progress import say
+from slimqwen.core.torchrun import world_size
+from slimqwen.model.arithmetic import arithmetic, warn_of_other_arithmetic
 from slimqwen.recipe import Section
 from slimqwen.recipe.file import dump_recipe
-from slimqwen.core.torchrun import world_size
-from slimqwen.artifacts.warning_file import kept_in
+
 
 class Steps:
     """Bookkeeping of a run directory: `.steps/` (what was made from what), stages.jsonl, warnings.jsonl,

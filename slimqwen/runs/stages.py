@@ -16,20 +16,20 @@ from slimqwen.data.identity import text_identity
 from slimqwen.data.store import load_manifest
 from slimqwen.data.tokenize import tokenize
 from slimqwen.depth.measure import measure_depth
-from slimqwen.training.moments import carry
-from slimqwen.training.course import course_of
-from slimqwen.training.distil import SETTINGS_WITHOUT_EFFECT, distil, state_folder_of
-from slimqwen.runs.pretrain import write_initial
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.healing.heal import heal
 from slimqwen.planning.plan import Plan, cuts_only_channels, plan
-from slimqwen.shapes.target import target_config
-from slimqwen.runs.checks import Stage
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import DistilRecipe, HealingRecipe, PruningRecipe, Recipe, Target
 from slimqwen.refit.refit import repair
 from slimqwen.reporting.titles import MAIN_RUN
+from slimqwen.runs.checks import Stage
+from slimqwen.runs.pretrain import write_initial
+from slimqwen.shapes.target import target_config
 from slimqwen.teacher_cache.write import write_teacher_cache
+from slimqwen.training.course import course_of
+from slimqwen.training.distil import SETTINGS_WITHOUT_EFFECT, distil, state_folder_of
+from slimqwen.training.moments import carry
 
 CALIBRATION_WITHOUT_EFFECT = {"depth_samples", "batch_size", "streaming", "memory_budget_bytes"}
 

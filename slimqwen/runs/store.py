@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from slimqwen.runs import stages as work
 from slimqwen.artifacts import alone, fingerprint, fingerprint_value, write_json
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.training.distil import remove_state
 from slimqwen.core.errors import UserError
 from slimqwen.evaluation.acceptance import heldout_prompts
 from slimqwen.evaluation.evaluate import Examination
@@ -22,10 +20,12 @@ from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.model.model import load
-from slimqwen.runs.checks import stages_of
 from slimqwen.recipe import Recipe
+from slimqwen.runs import stages as work
+from slimqwen.runs.checks import stages_of
 from slimqwen.runs.record import Steps
 from slimqwen.runs.stages import Work
+from slimqwen.training.distil import remove_state
 
 
 @dataclass(frozen=True)
