@@ -13,7 +13,7 @@ from slimqwen.model.live_bytes import measured_peak
 from slimqwen.model.model import initialise
 from slimqwen.recipe import DistilRecipe
 from slimqwen.training import dry_run as module
-from slimqwen.training.dry_run import dry_run, held_bytes, predicted_memory, remedies
+from slimqwen.training.dry_run import dry_run, held_bytes, predict_memory, remedies
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
@@ -63,7 +63,7 @@ def test_it_takes_what_a_step_takes(
     with measured_peak(one.device) as real:
         one.step(0)
     assert dry.extra_bytes == pytest.approx(real.extra_bytes, rel=0.03)
-    assert held_bytes(one) + real.extra_bytes == pytest.approx(predicted_memory(one).peak_bytes, rel=0.15)
+    assert held_bytes(one) + real.extra_bytes == pytest.approx(predict_memory(one).peak_bytes, rel=0.15)
 
 
 def test_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(module, "_passes", fails)
+    monkeypatch.setattr(module, "_run_passes", fails)
     with pytest.raises(StageFailed) as failure:
         dry_run(one)
     sentence = str(failure.value)
@@ -102,19 +102,19 @@ def test_memory_that_fails_during_the_step(tmp_path: Path, monkeypatch: pytest.M
 def test_a_growing_batch_is_tried_at_its_largest(tmp_path: Path) -> None:
     one = trainer(tmp_path, batch_size_ramp={"start": 1, "tokens": 320})
     assert one.course.rows(0) == 1
-    assert predicted_memory(one).settings.micro_batch_size == 2
+    assert predict_memory(one).settings.micro_batch_size == 2
 
 
 def test_a_batch_that_its_parts_do_not_fill(tmp_path: Path) -> None:
     """Six rows, a rank's share of twelve, four at a time: two passes, and gradients wait for the second."""
     one = trainer(tmp_path, batch_size=6)
     one.micro_batch_size = 4
-    assert predicted_memory(one).settings.micro_batches == 2
+    assert predict_memory(one).settings.micro_batches == 2
 
 
 def test_on_a_gpu_the_loss_and_more_gpus_are_advised_too(tmp_path: Path) -> None:
     one = trainer(tmp_path)
-    settings = predicted_memory(one).settings.model_copy(
+    settings = predict_memory(one).settings.model_copy(
         update={"device": "cuda", "sequence_length": 4096, "loss_chunk_tokens": 4096, "activation_checkpointing": True}
     )
     advice = remedies(one, settings)

@@ -131,7 +131,7 @@ def test_where_forks_break_the_walk_goes_down() -> None:
     while (exponent := next_exponent(values, MOST_FORKS)) is not None:
         values[exponent] = math.inf if exponent > -2 else abs(exponent + 3.0)
     assert lowest_point(values) == -3.0
-    with pytest.raises(StageFailed, match=r"breaks at each of 0\.0002, 0\.0004"):
+    with pytest.raises(StageFailed, match=r"diverges at each of 0\.0002, 0\.0004"):
         best_exponent({0: math.inf, -1: math.inf})
 
 
@@ -210,7 +210,7 @@ def test_sigterm_keeps_the_forks_that_have_ended(folder: Path, tmp_path: Path, m
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "step", signalled)
-    with pytest.raises(Preempted, match="forks that have ended are kept"):
+    with pytest.raises(Preempted, match="finished forks are kept"):
         train(folder, tmp_path / "out")
     assert len(made) == FEWEST_STEPS + 1
     assert len(RateChoice.load(state_folder_of(tmp_path / "out") / FILE).forks) == 1

@@ -26,9 +26,9 @@ from slimqwen.training.optimizer import (
     MUON_PARTS,
     build_optimizer,
     check_optimizer,
+    freeze_untrained,
     parts_of,
     set_learning_rate,
-    trained_parameters,
 )
 from slimqwen.training.trainer import Span, Trainer
 
@@ -123,7 +123,7 @@ def test_groups_by_decay_and_learning_rate(folder: Path) -> None:
         weight_decay_exempt=["router", "embedding"],
         learning_rate_scale={"router": 0.1, "attention": 0.0},
     )
-    parameters = trained_parameters(model, parts, settings, with_mtp=True)
+    parameters = freeze_untrained(model, parts, settings, with_mtp=True)
     optimizer = build_optimizer(parameters, parts, settings)
     set_learning_rate(optimizer, 2.0)
     found = {id(p): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups for p in group["params"]}
@@ -296,7 +296,7 @@ def test_the_average_by_hand() -> None:
         average.update(steps)
         expected = decay * expected + (1 - decay) * (steps + 1)
         assert optimizer.state[weight]["ema"].item() == pytest.approx(expected)
-    average.take()
+    average.copy_to_weights()
     assert weight.item() == pytest.approx(expected)
 
 

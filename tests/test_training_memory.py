@@ -18,7 +18,7 @@ from slimqwen.model.model import MtpCausalLM, initialise
 from slimqwen.recipe import DistilRecipe
 from slimqwen.shapes.activations import CPU, Precision, saved_bytes
 from slimqwen.shapes.footprint import TrainingSettings, training_memory
-from slimqwen.training.dry_run import held_bytes, predicted_memory
+from slimqwen.training.dry_run import held_bytes, predict_memory
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
@@ -119,7 +119,7 @@ def test_the_peak_of_a_step(name: str, changes: dict[str, Any], tmp_path: Path) 
     trainer = Trainer(student, teacher, stream, recipe, Span(0, 10, 10))
     with measured_peak(trainer.device) as peak:
         trainer.step(0)
-    predicted = predicted_memory(trainer)
+    predicted = predict_memory(trainer)
     assert predicted.settings.micro_batches == recipe.batch_size // predicted.settings.micro_batch_size
     assert predicted.peak_bytes == pytest.approx(held_bytes(trainer) + peak.extra_bytes, rel=0.15)
 

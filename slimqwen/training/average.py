@@ -9,9 +9,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Average:
-    """average = decay x average + (1 - decay) x weights, from the weights at the beginning on, in their dtype (float32).
+    """Exponential moving average of the weights: average = decay x average + (1 - decay) x weights.
 
-    It is kept in the optimiser's state, as "ema" of each parameter, and is so saved, resharded and read again with it.
+    It begins as a copy of the weights, in their dtype (float32). It is kept in the optimiser's state, as "ema" of each
+    parameter, and so is saved, resharded and loaded with it.
     """
 
     @torch.no_grad()
@@ -25,19 +26,19 @@ class Average:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Add the weights of now. steps: those before this one; the decay is at most (1 + steps) / (10 + steps)."""
+        """Add the current weights, after `steps` earlier updates; the decay is at most (1 + steps) / (10 + steps)."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        averages = [_own(average) for average, _ in self.averages]
-        weights = [_own(parameter) for _, parameter in self.averages]
+        averages = [_local_shard(average) for average, _ in self.averages]
+        weights = [_local_shard(parameter) for _, parameter in self.averages]
         get_ema_multi_avg_fn(decay)(averages, weights, None)
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Put the average in the weights' place."""
+    def copy_to_weights(self) -> None:
+        """Overwrite the weights with their average."""
         for average, parameter in self.averages:
             parameter.copy_(average)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """This rank's part."""
+def _local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor; a tensor that is not sharded as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""A teacher that has run before: its signal comes from the disk, and no weight of it is loaded."""
+"""A cached teacher: its distributions are read from disk, and none of its weights are loaded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +18,10 @@ WRITE_IT = "write one for this run with `slimqwen teacher-cache`"
 
 
 class CachedTeacher:
-    """Reads what the teacher said about the rows of a batch, wherever the stream has cut them from.
+    """Teacher whose distributions for the rows of a batch come from caches.
 
-    caches: of each source of a mixture by its name, or of the one text (None). identity: changes with what they say.
+    caches: one per source of a mixture, by the source's name, or one for the only text (key None). identity: a hash of their
+    manifests, so that it changes with the caches.
     """
 
     def __init__(self, caches: Mapping[str | None, TeacherCache], *, teaches_mtp: bool) -> None:
@@ -29,22 +30,22 @@ class CachedTeacher:
         self.identity = fingerprint_value([cache.manifest.identity() for cache in caches.values()])
 
     def signal(self, batch: Batch) -> StoredSignal:
-        """Lined up with the student's predictions; what stands at padding counts nowhere."""
-        columns = batch.tokens.shape[1] - 1
-        said = [self._caches[place.source].read(place.row) for place in batch.places]
-        found = {head: _joined([heads[head] for heads in said], columns, batch.tokens.device) for head in self._heads}
-        return StoredSignal(found["main"], found.get("mtp"))
+        """Return the stored distributions, aligned with the student's predictions; the loss masks those at padding."""
+        columns, device = batch.tokens.shape[1] - 1, batch.tokens.device
+        stored = [self._caches[place.source].read(place.row) for place in batch.places]
+        signals = {head: _pad_and_flatten([heads[head] for heads in stored], columns, device) for head in self._heads}
+        return StoredSignal(signals["main"], signals.get("mtp"))
 
 
-def _joined(rows: list[TopTokens], columns: int, device: torch.device) -> TopTokens:
-    """Rows of at most `columns` predictions, each filled up to so many: N = rows * columns."""
+def _pad_and_flatten(rows: list[TopTokens], columns: int, device: torch.device) -> TopTokens:
+    """Pad rows of at most `columns` predictions with zeros to `columns` each, and flatten them: N = rows * columns."""
     tensors = []
     for of_rows in zip(*rows, strict=True):
         first = of_rows[0]
-        filled = first.new_zeros(len(rows), columns, *first.shape[1:])
-        for room, tensor in zip(filled, of_rows, strict=True):
-            room[: len(tensor)] = tensor
-        tensors.append(filled.flatten(0, 1).to(device))
+        padded = first.new_zeros(len(rows), columns, *first.shape[1:])
+        for row, tensor in zip(padded, of_rows, strict=True):
+            row[: len(tensor)] = tensor
+        tensors.append(padded.flatten(0, 1).to(device))
     return TopTokens(*tensors)
 
 
@@ -58,13 +59,13 @@ def open_teacher_cache(
     student: Checkpoint,
     teacher: Path | None,
 ) -> CachedTeacher:
-    """The cache of a training on the first `rows` rows of `stream`.
+    """Open the cache for a training on the first `rows` rows of `stream`.
 
-    teacher: the checkpoint that it must be of; None trusts it. Raises UserError for a cache of another text, cut or teacher,
-    and for one that does not say what the loss asks for.
+    teacher: the checkpoint that the cache must have been written from; None accepts any. Raises UserError for a cache of
+    another text, of rows cut otherwise, or of another teacher, and for one without the distributions that the loss needs.
     """
     if folder is None:
-        raise UserError("distil.teacher is 'cache': say where it lies, --teacher-cache DIR.")
+        raise UserError("distil.teacher is 'cache': give the folder of the teacher cache with --teacher-cache DIR.")
     parts: dict[str | None, tuple[StoredRows, int]]
     if isinstance(stream, MixedStream):
         counts = stream.rows_of_sources(rows)
@@ -81,7 +82,7 @@ def open_teacher_cache(
         _check_origin(cache, part, documents, teacher, of_teacher)
         if manifest.vocab_size != student.config["vocab_size"]:
             raise UserError(
-                f"{cache.folder} is of a teacher with {manifest.vocab_size:,} tokens in its vocabulary, and student "
+                f"{cache.folder} was written by a teacher with {manifest.vocab_size:,} tokens in its vocabulary, and student "
                 f"{student.folder} has {student.config['vocab_size']:,}: distillation needs the same vocabulary."
             )
         if teaches_mtp and "mtp" not in manifest.heads:
@@ -107,10 +108,10 @@ def open_teacher_cache(
 
 
 def check_temperature(recipe: DistilRecipe, top_k: int, vocab_size: int) -> None:
-    """Raise UserError for a temperature that stored log-probabilities cannot be brought to."""
+    """Raise UserError for a temperature other than 1 where the cache does not hold whole distributions."""
     if recipe.temperature != 1.0 and top_k < vocab_size:
         raise UserError(
-            f"distil.temperature {recipe.temperature:g} needs the teacher's whole distribution, and its cache keeps the "
+            f"distil.temperature {recipe.temperature:g} needs the teacher's whole distribution, and its cache holds the "
             f"{top_k:,} most likely tokens and the sum of the others: use temperature 1, or teacher: live."
         )
 
@@ -122,18 +123,20 @@ def _check_origin(
     teacher: Path | None,
     of_teacher: str | None,
 ) -> None:
-    """Raise UserError unless the cache is about the rows of `part`, by the teacher that is expected."""
+    """Raise UserError unless the cache holds the rows of `part`, written by the expected teacher."""
     manifest: CacheManifest = cache.manifest
     if manifest.sequence_length != part.sequence_length:
         raise UserError(
-            f"{cache.folder} is about sequences of {manifest.sequence_length:,} tokens, and this run has {part.sequence_length:,}: "
-            f"{WRITE_IT}."
+            f"{cache.folder} holds sequences of {manifest.sequence_length:,} tokens, and this run trains on sequences of "
+            f"{part.sequence_length:,}: {WRITE_IT}."
         )
     if manifest.documents != documents:
         raise UserError(
-            f"{cache.folder} is about '{manifest.documents}' documents, and this run has '{documents}': {WRITE_IT}."
+            f"{cache.folder} holds '{manifest.documents}' documents, and this run trains on '{documents}': {WRITE_IT}."
         )
     if manifest.text != text_fingerprint(part.tokens.prefix):
-        raise UserError(f"{cache.folder} is about other token ids than those of {part.tokens.prefix}: {WRITE_IT}.")
+        raise UserError(
+            f"{cache.folder} was written for other token ids than those of {part.tokens.prefix}: {WRITE_IT}."
+        )
     if of_teacher is not None and manifest.teacher != of_teacher:
-        raise UserError(f"{cache.folder} is what another teacher than {teacher} said: {WRITE_IT}.")
+        raise UserError(f"{cache.folder} was written by another teacher than {teacher}: {WRITE_IT}.")

@@ -1,4 +1,4 @@
-"""The course of a run: how many sequences each optimiser step trains on, and how far that brings it."""
+"""The course of a run: which rows each optimiser step trains on, and how many tokens the run has seen by then."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ DEFAULT_WARMUP_STEPS = 2000  # the paper's
 
 @dataclass(frozen=True)
 class Level:
-    """Steps of `rows` rows (sequences) each, from `first_step` on, which begins with row `first_row`."""
+    """Consecutive steps of `rows` rows (sequences) each; the first is `first_step` and begins with row `first_row`."""
 
     first_step: int
     first_row: int
@@ -37,32 +37,34 @@ class Course:
     warmup_steps: int
 
     def rows(self, step: int) -> int:
-        """Number of rows that a step trains on."""
+        """Return the number of rows that a step trains on."""
         return self._level(step).rows
 
     def first_row(self, step: int) -> int:
-        """The first of them; so many there are before the step."""
+        """Return the number of a step's first row, which is also the number of rows before the step."""
         level = self._level(step)
         return level.first_row + (step - level.first_step) * level.rows
 
     def tokens(self, step: int) -> int:
-        """Tokens trained on before a step."""
+        """Return the number of tokens trained on before a step."""
         return self.first_row(step) * self.sequence_length
 
     def progress(self, step: int) -> float:
-        """How far the run is at a step, by tokens: 0 at its first step, 1 at its last."""
+        """Return the run's progress at a step, by tokens: 0 at its first step, 1 at its last."""
         return self.first_row(step) / max(self.first_row(self.total_steps - 1), 1)
 
     def passes(self, step: int, tokens: int) -> bool:
-        """Whether the tokens trained on reach a multiple of `tokens` in a step."""
+        """Return whether the number of tokens trained on reaches a multiple of `tokens` in a step."""
         return self.tokens(step + 1) // tokens > self.tokens(step) // tokens
 
     def step_fractions(self, token_fractions: Sequence[float]) -> list[float]:
-        """Shares of the run's tokens, one after another, as shares of its steps."""
+        """Convert consecutive shares of the run's tokens into shares of its steps."""
         if len(self.levels) == 1:
             return list(token_fractions)
         rows = self.first_row(self.total_steps)
-        ends = [float(_steps_to(self.levels, share * rows)) / self.total_steps for share in accumulate(token_fractions)]
+        ends = [
+            float(_steps_before(self.levels, share * rows)) / self.total_steps for share in accumulate(token_fractions)
+        ]
         return [end - start for start, end in pairwise([0.0, *ends])]
 
     def _level(self, step: int) -> Level:
@@ -70,19 +72,19 @@ class Course:
 
 
 def course_of(recipe: DistilRecipe, sequence_length: int, total_steps: int | None = None) -> Course:
-    """The course that a recipe describes. total_steps: None for the whole steps that its tokens pay for."""
-    levels = _levels(recipe, sequence_length)
+    """Compute the course of a recipe. total_steps: None for as many whole steps as its tokens are enough for."""
+    levels = _batch_levels(recipe, sequence_length)
     if total_steps is None:
-        total_steps = floor(_steps_to(levels, recipe.tokens // sequence_length))
+        total_steps = floor(_steps_before(levels, recipe.tokens // sequence_length))
     if recipe.warmup_tokens is not None:
-        warmup_steps = ceil(_steps_to(levels, Fraction(recipe.warmup_tokens, sequence_length)))
+        warmup_steps = ceil(_steps_before(levels, Fraction(recipe.warmup_tokens, sequence_length)))
     else:
         warmup_steps = DEFAULT_WARMUP_STEPS if recipe.warmup_steps is None else recipe.warmup_steps
     return Course(levels, sequence_length, total_steps, warmup_steps)
 
 
-def _levels(recipe: DistilRecipe, sequence_length: int) -> tuple[Level, ...]:
-    """The sizes of the batch: multiples of the ramp's start, each until its part of the ramp's tokens is passed."""
+def _batch_levels(recipe: DistilRecipe, sequence_length: int) -> tuple[Level, ...]:
+    """Compute the levels of the batch size: multiples of the ramp's start, each for an equal part of the ramp's tokens."""
     ramp = recipe.batch_size_ramp
     if ramp is None:
         return (Level(0, 0, recipe.batch_size),)
@@ -92,13 +94,13 @@ def _levels(recipe: DistilRecipe, sequence_length: int) -> tuple[Level, ...]:
         rows = number * ramp.start
         end = Fraction(ramp.tokens * number, increments * sequence_length)
         steps = max(ceil((end - row) / rows), 0)
-        if steps:  # a step may pass the end of more than one part
+        if steps:  # a single step may reach over more than one part
             levels.append(Level(step, row, rows))
         step, row = step + steps, row + steps * rows
     return (*levels, Level(step, row, recipe.batch_size))
 
 
-def _steps_to(levels: Sequence[Level], row: Fraction | float) -> Fraction:
-    """How many steps train on the rows before `row`."""
+def _steps_before(levels: Sequence[Level], row: Fraction | float) -> Fraction:
+    """Return how many steps, not necessarily whole, train on the rows before `row`."""
     level = levels[bisect_right(levels, row, key=lambda level: level.first_row) - 1]
     return level.first_step + (Fraction(row) - level.first_row) / level.rows

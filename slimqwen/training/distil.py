@@ -1,4 +1,4 @@
-"""The stage `distil`: a student checkpoint and tokens (and a teacher) in, a trained checkpoint out."""
+"""The stage `distil`: trains a student checkpoint on tokens, and on a teacher's distributions where there is one."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from slimqwen.training.learning_rate import RateChoice, Start, choose_learning_r
 from slimqwen.training.loggers import Logger, check_loggers, open_loggers
 from slimqwen.training.loop import train
 from slimqwen.training.metrics import MetricsLog
-from slimqwen.training.moments import check_moments, take_moments
+from slimqwen.training.moments import check_moments, load_moments
 from slimqwen.training.optimizer import check_optimizer
 from slimqwen.training.state import saved_states
 from slimqwen.training.teacher import LiveTeacher, Teacher
@@ -68,7 +68,7 @@ SETTINGS_WITHOUT_EFFECT = {
 
 
 def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
-    """Optimiser steps that the recipe's tokens pay for. Raises UserError if they do not fill one."""
+    """Return how many optimiser steps the recipe's tokens are enough for. Raises UserError where they do not fill one."""
     course = course_of(recipe, sequence_length)
     if course.total_steps == 0:
         raise UserError(
@@ -79,11 +79,11 @@ def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
 
 
 def span_of(steps: str, total: int) -> Span:
-    """The span that `FIRST:END` names, in a run of `total` steps. Raises UserError where it names none."""
+    """Parse `FIRST:END` as a span of a run of `total` steps. Raises UserError where it is none."""
     first, colon, end = steps.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= total):
         raise UserError(
-            f"--steps {steps}: write it as FIRST:END, two numbers from 0 to {total:,}, the steps that the recipe's tokens pay for; "
+            f"--steps {steps}: write it as FIRST:END, two numbers from 0 to {total:,}, the steps that the recipe's tokens are enough for; "
             "END itself belongs to the next stage."
         )
     return Span(int(first), int(end), total)
@@ -111,10 +111,10 @@ def distil(
     keep_state: bool = False,
     moments: Path | None = None,
 ) -> Path:
-    """Train `student` and write the trained checkpoint to `out`; resumes its own interrupted work.
+    """Train `student` and write the trained checkpoint to `out`, or resume where an earlier call was interrupted.
 
-    Called by every process that torchrun started, it trains one student on all of them (parallel/ranks.py), and resumes on
-    another number of them; all need to see the same files.
+    All processes that torchrun started must call it and see the same files: they train one student together
+    (parallel/ranks.py). It may resume with another number of them.
 
     Args:
         student: checkpoint folder; its layout and dtypes are kept. Trained in float32.
@@ -204,7 +204,7 @@ def distil(
         def build(recipe: DistilRecipe, *, anew: bool = True) -> Trainer:
             trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
             if moments is not None and anew:
-                take_moments(moments, trainer.parameters, trainer.optimizer)
+                load_moments(moments, trainer.parameters, trainer.optimizer)
             return trainer
 
         choice: RateChoice | None = None
@@ -242,7 +242,7 @@ def distil(
         with reproducible(torch_device):
             train(trainer, state_folder_of(out), MetricsLog(path, run, stage, loggers), title, heldout)
         if trainer.average is not None:
-            trainer.average.take()
+            trainer.average.copy_to_weights()
 
         if ranks.is_first:
             with atomic_folder(out) as folder:
@@ -259,7 +259,7 @@ def distil(
 
 
 def load_student(checkpoint: Checkpoint, device: torch.device, recipe: DistilRecipe, ranks: Ranks) -> MtpCausalLM:
-    """In float32, whole or sharded."""
+    """Load the student in float32, whole or sharded over the ranks."""
     if ranks.mesh is None:
         return load(checkpoint.folder, torch.float32, device)
     reshard = recipe.reshard_student
@@ -269,7 +269,7 @@ def load_student(checkpoint: Checkpoint, device: torch.device, recipe: DistilRec
 def load_teacher(
     checkpoint: Checkpoint, dtype: str, device: torch.device, recipe: DistilRecipe, ranks: Ranks
 ) -> MtpCausalLM:
-    """Whole or sharded."""
+    """Load the teacher in `dtype`, whole or sharded over the ranks."""
     compute_dtype = resolve_dtype(dtype, device)
     if ranks.mesh is None:
         return load(checkpoint.folder, compute_dtype, device)
@@ -278,21 +278,22 @@ def load_teacher(
 
 
 def state_folder_of(out: Path) -> Path:
-    """The hidden folder beside `out` that holds its training state."""
+    """Return the hidden folder beside `out` that holds its training state."""
     return out.parent / f".{out.name}.state"
 
 
 def remove_state(out: Path) -> None:
+    """Remove the training state of `out`."""
     remove_ours(state_folder_of(out))
 
 
 def claim_state_folder(out: Path, **inputs: object) -> None:
-    """Make the folder for `out`'s training state, or empty it if what lies there came from other inputs."""
+    """Make the folder for `out`'s training state, or empty it where it was made from other inputs."""
     claim_folder(state_folder_of(out), fingerprint_value(inputs))
 
 
 def check_batch(recipe: DistilRecipe, ranks: Ranks) -> None:
-    """Raise UserError where the ranks cannot share a batch evenly."""
+    """Raise UserError where a batch cannot be divided evenly among the ranks."""
     name, rows = "batch_size", recipe.batch_size
     if recipe.batch_size_ramp is not None:  # whose batches are multiples of the first
         name, rows = "batch_size_ramp.start", recipe.batch_size_ramp.start
@@ -303,7 +304,7 @@ def check_batch(recipe: DistilRecipe, ranks: Ranks) -> None:
 
 
 def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint | None) -> None:
-    """Raise UserError where the terms of the loss ask for what student or live teacher does not have."""
+    """Raise UserError where the terms of the loss need something that the student or the live teacher lacks."""
     terms = set(recipe.terms)
     if not student.has_mtp and not terms & {"lm", "kd"}:
         raise UserError(

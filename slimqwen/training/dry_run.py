@@ -1,4 +1,4 @@
-"""One step before the training, at its largest shapes: too little memory is found in the first seconds."""
+"""A dry run of one step, at the training's largest shapes: too little memory shows within seconds, not after hours."""
 
 import torch
 
@@ -16,42 +16,42 @@ SMALLEST_CHUNK_TOKENS = 128  # of the loss: below it the products are too small 
 
 
 def dry_run(trainer: Trainer) -> None:
-    """Forward and backward passes of as many tokens at a time as training will see, then say what memory they took.
+    """Run the forward and backward passes of a step at the training's largest shapes, and print the memory they took.
 
-    The optimiser's state is allocated already (`build_optimizer`). Nothing is changed: no parameter, no optimiser state, no
-    random number, no row of the data is used up; gradients are dropped. All ranks must call it.
+    The optimiser's state is allocated already (`build_optimizer`). Nothing is changed: parameters, optimiser state, random
+    state and the position in the data stay as they are, and gradients are dropped. All ranks must call it.
 
-    Raises StageFailed, which says what to change, where the memory does not suffice.
+    Raises StageFailed, whose message names settings that need less memory, where the memory does not suffice.
     """
-    model, predicted = trainer.student.model, predicted_memory(trainer)
+    model, predicted = trainer.student.model, predict_memory(trainer)
     settings, was_training = predicted.settings, model.training
     held, gpus = held_bytes(trainer), [trainer.device] if trainer.device.type == "cuda" else []
     model.train()
     try:
         with torch.random.fork_rng(gpus), measured_peak(trainer.device) as peak:
-            _passes(trainer, settings)
+            _run_passes(trainer, settings)
     except torch.OutOfMemoryError as error:
         reached = (
             f"failed at {bytes_in_words(held + peak.extra_bytes)}, {bytes_in_words(predicted.peak_bytes)} predicted"
         )
         raise StageFailed(
-            f"a step of {in_words(settings)} does not fit {trainer.device}: {reached}; {remedies(trainer, settings)}."
+            f"a step of {step_in_words(settings)} does not fit {trainer.device}: {reached}; {remedies(trainer, settings)}."
         ) from error
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
         model.train(was_training)
     if trainer.ranks.is_first:
         say(
-            f"dry run: a step of {in_words(settings)} takes {bytes_in_words(held + peak.extra_bytes)} of "
+            f"dry run: a step of {step_in_words(settings)} takes {bytes_in_words(held + peak.extra_bytes)} of "
             f"{trainer.device} at its peak ({bytes_in_words(predicted.peak_bytes)} predicted)"
         )
 
 
-def _passes(trainer: Trainer, settings: TrainingSettings) -> None:
-    """What `Trainer.step` does before the optimiser moves: two micro-batches, if there are several, stand for them all."""
+def _run_passes(trainer: Trainer, settings: TrainingSettings) -> None:
+    """Run what `Trainer.step` does before the optimiser's update, on at most two micro-batches."""
     recipe, rows = trainer.recipe, settings.micro_batch_size * min(settings.micro_batches, 2)
     found = trainer.stream.batch(0, rows).to(trainer.device)
-    batch = Batch(found.tokens, None, found.places)  # padding would leave memory free that another batch needs
+    batch = Batch(found.tokens, None, found.places)  # without a mask: a batch without padding needs the most memory
     main_targets, mtp_targets = count_targets(batch.tokens)
     weights = LossWeights.from_terms(recipe.terms, 0.5, 1.0).per_token(main_targets, mtp_targets)
     micro_batches = batch.split(settings.micro_batch_size)
@@ -60,10 +60,12 @@ def _passes(trainer: Trainer, settings: TrainingSettings) -> None:
         trainer.backward(micro_batch, weights, counts, main_targets)
 
 
-def predicted_memory(trainer: Trainer) -> TrainingMemory:
-    """Of this trainer's models, recipe and device, as `slimqwen plan` predicts it."""
+def predict_memory(trainer: Trainer) -> TrainingMemory:
+    """Predict the memory of this trainer's models, recipe and device, as `slimqwen plan` does."""
     recipe, ranks = trainer.recipe, trainer.ranks
-    rows = trainer.course.rows(trainer.span.end_step - 1) // ranks.size  # a batch that grows is largest at the end
+    rows = (
+        trainer.course.rows(trainer.span.end_step - 1) // ranks.size
+    )  # with a batch size ramp, the last batch is the largest
     micro_batch_size = min(trainer.micro_batch_size, rows)
     settings = TrainingSettings(
         gpus=recipe.shard_ranks or ranks.size,
@@ -78,12 +80,13 @@ def predicted_memory(trainer: Trainer) -> TrainingMemory:
 
 
 def _predict(trainer: Trainer, settings: TrainingSettings) -> TrainingMemory:
+    """Predict the memory of this trainer's models with `settings`."""
     teacher = trainer.teacher.model.config if isinstance(trainer.teacher, LiveTeacher) else None
     return training_memory(trainer.student.family, trainer.student.config, teacher, settings)
 
 
 def held_bytes(trainer: Trainer) -> int:
-    """Bytes on the device before a step: both models and the optimiser's state, or what a GPU's allocator says."""
+    """Return the bytes held on the device before a step: on a GPU the allocator's count, else models and optimiser state."""
     if trainer.device.type == "cuda":
         return torch.cuda.memory_allocated(trainer.device)
     tensors = list(trainer.student.model.tensors().values())
@@ -95,7 +98,10 @@ def held_bytes(trainer: Trainer) -> int:
 
 
 def remedies(trainer: Trainer, settings: TrainingSettings) -> str:
-    """What would take less memory, each with its predicted peak, as one clause; "rent a larger device" where nothing would."""
+    """Return, as one clause, the settings that would need less memory, each with its predicted peak.
+
+    Where none would, the clause is that a larger device is needed.
+    """
     changes: dict[str, dict[str, object]] = {}
     if settings.micro_batch_size > 1:
         half = settings.micro_batch_size // 2
@@ -114,9 +120,10 @@ def remedies(trainer: Trainer, settings: TrainingSettings) -> str:
     peaks = {
         words: _predict(trainer, settings.model_copy(update=change)).peak_bytes for words, change in changes.items()
     }
-    helping = [f"{words} ({bytes_in_words(peak)} predicted)" for words, peak in peaks.items() if peak < now]
-    return f"try {', '.join(helping)}, or several of them" if helping else "it needs a device with more memory"
+    lower = [f"{words} ({bytes_in_words(peak)} predicted)" for words, peak in peaks.items() if peak < now]
+    return f"try {', '.join(lower)}, or several of them" if lower else "it needs a device with more memory"
 
 
-def in_words(settings: TrainingSettings) -> str:
+def step_in_words(settings: TrainingSettings) -> str:
+    """Describe the size of one forward pass, as `2 x 4,096 tokens`."""
     return f"{settings.micro_batch_size} x {settings.sequence_length:,} tokens"

@@ -20,14 +20,14 @@ from slimqwen.recipe import DistilRecipe, DocumentBoundaries
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Trainer
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS, DEPTH = 8, 32, 32, 2  # of the MTP acceptance: 240 drafts, enough for a trend
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, DEPTH = 8, 32, 32, 2  # MTP acceptance over 240 drafts: enough for a trend
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is measured, and how often.
+    """Held-out text that the student is measured on every `every_tokens` tokens of its training.
 
-    rows: held-out text, the same at every measurement. prompts: int64 [PROMPTS, PROMPT_TOKENS].
+    rows: the text, the same at every measurement. prompts: int64 [PROMPTS, PROMPT_TOKENS].
     """
 
     every_tokens: int
@@ -38,7 +38,7 @@ class HeldOut:
     def of(
         cls, recipe: DistilRecipe, tokens: Path, sequence_length: int, documents: DocumentBoundaries
     ) -> "HeldOut | None":
-        """As the recipe says; None where it says nothing. Raises UserError where there is too little held-out text."""
+        """Load what the recipe sets; None where it sets nothing. Raises UserError where there is too little held-out text."""
         if recipe.evaluate_every_tokens is None:
             return None
         if load_manifest(tokens).heldout.documents == 0:
@@ -49,20 +49,23 @@ class HeldOut:
         return cls(recipe.evaluate_every_tokens, rows, heldout_prompts(tokens, PROMPTS, PROMPT_TOKENS))
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
-        """Means over all rows: heldout_lm, heldout_kd ... as the step's own terms are called; and acc_0, acc_1.
+        """Return means over all rows: heldout_lm, heldout_kd ..., named as the step's own terms are; and acc_0, acc_1.
 
-        Nothing of the training is changed: neither mode nor random state, gradients or sharded parameters.
+        The training is not affected: its modes, random state, gradients and sharding stay as they are.
         """
-        with evaluated(trainer):
+        with evaluation_mode(trainer):
             teacher = trainer.teacher if isinstance(trainer.teacher, LiveTeacher) else None
             losses = measure_losses(trainer, self.rows, teacher)
             values = {f"heldout_{name}": value for name, value in losses.items()}
             if trainer.with_mtp:
-                values |= self._acceptance(trainer)
+                values |= self._measure_acceptance(trainer)
         return values
 
-    def _acceptance(self, trainer: Trainer) -> dict[str, float]:
-        """Every rank drafts for all prompts: of sharded models the time goes into gathering layers, which all do at once."""
+    def _measure_acceptance(self, trainer: Trainer) -> dict[str, float]:
+        """Return the share of accepted drafts by depth, on every rank from all prompts.
+
+        Dividing the prompts among ranks would gain nothing: the time goes into gathering sharded layers, together.
+        """
         model = trainer.student.model
         with trainer.mixed_precision():
             sequences = continue_greedily(model.backbone, self.prompts.to(trainer.device), NEW_TOKENS)
@@ -71,12 +74,12 @@ class HeldOut:
 
 
 def measure_losses(trainer: Trainer, rows: Batch, teacher: Teacher | None) -> dict[str, float]:
-    """Means over all rows, nats per token, by the names of `LossSums`: lm, mtp_lm; with a teacher kd, mtp_kd too.
+    """Return means over all rows, nats per token, by the names of `LossSums`: lm, mtp_lm; with a teacher kd, mtp_kd too.
 
-    The student must be ready for it (`evaluated`); all ranks measure their share of `rows`, which each has all of.
+    The student must be in `evaluation_mode`. Every rank must pass the same `rows`, and measures its share of them.
     """
     sums: LossSums | None = None
-    for batch in _share(rows, trainer.ranks).to(trainer.device).split(trainer.micro_batch_size):
+    for batch in _rows_of_rank(rows, trainer.ranks).to(trainer.device).split(trainer.micro_batch_size):
         predictions, _ = trainer.forward(batch)
         signal = None if teacher is None else teacher.signal(batch)
         with trainer.mixed_precision():
@@ -92,8 +95,8 @@ def measure_losses(trainer: Trainer, rows: Batch, teacher: Teacher | None) -> di
     return trainer.total_sums(sums).means()
 
 
-def _share(rows: Batch, ranks: Ranks) -> Batch:
-    """A rank's rows: as many on each, since sharded models run on all at once; rows that fill up are all padding."""
+def _rows_of_rank(rows: Batch, ranks: Ranks) -> Batch:
+    """Return a rank's rows, equally many on each, since sharded models run on all at once; what is added is all padding."""
     missing = -len(rows.tokens) % ranks.size
     mask = torch.ones_like(rows.tokens, dtype=torch.bool) if rows.mask is None else rows.mask
     tokens = torch.cat([rows.tokens, rows.tokens[:1].expand(missing, -1)])
@@ -104,8 +107,8 @@ def _share(rows: Batch, ranks: Ranks) -> Batch:
 
 
 @contextmanager
-def evaluated(trainer: Trainer) -> Iterator[None]:
-    """The student ready to be measured: in evaluation mode, and what surrounds its layers gathered for `generate`."""
+def evaluation_mode(trainer: Trainer) -> Iterator[None]:
+    """Keep the student in evaluation mode, with the parameters outside its layers gathered for `generate`."""
     model: MtpCausalLM = trainer.student.model
     model.eval()
     if trainer.ranks.mesh is not None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM answered at a moment of our choosing: between two optimiser steps."""
+"""Ctrl-C and SIGTERM, deferred to the end of the current optimiser step."""
 
 import signal
 import threading
@@ -10,10 +10,11 @@ from slimqwen.parallel.ranks import Ranks
 
 
 @contextmanager
-def deferred_interrupts(ranks: Ranks) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the signal that has come, SIGINT or SIGTERM, and 0 before.
+def defer_interrupts(ranks: Ranks) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the signal received so far, SIGINT or SIGTERM, or 0 for none.
 
-    A second Ctrl-C interrupts at once, as usual; but not one of many ranks, which a terminal and torchrun both signal.
+    A second Ctrl-C interrupts at once, as usual; but not with several ranks, which get the signal from the terminal and from
+    torchrun.
     """
     if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
         yield lambda: 0

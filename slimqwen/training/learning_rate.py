@@ -1,8 +1,8 @@
-"""Finds the learning rate of a training: short forks of it from its own start, at several rates, measured on held-out text.
+"""Search for a training's learning rate: short forks of it at several rates, from its own start, measured on held-out text.
 
-A fork is the training in miniature: it makes a few of its steps, evenly spaced, each with its own rows, its own weights of the
-loss terms and its own place on the learning-rate curve, so that warm-up and decay happen within the fork. What a fork does to
-the weights is undone.
+A fork is the training in miniature: a few of its steps, evenly spaced, each with the rows, the weights of the loss terms and
+the place on the learning-rate curve that it has in the training, so that warm-up and decay happen within the fork. Afterwards
+the start's weights are restored.
 """
 
 import signal
@@ -25,18 +25,22 @@ from slimqwen.parallel.ranks import Ranks, reshard
 from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, DocumentBoundaries
 from slimqwen.training.cached_teacher import CachedTeacher
 from slimqwen.training.course import Course
-from slimqwen.training.heldout import evaluated, measure_losses
-from slimqwen.training.interrupt import deferred_interrupts
+from slimqwen.training.heldout import evaluation_mode, measure_losses
+from slimqwen.training.interrupt import defer_interrupts
 from slimqwen.training.rate_search import FACTOR, lowest_point, next_exponent
 from slimqwen.training.teacher import Teacher
 from slimqwen.training.trainer import Span, Trainer
 
 FILE = "learning_rate.json"
-SHARE = 0.03  # of the training's tokens, which all forks together may train on
-MOST_FORKS = 6  # that these are divided among
+SHARE = 0.03  # of the training's tokens: the most that all forks together train on
+MOST_FORKS = 6  # that share these tokens
 FEWEST_STEPS = 4  # of a fork, however short the training
-MEASURED_TOKENS = 8_192, 65_536  # after each fork: as many as it trained on, and at least and at most these
-AS_A_FORK = {"on_bad_step": "stop", "spike_factor": None, "ema_decay": None}  # an average of few steps is the start
+MEASURED_TOKENS = 8_192, 65_536  # the least and the most after each fork; in between as many as it trained on
+AS_A_FORK = {
+    "on_bad_step": "stop",
+    "spike_factor": None,
+    "ema_decay": None,
+}  # an average over few steps would still be the start
 LONGER = 1.25  # times the rate that is best in a fork is best in the training: measured, docs/learning-rate.md
 
 Measured = Literal["kd", "lm", "mtp_kd", "mtp_lm"]
@@ -49,7 +53,7 @@ IN_WORDS: dict[Measured, str] = {
 
 
 class Fork(BaseModel):
-    """A fork that was trained. value: what was measured after it; None where it broke."""
+    """A trained fork. value: the measured term after it; None where the training diverged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,12 +62,12 @@ class Fork(BaseModel):
 
 
 class RateChoice(BaseModel):
-    """What learning_rate.json says: the forks of one training, and the rate that was chosen by them.
+    """Content of learning_rate.json: the forks of one training, and the rate chosen by them.
 
     steps, tokens: of each fork. training_steps, training_tokens: of the training.
-    measured: what decides, nats per token, on `measured_tokens` tokens. before: the same before any step.
+    measured: the term that decides, nats per token, on `measured_tokens` tokens. before: its value before any step.
     text: "held-out", or "training": rows of the training text that no fork trains on.
-    best: the rate at which forks do best. chosen: the training's, which is LONGER times that.
+    best: the best rate of a fork. chosen: the training's rate, LONGER times the best.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,7 +92,7 @@ class RateChoice(BaseModel):
 
     @property
     def rate(self) -> float:
-        """The chosen rate of a choice that is made."""
+        """The chosen rate, once there is one."""
         assert self.chosen is not None
         return self.chosen
 
@@ -103,12 +107,12 @@ class RateChoice(BaseModel):
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins with, for forks of it.
+    """Start of a training, for forks of it.
 
     build: makes a trainer of a recipe, with the moments that the training begins with; one at a time is in memory.
-    refill: puts the start's weights into the model.
+    refill: loads the start's weights into the model.
     tokens: the folder of tokens, with the held-out text.
-    file: where the choice is kept from its first fork on.
+    file: the choice so far, written after each fork.
     title: shown with the progress.
     """
 
@@ -126,21 +130,21 @@ class Start:
 
 
 def choose_learning_rate(start: Start, recipe: DistilRecipe) -> RateChoice:
-    """Train forks at rates a factor of 2 apart, until the best has a worse one on each side or there have been enough.
+    """Train forks at rates a factor of 2 apart until the best has a worse one on each side, at most MOST_FORKS of them.
 
-    A fork that has ended is kept in `start.file`: an interrupted choice trains the others only, and comes to the same rate.
-    All ranks call it. The model is left with the start's weights.
+    The result of a fork is kept in `start.file`: after an interruption only the other forks are trained, and the same rate is
+    chosen. All ranks must call it. The model is left with the start's weights.
 
     Args:
         recipe: with `learning_rate: auto`.
 
-    Raises StageFailed where forks broke at every rate; Preempted and KeyboardInterrupt as `train` does.
+    Raises StageFailed where every fork diverged; Preempted and KeyboardInterrupt as `train` does.
     """
-    choice = kept(start)
+    choice = load_choice(start)
     if choice is not None and choice.chosen is not None:
         return choice
     steps = fork_steps(start.span)
-    rows, teacher, where = measured_rows(start, steps)
+    rows, teacher, where = choose_rows(start, steps)
     if choice is None:
         choice = RateChoice(
             steps=len(steps),
@@ -151,39 +155,41 @@ def choose_learning_rate(start: Start, recipe: DistilRecipe) -> RateChoice:
             measured_tokens=rows.tokens[:, 1:].numel(),
             text=where,
         )
-        tell(start, announcement(choice))
+        announce(start, cost_in_words(choice))
 
     measured = choice.measured
 
-    def trained(rate: float, steps: Sequence[int], title: str) -> float:
+    def measure_at(rate: float, steps: Sequence[int], title: str) -> float:
         return train_fork(start, recipe.at_learning_rate(rate), steps, rows, teacher, title)[measured]
 
     if choice.before is None:
-        before = trained(AUTO_REFERENCE, [], "")
+        before = measure_at(AUTO_REFERENCE, [], "")
         if not isfinite(before):
-            raise StageFailed(f"the {IN_WORDS[measured]} is not finite before any training: look at the student.")
-        choice = keep(start, choice, before=before)
-        tell(start, f"before training: {IN_WORDS[measured]} {before:.4f}")
+            raise StageFailed(
+                f"the {IN_WORDS[measured]} is not finite before any training: check the student's weights."
+            )
+        choice = save_choice(start, choice, before=before)
+        announce(start, f"before training: {IN_WORDS[measured]} {before:.4f}")
     while choice.chosen is None:
         values = {exponent_of(fork.rate): inf if fork.value is None else fork.value for fork in choice.forks}
         exponent = next_exponent(values, MOST_FORKS)
         if exponent is None:
             best = AUTO_REFERENCE * FACTOR ** best_exponent(values)
-            choice = keep(start, choice, best=best, chosen=rounded(LONGER * best))
+            choice = save_choice(start, choice, best=best, chosen=round_rate(LONGER * best))
         else:
             rate = AUTO_REFERENCE * FACTOR**exponent
-            value = trained(rate, steps, f"{start.title}: learning rate {rate:g}")
+            value = measure_at(rate, steps, f"{start.title}: learning rate {rate:g}")
             fork = Fork(rate=rate, value=value if isfinite(value) else None)
-            choice = keep(start, choice, forks=[*choice.forks, fork])
-            tell(start, f"learning rate {rate:g}: {IN_WORDS[measured]} {value:.4f} after {choice.steps:,} steps")
-    tell(start, in_words(choice))
+            choice = save_choice(start, choice, forks=[*choice.forks, fork])
+            announce(start, f"learning rate {rate:g}: {IN_WORDS[measured]} {value:.4f} after {choice.steps:,} steps")
+    announce(start, in_words(choice))
     return choice
 
 
 def fork_steps(span: Span) -> list[int]:
-    """The steps of the training that a fork makes: evenly spaced, as many as the forks' share of the tokens pays for.
+    """Return the steps of the training that a fork makes: evenly spaced, as many as the forks' share of the tokens allows.
 
-    Of a short training at least FEWEST_STEPS, or half of them.
+    In a short training at least FEWEST_STEPS, or half of its steps.
     """
     length = span.end_step - span.first_step
     count = min(max(int(SHARE * length / MOST_FORKS), FEWEST_STEPS), max(length // 2, 1))
@@ -191,20 +197,18 @@ def fork_steps(span: Span) -> list[int]:
 
 
 def measured_term(recipe: DistilRecipe, teacher: Teacher | None) -> Measured:
-    """What decides between forks: what the main head learns, or the MTP head where only that one learns anything."""
+    """Return the term that decides between forks: the main head's, or the MTP head's where only that one is trained."""
     is_main = bool({"lm", "kd"} & set(recipe.terms))
     if teacher is None:
         return "lm" if is_main else "mtp_lm"
     return "kd" if is_main else "mtp_kd"
 
 
-def measured_rows(
-    start: Start, steps: Collection[int]
-) -> tuple[Batch, Teacher | None, Literal["held-out", "training"]]:
-    """Choose rows to measure forks on, about as many as a fork trains on, and the teacher that they are compared with.
+def choose_rows(start: Start, steps: Collection[int]) -> tuple[Batch, Teacher | None, Literal["held-out", "training"]]:
+    """Choose rows to measure forks on, about as many as a fork trains on, and the teacher to compare with on them.
 
-    A cached teacher has said nothing of the held-out text, and there may be none: then rows of the training's own steps,
-    of which no fork makes any.
+    They are held-out text. Where there is none, or a cached teacher, whose cache holds training text only, they come from
+    steps of the training that no fork makes.
     """
     least, most = MEASURED_TOKENS
     wanted = min(max(sum(map(start.course.rows, steps)) * start.stream.sequence_length, least), most)
@@ -223,7 +227,7 @@ def measured_rows(
 def train_fork(
     start: Start, recipe: DistilRecipe, steps: Sequence[int], rows: Batch, teacher: Teacher | None, title: str
 ) -> dict[Measured, float]:
-    """Train these steps from the start and measure what comes of it, nats per token; infinite where the training broke.
+    """Train these steps from the start and measure the result, nats per token; infinite where the training diverged.
 
     The model has the start's weights before and after.
     """
@@ -231,13 +235,13 @@ def train_fork(
     fork.student.model.train()
     values = dict.fromkeys(IN_WORDS, inf)
     try:
-        with deferred_interrupts(start.ranks) as interrupted, _progress(start, steps, title) as progress:
+        with defer_interrupts(start.ranks) as interrupted, _progress(start, steps, title) as progress:
             for step in steps:
                 loss = fork.step(step)["loss"]
                 if progress is not None:
                     progress.advance(start.course.rows(step) * start.stream.sequence_length, loss=loss)
-                _stop_if_told(start.ranks.largest(interrupted()))
-        with evaluated(fork):
+                _raise_if_interrupted(start.ranks.largest(interrupted()))
+        with evaluation_mode(fork):
             found = measure_losses(fork, rows, teacher)
         values |= {name: found[name] for name in IN_WORDS if name in found and isfinite(found[name])}
     except StageFailed:  # a step whose loss or gradient was not finite, the same on all ranks
@@ -250,29 +254,29 @@ def train_fork(
 
 
 def _progress(start: Start, steps: Sequence[int], title: str) -> AbstractContextManager[Progress | None]:
-    """Return what the first rank shows of a fork."""
+    """Return the progress line of a fork, on the first rank."""
     if not (start.ranks.is_first and steps):
         return nullcontext()
     return Progress(title, total=sum(map(start.course.rows, steps)) * start.stream.sequence_length, unit="tokens")
 
 
-def _stop_if_told(stop: int) -> None:
-    """Raise what `train` raises for the signal `stop`; 0 is none."""
+def _raise_if_interrupted(stop: int) -> None:
+    """Raise what `train` raises for the signal `stop`, where it is not 0."""
     if stop == signal.SIGTERM:
         raise Preempted(
-            "stopped by SIGTERM while the learning rate is chosen: forks that have ended are kept, the same command continues."
+            "stopped by SIGTERM while the learning rate is chosen: finished forks are kept, and the same command continues."
         )
     if stop:
         raise KeyboardInterrupt
 
 
 def best_exponent(values: Mapping[int, float]) -> float:
-    """Return the power of FACTOR, times the first rate, at which forks do best. Raises StageFailed where all broke."""
+    """Return the best fork rate, as a power of FACTOR times the first rate. Raises StageFailed where all forks diverged."""
     lowest = lowest_point(values)
     if lowest is None:
         rates = ", ".join(f"{AUTO_REFERENCE * FACTOR**exponent:g}" for exponent in sorted(values))
         raise StageFailed(
-            f"distil.learning_rate auto found none: the training breaks at each of {rates}; look at the data and the start."
+            f"distil.learning_rate auto found none: the training diverges at each of {rates}; check the data and the student."
         )
     return lowest
 
@@ -282,13 +286,13 @@ def exponent_of(rate: float) -> int:
     return round(log(rate / AUTO_REFERENCE, FACTOR))
 
 
-def rounded(rate: float) -> float:
-    """Return `rate` to three digits, so that what is said and written is what is trained with."""
+def round_rate(rate: float) -> float:
+    """Round `rate` to three digits, so that the printed rate is exactly the one that is trained with."""
     return float(f"{rate:.3g}")
 
 
-def kept(start: Start) -> RateChoice | None:
-    """Return what an interrupted choice has left, on all ranks; None where there is nothing of this version."""
+def load_choice(start: Start) -> RateChoice | None:
+    """Load an earlier, possibly unfinished choice, on all ranks; None where there is none in the current format."""
     text = start.ranks.broadcast(start.file.read_text() if start.ranks.is_first and start.file.is_file() else None)
     try:
         return None if text is None else RateChoice.model_validate_json(text)
@@ -296,35 +300,35 @@ def kept(start: Start) -> RateChoice | None:
         return None
 
 
-def keep(start: Start, choice: RateChoice, **changes: object) -> RateChoice:
-    """Return the choice with `changes`, as it is written to `start.file`."""
+def save_choice(start: Start, choice: RateChoice, **changes: object) -> RateChoice:
+    """Write the choice with `changes` to `start.file`, and return it."""
     changed = choice.model_copy(update=changes)
     if start.ranks.is_first:
         write_json(start.file, changed.model_dump(mode="json"))
     return changed
 
 
-def tell(start: Start, text: str) -> None:
-    """Say something, once."""
+def announce(start: Start, text: str) -> None:
+    """Print a line, on the first rank."""
     if start.ranks.is_first:
         say(f"{start.title}: {text}")
 
 
-def announcement(choice: RateChoice) -> str:
-    """Say what the forks will cost at most, and why where that is more than it should be."""
+def cost_in_words(choice: RateChoice) -> str:
+    """Describe in a clause what the forks will cost at most, and why where that is more than their share."""
     most = MOST_FORKS * choice.tokens / choice.training_tokens
-    so = "" if most <= SHARE else f", more than {SHARE:.0%} because the training is short"
+    reason = "" if most <= SHARE else f", more than {SHARE:.0%} because the training is short"
     return (
         f"learning rate auto: at most {MOST_FORKS} forks of {choice.steps:,} of the {choice.training_steps:,} steps, {most:.1%} of "
-        f"the training's tokens in all{so}; the {IN_WORDS[choice.measured]} on {choice.measured_tokens:,} tokens of {choice.text} "
+        f"the training's tokens in all{reason}; the {IN_WORDS[choice.measured]} on {choice.measured_tokens:,} tokens of {choice.text} "
         "text decides"
     )
 
 
 def in_words(choice: RateChoice) -> str:
-    """Say what was chosen, by what, and what it cost."""
+    """Describe in a clause the chosen rate, the measurements that decided, and their cost."""
     ordered = sorted(choice.forks, key=lambda fork: fork.rate)
-    found = ", ".join(f"{fork.rate:g}: {'broke' if fork.value is None else f'{fork.value:.4f}'}" for fork in ordered)
+    found = ", ".join(f"{fork.rate:g}: {'diverged' if fork.value is None else f'{fork.value:.4f}'}" for fork in ordered)
     return (
         f"learning rate {choice.rate:g} chosen by the {IN_WORDS[choice.measured]} after {len(choice.forks)} forks of "
         f"{choice.steps:,} steps, {choice.share:.1%} of the training's tokens: {found}"

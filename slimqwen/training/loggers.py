@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, trackio. Each is imported only where asked for."""
+"""Loggers beside metrics.jsonl: TensorBoard, Weights & Biases, trackio. Each is imported only where the recipe names it."""
 
 import os
 import uuid
@@ -13,23 +13,25 @@ from slimqwen.artifacts import write_text
 from slimqwen.core.errors import UserError
 from slimqwen.recipe import LoggerName
 
-PROJECT = "slimqwen"  # unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
+PROJECT = "slimqwen"  # unless WANDB_PROJECT or TRACKIO_PROJECT is set
 ID_FILE = "logged-as"
 
 
 class Logger(Protocol):
-    """Is told the numbers of each step, by the first rank alone."""
+    """Receiver of each step's numbers, on the first rank only."""
 
     def begin(self, first_step: int, last_step: int) -> None:
-        """Steps from `first_step` on are to come; an earlier process, or a rollback's past, has told them up to `last_step`."""
+        """Begin at `first_step`. Before a resume or a rollback, steps up to `last_step` were logged already."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the numbers of a step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Finish what is written, and close."""
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
-    """Raise UserError where the library of one is not installed."""
+    """Raise UserError where the library of a logger is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise UserError(
@@ -40,13 +42,13 @@ def check_loggers(names: Sequence[LoggerName]) -> None:
 def open_loggers(
     names: Sequence[LoggerName], folder: Path, state_folder: Path, run: str, settings: Mapping[str, Any]
 ) -> list[Logger]:
-    """The loggers of one training.
+    """Open the loggers of one training.
 
     Args:
-        folder: where those that write files write them.
-        state_folder: of the training: its run on a server has a name kept there, by which a resumed training finds it.
-        run: what it is called.
-        settings: shown beside it.
+        folder: for those that write files.
+        state_folder: the training's; the id of its run on a server is stored there, so that a resumed training continues it.
+        run: the run's name.
+        settings: shown with the run.
     """
     check_loggers(names)
     id_file = state_folder / ID_FILE
@@ -63,7 +65,7 @@ def open_loggers(
 
 
 class TensorBoard:
-    """Event files in `folder`. Where training goes back, so do its curves: their end is purged."""
+    """Event files in `folder`. Where training goes back to an earlier step, the curves after it are purged."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -85,9 +87,9 @@ class TensorBoard:
 
 
 class ServedLogger(ABC):
-    """A run on a server, which takes each step once: steps that it was told before are not told again.
+    """Run on a server, which accepts each step only once: steps that were logged before are not logged again.
 
-    After a resume they have the same numbers. After a rollback they have others, which only metrics.jsonl gets.
+    After a resume their numbers are the same. After a rollback they differ, and only metrics.jsonl has the new ones.
     """
 
     def __init__(self, folder: Path, run: str, run_id: str, resumes: bool, settings: Mapping[str, Any]) -> None:
@@ -100,17 +102,17 @@ class ServedLogger(ABC):
 
     @abstractmethod
     def _start(self) -> Any:
-        """The library's run, with `log(values, step=...)` and `finish()`."""
+        """Start the library's run, an object with `log(values, step=...)` and `finish()`."""
 
     def begin(self, first_step: int, last_step: int) -> None:
         if self._run is None:
             self._run = self._start()
-            self._told = last_step if self._resumes else first_step - 1
+            self._last_logged = last_step if self._resumes else first_step - 1
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        if step > self._told:
+        if step > self._last_logged:
             self._run.log(dict(values), step=step)
-            self._told = step
+            self._last_logged = step
 
     def close(self) -> None:
         if self._run is not None:

@@ -1,4 +1,4 @@
-"""The loop around the optimiser steps: where it starts, what is logged, when its state is saved, how it stops."""
+"""The training loop around the optimiser steps: resuming, logging, saving the state, stopping."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ from slimqwen.core.warning import warn
 from slimqwen.recipe import DistilRecipe
 from slimqwen.training.guard import GuardRecord, Rollback
 from slimqwen.training.heldout import HeldOut
-from slimqwen.training.interrupt import deferred_interrupts
+from slimqwen.training.interrupt import defer_interrupts
 from slimqwen.training.metrics import MetricsLog
 from slimqwen.training.speed import Speed
 from slimqwen.training.state import States
@@ -26,20 +26,20 @@ def train(
 ) -> None:
     """Train to the end of the trainer's span, from the saved state if there is one.
 
-    Ctrl-C and SIGTERM, to whichever rank, are answered between two steps: the state is saved, then all of them raise
-    KeyboardInterrupt or Preempted. A bad step takes the training back to its last saved state where the recipe says so.
+    Ctrl-C and SIGTERM, on any rank, take effect between two steps: the state is saved, then all ranks raise
+    KeyboardInterrupt or Preempted. A bad step takes the training back to its last saved state where the recipe sets that.
 
-    heldout: what to measure on the way, every `evaluate_every_tokens`.
+    heldout: the text to measure on meanwhile, every `evaluate_every_tokens`.
     """
     recipe, span, ranks, course = trainer.recipe, trainer.span, trainer.ranks, trainer.course
     speed = Speed(trainer)
     trainer.student.model.train()
-    with deferred_interrupts(ranks) as interrupted, _states(trainer, state_folder) as states, metrics:
+    with defer_interrupts(ranks) as interrupted, _open_states(trainer, state_folder) as states, metrics:
         step = _begin(trainer, states)
         saved_at = time.monotonic()
         if ranks.is_first:
             metrics.rewind(step)
-        with _progress(trainer, title, step) as progress:
+        with _open_progress(trainer, title, step) as progress:
             while step < span.end_step:
                 started = time.perf_counter()
                 try:
@@ -51,12 +51,12 @@ def train(
                         progress.go_back(course.tokens(bad_step) - course.tokens(step))
                     continue
                 tokens = course.tokens(step + 1) - course.tokens(step)
-                values |= speed.measured(tokens, time.perf_counter() - started)
+                values |= speed.log_entry(tokens, time.perf_counter() - started)
                 values["tokens"] = course.tokens(step + 1)
                 if heldout is not None and course.passes(step, heldout.every_tokens):
                     values |= heldout.measure(trainer)
                 if progress is not None:
-                    metrics.append(step, {**values, **trainer.guard.logged(step)})
+                    metrics.append(step, {**values, **trainer.guard.log_entry(step)})
                     shown = {name: values[name] for name in SHOWN if name in values}
                     progress.advance(tokens, **shown, memory=bytes_in_words(values["memory_bytes"]))
 
@@ -77,7 +77,8 @@ def train(
     trainer.student.model.eval()
 
 
-def _states(trainer: Trainer, folder: Path) -> States:
+def _open_states(trainer: Trainer, folder: Path) -> States:
+    """Open the saved states of the training, and print what writing them while training goes on costs."""
     recipe = trainer.recipe
     asynchronous = trainer.device.type == "cuda" if recipe.async_save is None else recipe.async_save
     states = States(
@@ -96,8 +97,8 @@ def _states(trainer: Trainer, folder: Path) -> States:
     return states
 
 
-def _progress(trainer: Trainer, title: str, step: int) -> AbstractContextManager[Progress | None]:
-    """What the first rank shows."""
+def _open_progress(trainer: Trainer, title: str, step: int) -> AbstractContextManager[Progress | None]:
+    """Open the progress line, on the first rank."""
     if not trainer.ranks.is_first:
         return nullcontext()
     tokens = trainer.course.tokens
@@ -106,7 +107,7 @@ def _progress(trainer: Trainer, title: str, step: int) -> AbstractContextManager
 
 
 def _begin(trainer: Trainer, states: States) -> int:
-    """Where the training is: the step of the newest state, which is taken up, or the span's first."""
+    """Load the newest state, if there is one; return the step to begin with, its or the span's first."""
     saved = states.load()
     if saved is not None:
         step, record = saved
@@ -118,10 +119,10 @@ def _begin(trainer: Trainer, states: States) -> int:
 
 
 def _roll_back(trainer: Trainer, states: States, bad_step: int, problem: str) -> int:
-    """Go back to the newest state and leave out the rows from there to the bad step; the step to go on with.
+    """Load the newest state, leave out the rows from there to the bad step, and return the step to go on with.
 
-    To leave out the bad step's own rows alone would need no way back: the steps before it would be the same again. It
-    is what they did to the model that may have made the step bad (PaLM, arXiv 2204.02311, section 5.1).
+    Leaving out only the bad step's own rows would not need a rollback, as the steps before it would repeat exactly. But the
+    cause may be what those steps did to the model (PaLM, arXiv 2204.02311, section 5.1).
     """
     saved = states.load()
     assert saved is not None, "there is a state before the first step"
@@ -130,13 +131,13 @@ def _roll_back(trainer: Trainer, states: States, bad_step: int, problem: str) ->
     rollback = Rollback(step=step, bad_step=bad_step, rows=rows, problem=problem)
     record = record.model_copy(update={"rollbacks": [*record.rollbacks, rollback]})
     trainer.guard.restore(record)
-    states.note(step, record)
+    states.replace_guard(step, record)
     if trainer.ranks.is_first:
         warn(f"optimiser step {bad_step} is bad: {problem}; back to step {step}, leaving out the {rows} rows since")
     return step
 
 
 def _is_due(recipe: DistilRecipe, saved_at: float) -> bool:
-    """Whether it is time to save, by this process's clock."""
+    """Return whether it is time to save, by this process's clock."""
     minutes = recipe.save_every_minutes
     return minutes is not None and time.monotonic() - saved_at >= 60 * minutes

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per optimiser step, of every training run in a run directory; and its copies elsewhere."""
+"""metrics.jsonl: one line per optimiser step of every training in a run directory; the same numbers go to the loggers."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ from typing import Any
 from slimqwen.artifacts.json_lines import append, is_cut_short, keep_lines, value_of
 from slimqwen.training.loggers import Logger
 
-KEYS = ("run", "stage", "step")  # which every line begins with
+KEYS = ("run", "stage", "step")  # every line begins with them
 
 
 class MetricsLog:
-    """The lines of one training run (`run`, `stage`) in a shared file; lines are appended as steps end.
+    """Lines of one training (`run`, `stage`) in a shared file, appended as steps end.
 
-    loggers: who else is told, as long as this context is open.
+    loggers: get the numbers of each step too, and are closed with this context.
     """
 
     def __init__(self, path: Path, run: str, stage: int, loggers: Sequence[Logger] = ()) -> None:
@@ -34,9 +34,9 @@ class MetricsLog:
             logger.close()
 
     def rewind(self, first_step: int) -> None:
-        """Forget this run's lines from `first_step` on: they were written after the state that training resumes from.
+        """Drop this training's lines from `first_step` on, which were written after the state that it resumes from.
 
-        Lines of others stay, whatever they are.
+        All other lines stay, of whatever kind, except one that a kill cut short.
         """
         last_step = first_step - 1
 
@@ -55,6 +55,7 @@ class MetricsLog:
             logger.begin(first_step, last_step)
 
     def append(self, step: int, values: dict[str, Any]) -> None:
+        """Append the line of a step, and log its numbers."""
         append(self.path, dict(zip(KEYS, (self.run, self.stage, step), strict=True)) | values)
         for logger in self.loggers:
             logger.log(step, {name: value for name, value in values.items() if isinstance(value, int | float)})
@@ -71,7 +72,7 @@ def forget_stages_after(path: Path, last_stage: int, runs: Collection[str]) -> N
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """One of our lines; None for what others wrote, or kill -9 cut short."""
+    """Parse a line of a training; None for a line of another kind, and for one that a kill cut short."""
     entry = value_of(line)
     types = (str, int, int)
     is_ours = entry is not None and all(isinstance(entry.get(key), kind) for key, kind in zip(KEYS, types, strict=True))

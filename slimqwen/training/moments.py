@@ -1,10 +1,10 @@
-"""AdamW's moments carried over a stage's cut: cut by the same plan and table as the weights that they belong to.
+"""AdamW's moments, carried over the cut between two stages: cut by the same plan and table as their weights.
 
 A cut selects, and so do the moments, index by index. Where experts are merged, E~ = sum_i w_i E_i, both moments are
 merged with the same weights w_i. Of the first, a mean of gradients, that is the same linear map. Of the second, a mean of
 squared gradients, it is an upper bound whatever the correlation of the members' gradients, since a square is convex:
-(sum_i w_i g_i)^2 <= sum_i w_i g_i^2. So no merged update is larger than those it comes from; with w_i^2, right for
-independent gradients, one could be.
+(sum_i w_i g_i)^2 <= sum_i w_i g_i^2. So no merged update is larger than those it comes from; with w_i^2, which is
+right for independent gradients, it could be.
 """
 
 import threading
@@ -32,17 +32,17 @@ STEPS_FILE = "steps.json"
 
 
 class Moments(Checkpoint):
-    """One moment of a saved training state, read as if it were a checkpoint: float32, experts stacked.
+    """One of the moments in a saved training state, read like a checkpoint: float32, experts stacked.
 
-    What was not trained (a frozen part, a vision tower, a buffer) has no moment and reads as zeros.
+    Tensors that were not trained (a frozen part, a vision tower, a buffer) have no moment and read as zeros.
 
     Args:
         state: the folder of one state, `.NAME.state/step-N`.
-        trained: the checkpoint that the training wrote, whose tensors it has.
+        trained: the checkpoint that the training wrote, which has the same tensors.
     """
 
     def __init__(self, state: Path, moment: str, trained: Checkpoint) -> None:
-        # Not Checkpoint's own beginning: the names are the module's, and a tensor may lie in the files of many ranks.
+        # Checkpoint's constructor does not apply: names are the module's, and a tensor may lie in the files of many ranks.
         self.folder = state
         self.moment = moment
         self.family, self.config = trained.family, trained.config
@@ -54,11 +54,11 @@ class Moments(Checkpoint):
             self._pieces.setdefault(index.fqn, []).append((first_row, Path(where.relative_path)))
         files = {file for pieces in self._pieces.values() for _, file in pieces}
         self._handles = {file: open_weights(file) for file in files}
-        self._joined = lru_cache(maxsize=2)(self._join)  # a layer's experts come by turns out of two stacks
+        self._joined = lru_cache(maxsize=2)(self._join)  # a layer's experts are read alternately from two stacks
         self._lock = threading.Lock()
 
     def read(self, name: str) -> Tensor:
-        """The moment of one weight; a view of the mapped file where one process saved it."""
+        """Return the moment of one weight; a view of the mapped file where one process saved it."""
         key = f"{self.moment}.{self.family.module_name(name, self.config)}"
         if key not in self._pieces:
             return torch.zeros(self.specs[name].shape)
@@ -66,30 +66,31 @@ class Moments(Checkpoint):
             return self._joined(key)
 
     def steps(self) -> float:
-        """Steps that AdamW has made: the same of every parameter."""
+        """Return AdamW's step count, which is the same for every parameter."""
         return float(self._join(next(key for key in self._pieces if key.startswith("step."))))
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return float32, the dtype of every moment."""
         return torch.float32
 
     def _join(self, key: str) -> Tensor:
-        """The pieces of all ranks, which have rows each."""
+        """Concatenate the rows that the ranks saved."""
         pieces: list[Tensor] = [self._handles[file].get_tensor(key) for _, file in sorted(self._pieces[key])]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 @makes_folder("states", "trained", "plan")
 def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "moments") -> Path:
-    """Cut the moments that a training ended with as `plan` cuts its result; `out` is for `distil(moments=...)`.
+    """Cut the moments at the end of a training as `plan` cuts its result; `out` is for `distil(moments=...)`.
 
-    It holds `exp_avg` and `exp_avg_sq`, each in the form of a checkpoint of the cut model, and the number of steps.
-    Streamed, like a cut of weights.
+    `out` holds `exp_avg` and `exp_avg_sq`, each in the form of a checkpoint of the cut model, and the number of steps.
+    The cut is streamed, like one of weights.
 
     Args:
         states: the folder of the training's saved states, `.NAME.state`.
         trained: the checkpoint that it wrote.
 
-    Raises UserError where the states are gone, and where the plan was made for another checkpoint.
+    Raises UserError where there is no saved state, and where the plan was made for another checkpoint.
     """
     saved = saved_states(states)
     if not saved:
@@ -125,14 +126,14 @@ def check_moments(folder: Path, student: Checkpoint, recipe: DistilRecipe) -> No
 
 
 def _stacked_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Of its tensors, with experts stacked whatever the layout on disk."""
+    """Return the shape of every tensor, with experts stacked whatever their layout on disk."""
     layouts: dict[str, Layout] = dict.fromkeys(checkpoint.layouts, "fused")
     return {spec.name: spec.shape for spec in checkpoint.family.tensors(checkpoint.config, layouts)}
 
 
 @torch.no_grad()
-def take_moments(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Put carried moments into AdamW, each rank its own rows."""
+def load_moments(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Load carried moments into AdamW, on each rank its own rows."""
     for name in MOMENTS:
         fill_own(
             {own: optimizer.state[parameter][name] for own, parameter in parameters.items()}, Checkpoint(folder / name)

@@ -1,4 +1,4 @@
-"""The optimiser over a student's parameters: which of them train, how fast, and by which of the optimisers."""
+"""The optimiser of a student's parameters: which of them are trained, at which rate, and by which algorithm."""
 
 import importlib
 from collections import defaultdict
@@ -17,12 +17,12 @@ from slimqwen.recipe import DistilRecipe
 
 EPS = 1e-8
 # Muon is for matrices that map hidden states to hidden states. Embeddings, lm_head and routers map from or to tokens and
-# experts. An 80B has 49,152 matrices of routed experts: torch's Muon would take them one by one, at 20 kernels each.
+# experts. An 80B has 49,152 matrices of routed experts: torch's Muon would update them one by one, with 20 kernels each.
 MUON_PARTS: set[Part] = {"attention", "deltanet", "dense_mlp", "shared_experts", "mtp_projection"}
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimisers, each with parameters of its own, as one: their groups, their state, their step."""
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimisers as one, each with its own parameters: all groups, one state, one step."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
@@ -31,6 +31,7 @@ class Together(torch.optim.Optimizer):
             optimizer.state = self.state
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no caller here reads a loss
+        """Make a step of every optimiser."""
         for optimizer in self.optimizers:
             optimizer.step(closure)
 
@@ -38,13 +39,13 @@ class Together(torch.optim.Optimizer):
 def build_optimizer(
     parameters: Mapping[str, Tensor], parts: Mapping[str, Part], recipe: DistilRecipe
 ) -> torch.optim.Optimizer:
-    """The recipe's optimiser, with the state of no step yet.
+    """Build the recipe's optimiser, its state allocated as before the first step.
 
-    Weight decay is for matrices, not for norms, biases, A_log and dt_bias, which are all vectors. Each group has its
+    Weight decay applies to matrices, not to norms, biases, A_log and dt_bias, which are all vectors. Each group has its
     `learning_rate_scale` (`set_learning_rate`).
 
     Args:
-        parts: of each parameter (`parts_of`).
+        parts: the part of the model that each parameter belongs to (`parts_of`).
     """
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     by_muon = {
@@ -55,20 +56,20 @@ def build_optimizer(
     others = {name: parameter for name, parameter in parameters.items() if name not in by_muon}
     optimizers: list[torch.optim.Optimizer] = []
     if others:
-        groups = _groups(others, parts, recipe)
+        groups = _group_parameters(others, parts, recipe)
         if recipe.optimizer == "adamw_8bit":
-            optimizers.append(adamw_8bit()(groups, betas=betas, eps=EPS))
+            optimizers.append(import_adamw_8bit()(groups, betas=betas, eps=EPS))
         else:
             optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=EPS, fused=True))
     if by_muon:
-        optimizers.append(torch.optim.Muon(_groups(by_muon, parts, recipe), adjust_lr_fn="match_rms_adamw"))
-    optimizer = optimizers[0] if len(optimizers) == 1 else Together(*optimizers)
-    _make_state(optimizer)
+        optimizers.append(torch.optim.Muon(_group_parameters(by_muon, parts, recipe), adjust_lr_fn="match_rms_adamw"))
+    optimizer = optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(*optimizers)
+    _allocate_state(optimizer)
     return optimizer
 
 
-def adamw_8bit() -> Any:
-    """torchao's AdamW8bit. Raises UserError where torchao is not installed."""
+def import_adamw_8bit() -> Any:
+    """Import torchao's AdamW8bit. Raises UserError where torchao is not installed."""
     try:
         return importlib.import_module("torchao.optim").AdamW8bit
     except ImportError as error:
@@ -78,15 +79,15 @@ def adamw_8bit() -> Any:
 
 
 def parts_of(family: Family, config: Config) -> dict[str, Part]:
-    """The part of the model that each parameter is of, by its name in the model."""
+    """Return the part of the model that each parameter belongs to, by the parameter's name in the model."""
     stacked: dict[str, Layout] = {block.name: "fused" for block in family.moe_blocks(config)}
     return {family.module_name(spec.name, config): spec.part for spec in family.tensors(config, stacked)}
 
 
-def trained_parameters(
+def freeze_untrained(
     model: MtpCausalLM, parts: Mapping[str, Part], recipe: DistilRecipe, *, with_mtp: bool
 ) -> dict[str, Tensor]:
-    """The parameters by name without those that `learning_rate_scale` is 0 for; these are frozen."""
+    """Freeze the parameters whose `learning_rate_scale` is 0, and return the others by name."""
     trained = {}
     for name, parameter in model.tensors(with_mtp).items():
         if _scale(recipe, parts[name]) == 0.0:
@@ -97,20 +98,20 @@ def trained_parameters(
 
 
 def check_optimizer(recipe: DistilRecipe, student: Checkpoint, ranks: int = 1) -> None:
-    """Raise UserError for parts that the student has not, and for an optimiser that is not there or not for many ranks."""
+    """Raise UserError for parts that the student lacks, and for an optimiser that is missing or does not support several ranks."""
     parts = set(parts_of(student.family, student.config).values())
     for setting in ("weight_decay_exempt", "learning_rate_scale"):
         for part in getattr(recipe, setting):
             if part not in parts:
                 raise UserError(
-                    f"distil.{setting} names '{part}', and {student.folder} has none: its parts are {', '.join(sorted(parts))}."
+                    f"distil.{setting} names '{part}', which {student.folder} lacks: its parts are {', '.join(sorted(parts))}."
                 )
     if all(_scale(recipe, part) == 0.0 for part in parts - {"vision"}):
         raise UserError(
             "distil.learning_rate_scale is 0 for every part of the model: leave out one that is to be trained."
         )
     if recipe.optimizer == "adamw_8bit":
-        adamw_8bit()
+        import_adamw_8bit()
     if recipe.optimizer != "adamw" and ranks > 1:  # PyTorch's Muon 2.13 cannot write its update into sharded matrices
         raise UserError(
             f"distil.optimizer {recipe.optimizer} is for one device, and there are {ranks} ranks: choose adamw."
@@ -121,19 +122,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Set every group's learning rate, times its `learning_rate_scale`."""
     for group in optimizer.param_groups:
         scaled = learning_rate * group["learning_rate_scale"]
-        if isinstance(group["lr"], Tensor):  # torchao's compiled step reads this tensor and takes no other
+        if isinstance(group["lr"], Tensor):  # torchao's compiled step reads this very tensor
             group["lr"].fill_(scaled)
         else:
             group["lr"] = scaled
 
 
 def _scale(recipe: DistilRecipe, part: Part) -> float:
-    """A part's factor on the learning rate."""
+    """Return a part's factor on the learning rate."""
     return next((scale for name, scale in recipe.learning_rate_scale.items() if name == part), 1.0)
 
 
-def _groups(parameters: Mapping[str, Tensor], parts: Mapping[str, Part], recipe: DistilRecipe) -> list[dict[str, Any]]:
-    """The parameters by weight decay and factor on the learning rate."""
+def _group_parameters(
+    parameters: Mapping[str, Tensor], parts: Mapping[str, Part], recipe: DistilRecipe
+) -> list[dict[str, Any]]:
+    """Group the parameters by weight decay and factor on the learning rate."""
     groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
     for name, parameter in parameters.items():
         decays = parameter.dim() >= 2 and parts[name] not in recipe.weight_decay_exempt
@@ -145,11 +148,11 @@ def _groups(parameters: Mapping[str, Tensor], parts: Mapping[str, Part], recipe:
 
 
 @torch.no_grad()
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimiser make its state, so that it can be saved, read into and added to before the first step.
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the optimiser's state, so that it can be saved, loaded and extended before the first step.
 
-    No optimiser says what its state is before it has made a step. One without gradient, at learning rate 0, changes no
-    weight, and leaves zeros once its count is taken back.
+    PyTorch's optimisers allocate it in their first step. One with zero gradients at learning rate 0 changes no weight, and
+    leaves zeros once its step count is reset.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

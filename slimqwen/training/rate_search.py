@@ -1,4 +1,4 @@
-"""The search for a learning rate among powers of a factor: which to try next, and where between them the best one lies."""
+"""Line search for a learning rate over powers of a factor: which to try next, and where between them the best one lies."""
 
 from collections.abc import Mapping
 from math import inf, isfinite
@@ -9,8 +9,8 @@ FACTOR = 2.0  # between neighbouring rates
 def next_exponent(values: Mapping[int, float], most: int) -> int | None:
     """Return the next rate to try, as a power of FACTOR times the first; None where there is nothing more to try.
 
-    values: exponent -> what was measured, infinite where the fork broke. The walk goes downhill, a factor at a time, until
-    the best has been tried on both sides or `most` have been tried.
+    values: exponent -> what was measured, infinite where the fork diverged. The search goes downhill, a factor at a time, until
+    both neighbours of the best have been tried, or `most` rates in all.
     """
     if not values:
         return 0

@@ -1,4 +1,4 @@
-"""What a step costs: seconds, tokens per second, the share of the device's peak that they are, memory."""
+"""The cost of a step: seconds, tokens per second, their share of the device's peak (MFU), memory."""
 
 import resource
 import sys
@@ -12,7 +12,7 @@ from slimqwen.training.trainer import Trainer
 
 
 class Speed:
-    """Measures the steps of one training.
+    """Speed of one training's steps.
 
     mfu, model FLOPs utilisation: `training_flops` x tokens / (seconds x peak of all ranks' devices); only where the
     device's peak is known.
@@ -24,8 +24,8 @@ class Speed:
         peak = dense_bf16_flops(trainer.device)
         self._peak = None if peak is None else peak * trainer.ranks.size
 
-    def measured(self, tokens: int, seconds: float) -> dict[str, float]:
-        """What is logged of a step over `tokens` that took `seconds`; memory is this process's peak so far."""
+    def log_entry(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Return what metrics.jsonl gets of a step over `tokens` that took `seconds`; memory is the process's peak so far."""
         values = {"seconds": seconds, "tokens_per_second": tokens / seconds, "memory_bytes": peak_memory(self._device)}
         if self._peak is not None:
             values["mfu"] = self._flops * tokens / (seconds * self._peak)
@@ -33,11 +33,11 @@ class Speed:
 
 
 def training_flops(trainer: Trainer) -> int:
-    """FLOPs of one token: the teacher's forward pass and three times the student's.
+    """Return the FLOPs per token: the teacher's forward pass and three times the student's.
 
-    The backward pass takes two products per weight where the forward takes one. MTP modules are left out (as in
+    The backward pass has two products per weight where the forward pass has one. MTP modules are left out (as in
     `forward_flops`), and so are recomputed activations (as PaLM counts, arXiv 2204.02311, appendix B) and the pass that
-    counts expert assignments: what is done beyond this is no progress.
+    counts expert assignments: MFU counts only work that the training needs.
     """
     student, teacher, length = trainer.student, trainer.teacher, trainer.stream.sequence_length
     flops = 3 * forward_flops(student.family, student.config, length)
@@ -47,7 +47,7 @@ def training_flops(trainer: Trainer) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, or that this process took of the host's memory."""
+    """Return the peak bytes of tensors on a GPU, or of this process in the host's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

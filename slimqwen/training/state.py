@@ -1,9 +1,8 @@
 """Resumable training state: parameters, Adam moments and the step, in safetensors, whatever the number of ranks.
 
-Nothing else is needed to go on bit for bit but what the guard remembers, a few numbers: the data cursor and every
-schedule are functions of the step, and the models have no dropout. Each rank writes its own shards
-(torch.distributed.checkpoint, whose usual format has a pickle; this one has not), and any number of ranks reads them
-again.
+To go on bit for bit nothing else is needed but the guard's record, a few numbers: the data cursor and every schedule are
+functions of the step, and the models have no dropout. Each rank writes its own shards (torch.distributed.checkpoint, in
+its safetensors format, as its usual one contains a pickle), and any number of ranks can read them.
 """
 
 import re
@@ -27,19 +26,19 @@ from slimqwen.artifacts import atomic_folder, discard, rewrite_text, write_text
 from slimqwen.parallel.ranks import TIMEOUT, Ranks
 from slimqwen.training.guard import GuardRecord
 
-FILE_BYTES = 2 << 30  # of a rank's shards in one file, which is in memory once more while it is written
+FILE_BYTES = 2 << 30  # of a rank's shards per file; a file is in memory a second time while it is written
 GUARD_FILE = "guard.json"
 STATE_NAME = re.compile(r"step-\d{9,}")
 
 
 class States:
-    """The saved states of one training, `folder/step-N`: the newest `keep` of them, each complete or not there.
+    """Saved states of one training, `folder/step-N`: the newest `keep` of them, each complete or absent.
 
-    asynchronous: training goes on while a state is written. It waits only for a copy, in this process's memory (pinned
-        where there is a GPU), which is as large as the process's share of the state (`copy_bytes`) and stays for the
+    asynchronous: training goes on while a state is written. It waits only for a copy into this process's memory (pinned
+        where there is a GPU), which is as large as the process's share of the state (`copy_bytes`) and is reused for the
         next one. One state is written at a time: saving waits for the one before.
 
-    A context: leaving it waits for what is being written.
+    A context manager: leaving it waits for the state that is being written.
     """
 
     def __init__(
@@ -57,15 +56,15 @@ class States:
         self.optimizer = optimizer
         self.ranks = ranks
         self.keep = keep
-        # Its own process group: what ranks tell each other while they write must not meet what they say in training.
+        # A process group of its own, so that the messages of a save do not mix with those of the training.
         self._group = None if ranks.mesh is None else dist.new_group(backend="gloo", timeout=TIMEOUT)
-        self._stager = _stager(parameters) if asynchronous else None
+        self._stager = _build_stager(parameters) if asynchronous else None
         self._writing: Future[object] | None = None
         self._open = ExitStack()  # the folder being written, on the first rank
         self._quiet = warnings.catch_warnings()
 
     def __enter__(self) -> "States":
-        # torch.distributed.checkpoint warns that there are no ranks even where it was told so, in whatever thread.
+        # torch.distributed.checkpoint warns about missing ranks even with `no_dist`, and from any thread.
         self._quiet.__enter__()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         return self
@@ -74,9 +73,9 @@ class States:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._wait_for_it()
+            self._wait_for_writing()
         except Exception:
-            if error is None:  # otherwise that one says what happened first
+            if error is None:  # otherwise `error`, which came first, is raised
                 raise
         finally:
             if self._stager is not None:
@@ -85,16 +84,16 @@ class States:
 
     @property
     def copy_bytes(self) -> int:
-        """Memory for the copy that is written while training goes on."""
+        """Bytes of the copy that is written while training goes on."""
         if self._stager is None:
             return 0
-        tensors = _tensors(self.parameters, self.optimizer).values()
+        tensors = _named_tensors(self.parameters, self.optimizer).values()
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors) // self.ranks.size
 
     def save(self, step: int, guard: GuardRecord) -> None:
-        """Begin to write the state after `step` steps, or write it; called by all ranks."""
+        """Write the state after `step` steps, or begin to where saving is asynchronous. All ranks must call it."""
         self.finish()
-        tensors = _tensors(self.parameters, self.optimizer)
+        tensors = _named_tensors(self.parameters, self.optimizer)
         opened: str | None = None
         if self.ranks.is_first:
             partial = self._open.enter_context(atomic_folder(self.folder / _name(step)))
@@ -115,22 +114,23 @@ class States:
             self.ranks.wait()
 
     def poll(self) -> None:
-        """Give a state that was written meanwhile its name. Raises what went wrong with it."""
+        """Complete a state whose writing has ended meanwhile. Raises the error of one that failed."""
         if self._writing is not None and self._writing.done():
-            self._wait_for_it()
+            self._wait_for_writing()
 
     def finish(self) -> None:
-        """Wait until what is being written has its name, for all ranks."""
-        self._wait_for_it()
+        """Wait, on all ranks, until the state that is being written is complete."""
+        self._wait_for_writing()
         self.ranks.wait()
 
-    def _wait_for_it(self) -> None:
+    def _wait_for_writing(self) -> None:
+        """Wait until the state that is being written is complete."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self._complete(writing.result)
 
     def _complete(self, write: Callable[[], object]) -> None:
-        """Let `write` end, and give what is written its name: all ranks' shares are when the first rank's `write` ends."""
+        """Run `write`, then rename what it wrote: when the first rank's `write` returns, all ranks' shares are written."""
         with self._open:
             try:
                 write()
@@ -141,21 +141,21 @@ class States:
                 discard(older)
 
     def load(self) -> tuple[int, GuardRecord] | None:
-        """Put the newest state into parameters and optimiser: steps done and the guard's record; None if there is none."""
+        """Load the newest state into parameters and optimiser; return its step and the guard's record, or None without one."""
         self.finish()
         saved = self._saved()
         newest = self.ranks.broadcast(saved[-1].name if self.ranks.is_first and saved else None)
         if newest is None:
             return None
         reader = dcp.HuggingFaceStorageReader(str(self.folder / newest))
-        tensors = _tensors(self.parameters, self.optimizer)
+        tensors = _named_tensors(self.parameters, self.optimizer)
         dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self.ranks.mesh is None)
         record = self.ranks.broadcast((self.folder / newest / GUARD_FILE).read_text() if self.ranks.is_first else None)
         assert record is not None
         return int(newest.removeprefix("step-")), GuardRecord.model_validate_json(record)
 
-    def note(self, step: int, guard: GuardRecord) -> None:
-        """Keep another record of the guard with a state that is saved already."""
+    def replace_guard(self, step: int, guard: GuardRecord) -> None:
+        """Replace the guard's record in a state that is already saved."""
         if self.ranks.is_first:
             rewrite_text(self.folder / _name(step) / GUARD_FILE, guard.model_dump_json())
 
@@ -164,7 +164,7 @@ class States:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The complete states in the state folder of a training, oldest first; nothing else that lies there."""
+    """Return the complete states in the state folder of a training, oldest first."""
     return sorted(path for path in folder.glob("step-*") if STATE_NAME.fullmatch(path.name))
 
 
@@ -172,8 +172,8 @@ def _name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def _stager(parameters: dict[str, Tensor]) -> DefaultStager:
-    """PyTorch's own copying of a state to this host's memory. What follows it may change the parameters."""
+def _build_stager(parameters: dict[str, Tensor]) -> DefaultStager:
+    """Build PyTorch's stager, which copies a state into the host's memory; after that the parameters may change."""
     on_gpu = next(iter(parameters.values())).device.type == "cuda"
     return DefaultStager(
         StagingOptions(
@@ -183,17 +183,17 @@ def _stager(parameters: dict[str, Tensor]) -> DefaultStager:
 
 
 @torch.no_grad()
-def _tensors(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything by name: the tensors in use, to be read or overwritten in place."""
+def _named_tensors(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return all tensors of the state by name: those in use, to be read or overwritten in place."""
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for kind, value in optimizer.state[parameter].items():
-            tensors |= _plain(f"{kind}.{name}", value)
+            tensors |= _unwrap(f"{kind}.{name}", value)
     return tensors
 
 
-def _plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor, or the plain ones that it is made of: an 8-bit moment is codes and scales."""
+def _unwrap(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return a tensor, or the plain tensors inside a wrapper subclass: an 8-bit moment consists of codes and scales."""
     if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
         return {name: tensor}
     inner, _ = tensor.__tensor_flatten__()
@@ -201,7 +201,7 @@ def _plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _file_numbers(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, int]:
-    """Which of a rank's files, from 1, holds its share of each tensor."""
+    """Return which of a rank's files, counted from 1, holds its share of each tensor."""
     shares = [tensor.numel() * tensor.itemsize // ranks.size for tensor in tensors.values()]
     ends = accumulate(shares)
     return {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}

@@ -1,4 +1,4 @@
-"""What the student learns from, whatever gives it: the trainer sees only a `TeacherSignal` per micro-batch."""
+"""The teacher as the trainer sees it, live or cached: one `TeacherSignal` per micro-batch."""
 
 from typing import Protocol
 
@@ -11,15 +11,17 @@ from slimqwen.model.model import MtpCausalLM
 
 
 class Teacher(Protocol):
-    """Says what a teacher predicts on a batch, lined up with the student's predictions (`align`)."""
+    """Source of a teacher's distributions."""
 
-    def signal(self, batch: Batch) -> TeacherSignal: ...
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """Return the teacher's distributions on a batch, aligned with the student's predictions (`align`)."""
+        ...
 
 
 class LiveTeacher:
-    """A teacher that runs beside the student.
+    """Teacher that runs beside the student.
 
-    teaches_mtp: the student's MTP head learns from the teacher's own MTP head and not from its main one.
+    teaches_mtp: the student's MTP head learns from the teacher's MTP head, and not from its main head.
     """
 
     def __init__(self, model: MtpCausalLM, *, teaches_mtp: bool) -> None:
@@ -28,7 +30,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> LiveSignal:
-        """Its final hidden states and head; its logits exist only a chunk at a time, inside the loss."""
+        """Return final hidden states and head; logits exist only a chunk at a time, inside the loss."""
         hidden = self.model(batch.tokens, with_mtp=self.teaches_mtp)
         aligned = align(batch.tokens, hidden.main, hidden.mtp, batch.mask)
         return LiveSignal(aligned.hidden, self.model.head, aligned.mtp_hidden)

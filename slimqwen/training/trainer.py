@@ -1,4 +1,4 @@
-"""One optimiser step: pretraining, distillation and the LM-only baseline are the same step with other loss terms."""
+"""The optimiser step: pretraining, distillation and the LM-only baseline are one step with different loss terms."""
 
 import math
 from collections.abc import Iterator
@@ -30,23 +30,23 @@ from slimqwen.training import schedules
 from slimqwen.training.average import Average
 from slimqwen.training.course import course_of
 from slimqwen.training.guard import Guard
-from slimqwen.training.optimizer import build_optimizer, parts_of, set_learning_rate, trained_parameters
+from slimqwen.training.optimizer import build_optimizer, freeze_untrained, parts_of, set_learning_rate
 from slimqwen.training.teacher import Teacher
 
-MAX_SKIPPED_IN_A_ROW = 10  # more is no bad batch but a model that is lost
-MAX_ROLLBACKS = 10  # of one training
+MAX_SKIPPED_IN_A_ROW = 10  # beyond that the model is at fault, and not a batch
+MAX_ROLLBACKS = 10  # in one training
 
 
 class BadStep(Exception):
-    """A step that must not count, in words; the recipe says to go back to the last saved state."""
+    """Bad step, described by the message, after which training goes back to the last saved state."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The optimiser steps of the whole run that one stage trains: `first_step` up to, not including, `end_step`.
+    """Optimiser steps of the whole run that one stage trains: from `first_step` up to, not including, `end_step`.
 
-    Learning rate, lambda, beta and the data order are functions of the step within the whole run, so a stage goes on
-    where the one before it stopped.
+    Learning rate, lambda, beta and the data order are functions of the step within the whole run, so that a stage
+    continues where the one before it ended.
     """
 
     first_step: int
@@ -56,7 +56,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Student:
-    """The model in training with the table and config that describe it."""
+    """Model in training, with its family and config."""
 
     model: MtpCausalLM
     family: Family
@@ -64,10 +64,10 @@ class Student:
 
 
 class Trainer:
-    """Trains one student over one span of steps.
+    """Trainer of one student over one span of steps.
 
     teacher: None trains on the data alone (pretraining, the LM-only baseline).
-    ranks: the processes that train it together, each on rows of its own; student and teacher are sharded over them.
+    ranks: the processes that train the student together, each on its own rows; student and teacher are sharded over them.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class Trainer:
         self.micro_batch_size = recipe.micro_batch_size or recipe.batch_size
         self.divergence = Divergence(recipe.divergence, recipe.temperature, recipe.jsd_beta)
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
-        # Without an MTP term the module gets no gradient: it stays as it is, and has no optimiser state.
+        # Without an MTP term the MTP module gets no gradient: it does not change, and has no optimiser state.
         parts = parts_of(student.family, student.config)
-        self.parameters = trained_parameters(student.model, parts, recipe, with_mtp=self.with_mtp)
+        self.parameters = freeze_untrained(student.model, parts, recipe, with_mtp=self.with_mtp)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = build_optimizer(self.parameters, parts, recipe)
         self.average: Average | None = None
@@ -104,9 +104,9 @@ class Trainer:
             student.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimiser step over its rows (`Course`); returns the means of its loss terms and its settings.
+        """Make one optimiser step over its rows (`Course`); return the means of its loss terms and its settings.
 
-        The optimiser does not move in a bad step (`Guard`): it is left out, or StageFailed or BadStep is raised, as
+        A bad step (`Guard`) makes no update: it is left out, or StageFailed or BadStep is raised, as
         `on_bad_step` says.
         """
         recipe = self.recipe
@@ -161,13 +161,16 @@ class Trainer:
         return {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": 1}
 
     def leave_out(self, step: int, problem: str) -> None:
-        """Say that a step is skipped. Raises StageFailed where it must not be, or too many were before it, and BadStep
-        where training goes back."""
+        """Leave out a bad step, with a warning.
+
+        Raises StageFailed where the recipe stops at a bad step or there were too many of them, and BadStep where training
+        goes back.
+        """
         too_many = len(self.guard.rollbacks) == MAX_ROLLBACKS or self.guard.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
         if self.recipe.on_bad_step == "stop" or too_many:
             raise StageFailed(
                 f"training stopped before optimiser step {step}: {problem}. "
-                "The last saved state is intact; lower distil.learning_rate or look at the data of this step."
+                "The last saved state is intact; lower distil.learning_rate or check the data of this step."
             )
         if self.recipe.on_bad_step == "roll_back":
             raise BadStep(problem)
@@ -178,10 +181,10 @@ class Trainer:
     def backward(
         self, batch: Batch, weights: LossWeights, counts: list[torch.Tensor] | None, step_tokens: int
     ) -> tuple[torch.Tensor, LossSums, torch.Tensor]:
-        """Forward and backward of one micro-batch: (loss, sums, load balancing), all detached.
+        """Run forward and backward of one micro-batch; return (loss, sums, load balancing), all detached.
 
         counts: expert assignments of the whole step per block; None where each rank has this one micro-batch.
-        step_tokens: predictions of the whole step that count; padding is routed too, and its routing does not.
+        step_tokens: unmasked predictions of the whole step; padding is routed too, but its routing is not counted.
         """
         signal = None if self.teacher is None else self.teacher.signal(batch)
         predictions, routing = self.forward(batch)
@@ -196,13 +199,13 @@ class Trainer:
             )
         logits, mask = [seen.logits for seen in routing], predictions.main_mask
         if counts is None:
-            counts = self.over_ranks([expert_counts(seen.experts, mask, seen.logits.shape[-1]) for seen in routing])
+            counts = self.sum_over_ranks([expert_counts(seen.experts, mask, seen.logits.shape[-1]) for seen in routing])
         balance = load_balancing_loss(logits, mask, counts, step_tokens, self.student.family.router_scores)
         (loss + self.recipe.load_balancing_coefficient * balance).backward()
         return loss.detach(), sums, balance.detach()
 
     def forward(self, batch: Batch) -> tuple[Predictions, list[Routing]]:
-        """The student's predictions and its routing, per MoE block."""
+        """Return the student's predictions, and its routing per MoE block."""
         model = self.student.model
         with observe_routing(model, self.blocks) as seen, self.mixed_precision():
             hidden = model(batch.tokens, with_mtp=self.with_mtp)
@@ -210,7 +213,7 @@ class Trainer:
 
     @torch.no_grad()
     def global_expert_counts(self, micro_batches: list[Batch]) -> list[torch.Tensor]:
-        """Expert assignments of the whole step, per block, by a forward pass without gradient.
+        """Count the expert assignments of the whole step per block, in a forward pass without gradient.
 
         The load-balancing loss multiplies each micro-batch's probabilities with the counts of ALL of them
         (arXiv 2501.11873), so the counts must be known before the first backward pass. It costs one more student
@@ -222,23 +225,23 @@ class Trainer:
             counts = [expert_counts(seen.experts, predictions.main_mask, seen.logits.shape[-1]) for seen in routing]
             totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
         assert totals is not None
-        return self.over_ranks(totals)
+        return self.sum_over_ranks(totals)
 
-    def over_ranks(self, counts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Expert assignments per block, of all ranks."""
+    def sum_over_ranks(self, counts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Sum expert assignments per block over all ranks."""
         return list(self.ranks.total(torch.stack(counts)).unbind())
 
     def total_sums(self, sums: LossSums) -> LossSums:
-        """The sums over all ranks' predictions. What was measured on one rank was measured on each."""
+        """Sum the loss terms over all ranks' predictions. All ranks measure the same terms."""
         measured = {f.name: getattr(sums, f.name) for f in fields(sums) if getattr(sums, f.name) is not None}
         totals = self.ranks.total(torch.stack(list(measured.values())))
         return replace(sums, **dict(zip(measured, totals.unbind(), strict=True)))
 
     @contextmanager
     def mixed_precision(self) -> Iterator[None]:
-        """bfloat16 matrix products over float32 weights on a GPU; plain float32 on a CPU, where bfloat16 is slower.
+        """Compute matrix products in bfloat16 over float32 weights on a GPU; in float32 on a CPU, where bfloat16 is slower.
 
-        Sharded parameters come as bfloat16 already (`parallel.shard`).
+        Sharded parameters are gathered in bfloat16 already (`parallel/ranks.py: shard`).
         """
         on_gpu = self.device.type == "cuda"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu and self.ranks.mesh is None):
