@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from slimqwen.artifacts import write_text
+from slimqwen.artifacts import rewrite_text
 from slimqwen.study.catalogue import STUDIES
 from slimqwen.study.result import Study
 
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         if not re.search(pattern, text, re.DOTALL):
             sys.exit(f"{readme} has no line <!-- {marker} --> with a line <!-- end --> after it: nothing was written.")
         text = re.sub(pattern, lambda found, made=made: f"{found[1]}\n{made}\n{found[2]}", text, flags=re.DOTALL)
-    write_text(readme, text)
+    rewrite_text(readme, text)
     print(readme)
 
 

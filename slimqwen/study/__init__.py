@@ -1,1 +1,1 @@
-"""The paper's comparisons as commands: the same recipe in several variations, on the same tokens, with several seeds."""
+"""The paper's comparisons as studies: variations of one recipe, trained on the same tokens, with several seeds."""

@@ -1,4 +1,4 @@
-"""The two figures of a study's page as inline SVG: seven pages lie in the repository, and plotly.js is 4.8 MB in each."""
+"""The two figures of a study's page as inline SVG. With plotly.js each page in the repository would take 4.8 MB more."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,11 +12,11 @@ DASHES = ("", "8 4", "2 4")
 ROW, LEGEND_ROW = 42, 20
 
 Interval = tuple[float, float, float]
-"""Mean, and the ends of its confidence interval."""
+"""Mean, and the two ends of its confidence interval."""
 
 
 def intervals(rows: Mapping[str, Interval], axis: str) -> Markup:
-    """A dot with its interval per row, its title above it, and a dashed line at zero."""
+    """Draw a dot with its interval per row, its title above it, and a dashed line at zero."""
     low, high = min(0.0, *(row[1] for row in rows.values())), max(0.0, *(row[2] for row in rows.values()))
     margin = 0.04 * (high - low) or 1.0
     x = _Scale(low - margin, high + margin, LEFT, WIDTH - RIGHT)
@@ -35,7 +35,7 @@ def intervals(rows: Mapping[str, Interval], axis: str) -> Markup:
 
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x_axis: str, y_axis: str) -> Markup:
-    """A line of (x, y) per name, with a legend below. x begins at 0."""
+    """Draw a line of (x, y) points per name, with a legend below. The x axis begins at 0."""
     points = [point for line in lines.values() for point in line]
     height = TOP + 340 + BOTTOM
     x = _Scale(0.0, max(point[0] for point in points), LEFT, WIDTH - RIGHT)
@@ -44,7 +44,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x_axis: str, y_ax
     for tick in y.ticks():
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" class="grid"/>'
-            f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{_in_words(tick)}</text>'
+            f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{_tick_label(tick)}</text>'
         )
     parts.append(
         f'<text transform="translate(14 {height / 2:.0f}) rotate(-90)" text-anchor="middle">{escape(y_axis)}</text>'
@@ -62,7 +62,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x_axis: str, y_ax
 
 
 class _Scale:
-    """A straight line from values to pixels."""
+    """Linear map from values to pixels."""
 
     def __init__(self, low: float, high: float, first_pixel: float, last_pixel: float) -> None:
         self.low, self.high = low, high if high > low else low + 1.0
@@ -73,7 +73,7 @@ class _Scale:
         return self.first_pixel + share * (self.last_pixel - self.first_pixel)
 
     def ticks(self) -> list[float]:
-        """Between four and ten round numbers within the range."""
+        """Return between four and ten round numbers within the range."""
         raw = (self.high - self.low) / 5
         power = 10.0 ** floor(log10(raw))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.8)
@@ -82,21 +82,24 @@ class _Scale:
 
 
 def _vertical_grid(x: _Scale, height: float, axis: str) -> list[str]:
+    """Draw grid lines at the ticks of x, their labels and the axis title."""
     bottom = height - BOTTOM
     parts = [
         f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{bottom}" class="grid"/>'
-        f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{_in_words(tick)}</text>'
+        f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{_tick_label(tick)}</text>'
         for tick in x.ticks()
     ]
     middle = (x.first_pixel + x.last_pixel) / 2
     return [*parts, f'<text x="{middle:.0f}" y="{bottom + 37}" text-anchor="middle">{escape(axis)}</text>']
 
 
-def _in_words(value: float) -> str:
+def _tick_label(value: float) -> str:
+    """Format a tick: `20k` from 10,000 on."""
     return f"{value / 1000:,.0f}k" if abs(value) >= 10_000 else f"{value:g}" if abs(value) > 1e-12 else "0"
 
 
 def _svg(height: float, parts: list[str]) -> Markup:
+    """Join the parts to one SVG element."""
     return Markup(  # titles and axes were escaped above
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" xmlns="http://www.w3.org/2000/svg" class="drawing">{"".join(parts)}</svg>'
     )

@@ -1,4 +1,4 @@
-"""The page of a study: findings first, then our table beside the paper's, the differences and the curves."""
+"""The HTML page of a study: findings, our table beside the paper's, differences to the baseline, training curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,19 +12,19 @@ from slimqwen.study.drawing import Interval, curves, intervals
 from slimqwen.study.result import Arm, Run, Study
 from slimqwen.study.verdict import interval, measured, signed
 
-TEMPLATES = [Path(__file__).parent, Path(reporting.__file__).parent]  # of the latter page.css, which all pages share
+TEMPLATES = [Path(__file__).parent, Path(reporting.__file__).parent]  # the latter has page.css, shared by all pages
 COLUMNS = {
     "loss": ("loss", 3),
     "kl_to_teacher": ("KL to teacher", 3),
     "top1_agreement": ("top-1", 3),
     "mtp_loss": ("MTP loss", 3),
     **{f"acc_{depth}": (f"acc_{depth}", 3) for depth in range(5)},
-    "tokens_per_verification": ("tokens per pass", 2),
+    "tokens_per_verification": ("tokens per forward pass", 2),
 }
 
 
 def write_page(study: Study, out: Path) -> None:
-    """One self-contained HTML file, without scripts."""
+    """Write a study's page, one self-contained HTML file without scripts."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -39,19 +39,19 @@ def write_page(study: Study, out: Path) -> None:
             source["builtin"] or Path(source["path"] or source["megatron"]).name
             for source in study.recipe["data"]["sources"]
         ],
-        charts=[chart for chart in (_differences(study), _curves(study)) if chart is not None],
+        charts=[chart for chart in (_differences_chart(study), _curves_chart(study)) if chart is not None],
     )
     write_text(out, page)
 
 
 def runs_of(study: Study, arm: str, one_shot: bool) -> list[Run]:
-    """An arm's runs by seed; empty where it was not measured at that time."""
+    """Return an arm's runs by seed that were measured before training (`one_shot`) or after it."""
     runs = [run for run in study.runs if run.arm == arm]
     return [run for run in runs if (run.one_shot if one_shot else run.metrics) is not None]
 
 
 def _table(study: Study, one_shot: bool) -> dict[str, object] | None:
-    """Mean and standard deviation over seeds of each arm, the paper's numbers first."""
+    """Tabulate mean and standard deviation over seeds of each arm, the paper's numbers first; None without a measured arm."""
     measured_arms = [arm for arm in study.arms if runs_of(study, arm.name, one_shot)]
     if not measured_arms:
         return None
@@ -59,23 +59,23 @@ def _table(study: Study, one_shot: bool) -> dict[str, object] | None:
         arm.name: [measured(run, one_shot) for run in runs_of(study, arm.name, one_shot)] for arm in measured_arms
     }
     columns = [name for name in COLUMNS if all(name in values for rows in numbers.values() for values in rows)]
-    said = dict.fromkeys(column for arm in measured_arms for column in arm.paper)
-    paper = [column for column in said if ("one-shot" in column) == one_shot]  # its other numbers are of trained models
-    alike = _alike(measured_arms, numbers) if one_shot else {arm.name: [arm] for arm in measured_arms}
+    published = dict.fromkeys(column for arm in measured_arms for column in arm.paper)
+    paper = [column for column in published if ("one-shot" in column) == one_shot]  # the others are of trained models
+    groups = _group_equal(measured_arms, numbers) if one_shot else {arm.name: [arm] for arm in measured_arms}
     rows = []
-    for arm, *others in alike.values():
+    for arm, *others in groups.values():
         cells = [_spread([values[name] for values in numbers[arm.name]], COLUMNS[name][1]) for name in columns]
-        theirs = [f"{arm.paper[column]:.2f}" if column in arm.paper else "" for column in paper]
+        papers_cells = [f"{arm.paper[column]:.2f}" if column in arm.paper else "" for column in paper]
         run = runs_of(study, arm.name, one_shot)[0]
         rows.append(
             {
                 "title": "; ".join([arm.title, *(other.title for other in others)])
                 if len(others) < 2
-                else f"{arm.title} (and {len(others)} that begin alike)",
+                else f"{arm.title} (and {len(others)} with the same start)",
                 "is_baseline": study.baseline in {arm.name, *(other.name for other in others)},
                 "parameters": f"{run.total_parameters:,}",
                 "cells": cells,
-                "paper": theirs,
+                "paper": papers_cells,
             }
         )
     teacher = [f"{study.teacher[name]:.{COLUMNS[name][1]}f}" if name in study.teacher else "" for name in columns]
@@ -88,8 +88,8 @@ def _table(study: Study, one_shot: bool) -> dict[str, object] | None:
     }
 
 
-def _alike(arms: Sequence[Arm], numbers: Mapping[str, object]) -> dict[str, list[Arm]]:
-    """Arms that differ in their training only, together: they have the same numbers before it."""
+def _group_equal(arms: Sequence[Arm], numbers: Mapping[str, object]) -> dict[str, list[Arm]]:
+    """Group arms with equal numbers: those that differ in their training only are equal before it."""
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         groups.setdefault(str(numbers[arm.name]), []).append(arm)
@@ -97,13 +97,13 @@ def _alike(arms: Sequence[Arm], numbers: Mapping[str, object]) -> dict[str, list
 
 
 def _spread(values: list[float], digits: int) -> str:
-    """Mean, and standard deviation where there are several."""
+    """Format the mean, and the standard deviation where there are several values."""
     mean = f"{fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
-def _differences(study: Study) -> dict[str, object] | None:
-    """Each arm against the baseline, paired by seed: the KL to the teacher, after training where there was any."""
+def _differences_chart(study: Study) -> dict[str, object] | None:
+    """Chart each arm's KL to the teacher minus the baseline's, paired by seed, after training where there was any."""
     one_shot = not any(run.metrics for run in study.runs)
     metric = "kl_to_teacher"
     baseline = {run.seed: measured(run, one_shot)[metric] for run in runs_of(study, study.baseline, one_shot)}
@@ -128,8 +128,8 @@ def _differences(study: Study) -> dict[str, object] | None:
     }
 
 
-def _curves(study: Study) -> dict[str, object] | None:
-    """The training loss of each arm, the mean over seeds."""
+def _curves_chart(study: Study) -> dict[str, object] | None:
+    """Chart the training loss of each arm, as the mean over seeds."""
     lines = {}
     for arm in study.arms:
         runs = [run.curve for run in study.runs if run.arm == arm.name and run.curve]
@@ -141,6 +141,6 @@ def _curves(study: Study) -> dict[str, object] | None:
     return {
         "title": "Training loss",
         "rows": [],
-        "caption": "Cross entropy on the training text, means over a few steps and over seeds; every arm reads the same text in the same order.",
+        "caption": "Cross entropy on the training text, means over a few steps and over seeds; every arm is trained on the same text in the same order.",
         "drawing": curves(lines, "training tokens", "training loss, nats per token"),
     }

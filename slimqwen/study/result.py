@@ -1,4 +1,4 @@
-"""results.json of a study: every run with its numbers, and what they say about each finding."""
+"""results.json of a study: every run with its numbers, and the verdict on each finding."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,13 @@ Judgement = Literal["confirmed", "not distinguishable", "contradicted", "not jud
 
 
 class Strict(BaseModel):
+    """Frozen part of results.json, without unknown fields and non-finite numbers."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CurvePoint(Strict):
-    """Means over a few optimiser steps of training, nats per token; `tokens` are those seen by the last of them."""
+    """Means over a few optimiser steps, nats per token; `tokens`: those trained on until the last of these steps."""
 
     tokens: int
     lm: float
@@ -25,7 +27,7 @@ class CurvePoint(Strict):
 
 
 class Run(Strict):
-    """One variation with one seed. `metrics` and `one_shot` have the names of evaluation.json, and acc_0, acc_1, ..
+    """One variation with one seed. The keys of `metrics` and `one_shot` are those of evaluation.json, and acc_0, acc_1, ...
 
     one_shot: the cut model before any training; None where it was reached in several stages.
     metrics: after training; None where the variation is not trained.
@@ -43,7 +45,7 @@ class Run(Strict):
 
 
 class Verdict(Strict):
-    """What the runs say about one statement.
+    """Verdict of the runs on one statement.
 
     gains: one number per seed, positive where the statement holds. interval: of their mean, 95 %, by Student's t; None
     with a single seed.
@@ -61,7 +63,7 @@ class Verdict(Strict):
 
 
 class Arm(Strict):
-    """A variation as the reader is told of it, with the paper's numbers for it."""
+    """Name and title of a variation, with the paper's numbers for it."""
 
     name: str
     title: str
@@ -69,6 +71,8 @@ class Arm(Strict):
 
 
 class Study(Strict):
+    """Content of results.json."""
+
     format: Literal["slimqwen.study/1"] = "slimqwen.study/1"
     name: str
     title: str
@@ -91,7 +95,7 @@ class Study(Strict):
 
     @classmethod
     def load(cls, path: Path) -> "Study":
-        """Raises UserError for a file that is missing or is not the result of a study."""
+        """Read `path`. Raises UserError for a file that is missing or is not the result of a study."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The recipes that studies vary, by the name of their scale."""
+"""The built-in scales: recipes that studies vary."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from slimqwen.runs.pretrain import pretrain
 FOLDER = Path(__file__).parent
 SCALES = {"cpu": FOLDER / "cpu.yaml", "gpu": FOLDER / "gpu.yaml"}
 TEACHERS = {"gpu": FOLDER / "gpu-teacher.yaml"}
-"""Scales whose teacher is pretrained first, by these recipes; it lies where the scale's recipe names its teacher."""
+"""Scales whose teacher is pretrained first, by these recipes, at the path that the scale's recipe names."""
 
 
 def load_scale(scale: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a built-in scale or of a file. Raises UserError where `scale` is neither."""
+    """Load the recipe of a built-in scale or of a file. Raises UserError where `scale` is neither."""
     path = SCALES.get(scale, Path(scale))
     if scale not in SCALES and not path.is_file():
         raise UserError(
@@ -25,7 +25,7 @@ def load_scale(scale: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def pretrain_teacher(scale: str, recipe: Recipe) -> None:
-    """Pretrain the teacher that a built-in scale comes with, where `recipe` asks for it and it is not there yet."""
+    """Pretrain the teacher of a built-in scale, where `recipe` names it and it does not exist yet."""
     if scale in TEACHERS and not Path(recipe.teacher).is_dir():
         teacher = load_recipe(TEACHERS[scale], model=PretrainRecipe)
         if Path(recipe.teacher) == teacher.run_dir / "final":

@@ -30,16 +30,16 @@ from slimqwen.study.variation import Changes, Variation, changed
 from slimqwen.study.verdict import judged
 
 CURVE_POINTS = 40
-DRAFTS = 4  # in a row, whose acceptance a finding may speak of
+DRAFTS = 4  # the most in a row whose acceptance a finding compares
 
 
 def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "slimqwen study") -> Study:
     """Run the study `name` of variations of `recipe`, and write `out`/results.json and `out`/index.html.
 
-    Artefacts lie in the recipe's run_dir, which studies share: what another study or an interrupted one has made is not
-    made again. Seeds are recipe.seed, recipe.seed + 1, ..: of the calibration text, the data order and random weights.
+    Artefacts are in the recipe's run_dir, which studies share: what another study or an interrupted one made is reused.
+    Seeds are recipe.seed, recipe.seed + 1, ..: of the calibration text, the data order and random weights.
 
-    Raises UserError, before anything is written, for an unknown study, a recipe that has no target to vary, and an arm that
+    Raises UserError, before anything is written, for an unknown study, a recipe without a target to vary, and an arm that
     could not be run.
     """
     for page in ("results.json", "index.html"):
@@ -112,21 +112,21 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
 
 
 def definition_of(name: str) -> Definition:
-    """The study called so. Raises UserError where there is none."""
+    """Return the study called `name`. Raises UserError where there is none."""
     if name not in STUDIES:
         raise UserError(f"there is no study '{name}'{did_you_mean(name, STUDIES)}: choose one of {', '.join(STUDIES)}.")
     return STUDIES[name]
 
 
 def check_arm(recipe: Recipe, teacher: Checkpoint) -> None:
-    """Raise UserError for what would otherwise stop the study after hours, or leave it nothing to compare."""
+    """Raise UserError for an arm that would fail after hours, or that cuts nothing."""
     check(recipe, teacher)
     if stages_of(recipe, teacher)[-1].target == shape_of(teacher.family, teacher.config):
         raise UserError("it cuts nothing of the teacher: give the recipe's target the sizes that the study is about.")
 
 
 def _checkpoints(made: Iterable[Made]) -> list[Path]:
-    """What is to be measured, each checkpoint once."""
+    """Return the checkpoints to measure, each once."""
     paths = (path for result in made for path in (result.start, result.trained))
     return list(dict.fromkeys(path for path in paths if path is not None))
 
@@ -139,6 +139,7 @@ def _run(
     sizes: dict[Path, ModelEvaluation],
     numbers: dict[Path, dict[str, float]],
 ) -> Run:
+    """Build the result of an arm with a seed."""
     final = made.trained or made.start
     assert final is not None
     return Run(
@@ -155,14 +156,14 @@ def _run(
 
 
 def _numbers(model: ModelEvaluation) -> dict[str, float]:
-    """The numbers of evaluation.json that were measured, by name; acceptance by depth."""
+    """Return the measured numbers of evaluation.json by name; acceptance by depth."""
     names = ("loss", "bits_per_byte", "kl_to_teacher", "top1_agreement", "mtp_loss", "mtp_kl_to_teacher")
     numbers = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
     return numbers | {f"acc_{depth}": share for depth, share in enumerate(model.mtp_acceptance)}
 
 
 def _curve(logs: list[Path]) -> list[CurvePoint]:
-    """The training loss over all stages, in at most CURVE_POINTS means over consecutive steps."""
+    """Return the training loss over all stages, in at most CURVE_POINTS means over consecutive steps."""
     values = (value_of(line) for log in logs for line in read_lines(log))
     steps = [step for step in values if step is not None and "lm" in step and "tokens" in step]
     size = max(1, -(-len(steps) // CURVE_POINTS))
@@ -177,7 +178,7 @@ def _curve(logs: list[Path]) -> list[CurvePoint]:
 
 
 def _commit() -> str:
-    """The commit of the code that ran, `-dirty` where it was changed since; empty where it is not from a git checkout."""
+    """Return the commit of the running code, with `-dirty` where it was changed since; empty outside a git checkout."""
     own = Path(__file__).parent.parent
 
     def git(*command: str) -> str:

@@ -1,4 +1,4 @@
-"""A variation of a recipe: what an arm of a study changes, and nothing else."""
+"""Variations of a recipe: what an arm of a study changes, and nothing else."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ Changes = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Variation:
-    """One arm. `changes` may depend on the recipe and its teacher (a target that loses as many parameters, say).
+    """Arm of a study. `changes` may depend on the recipe and its teacher (a target with equally many parameters, say).
 
     trains: False measures the cut model only. paper: the paper's numbers for the same comparison, by column.
     """
@@ -29,13 +29,14 @@ class Variation:
     paper: Mapping[str, float] = field(default_factory=dict)
 
     def changes_to(self, recipe: Recipe, teacher: Checkpoint) -> dict[str, Any]:
+        """Return the changes to this recipe."""
         return dict(self.changes(recipe, teacher) if callable(self.changes) else self.changes)
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """`recipe` with other values at dotted keys, validated like one that was read from a file.
+    """Return `recipe` with other values at dotted keys, validated like a recipe read from a file.
 
-    Raises UserError where they do not go together with the rest of it.
+    Raises UserError where they conflict with the rest of it.
     """
     values = recipe.model_dump(mode="json")
     for key, value in changes.items():

@@ -1,4 +1,4 @@
-"""From paired runs to a verdict: no sentence about a finding is written by hand."""
+"""Verdicts from paired runs: every sentence about a finding is computed, none is written by hand."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ Runs = Mapping[str, Run]
 
 @dataclass(frozen=True)
 class Finding:
-    """A statement of the paper (or ours) that runs can bear out.
+    """Statement of the paper (or ours) that runs can confirm or contradict.
 
-    gain: of one seed's runs, which share their text and its order, a number that is positive where the statement holds.
-    quantity: what the number is, in words.
+    gain: computes from one seed's runs, which share their text and its order, a number that is positive where the statement
+        holds.
+    quantity: describes that number.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Finding:
 
 
 def lower(metric: str, better: str, worse: str, *, one_shot: bool = False) -> Callable[[Runs], float]:
-    """The gain of a finding that says: `metric` is lower in the arm `better` than in `worse`."""
+    """Return the gain of the finding that `metric` is lower in the arm `better` than in `worse`."""
 
     def gain(runs: Runs) -> float:
         return measured(runs[worse], one_shot)[metric] - measured(runs[better], one_shot)[metric]
@@ -38,19 +39,19 @@ def lower(metric: str, better: str, worse: str, *, one_shot: bool = False) -> Ca
 
 
 def higher(metric: str, better: str, worse: str, *, one_shot: bool = False) -> Callable[[Runs], float]:
-    """The same of a metric that is higher in the arm `better`."""
+    """Return the gain of the finding that `metric` is higher in the arm `better` than in `worse`."""
     return lower(metric, worse, better, one_shot=one_shot)
 
 
 def measured(run: Run, one_shot: bool) -> dict[str, float]:
-    """A run's numbers before or after training."""
+    """Return a run's numbers before training (`one_shot`) or after it."""
     found = run.one_shot if one_shot else run.metrics
     assert found is not None, f"{run.arm} was not measured {'before' if one_shot else 'after'} training"
     return found
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of the mean of paired differences (Student's t); None of a single one."""
+    """Return the 95 % confidence interval of the mean of paired differences (Student's t); None for a single one."""
     if len(differences) < 2:
         return None
     half = (
@@ -60,12 +61,12 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 def signed(value: float) -> str:
-    """`+0.123`, and `+0.0012` of a smaller one: a number that decides must not read as zero."""
+    """Format as `+0.123`, or `+0.0012` where it is smaller: a number that decides must not read as zero."""
     return f"{value:+.3f}" if abs(value) >= 0.01 or value == 0.0 else f"{value:+.2g}"
 
 
 def judged(finding: Finding, by_seed: Sequence[Runs]) -> Verdict:
-    """The verdict: the interval lies above zero, below it, or on both sides; a single seed has none and is not judged."""
+    """Judge a finding by whether the interval is above zero, below it or around it; a single seed is not judged."""
     gains = [finding.gain(runs) for runs in by_seed]
     bounds, mean = interval(gains), fmean(gains)
     judgement: Judgement = "not distinguishable"

@@ -1,6 +1,6 @@
-"""The studies: which variations of one recipe each compares, and what the paper says of them (method.md's tables).
+"""The studies: the variations of one recipe that each compares, and the paper's numbers for them (docs/method.md).
 
-`rotation` is the one without a table in the paper: it is about what slimqwen does beyond it.
+`rotation` and `width` have no table in the paper: they measure what slimqwen does beyond it.
 """
 
 from slimqwen.study.catalogue.depth import DEPTH

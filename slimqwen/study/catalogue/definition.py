@@ -1,4 +1,4 @@
-"""What a study is made of, and what several of them share."""
+"""The definition of a study, and changes and gains that several studies share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +14,16 @@ from slimqwen.study.verdict import Finding, Runs, measured
 KL, LOSS = "kl_to_teacher", "loss"
 MEAN = "mean of eight benchmarks"
 RATES = {"fast": Fraction(1), "slow": Fraction(1, 4)}
-"""Of the recipe's learning rate. One that heals a model far from the teacher throws away much of a start that is near."""
+"""Shares of the recipe's learning rate. A rate that suits a start far from the teacher destroys much of one near to it."""
 
 
 @dataclass(frozen=True)
 class Definition:
-    """A study: `baseline` is the arm that the page's differences are taken against.
+    """Study: its arms, and the findings that they are to confirm or contradict.
 
-    given: what every arm has that does not say otherwise, whatever the recipe says, so that arms are what they are called.
-    evaluation: what the study measures otherwise than the recipe says.
+    baseline: the arm that the page compares the others with.
+    given: changes to the recipe for every arm that does not override them, so that arms are what their titles say.
+    evaluation: changes to the recipe's evaluation.
     drafts: also decode speculatively, with the trained models' own MTP modules.
     """
 
@@ -37,24 +38,25 @@ class Definition:
     drafts: bool = False
 
     def recipe_of(self, arm: Variation, recipe: Recipe, teacher: Checkpoint) -> tuple[Changes, Recipe]:
-        """What the arm changes of `recipe`, and the recipe that comes of it: one cut, unless the arm has a schedule."""
+        """Return the arm's changes to `recipe`, and the changed recipe: with one cut, unless the arm has a schedule."""
         changes = {"schedule": "one_shot", **self.given, **arm.changes_to(recipe, teacher)}
         return changes, changed(recipe, changes)
 
 
 def cut_along(*sizes: str, **changes: Any) -> Callable[[Recipe, Checkpoint], Changes]:
-    """The recipe's cut along some sizes alone, with half of its tokens: a study has many such runs."""
+    """Return changes that cut only some sizes of the recipe's target, with half of its tokens: a study has many such runs."""
 
-    def made(recipe: Recipe, teacher: Checkpoint) -> Changes:
+    def cut(recipe: Recipe, teacher: Checkpoint) -> Changes:
         assert recipe.target is not None
         wanted = recipe.target.model_dump()
         target = {name: wanted[name] if name in sizes else None for name in wanted}
         return {"target": target, "distil.tokens": recipe.distil.tokens // 2, **changes}
 
-    return made
+    return cut
 
 
 def terms(*names: str) -> Changes:
+    """Return changes to these terms of the loss."""
     return {"distil.terms": list(names)}
 
 
@@ -63,9 +65,9 @@ PAPERS_WIDTH: Changes = {"pruning.width": "norm_activation", "pruning.compensate
 
 
 def at_both_rates(arm: Variation) -> list[Variation]:
-    """`arm` as NAME_fast and NAME_slow: where starts differ, no single learning rate is fair to all of them."""
+    """Return `arm` as NAME_fast and NAME_slow: where starts differ, no single learning rate is fair to all of them."""
 
-    def made(share: Fraction) -> Callable[[Recipe, Checkpoint], Changes]:
+    def at_share(share: Fraction) -> Callable[[Recipe, Checkpoint], Changes]:
         def changes(recipe: Recipe, teacher: Checkpoint) -> Changes:
             rate = recipe.distil.learning_rate
             if rate == "auto":
@@ -76,16 +78,16 @@ def at_both_rates(arm: Variation) -> list[Variation]:
 
     slowly = {"fast": "", "slow": f", {RATES['slow']} of the learning rate"}
     return [
-        replace(arm, name=f"{arm.name}_{rate}", title=f"{arm.title}{slowly[rate]}", changes=made(share))
+        replace(arm, name=f"{arm.name}_{rate}", title=f"{arm.title}{slowly[rate]}", changes=at_share(share))
         for rate, share in RATES.items()
     ]
 
 
 def at_the_better_rate(runs: Runs, arm: str, metric: str) -> float:
-    """What `arm` ends with, of a metric that is better where it is lower."""
+    """Return the final metric of `arm` at the better of its two rates; lower is better."""
     return min(measured(runs[f"{arm}_{rate}"], one_shot=False)[metric] for rate in RATES)
 
 
 def lower_at_the_better_rate(metric: str, better: str, worse: str) -> Callable[[Runs], float]:
-    """The gain of a finding that says: after training, `metric` is lower in `better` than in `worse`, each at its better rate."""
+    """Return the gain of the finding that, after training, `metric` is lower in `better` than in `worse`, each at its better rate."""
     return lambda runs: at_the_better_rate(runs, worse, metric) - at_the_better_rate(runs, better, metric)

@@ -1,4 +1,4 @@
-"""Table 8: which layers go."""
+"""Table 8: which layers to remove."""
 
 from slimqwen.study.catalogue.definition import KL, Definition, cut_along
 from slimqwen.study.variation import Variation
@@ -17,7 +17,7 @@ def _depth(criterion: str, title: str, mmlu_one_shot: float | None = None, mmlu:
 
 DEPTH = Definition(
     "depth",
-    "Which layers should go?",
+    "Which layers should be removed?",
     "Table 8",
     "last",
     [
@@ -28,7 +28,7 @@ DEPTH = Definition(
     [
         Finding(
             f"last_beats_{other}_{when}",
-            f"Dropping the last layers beats {other.replace('_', ' ')}, {words}",
+            f"Removing the last layers beats {other.replace('_', ' ')}, {words}",
             "KL to the teacher saved, nats per token",
             lower(KL, "last", other, one_shot=when == "one_shot"),
         )

@@ -1,4 +1,4 @@
-"""Table 2: which experts stay, and what becomes of the others."""
+"""Table 2: which experts to keep, and whether to merge the others into them."""
 
 from collections.abc import Callable
 from statistics import fmean, pstdev
@@ -60,42 +60,43 @@ REFITTED = Variation(
 )
 
 
-def _gone(papers: float, ours: float) -> float:
-    """Share of a KL that refitting takes away, beyond 40 %."""
+def _share_removed(papers: float, ours: float) -> float:
+    """Return the share of a KL that refitting removes, beyond 40 %."""
     return 1.0 - ours / papers - 0.4
 
 
 def _cut(runs: Runs, arm: Variation) -> float:
-    """The KL before training."""
+    """Return the KL before training."""
     return measured(runs[f"{arm.name}_fast"], one_shot=True)[KL]
 
 
 def _trained(runs: Runs, arm: Variation) -> float:
-    """The KL after training, at the better rate."""
+    """Return the KL after training, at the better rate."""
     return at_the_better_rate(runs, arm.name, KL)
 
 
 def _best(kl: Callable[[Runs, Variation], float], runs: Runs) -> float:
+    """Return the lowest KL of the nine methods."""
     return min(kl(runs, row) for row in NINE_ROWS)
 
 
 def _spread(kl: Callable[[Runs, Variation], float], runs: Runs) -> float:
-    """Of the nine ways, as a share of their mean: the KL of all of them falls in training."""
+    """Return the standard deviation of the nine methods' KL as a share of its mean, since training lowers all of them."""
     values = [kl(runs, row) for row in NINE_ROWS]
     return pstdev(values) / fmean(values)
 
 
 EXPERTS = Definition(
     "experts",
-    "Which experts should stay, and should the others be merged?",
+    "Which experts should be kept, and should the others be merged into them?",
     "Table 2",
     "partial_reap_expert_output_fast",
     [arm for way in (*NINE_ROWS, REFITTED) for arm in at_both_rates(way)],
     [
         Finding(
             "converges",
-            f"The nine ways differ less after training than before it ({BETTER})",
-            "fall of the standard deviation of the KL over the nine ways, as a share of its mean",
+            f"The nine methods differ less after training than before it ({BETTER})",
+            "fall of the standard deviation of the KL over the nine methods, as a share of its mean",
             lambda runs: _spread(_cut, runs) - _spread(_trained, runs),
         ),
         *(
@@ -131,25 +132,25 @@ EXPERTS = Definition(
         ),
         Finding(
             "refit_takes_40_percent_off_one_shot",
-            "Refitting the experts leaves less than 60 % of the KL of the best of the nine ways, before training",
-            "share of that KL gone, beyond 40 %",
-            lambda runs: _gone(_best(_cut, runs), _cut(runs, REFITTED)),
+            "Refitting the experts leaves less than 60 % of the KL of the best of the nine methods, before training",
+            "share of that KL removed, beyond 40 %",
+            lambda runs: _share_removed(_best(_cut, runs), _cut(runs, REFITTED)),
         ),
         Finding(
             "refit_takes_40_percent_off_trained",
-            f"Refitting the experts leaves less than 60 % of the KL of the best of the nine ways, after training ({BETTER})",
-            "share of that KL gone, beyond 40 %",
-            lambda runs: _gone(_best(_trained, runs), _trained(runs, REFITTED)),
+            f"Refitting the experts leaves less than 60 % of the KL of the best of the nine methods, after training ({BETTER})",
+            "share of that KL removed, beyond 40 %",
+            lambda runs: _share_removed(_best(_trained, runs), _trained(runs, REFITTED)),
         ),
         Finding(
             "refit_stays_ahead",
-            f"Refitted experts are still ahead of the best of the nine ways after training ({BETTER})",
+            f"Refitted experts are still better than the best of the nine methods after training ({BETTER})",
             KL_SAVED,
             lambda runs: _best(_trained, runs) - _trained(runs, REFITTED),
         ),
         Finding(
             "slower_is_better",
-            "From refitted experts a quarter of the learning rate ends nearer to the teacher",
+            "With refitted experts, a quarter of the learning rate ends closer to the teacher",
             KL_SAVED,
             lower(KL, "prune_soft_logits_refit_slow", "prune_soft_logits_refit_fast"),
         ),

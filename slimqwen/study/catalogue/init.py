@@ -1,4 +1,4 @@
-"""Table 1 and Figure 2: where to start from, and what to learn from."""
+"""Table 1 and Figure 2: a pruned or a random start, distillation or language modelling."""
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.recipe import Recipe
@@ -47,13 +47,13 @@ INIT = Definition(
         ),
         Finding(
             "fewer_tokens",
-            "The pruned start needs less than half of the tokens to be where the random one ends",
+            "The pruned start needs less than half of the tokens to reach the loss at which the random one ends",
             "share of the tokens below one half",
             lambda runs: 0.5 - tokens_to_reach(runs["pruned_kd"], final_training_loss(runs["random_kd"])),
         ),
         Finding(
             "longer_random_is_behind",
-            f"A random start with {LONGER} times the tokens is still behind the pruned one, both with distillation",
+            f"A random start with {LONGER} times the tokens is still worse than the pruned one, both with distillation",
             "held-out loss saved, nats per token",
             lower(LOSS, "pruned_kd", "random_kd_longer"),
         ),
@@ -63,9 +63,10 @@ INIT = Definition(
 
 
 def tokens_to_reach(run: Run, loss: float) -> float:
-    """Share of the run's tokens after which its training loss (means over a few steps) is first at most `loss`; 1 if never."""
+    """Return the share of its tokens after which a run's training loss (means over a few steps) is at most `loss`; 1 if never."""
     return next((point.tokens / run.curve[-1].tokens for point in run.curve if point.lm <= loss), 1.0)
 
 
 def final_training_loss(run: Run) -> float:
+    """Return the mean loss of a run's last steps."""
     return run.curve[-1].lm

@@ -11,7 +11,7 @@ def _lambda(start: float, end: float) -> Changes:
 
 LOSSES = Definition(
     "losses",
-    "Which terms should the loss have, and should lambda move?",
+    "Which terms should the loss have, and should lambda change during training?",
     "Table 3",
     "all",
     [

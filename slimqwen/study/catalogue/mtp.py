@@ -9,7 +9,7 @@ _ACCEPTANCE = ("acc_0", "acc_1", "acc_2", "acc_3", "acc_4")
 
 
 def _more_prompts(recipe: Recipe) -> Changes:
-    """Four times the recipe's: acceptance is what this study is about, and it is noisy."""
+    """Return four times the recipe's number: this study compares acceptance, which is noisy."""
     return {"evaluation.acceptance_prompts": 4 * recipe.evaluation.acceptance_prompts}
 
 
@@ -41,7 +41,7 @@ MTP = Definition(
         *(
             Finding(
                 f"kd_drafts_better_{depth}",
-                f"Distilled, the module's first {depth + 1} drafts are accepted more often than trained on text",
+                f"The first {depth + 1} drafts of a distilled module are accepted more often than those of one trained on text",
                 "share of positions gained",
                 higher(f"acc_{depth}", "mtp_kd", "mtp_lm"),
             )
@@ -49,8 +49,8 @@ MTP = Definition(
         ),
         Finding(
             "kd_saves_passes",
-            "Distilled, the module makes real speculative decoding need fewer passes of the backbone",
-            "tokens gained per pass",
+            "With a distilled module, speculative decoding needs fewer forward passes of the backbone",
+            "tokens gained per forward pass",
             higher("tokens_per_verification", "mtp_kd", "mtp_lm"),
         ),
         Finding(

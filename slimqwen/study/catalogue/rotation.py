@@ -1,4 +1,4 @@
-"""Beyond the paper: what compensation, rotation and repair save of a cut of the width, by its depth and the tokens after it."""
+"""Beyond the paper: compensation, rotation and repair at several cuts of the width and training budgets."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -25,13 +25,13 @@ WAYS: dict[str, tuple[str, Changes]] = {
     "repaired": ("rotation + compensation + repair", {**ROTATED, "pruning.compensate": True, "pruning.repair": True}),
 }
 CUTS = {"12": Fraction(1, 8), "25": Fraction(1, 4), "37": Fraction(3, 8)}
-"""Shares of the channels that go. After the middle one the model is trained."""
+"""Shares of the channels that are cut. The model is trained after the cut of the middle one."""
 BUDGETS = {"eighth": Fraction(1, 8), "quarter": Fraction(1, 4), "half": Fraction(1, 2)}
 """Shares of the recipe's tokens."""
 
 
 def _narrowed(cut: Fraction, way: Changes, budget: Fraction = Fraction(1)) -> Callable[[Recipe, Checkpoint], Changes]:
-    def made(recipe: Recipe, teacher: Checkpoint) -> Changes:
+    def narrow(recipe: Recipe, teacher: Checkpoint) -> Changes:
         assert recipe.target is not None
         target = dict.fromkeys(recipe.target.model_dump())
         target["hidden_size"] = int(teacher.config["hidden_size"] * (1 - cut))
@@ -41,7 +41,7 @@ def _narrowed(cut: Fraction, way: Changes, budget: Fraction = Fraction(1)) -> Ca
             **way,
         }
 
-    return made
+    return narrow
 
 
 def _one_shot(cut: str) -> list[Variation]:
@@ -62,16 +62,16 @@ def _trained(way: str, budget: str) -> list[Variation]:
     )
 
 
-def _gone(runs: Runs, cut: str) -> float:
-    """Share of the KL of the paper's cut that the three together take away, before training."""
+def _share_removed(runs: Runs, cut: str) -> float:
+    """Return the share of the KL of the paper's cut that the three together remove, before training."""
     ours, papers = (measured(runs[f"{way}_{cut}"], one_shot=True)[KL] for way in ("repaired", "paper"))
     return 1.0 - ours / papers
 
 
 ROTATION = Definition(
     "rotation",
-    "What do compensation, rotation and repair save of a cut of the width, and what is left of it after training?",
-    "none of the paper; ours",
+    "How much better is a cut of the width with compensation, rotation and repair, before and after training?",
+    "no table of the paper; ours",
     "paper_half_fast",
     [
         *(arm for cut in CUTS for arm in _one_shot(cut)),
@@ -95,16 +95,16 @@ ROTATION = Definition(
         *(
             Finding(
                 f"takes_80_percent_off_{cut}",
-                f"The three together take more than 80 % off the KL of the paper's cut at -{float(share):.1%}, before training",
-                "share of that KL gone, beyond 80 %",
-                lambda runs, cut=cut: _gone(runs, cut) - 0.8,  # type: ignore[misc]
+                f"The three together remove more than 80 % of the KL of the paper's cut at -{float(share):.1%}, before training",
+                "share of that KL removed, beyond 80 %",
+                lambda runs, cut=cut: _share_removed(runs, cut) - 0.8,  # type: ignore[misc]
             )
             for cut, share in CUTS.items()
         ),
         *(
             Finding(
                 f"stays_ahead_{metric}_{budget}",
-                f"After training on {share} of the tokens the three together are still ahead of the paper's cut, each at the better "
+                f"After training on {share} of the tokens the three together are still better than the paper's cut, each at the better "
                 f"of two learning rates, by {words}",
                 f"{words} saved, nats per token",
                 lower_at_the_better_rate(metric, f"repaired_{budget}", f"paper_{budget}"),

@@ -1,4 +1,4 @@
-"""Tables 5 and 9: one cut or several."""
+"""Tables 5 and 9: one cut or several stages."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,9 @@ from slimqwen.study.verdict import Finding, lower
 
 
 def _three_stages(first: str) -> Callable[[Recipe, Checkpoint], Changes]:
-    """5, 5 and 90 % of the tokens: half of the first cut, the rest of it, then everything else."""
+    """Return changes to three stages of 5, 5 and 90 % of the tokens: half of the first cut, the rest of it, all other cuts."""
 
-    def made(recipe: Recipe, teacher: Checkpoint) -> Changes:
+    def in_three(recipe: Recipe, teacher: Checkpoint) -> Changes:
         assert recipe.target is not None
         source = shape_of(teacher.family, teacher.config)
         final = completed(teacher.family, recipe.target, teacher.config)
@@ -30,7 +30,7 @@ def _three_stages(first: str) -> Callable[[Recipe, Checkpoint], Changes]:
         ]
         return {"target": None, "stages": stages}
 
-    return made
+    return in_three
 
 
 DEPTH_FIRST: Changes = {"schedule": "depth_first"}
@@ -45,7 +45,7 @@ def _two_stages(schedule: str, score: float, **changes: Any) -> Variation:
 
 SCHEDULES = Definition(
     "schedules",
-    "Should a model be cut at once or in stages, and what first?",
+    "Should a model be cut at once or in stages, and along which axis first?",
     "Tables 5 and 9",
     "one_shot",
     [

@@ -1,4 +1,4 @@
-"""What the paper asks of no table: which channels stay, and how much each axis hurts."""
+"""Without a table in the paper: which channels to keep, and how much cutting each axis costs."""
 
 from collections.abc import Callable
 
@@ -12,33 +12,33 @@ from slimqwen.study.verdict import Finding, Runs, lower, measured
 
 
 def _equal_loss(size: str) -> Callable[[Recipe, Checkpoint], Changes]:
-    """A cut along one size alone that leaves as many parameters as the recipe's cut of the hidden size, or nearly."""
+    """Return changes that cut one size alone, to about as many parameters as the recipe's cut of the hidden size leaves."""
 
-    def made(recipe: Recipe, teacher: Checkpoint) -> Changes:
+    def cut(recipe: Recipe, teacher: Checkpoint) -> Changes:
         family, config = teacher.family, teacher.config
         assert recipe.target is not None
 
-        def left(**target: int | None) -> int:
+        def parameters(**target: int | None) -> int:
             shape = completed(family, Target(**target), config)
             return count(family, target_config(family, config, shape)).total_parameters
 
-        wanted = left(hidden_size=recipe.target.hidden_size)
+        wanted = parameters(hidden_size=recipe.target.hidden_size)
         smallest = config["num_experts_per_tok"] if size == "num_experts" else 1
-        best = min(range(smallest, config[size] + 1), key=lambda value: abs(left(**{size: value}) - wanted))
+        best = min(range(smallest, config[size] + 1), key=lambda value: abs(parameters(**{size: value}) - wanted))
         target = {name: best if name == size else None for name in recipe.target.model_dump()}
         return {"target": target, "distil.tokens": recipe.distil.tokens // 2}
 
-    return made
+    return cut
 
 
-def _left(runs: Runs, arm: str, one_shot: bool) -> float:
-    """An arm's KL as a share of that of the paper's cut."""
+def _share_left(runs: Runs, arm: str, one_shot: bool) -> float:
+    """Return an arm's KL as a share of that of the paper's cut."""
     return measured(runs[arm], one_shot)[KL] / measured(runs["norm_activation"], one_shot)[KL]
 
 
 WIDTH = Definition(
     "width",
-    "Which channels of the residual stream should stay, and how much does each axis hurt?",
+    "Which channels of the residual stream should be kept, and how much does cutting each axis cost?",
     "no table of the paper; section 3 of its method",
     "norm_activation",
     [
@@ -62,8 +62,8 @@ WIDTH = Definition(
                 "hidden_size", **{"pruning.width": "rotation", "pruning.compensate": True, "pruning.repair": True}
             ),
         ),
-        Variation("layers_alone", "layers instead, as many parameters", _equal_loss("num_hidden_layers")),
-        Variation("experts_alone", "experts instead, as many parameters", _equal_loss("num_experts")),
+        Variation("layers_alone", "layers instead, equally many parameters", _equal_loss("num_hidden_layers")),
+        Variation("experts_alone", "experts instead, equally many parameters", _equal_loss("num_experts")),
     ],
     [
         Finding(
@@ -80,31 +80,31 @@ WIDTH = Definition(
         ),
         Finding(
             "rotation_takes_80_percent_off",
-            "Rotation, compensation and repair take more than 80 % off the KL of the paper's cut, before training",
-            "share of that KL gone, beyond 80 %",
-            lambda runs: 0.2 - _left(runs, "rotation_repaired", one_shot=True),
+            "Rotation, compensation and repair remove more than 80 % of the KL of the paper's cut, before training",
+            "share of that KL removed, beyond 80 %",
+            lambda runs: 0.2 - _share_left(runs, "rotation_repaired", one_shot=True),
         ),
         Finding(
             "rotation_stays_ahead",
-            "After the same short training, rotation, compensation and repair are still ahead of the paper's cut",
+            "After the same short training, rotation, compensation and repair are still better than the paper's cut",
             "KL to the teacher saved, nats per token",
             lower(KL, "rotation_repaired", "norm_activation"),
         ),
         Finding(
             "width_hurts_more_than_depth",
-            "Before training, cutting the width hurts more than cutting layers",
+            "Before training, cutting the width costs more than cutting layers",
             "KL to the teacher saved, nats per token",
             lower(KL, "layers_alone", "norm_activation", one_shot=True),
         ),
         Finding(
             "width_hurts_more_than_experts",
-            "Before training, cutting the width hurts more than cutting experts",
+            "Before training, cutting the width costs more than cutting experts",
             "KL to the teacher saved, nats per token",
             lower(KL, "experts_alone", "norm_activation", one_shot=True),
         ),
         Finding(
             "width_hurts_more_than_experts_trained",
-            "After training, cutting the width hurts more than cutting experts",
+            "After training, cutting the width costs more than cutting experts",
             "KL to the teacher saved, nats per token",
             lower(KL, "experts_alone", "norm_activation"),
         ),
