@@ -1,1 +1,1 @@
-"""Searching a shape by what the cut model says: KL to the teacher, axis by axis, then of whole shapes (docs/search.md)."""
+"""The search for a shape by measured damage: KL to the teacher of cuts along one axis, then of whole shapes (docs/search.md)."""

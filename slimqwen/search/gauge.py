@@ -1,4 +1,4 @@
-"""The KL to the teacher of what a target leaves: cut, repaired where the recipe says so, measured, and thrown away."""
+"""The KL to the teacher of a model cut to a target: cut, refitted where the recipe sets it, measured and deleted."""
 
 import math
 import time
@@ -26,9 +26,9 @@ SCRATCH = ".cut"  # the checkpoint that is being measured
 
 
 class Gauge:
-    """Measures targets of one teacher. What was measured stays in `recipe.run_dir`, by its content; checkpoints do not.
+    """Measurement of targets of one teacher. Results are kept in `recipe.run_dir`, by content; checkpoints are deleted.
 
-    One cut checkpoint is on disk at a time, and one model in memory; of the teacher its final hidden states on the
+    One cut checkpoint is on disk at a time, and one model in memory; of the teacher, its final hidden states on the
     measured text and its lm_head, as in `evaluate`.
     """
 
@@ -39,7 +39,7 @@ class Gauge:
         self._scratch = self._workshop.folder / SCRATCH
         claim_folder(
             self._scratch, None
-        )  # before any work: is it ours, and did a killed search leave a checkpoint there
+        )  # before any work: check that it is ours, and remove what a killed search left there
         discard(self._scratch)
         self._source = Checkpoint(checkpoint_folder(recipe.teacher))
         self._statistics = statistics or self._workshop.statistics(recipe, self._source.folder, tokens)
@@ -50,11 +50,11 @@ class Gauge:
         self._started = time.monotonic()
 
     def expect(self, targets: int) -> None:
-        """So many more targets are going to be asked for."""
+        """Set how many targets are still to come, for the progress."""
         self._expected = self._done + targets
 
     def kl(self, target: Target) -> float:
-        """KL(teacher || cut model) on the held-out text, nats per token. Raises StageFailed where it is not finite."""
+        """Return KL(teacher || cut model) on held-out text, nats per token. Raises StageFailed where it is not finite."""
         full = completed(self._source.family, target, self._source.config)
         if full == shape_of(self._source.family, self._source.config):
             return 0.0
@@ -129,5 +129,5 @@ class Gauge:
 
 
 def in_words(target: Target) -> str:
-    """`hidden_size 96, num_experts 16`"""
+    """Describe a target, as `hidden_size 96, num_experts 16`."""
     return ", ".join(f"{field} {size}" for field, size in target.model_dump(exclude_none=True).items())

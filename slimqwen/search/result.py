@@ -1,4 +1,4 @@
-"""search.json: what was measured, what it predicts, and the shapes in their order. Tables of it as text."""
+"""search.json: measurements, predictions and the ranked shapes; and its tables as text."""
 
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ FOOTNOTE = (
 
 
 class Sensitivity(BaseModel):
-    """One axis cut alone: what is lost (`kl`, over that of the base, nats per token) and what is saved (parameters)."""
+    """Cut of one axis alone: its cost (`kl` beyond that of the base, nats per token) and the parameters that it saves."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -31,7 +31,7 @@ class Sensitivity(BaseModel):
 
 
 class Shape(BaseModel):
-    """A shape that meets the budgets. `arithmetic_place`: its number in the ranking by arithmetic, from 1."""
+    """Shape that meets the budgets. `arithmetic_place`: its place in the ranking by arithmetic, from 1."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,7 +42,7 @@ class Shape(BaseModel):
 
 
 class SearchResult(BaseModel):
-    """search.json. `base` is what all shapes share that is not searched, `base_kl` what that alone costs."""
+    """Content of search.json. base: the sizes that are not searched, the same in all shapes. base_kl: the KL of that cut alone."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,11 +60,12 @@ class SearchResult(BaseModel):
     pairs: int
 
     def save(self, path: Path) -> None:
+        """Write search.json."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def tables(result: SearchResult) -> str:
-    """The sensitivities and the shapes, best first, as text."""
+    """Format the sensitivities and the shapes, best first, as text."""
     footnote = FOOTNOTE.format(tokens=result.measured_tokens, feasible=result.feasible)
     agreement = f"Prediction and measurement put {result.agreeing_pairs} of the {result.pairs} pairs of measured shapes in the same order."
     agreement += why_refused([shape.candidate for shape in result.shapes])
@@ -72,6 +73,7 @@ def tables(result: SearchResult) -> str:
 
 
 def _sensitivities(result: SearchResult) -> DataTable:
+    """Tabulate the cuts of one axis."""
     table = DataTable(
         "axis alone", "size", "KL", "total saved", "KL per million", "active saved", "KL per million", left=0
     )
@@ -89,10 +91,12 @@ def _sensitivities(result: SearchResult) -> DataTable:
 
 
 def _saved(kl: float, parameters: int) -> tuple[str, str]:
+    """Format the parameters that a cut saves, and its KL per million of them."""
     return (in_parameters(parameters), f"{kl / parameters * 1e6:.2g}") if parameters else ("-", "-")
 
 
 def _shapes(result: SearchResult) -> DataTable:
+    """Tabulate the shapes, in their order."""
     refused = refused_by([shape.candidate for shape in result.shapes])
     table = DataTable(
         "",

@@ -1,4 +1,4 @@
-"""The search behind `slimqwen plan --fit ... --tokens DIR`: shapes ranked by the KL that cutting to them causes."""
+"""The search of `slimqwen plan --fit ... --tokens DIR`: shapes ranked by the KL to the teacher after the cut."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,20 +38,20 @@ def search(
     Where shapes of whole blocks of layers meet the budgets, only these are searched; `fit` lists them first, too.
 
     1. Each axis is cut alone, at up to `sizes_per_axis` of the sizes that it has among the shapes.
-    2. For each shape the damages of its axes are added up.
-    3. The `shapes` best by that sum, and the best by arithmetic (`fit`), are cut and measured as they are.
+    2. For each shape the KL of its axes is added up: the prediction.
+    3. The `shapes` with the lowest prediction, and the best by arithmetic (`fit`), are cut and measured.
 
-    What is measured is kept in `recipe.run_dir` by its content: interrupted, the same call continues, and another search
-    finds what it has in common with this one.
+    Measurements are kept in `recipe.run_dir` by content: after an interruption the same call continues, and another search
+    reuses those that it has in common with this one.
 
     Args:
         recipe: the teacher, `pruning` (criteria, repair), `calibration`, `evaluation.tokens`, seed, device and dtype.
-            What else it says has no part in this.
-        budgets: as `fit` takes them.
+            Its other sections are not used.
+        budgets: in the form of `fit`.
         tokens: folder written by `tokenize`; calibration reads its training text, measurement its held-out text.
-        statistics: of the teacher, from `calibrate`. None: they are made here.
+        statistics: of the teacher, from `calibrate`; None makes them here.
 
-    Raises UserError for what does not fit together and where no shape meets the budgets, before anything is measured.
+    Raises UserError, before anything is measured, for arguments that conflict and where no shape meets the budgets.
     """
     with alone_in(recipe.run_dir):
         return _search(recipe, budgets, tokens, statistics, align, sizes_per_axis, shapes, command)
@@ -67,6 +67,7 @@ def _search(
     shapes: int,
     command: str,
 ) -> SearchResult:
+    """Search with the lock on `recipe.run_dir` held."""
     check_file_replaceable(recipe.run_dir / RESULT)
     source = Checkpoint(checkpoint_folder(recipe.teacher))
     check_apart("--work", recipe.run_dir, {"the teacher": [source.folder], "the tokens": [tokens]})
@@ -131,7 +132,7 @@ def _search(
 
 
 def _curves(found: Feasible, sensitivities: Sequence[Sensitivity]) -> dict[str, Curve]:
-    """The curve of each axis that was cut alone."""
+    """Return the curve of each axis that was cut alone."""
     measured: dict[str, dict[int, float]] = {}
     for cut in sensitivities:
         measured.setdefault(cut.field, {})[cut.size] = cut.kl

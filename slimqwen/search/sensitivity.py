@@ -1,4 +1,4 @@
-"""What each axis costs when it is cut alone, and what that predicts for shapes that are cut along several."""
+"""The cost of cutting one axis alone, and the prediction from it for shapes that are cut along several."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,32 +19,34 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Curve:
-    """Damage of cutting one axis to a size: `damages` at `sizes`, which rise to the source's own size with damage 0."""
+    """Damage by the size that one axis is cut to: `damages` at rising `sizes`, the last being the source's, with damage 0."""
 
     sizes: list[int]
     damages: list[float]
 
     @classmethod
     def through(cls, source: int, measured: Mapping[int, float]) -> "Curve":
-        """The curve through what was measured, size -> damage; at the size `source` nothing is cut."""
+        """Return the curve through measurements, size -> damage; at the size `source` nothing is cut."""
         points = sorted({**measured, source: 0.0}.items())
         return cls([size for size, _ in points], [damage for _, damage in points])
 
     def at(self, sizes: Array) -> Array:
-        """Damages at `sizes` [n], float64 [n]. Between two measured sizes its square root is a straight line.
+        """Interpolate damages at `sizes` [n], float64 [n]: the square root is linear between two measured sizes.
 
-        The KL of a small cut grows with the square of what is cut. From one measured size to one less cut the root was right
-        within 40 % for experts, neurons and top-k, where a straight line was up to 4 times too high (docs/search.md).
+        The KL of a small cut grows with the square of what is cut. From a measured size towards the source's, this was right
+        within 40 % for experts, neurons and top-k, where linear interpolation was up to 4 times too high (docs/search.md).
 
         Curve([4, 8, 16], [4.0, 1.0, 0.0]).at([6, 12]) is [2.25, 0.25].
         """
-        roots = np.sqrt(np.maximum(self.damages, 0.0))  # a damage over the base's may come out a little below 0
+        roots = np.sqrt(
+            np.maximum(self.damages, 0.0)
+        )  # measured relative to the base, a damage can be slightly below 0
         damages: Array = np.interp(sizes, self.sizes, roots) ** 2
         return damages
 
 
 def predicted(shapes: Array, curves: Mapping[str, Curve], base: float) -> Array:
-    """KL predicted for shapes [n, SEARCHED], [n]: `base` and the damage of each axis, as if each were cut alone."""
+    """Predict the KL of shapes [n, SEARCHED], [n]: `base` plus the damage of each axis, as if it were cut alone."""
     total = np.full(len(shapes), base)
     for column, field in enumerate(SEARCHED):
         if field in curves:
@@ -53,7 +55,7 @@ def predicted(shapes: Array, curves: Mapping[str, Curve], base: float) -> Array:
 
 
 def spread(sizes: list[int], number: int) -> list[int]:
-    """`number` of the rising `sizes`, evenly spaced, the first and the last among them; all where there are no more.
+    """Return `number` of the rising `sizes`, evenly spaced, with the first and the last; all where there are no more.
 
     spread([1, 2, 3, 4, 5, 6, 7], 3) is [1, 4, 7].
     """
@@ -63,15 +65,15 @@ def spread(sizes: list[int], number: int) -> list[int]:
 
 
 def agreeing_pairs(left: list[float], right: list[float]) -> tuple[int, int]:
-    """How many pairs both lists order alike, and how many pairs there are."""
+    """Return how many pairs both lists put in the same order, and how many pairs there are."""
     pairs = list(combinations(zip(left, right, strict=True), 2))
     return sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in pairs), len(pairs)
 
 
 class Axes:
-    """The cuts of one axis alone that say most about the feasible shapes.
+    """Cuts of one axis alone, at sizes of the feasible shapes.
 
-    `base` is what every shape has in common that is not searched: pinned heads, say. A cut alone is a cut of the base.
+    base: the sizes that are not searched, the same in every shape (pinned heads, say). A cut alone is a cut of the base.
     """
 
     def __init__(self, found: Feasible) -> None:
@@ -81,16 +83,16 @@ class Axes:
         self.base_counts = self._counts(self.base)
 
     def alone(self, field: str, size: int) -> Target:
-        """The target that cuts `field` and nothing else, but the top-k where fewer experts are left than it."""
+        """Return the target that cuts `field` alone, and the top-k only where fewer experts than that remain."""
         target = self.base.model_copy(update={field: size})
         if field == "num_experts" and size < self._found.config["num_experts_per_tok"]:
             target = target.model_copy(update={"num_experts_per_tok": size})
         return target
 
     def cuts(self, sizes_per_axis: int) -> list[tuple[str, int, Counts]]:
-        """Axis, size and what is left, for up to `sizes_per_axis` sizes of every axis that a feasible shape cuts.
+        """Return (axis, size, counts left) for up to `sizes_per_axis` sizes of every axis that a feasible shape cuts.
 
-        The sizes are among the shapes' own, the smallest and the largest included.
+        The sizes occur among the shapes, and include the smallest and the largest.
         """
         chosen = []
         for column, field in enumerate(SEARCHED):
@@ -104,13 +106,14 @@ class Axes:
         return chosen
 
     def _counts(self, target: Target) -> Counts:
+        """Count the parameters of the source cut to `target`."""
         found = self._found
         return count(
             found.family, target_config(found.family, found.config, completed(found.family, target, found.config))
         )
 
     def _counts_if_allowed(self, target: Target) -> Counts | None:
-        """None where the family refuses the size beside the source's others."""
+        """Count as `_counts`; None where the family does not allow the size with the source's others."""
         try:
             return self._counts(target)
         except UserError:
