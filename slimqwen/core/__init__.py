@@ -1,1 +1,1 @@
-"""What every room needs and knows nothing of models: errors, the terminal, progress, warnings, memory, units."""
+"""Foundations that every room uses, independent of models: errors, terminal output, progress, warnings, memory, units."""

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them: "5GB", "12.3 GB"."""
+"""Sizes in bytes, parsed from and formatted as text: "5GB", "12.3 GB"."""
 
 import re
 
@@ -10,7 +10,7 @@ BINARY_UNITS = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def bytes_of(text: str) -> int:
-    """The number of bytes that `text` says: "5GB" (decimal, as disks are sold), "512 MiB". Raises UserError."""
+    """Parse a size in bytes: "5GB" (decimal, as disks are sold), "512 MiB". Raises UserError."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     unit = (UNITS | BINARY_UNITS | {"": 1}).get(match[2].upper()) if match else None
     size = round(float(match[1]) * unit) if match and unit else 0
@@ -20,7 +20,7 @@ def bytes_of(text: str) -> int:
 
 
 def bytes_in_words(size: float, total: float | None = None) -> str:
-    """ "850 B", "12.3 MB"; with a total both in its unit: "12.3/160.0 GB"."""
+    """Format a size as "850 B" or "12.3 MB"; with a total both in its unit: "12.3/160.0 GB"."""
     unit = next((unit for unit, one in UNITS.items() if (size if total is None else total) < 1000 * one), "TB")
     numbers = [f"{number / UNITS[unit]:.{0 if unit == 'B' else 1}f}" for number in (size, total) if number is not None]
     return f"{'/'.join(numbers)} {unit.replace('K', 'k')}"

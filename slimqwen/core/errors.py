@@ -1,9 +1,9 @@
-"""The one exception a user is meant to see.
+"""The exceptions that a user is meant to see.
 
 Everything a user can get wrong (a path, a recipe key, a corrupt file, a full disk) is raised as
-`UserError` with one sentence that says what is wrong, where, and what to do. The command line prints
-the sentence and exits; it never prints a traceback for it. Our own invariants are `assert`s, and what escapes
-them is told as a fault of slimqwen (`slimqwen.cli.border`).
+`UserError` with one sentence: what is wrong, where, and what to do. The command line prints
+the sentence, without a traceback, and exits. Our own invariants are `assert`s; any other exception is
+reported as a bug of slimqwen (`slimqwen.cli.border`).
 """
 
 import difflib
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from reprlib import Repr
 
 EXIT_FAILED = 1  # the input was understood, and the work failed (a full disk, a non-finite loss)
-EXIT_BAD_INPUT = 2  # the input was wrong: mend it first, the same command would end alike
-EXIT_FAULT = 70  # slimqwen itself is at fault (sysexits.h: EX_SOFTWARE)
+EXIT_BAD_INPUT = 2  # the input was wrong: the same command fails again until it is corrected
+EXIT_FAULT = 70  # a bug in slimqwen (sysexits.h: EX_SOFTWARE)
 EXIT_PREEMPTED = 75  # SIGTERM while training: the state is saved, run the same command again to continue
 EXIT_INTERRUPTED = 130  # Ctrl-C: run the same command again to continue
 
 
 class UserError(Exception):
-    """A problem in the user's input or surroundings, told in one sentence; what it lists follows, an argument each."""
+    """A problem in the user's input or environment, in one sentence; items that it lists follow, one argument each."""
 
     exit_code = EXIT_BAD_INPUT
 
@@ -27,7 +27,7 @@ class UserError(Exception):
 
     @property
     def lines(self) -> list[str]:
-        """The sentence, and what it lists, a line each."""
+        """The sentence and the listed items, one line each."""
         sentence, *listed = self.args
         return [sentence, *(f"  {item}" for item in listed)]
 
@@ -42,25 +42,25 @@ class StageFailed(UserError):
 
 
 class Interrupted(UserError):
-    """Ctrl-C, or SIGTERM where nothing needs saving."""
+    """Ctrl-C, or SIGTERM when there is no state to save."""
 
     exit_code = EXIT_INTERRUPTED
 
 
 class Preempted(Interrupted):
-    """SIGTERM, answered by saving the training state."""
+    """SIGTERM during training, after the training state was saved."""
 
     exit_code = EXIT_PREEMPTED
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'hidden_size'?)"`, or the empty string where nothing known is near `wrong`."""
+    """Return `" (did you mean 'hidden_size'?)"`, or an empty string when nothing in `known` resembles `wrong`."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def shown(value: object) -> str:
-    """A name or value out of a file for a sentence: quoted, on one line, and cut where it is longer than one."""
+    """Quote a name or value from a file for a message: on one line, shortened where it is longer than 160 characters."""
     return _SHORT.repr(value)
 
 

@@ -1,7 +1,7 @@
-"""How much memory this process can still have: what the machine has free, and every limit that it runs under.
+"""The memory that this process can still allocate: what the machine has free, and every limit on the process.
 
-Limits are those of its control group and of all groups above it, in version 1 and 2 (a container's, SLURM's, systemd's), and
-the process's own (`ulimit -v`, `ulimit -d`). Linux tells all of it below /proc; elsewhere only the machine's size is known.
+The limits are those of its control group and that group's ancestors, in version 1 and 2 (a container's, SLURM's, systemd's),
+and the process's own (`ulimit -v`, `ulimit -d`). On Linux all of it is below /proc; elsewhere only the machine's size is known.
 """
 
 import os
@@ -16,14 +16,14 @@ import torch
 
 PROC = Path("/proc")
 
-# A limit of /proc/self/limits, and the line of /proc/self/status that says how much of it is used.
+# A limit of /proc/self/limits, and the line of /proc/self/status with the amount in use.
 OWN_LIMITS = {"Max address space": "VmSize", "Max data size": "VmData"}
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can be had without swapping; on a GPU the less of its own and the machine's, through which models pass.
+    """Return the bytes that can be allocated without swapping; on a GPU the smaller of its own memory and the machine's.
 
-    None where the system does not tell.
+    (Models are loaded through the machine's memory.) None where the system does not report it.
     """
     amounts = list(_amounts(PROC))
     if device.type == "cuda":
@@ -32,9 +32,9 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def limit_bytes() -> int | None:
-    """The memory of the machine, or what the control groups that this process is in may have at most, where that is less.
+    """Return the memory of the machine, or the lowest limit of the control groups of this process if that is lower.
 
-    Unlike `available_bytes` it does not change while others work. None where the system does not tell.
+    Unlike `available_bytes` it does not depend on what other processes use. None where the system does not report it.
     """
     return min(_limits(PROC), default=None)
 
@@ -48,27 +48,27 @@ def _limits(proc: Path) -> Iterator[int]:
 
 
 def _amounts(proc: Path) -> Iterator[int]:
-    """What each thing that limits this process leaves it, never less than 0. proc: where /proc is mounted."""
-    yield from _free_of_the_machine(proc)
+    """Yield the bytes left under each limit on this process, at least 0. proc: where /proc is mounted."""
+    yield from _free_on_machine(proc)
     for group in control_groups(proc):
         for left in group.left():
             yield max(0, left)
-    for left in _left_to_the_process(proc):
+    for left in _left_by_rlimits(proc):
         yield max(0, left)
 
 
-def _free_of_the_machine(proc: Path) -> Iterator[int]:
+def _free_on_machine(proc: Path) -> Iterator[int]:
     available = _counters(proc / "meminfo").get("MemAvailable")
     if available is not None:
         yield 1024 * available
-    else:  # not Linux: all there is
+    else:  # not Linux: the whole memory
         names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
         if hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names):
             yield prod(os.sysconf(name) for name in names)
 
 
-def _left_to_the_process(proc: Path) -> Iterator[int]:
-    """Of the limits on addresses and on data, soft ones: what this process maps already is gone."""
+def _left_by_rlimits(proc: Path) -> Iterator[int]:
+    """Yield the bytes left under the soft limits on address space and data, less what this process has mapped already."""
     used = _counters(proc / "self" / "status")
     for line in _lines(proc / "self" / "limits"):
         for name, counter in OWN_LIMITS.items():
@@ -82,7 +82,7 @@ def _left_to_the_process(proc: Path) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Version:
-    """How a version of control groups calls what it tells of memory. Page cache, which counts as used, can be taken back."""
+    """File and counter names of a cgroup version. Page cache counts as used there, and can be reclaimed."""
 
     limits: tuple[str, ...]
     used: str
@@ -90,36 +90,36 @@ class Version:
 
 
 VERSION_1 = Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
-# Above memory.high the system does not kill, it lets the group wait until it has taken enough back.
+# Above memory.high the kernel does not kill the group; it throttles it until enough memory is reclaimed.
 VERSION_2 = Version(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
 
 
 @dataclass(frozen=True)
 class ControlGroup:
-    """A group that this process, or a group of it, is in."""
+    """A control group that this process belongs to, directly or through a descendant."""
 
     folder: Path
     version: Version
 
     def limits(self) -> Iterator[int]:
-        """In bytes. Nothing where it has none."""
+        """Yield the group's limits in bytes; nothing where it has none."""
         numbers = [_number(self.folder / name) for name in self.version.limits]
-        # In version 1 also the least limit of all groups above, of which a container may see none.
+        # In version 1 also the lowest limit of all ancestors, which may be invisible in a container.
         numbers.append(_counters(self.folder / "memory.stat").get("hierarchical_memory_limit"))
         yield from (number for number in numbers if number is not None)
 
     def left(self) -> Iterator[int]:
-        """What each limit leaves, page cache counted as free."""
+        """Yield the bytes left under each limit, page cache counted as free."""
         used = _number(self.folder / self.version.used)
         if used is None:
             return
         counters = _counters(self.folder / "memory.stat")
-        taken = used - sum(counters.get(name, 0) for name in self.version.page_cache)
-        yield from (limit - taken for limit in self.limits())
+        unreclaimable = used - sum(counters.get(name, 0) for name in self.version.page_cache)
+        yield from (limit - unreclaimable for limit in self.limits())
 
 
 def control_groups(proc: Path) -> Iterator[ControlGroup]:
-    """The groups that limit this process's memory: its own and all above, as far as they can be seen from here."""
+    """Yield the groups that limit this process's memory: its own and all ancestors that are visible to it."""
     paths = _own_paths(proc / "self" / "cgroup")
     for line in _lines(proc / "self" / "mountinfo"):
         before, _, after = line.partition(" - ")
@@ -138,7 +138,7 @@ def control_groups(proc: Path) -> Iterator[ControlGroup]:
 
 
 def _own_paths(file: Path) -> Mapping[str, str]:
-    """The path of this process's group by controller; that of version 2 by the empty name."""
+    """Return the path of this process's group by controller; version 2 is under the empty name."""
     paths: dict[str, str] = {}
     for line in _lines(file):
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -148,10 +148,10 @@ def _own_paths(file: Path) -> Mapping[str, str]:
 
 
 def _up_from(path: str, root: str, mounted: Path) -> Iterator[Path]:
-    """The folders of a group and of all above it, up to where the file system is mounted.
+    """Yield the folders of a group and of its ancestors, up to the mount point.
 
-    path: of the group. root: of the group that is seen at `mounted`. Where the one is not below the other, as in a
-    container that was given another view, only what is mounted is known.
+    path: of the group. root: of the group that is mounted at `mounted`. Where `path` is not below `root`, as in a
+    container with another cgroup namespace, only the mount point is known.
     """
     below = os.path.relpath(path, root)
     folder = mounted if below.split("/")[0] == ".." else mounted / below
@@ -162,7 +162,7 @@ def _up_from(path: str, root: str, mounted: Path) -> Iterator[Path]:
 
 
 def _unescaped(text: str) -> str:
-    r"""A path of mountinfo, in which a space is \040."""
+    r"""Decode a path of mountinfo, in which a space is \040."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
@@ -170,7 +170,7 @@ def _unescaped(text: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """None where there is no such file, or it may not be read."""
+    """Return the lines of a file; none where it does not exist or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -178,13 +178,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is none, or "max"."""
+    """Return the number in a file; None where there is none, or "max"."""
     lines = _lines(path)
     return int(lines[0]) if lines and lines[0].isdecimal() else None
 
 
 def _counters(path: Path) -> dict[str, int]:
-    """The numbers by name of a file like meminfo ("MemFree:  12 kB") or memory.stat ("inactive_file 4096")."""
+    """Return the numbers, by name, of a file like meminfo ("MemFree:  12 kB") or memory.stat ("inactive_file 4096")."""
     counters = {}
     for line in _lines(path):
         name, _, rest = line.replace(":", " ", 1).partition(" ")

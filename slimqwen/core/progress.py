@@ -26,7 +26,7 @@ RATE_WINDOW_SECONDS = 20.0  # long enough to smooth steps, short enough that the
 
 
 def say(*lines: str) -> None:
-    """Print lines to stderr: above the live line where there is one. What is no text appears as its number (`visible`)."""
+    """Print lines to stderr, above the live line if there is one. Control characters are escaped (`visible`)."""
     for line in map(visible, lines):
         if _on_terminal():
             _console().print(Text(line), soft_wrap=True)
@@ -35,16 +35,16 @@ def say(*lines: str) -> None:
 
 
 class Progress:
-    """How far a stage is, how fast, and how long it will still take.
+    """A progress display: what is done, at which rate, and the estimated time left.
 
         with Progress("distil stage 2/2 slimqwen", total=540_000, unit="tokens") as progress:
             progress.advance(2048, loss=3.21, kl=0.41)
 
     Args:
-        title: what is going on.
-        total: when it will be done, in `unit`; None if that is unknown.
-        unit: what is counted, in the plural: "tokens", "tensors". "bytes" are told as people do: "12.3/160.0 GB".
-        start: what an earlier, interrupted process has done already. It counts for the bar, not for the rate.
+        title: of the work.
+        total: the amount of work, in `unit`; None if that is unknown.
+        unit: what is counted, in the plural: "tokens", "tensors". "bytes" are shown in a larger unit: "12.3/160.0 GB".
+        start: the amount that an earlier, interrupted process completed. It counts for the bar, not for the rate.
         clock: seconds since any fixed moment.
     """
 
@@ -83,7 +83,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, amount: int, **fields: float | str) -> None:
-        """`amount` more units are done; `fields` are shown until they are given anew."""
+        """Add `amount` completed units. `fields` are shown until the next call replaces them."""
         now = self._clock()
         self._done += amount
         self._fields |= fields
@@ -96,7 +96,7 @@ class Progress:
             self._show(self._status())
 
     def go_back(self, amount: int) -> None:
-        """`amount` units that were done are to be done again."""
+        """Take back `amount` completed units, which are done again."""
         self._done -= amount
         self._start -= amount  # they count for the rate
         self._window = deque([(self._clock(), self._done)])
@@ -134,7 +134,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `2 min 23 s`, `5 h 07 min`, `3 d 04 h`."""
+    """Format a duration: `45 s`, `2 min 23 s`, `5 h 07 min`, `3 d 04 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -146,7 +146,7 @@ def duration(seconds: float) -> str:
 
 
 def _rate(amount: int, seconds: float) -> float:
-    """Units per second; 0.0 while there is nothing to tell it from."""
+    """Return units per second; 0.0 before any time has passed."""
     return amount / seconds if seconds > 0 else 0.0
 
 
@@ -159,13 +159,13 @@ def _in_words(value: float | str) -> str:
 
 
 def _on_terminal() -> bool:
-    # Not rich's own test: FORCE_COLOR makes that one say yes to a log file.
+    # Not rich's own test: with FORCE_COLOR that one takes a log file for a terminal.
     return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @cache
 def _console() -> Console:
-    """The one console that live lines and `say` share, so that neither breaks the other."""
+    """Return the console that live lines and `say` share, so that neither overwrites the other."""
     return Console(stderr=True)
 
 

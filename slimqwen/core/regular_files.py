@@ -1,4 +1,4 @@
-"""Reading files that a user names: only what ends is read."""
+"""Reading of files that a user names, restricted to regular files."""
 
 import errno
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file. Raises OSError for all else: a pipe may never speak, and /dev/zero never ends."""
+    """Read a regular file. Raises OSError for all else: reading a pipe may block, and /dev/zero never ends."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))

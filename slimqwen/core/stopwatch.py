@@ -1,11 +1,11 @@
-"""Where the time goes, in pieces too small and too many for a log."""
+"""A stopwatch for work in pieces too small and too many to log one by one."""
 
 import time
 from types import TracebackType
 
 
 class Stopwatch:
-    """Adds up the `seconds` spent inside its `with` blocks."""
+    """A sum of the `seconds` spent inside its `with` blocks."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -1,7 +1,7 @@
-"""YAML as recipes are written in it: safe, small, each key once; and whatever else a file holds is a `YAMLError`.
+"""The subset of YAML that recipes use: safe, small, each key once. Anything else in a file is a `YAMLError`.
 
-PyYAML's own constructors raise a class of their own for each kind of nonsense (`!!int x`, `!!timestamp x`, deep nesting);
-here all of it has a line, a column and a sentence.
+PyYAML's own constructors raise a different class for each kind of invalid value (`!!int x`, `!!timestamp x`, deep nesting);
+here each of them is reported with line, column and a message.
 """
 
 import re
@@ -18,25 +18,25 @@ OCTAL = re.compile(r"[-+]?0[0-9_]")
 
 
 def load(text: str) -> Any:
-    """The values in `text`: mappings, lists, text, numbers, true and false, null. Raises `yaml.YAMLError`."""
+    """Parse `text` into mappings, lists, text, numbers, true and false, null. Raises `yaml.YAMLError`."""
     return yaml.load(text, _Loader)
 
 
 def dump(values: Any) -> str:
-    """YAML that `load` gives equal values for."""
+    """Write values as YAML that `load` reads back equal."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
 
 def problem_of(error: yaml.YAMLError) -> str:
-    """Where and what, on one line."""
+    """Describe an error on one line: its line and column, and what is wrong."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
     return str(error).splitlines()[0]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, and so is an alias (`*name`), which could grow without end."""
+    """A safe YAML loader that also refuses duplicate keys, and aliases (`*name`), which can expand exponentially."""
 
     _depth = 0
 
@@ -71,11 +71,11 @@ class _Loader(yaml.SafeLoader):
             raise
         except (ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError):
             kind = node.tag.removeprefix(TAG)
-            raise _problem(f"this is no {WORDS.get(kind, kind)}", node.start_mark) from None
+            raise _problem(f"this is not a valid {WORDS.get(kind, kind)}", node.start_mark) from None
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the text that `_Loader` would take for a number."""
+    """A safe YAML dumper that quotes text which `_Loader` would parse as a number."""
 
 
 def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
@@ -83,7 +83,7 @@ def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    """1e-4 as a float, 40e9 as a whole number: that is how people write token counts."""
+    """Parse 1e-4 as a float and 40e9 as an integer, since token counts are often written so."""
     value = float(loader.construct_yaml_float(node))
     whole = "e" in node.value.lower() and value.is_integer() and abs(value) <= LARGEST_INTEGER
     return int(value) if whole else value
@@ -107,12 +107,12 @@ def _refuse_bytes(loader: _Loader, node: yaml.Node) -> None:
 def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:
     text: str = loader.construct_scalar(node)
     if HALF_CHARACTER.search(text):
-        raise _problem("half of a character (a lone surrogate) is no text", node.start_mark)
+        raise _problem("a lone surrogate (half of a character) is not valid text", node.start_mark)
     return text
 
 
 TAG = "tag:yaml.org,2002:"
-# YAML 1.1, which PyYAML speaks, wants a dot and a signed exponent in a float: 1e-4 would be text.
+# YAML 1.1, which PyYAML implements, requires a dot and a signed exponent in a float: 1e-4 would be text.
 FLOAT_WITHOUT_DOT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")
 _Loader.add_implicit_resolver(TAG + "float", FLOAT_WITHOUT_DOT, list("-+0123456789"))
 _Dumper.add_implicit_resolver(TAG + "float", FLOAT_WITHOUT_DOT, list("-+0123456789"))
@@ -120,4 +120,4 @@ _Loader.add_constructor(TAG + "float", _construct_float)
 _Loader.add_constructor(TAG + "int", _construct_int)
 _Loader.add_constructor(TAG + "binary", _refuse_bytes)
 _Loader.add_constructor(TAG + "str", _construct_text)
-_Loader.add_constructor(TAG + "timestamp", _construct_text)  # a name such as 2026-01-31 is what was written
+_Loader.add_constructor(TAG + "timestamp", _construct_text)  # a name such as 2026-01-31 stays text

@@ -1,7 +1,7 @@
-"""What is printed, made fit to be printed: names and values out of files are data, never commands to a terminal.
+"""Safe terminal output: names and values from files are printed as data, never interpreted as terminal commands.
 
-All output goes through here or `slimqwen.core.progress.say`. Control characters, escape sequences and line breaks inside a
-line appear as what they are (`\\x1b`, `\\n`); a character that the terminal's encoding lacks appears as its number.
+All output goes through this module or `slimqwen.core.progress.say`. Control characters, escape sequences and line breaks
+inside a line are escaped (`\\x1b`, `\\n`), and so is a character that the terminal's encoding lacks.
 """
 
 import io
@@ -17,14 +17,14 @@ from rich.text import Text
 
 Shown = TypeVar("Shown", bound=BaseModel)
 
-# C0, DEL, C1 (a terminal may take U+009B for ESC [), line separators, what turns the direction of text, half characters.
+# C0, DEL, C1 (some terminals read U+009B as ESC [), line separators, bidirectional controls, lone surrogates.
 NOT_FOR_A_TERMINAL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 NOT_ASCII = re.compile(r"[^\x20-\x7e\n]")
-PIPE_COLUMNS = 150  # of a log file or pipe, which has no width to fold a table to
+PIPE_COLUMNS = 150  # assumed for a log file or pipe, which has no width to wrap a table at
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """`text` with control characters written out, such as `\\x1b` for ESC; those in `keep` stay."""
+    """Escape the control characters in `text`, such as `\\x1b` for ESC; those in `keep` stay."""
     return NOT_FOR_A_TERMINAL.sub(lambda found: found[0] if found[0] in keep else _number(found[0]), text)
 
 
@@ -33,7 +33,7 @@ def _number(character: str) -> str:
 
 
 def accept_every_character() -> None:
-    """Let stdout and stderr write the number of a character that their encoding lacks, instead of raising."""
+    """Make stdout and stderr escape characters that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -46,17 +46,17 @@ def show(*lines: str) -> None:
 
 
 def show_generated(text: str) -> None:
-    """Print a piece of a model's text to stdout: as it is into a file or pipe, and what a terminal may get to a terminal."""
+    """Print a piece of a model's text to stdout: unchanged to a file or pipe, escaped to a terminal."""
     print(visible(text, keep="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def show_json(text: str) -> None:
-    """Print JSON to stdout in ASCII, which every terminal and every encoding takes and every reader reads as the same."""
+    """Print JSON to stdout in ASCII, which every terminal and every encoding can show and every parser reads alike."""
     print(NOT_ASCII.sub(_json_escape, text), flush=True)
 
 
 def show_result(result: Shown, in_words: Callable[[Shown], str], as_json: bool) -> None:
-    """Print a result to stdout as JSON, or as the lines that `in_words` makes of it."""
+    """Print a result to stdout as JSON, or as the lines that `in_words` returns."""
     if as_json:
         show_json(result.model_dump_json(indent=2))
     else:
@@ -69,9 +69,9 @@ def _json_escape(found: re.Match[str]) -> str:
 
 
 class DataTable(Table):
-    """A table whose headers, title and cells are text as it stands, never markup.
+    """A table whose headers, title and cells are plain text, never markup.
 
-    columns: their headers. left: the first so many are words, which begin at the left; the others are numbers.
+    columns: the headers. left: how many columns, from the first, hold text and are left-aligned; the others hold numbers.
     """
 
     def __init__(self, *columns: str, title: str | None = None, left: int = 1) -> None:
@@ -88,14 +88,14 @@ class DataTable(Table):
         self._left = left
 
     def add(self, *cells: str) -> None:
-        """Append a row. Words are folded where there is too little room, numbers never."""
+        """Append a row. Text wraps where the table is too narrow, numbers never do."""
         texts = [Text(visible(cell)) for cell in cells]
         for column, text in list(zip(self.columns, texts, strict=True))[self._left :]:
             column.min_width = max(column.min_width or 0, text.cell_len)
         self.add_row(*texts)
 
     def as_text(self, width: int) -> str:
-        """The table as lines of at most `width` columns."""
+        """Render the table in lines of at most `width` columns."""
         console = Console(width=width)
         with console.capture() as capture:
             console.print(self)

@@ -1,4 +1,4 @@
-"""What torchrun (or whatever starts many processes) tells each of them in its environment."""
+"""The environment variables that torchrun, or another launcher, sets for each process."""
 
 import os
 
@@ -6,20 +6,22 @@ from slimqwen.core.errors import UserError
 
 
 def world_size() -> int:
-    """Processes in all; 1 where nothing says otherwise."""
+    """Return the number of processes (WORLD_SIZE); 1 where it is not set."""
     return _number("WORLD_SIZE", 1, least=1)
 
 
 def rank() -> int:
-    """This process's number among them, from 0."""
+    """Return the index of this process among all processes (RANK), from 0."""
     number = _number("RANK", 0)
     if number >= world_size() > 1:
-        raise UserError(f"RANK is {number} and WORLD_SIZE {world_size()}: ranks count from 0, start it with torchrun.")
+        raise UserError(
+            f"RANK is {number} and WORLD_SIZE {world_size()}: ranks count from 0, start the command with torchrun."
+        )
     return number
 
 
 def local_rank() -> int | None:
-    """This process's number on its machine; None where it was started alone."""
+    """Return the index of this process on its machine (LOCAL_RANK); None where it was started without a launcher."""
     return _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else None
 
 

@@ -1,4 +1,4 @@
-"""What a person should know although the work goes on: printed on stderr, and passed to whoever keeps it."""
+"""Warnings: problems that do not stop the work. Printed on stderr, and passed to a handler that may record them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ _said: set[str] = set()
 
 
 def warn(text: str) -> None:
-    """Print a line on stderr, and pass it to the innermost `passed_to`."""
+    """Print a warning on stderr, and pass it to the handler of the innermost `passed_to`."""
     say(text)
     _keep.get()(text)
 
 
 def warn_once(text: str) -> None:
-    """`warn` of what comes up again and again: printed once by a process, and passed on wherever it comes up."""
+    """Like `warn`, but print a repeated text once per process. The handler still receives each repetition."""
     if text in _said:
         _keep.get()(text)
     else:
@@ -27,7 +27,7 @@ def warn_once(text: str) -> None:
 
 @contextmanager
 def passed_to(keep: Callable[[str], None]) -> Iterator[None]:
-    """Call `keep` with every warning of this block."""
+    """Call `keep` with every warning raised within this block."""
     token = _keep.set(keep)
     try:
         yield
