@@ -176,7 +176,7 @@ def test_a_result_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
     check_file_replaceable(plan, kind="plan")
     check_file_replaceable(statistics, kind="safetensors")
     for file, kind in ((plan, "evaluation"), (statistics, "evaluation"), (plan, "safetensors")):
-        with pytest.raises(UserError, match=f"{file.name} exists and is no earlier {kind}: choose another"):
+        with pytest.raises(UserError, match=f"{file.name} exists and is not an earlier {kind}: choose another"):
             check_file_replaceable(file, kind=kind)
 
 

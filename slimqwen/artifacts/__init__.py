@@ -1,8 +1,8 @@
-"""How artefacts come into being, how it is known that they are ours, and how they are recognised again.
+"""Writing of artefacts: atomically, under a lock, with a record of ownership and a fingerprint.
 
-An artefact is written under a hidden name and renamed when it is complete: whatever interrupts a stage, nothing
-half-made looks finished. A folder carries a record of what was written into it and a file a mark, so that nothing else
-is ever replaced or removed. One process makes an artefact at a time.
+An artefact is written under a hidden name and renamed when it is complete: however a stage is interrupted, nothing
+incomplete looks finished. A folder holds a record of the files written into it, and a file begins with a mark, so that
+nothing else is ever replaced or removed. One process makes an artefact at a time.
 """
 
 from slimqwen.artifacts.disk import full_disk_explained

@@ -1,4 +1,4 @@
-"""A full disk, told in one sentence wherever it is met."""
+"""The one error message for a full disk."""
 
 import contextlib
 import errno
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from slimqwen.core.errors import StageFailed
 
-FULL_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded")  # inside safetensors' own error
+FULL_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded")  # as safetensors reports them
 
 
 @contextlib.contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turn "no space left on device", from Python or from a library's own words, into one sentence."""
+    """Turn "no space left on device", as an OSError or inside a library's own message, into StageFailed."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How artefacts are recognised again: by a hash of what is in them."""
+"""Fingerprints: hashes of content by which artefacts are recognised again."""
 
 import hashlib
 import json
@@ -10,23 +10,23 @@ from slimqwen.artifacts.record import Record
 
 FULLY_HASHED_BYTES = 64 << 20  # larger files are sampled: hashing 160 GB would take longer than pruning it
 READ_BYTES = 1 << 20
-SAMPLE_BYTES, SAMPLE_EVERY_BYTES = 64 << 10, 4 << 20  # so that no matrix of more than 4 MB is left out
+SAMPLE_BYTES, SAMPLE_EVERY_BYTES = 64 << 10, 4 << 20  # so that every matrix of more than 4 MB is sampled
 
 
 def fingerprint(path: Path, *, most_bytes: int | None = None) -> str:
-    """Hash of a file, or of every file in a folder with its relative name; times do not count.
+    """Hash a file, or every file in a folder with its relative name. Modification times are ignored.
 
-    Of a folder that slimqwen wrote, those are the files of its record: what somebody put beside them since is no part of it.
-    Of another one they are all but the hidden ones.
+    Of a folder that slimqwen wrote, only the files of its record count, so files added since change nothing. Of any other
+    folder all files count, except hidden ones.
 
-    Files up to 64 MiB are read whole. Of larger ones the size and 64 KiB of every 4 MiB are read, the end included: a
-    sixty-fourth, which notices another choice of experts and is cheap enough for 160 GB. A change that keeps the size
-    and lies between the samples is not noticed.
+    Files up to 64 MiB are read whole. Of larger ones the size and 64 KiB of every 4 MiB are hashed, the end included: a
+    sixty-fourth, which detects a different choice of experts and is fast enough for 160 GB. A change that keeps the size
+    and lies between the samples goes undetected.
 
-    most_bytes: of one file, where less is to be read: a file up to this size is read whole, of a larger one samples of
+    most_bytes: a lower limit on what is read of one file: up to this size it is read whole, beyond it in samples of
         64 KiB at equal distances, both ends included.
     """
-    assert path.exists(), f"{path} has no content to recognise"
+    assert path.exists(), f"{path} does not exist"
     digest = hashlib.sha256()
     for name, file in [(path.name, path)] if path.is_file() else _files_of(path):
         if not file.is_file():
@@ -44,7 +44,7 @@ def fingerprint(path: Path, *, most_bytes: int | None = None) -> str:
 
 
 def _files_of(folder: Path) -> list[tuple[str, Path]]:
-    """The files of a folder that count, by relative name."""
+    """List the files of a folder that count, with their relative names."""
     record = Record.read(folder)
     if record is not None and record.files is not None:
         files = [folder / name for name in record.files]
@@ -55,7 +55,7 @@ def _files_of(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _samples(size: int, most_bytes: int | None) -> Iterator[tuple[int, int]]:
-    """What is read of a file: (start, length)."""
+    """Yield the ranges of a file that are read: (start, length)."""
     if size <= (FULLY_HASHED_BYTES if most_bytes is None else most_bytes):
         yield 0, size
         return
@@ -65,5 +65,5 @@ def _samples(size: int, most_bytes: int | None) -> Iterator[tuple[int, int]]:
 
 
 def fingerprint_value(value: Any) -> str:
-    """Hash of a JSON-serialisable value, whatever the order of its keys."""
+    """Hash a JSON-serialisable value, regardless of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

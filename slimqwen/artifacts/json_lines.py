@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow as work goes on. They may hold lines of others, which stay as they are, byte for byte."""
+"""Append-only files of JSON lines. Lines that are not ours are preserved byte for byte."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,15 +11,15 @@ from slimqwen.core.regular_files import read_regular
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """Each with the newline that ends it, which the last one may lack; none where there is no file.
+    """Read the lines of a file, each with its newline (which the last one may lack); none where there is no file.
 
-    Raises OSError for what is no regular file.
+    Raises OSError where it is not a regular file.
     """
     return BytesIO(read_regular(path)).readlines() if path.exists() else []
 
 
 def value_of(line: bytes) -> dict[str, Any] | None:
-    """The JSON object that a line is; None for any other line."""
+    """Parse a line as a JSON object; None for any other line."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -28,7 +28,7 @@ def value_of(line: bytes) -> dict[str, Any] | None:
 
 
 def append(path: Path, value: Mapping[str, Any]) -> None:
-    """Add a line. Where the last one is not ended, the new one still begins a line of its own."""
+    """Append a line. Where the last line lacks its newline, one is inserted first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
     with path.open("a+b") as file:
@@ -39,9 +39,9 @@ def append(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def keep_lines(path: Path, is_kept: Callable[[bytes], bool]) -> None:
-    """Take the other lines out, in one rename; where none is taken out the file is not touched.
+    """Remove the lines that are not to be kept, in one rename; if there are none, the file is not touched.
 
-    Who appends while another process may do this holds the file meanwhile (`artifacts.alone`).
+    A process that appends while another may call this must hold the file's lock (`artifacts.alone`).
     """
     if not all(map(is_kept, read_lines(path))):
         with alone(path, wait=True):
@@ -49,7 +49,7 @@ def keep_lines(path: Path, is_kept: Callable[[bytes], bool]) -> None:
 
 
 def is_cut_short(line: bytes, first_key: str) -> bool:
-    """Whether kill -9 left only the beginning of a line of ours, whose first key is `first_key`."""
+    """Return whether a line of ours, whose first key is `first_key`, is incomplete, as after kill -9."""
     beginning = f'{{"{first_key}": '.encode()
     is_ours = line.startswith(beginning) or beginning.startswith(line)
     return is_ours and not line.endswith(b"\n") and value_of(line) is None

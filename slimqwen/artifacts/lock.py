@@ -1,4 +1,4 @@
-"""One artefact is made by one process."""
+"""Locks: an artefact is made by one process at a time."""
 
 import contextlib
 import fcntl
@@ -18,36 +18,36 @@ _held: set[tuple[Path, int]] = set()  # lock files and the threads that hold the
 
 
 def hidden(path: Path, kind: str) -> Path:
-    """The hidden sibling of an artefact, `.NAME.KIND`."""
+    """Return the hidden sibling of an artefact, `.NAME.KIND`."""
     return path.with_name(f".{path.name}.{kind}")
 
 
 @contextlib.contextmanager
 def alone(out: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the artefact `out` for this process; where another one holds it, wait, or raise UserError that says which.
+    """Lock the artefact `out` for this process; where another process holds it, wait, or raise UserError that names it.
 
-    The lock is a file beside the artefact, which goes again; a process that dies lets go of it. It may be taken again
-    by who has it. Of the processes that torchrun started the first takes it for all. Folders that have to be made for
-    `out` go too where nothing comes to lie in them. Raises UserError where nothing can be written beside `out`.
+    The lock is a file beside the artefact, removed on release; the system releases it when a process dies. It is
+    reentrant. Among the processes of torchrun, rank 0 holds it for all. Parent folders created for `out` are removed
+    again if they stay empty. Raises UserError where nothing can be written beside `out`.
     """
     out = out.resolve()
-    with _parent_of(out), _holding(hidden(out, "lock"), out, wait):
+    with _parent_created(out), _lock_held(hidden(out, "lock"), out, wait):
         yield
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder that many artefacts are made in, as `alone` does; the lock lies in it."""
+    """Lock a folder in which many artefacts are made, like `alone`; the lock file is inside it."""
     folder = folder.resolve()
     lock = folder / ".lock"
-    with _parent_of(lock), _holding(lock, folder, wait=False):
+    with _parent_created(lock), _lock_held(lock, folder, wait=False):
         yield
 
 
 @contextlib.contextmanager
-def _parent_of(path: Path) -> Iterator[None]:
+def _parent_created(path: Path) -> Iterator[None]:
     missing = [folder for folder in path.parents if not os.path.lexists(folder)]
-    with _told(path.parent, "made"):
+    with _os_errors_explained(path.parent, "created"):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -58,8 +58,8 @@ def _parent_of(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(what: Path, done: str) -> Iterator[None]:
-    """What the system says against it, as a sentence; a full disk as what it is."""
+def _os_errors_explained(what: Path, done: str) -> Iterator[None]:
+    """Turn an OSError into a UserError that names `what`; a full disk has its own message."""
     try:
         with full_disk_explained(what):
             yield
@@ -68,13 +68,13 @@ def _told(what: Path, done: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _holding(lock: Path, what: Path, wait: bool) -> Iterator[None]:
+def _lock_held(lock: Path, what: Path, wait: bool) -> Iterator[None]:
     me = (lock, threading.get_ident())
     if me in _held or os.environ.get("RANK", "0") != "0":
         yield
         return
-    with _told(what, "written"):
-        descriptor = _take(lock, what, wait)
+    with _os_errors_explained(what, "written"):
+        descriptor = _acquire(lock, what, wait)
     _held.add(me)
     try:
         yield
@@ -82,12 +82,12 @@ def _holding(lock: Path, what: Path, wait: bool) -> Iterator[None]:
         _held.remove(me)
         with contextlib.suppress(OSError):
             if _is_ours(descriptor):
-                lock.unlink()  # while it is held: who waits for it finds that it is another file, and begins anew
+                lock.unlink()  # while held: a waiting process detects that the file is gone (`_is_at`) and retries
         os.close(descriptor)
 
 
-def _take(lock: Path, what: Path, wait: bool) -> int:
-    """The descriptor of the lock file, held."""
+def _acquire(lock: Path, what: Path, wait: bool) -> int:
+    """Lock the lock file and return its descriptor."""
     while True:
         descriptor = _open(lock)
         try:
@@ -109,7 +109,7 @@ def _open(lock: Path) -> int:
     while True:
         try:
             return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # a process that ended has removed the folder meanwhile
+        except FileNotFoundError:  # another process removed the folder on exit
             if lock.parent.exists():
                 raise
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -121,22 +121,22 @@ def _lock(descriptor: int, what: Path, wait: bool) -> None:
     except BlockingIOError:
         if not wait:
             raise UserError(
-                f"{what} is being made by another process{_holder(descriptor)}: wait for its end, or stop it."
+                f"{what} is being made by another process{_holder(descriptor)}: wait until it ends, or stop it."
             ) from None
         say(f"{what.name}: another process is making it, waiting")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        say(f"{what}: this file system has no locks ({error.strerror}), see to it that no other process makes it too")
+        say(f"{what}: this file system has no locks ({error.strerror}), so make sure that no other process writes it")
 
 
 def _holder(descriptor: int) -> str:
-    """` (process 1234 on HOST since 2026-01-31 12:00:00)`; nothing in the moment in which the lock is taken."""
+    """Return ` (process 1234 on HOST since 2026-01-31 12:00:00)`; empty until the holder has written it."""
     text = os.pread(descriptor, 500, 0).decode(errors="replace")
     return f" ({shown(text.removeprefix(SIGNATURE).strip())[1:-1]})" if text.startswith(SIGNATURE) else ""
 
 
 def _is_at(lock: Path, descriptor: int) -> bool:
-    """Whether the file is still there, and not removed by the process that held it before."""
+    """Return whether the open file is still the one at `lock`: its previous holder may have removed it."""
     try:
         return os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(descriptor))
     except FileNotFoundError:
@@ -144,5 +144,5 @@ def _is_at(lock: Path, descriptor: int) -> bool:
 
 
 def _is_ours(descriptor: int) -> bool:
-    """Whether it is a lock of slimqwen and not a file of the user's that is called so."""
+    """Return whether it is a lock of slimqwen, not a user's file of the same name."""
     return os.pread(descriptor, len(SIGNATURE), 0) in (b"", SIGNATURE.encode())

@@ -1,4 +1,4 @@
-"""What may be replaced or removed: what slimqwen wrote, and nothing else."""
+"""Ownership: only what slimqwen wrote may be replaced or removed."""
 
 import contextlib
 import os
@@ -12,12 +12,12 @@ from slimqwen.core.errors import UserError, shown
 from slimqwen.core.progress import say
 
 WORDS = {"checkpoint": "a checkpoint", "tokens": "tokens", "teacher_cache": "a teacher cache"}  # kinds of folders
-_working: list[Path] = []  # folders that this process is making: what lies in them is ours
+_working: list[Path] = []  # folders that this process is making: everything in them is ours
 
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Note that `folder` is being made by this process."""
+    """Register `folder` as being made by this process."""
     _working.append(folder)
     try:
         yield
@@ -26,20 +26,20 @@ def working_in(folder: Path) -> Iterator[None]:
 
 
 def is_within_work(path: Path) -> bool:
-    """Whether `path` lies in a folder that this process is making: nobody else has anything there."""
+    """Return whether `path` is in a folder that this process is making, where every file is ours."""
     return any(folder in path.parents for folder in _working)
 
 
 def check_replaceable(out: Path, *inputs: Path, kind: str | None = None) -> None:
-    """Raise UserError where writing the folder `out` would destroy something: an input, or what we did not write.
+    """Raise UserError where writing the folder `out` would destroy an input, or anything slimqwen did not write.
 
-    What slimqwen wrote is known by the folder's record: one file more, or another content, and it is not replaced.
-    kind: what is to be written, as `kind_of_folder` names it; something else that slimqwen wrote is not replaced by it.
+    A folder of ours has a record; if a file was added or changed since, it is not replaced.
+    kind: of what is to be written, as in `kind_of_folder`; an artefact of another kind is not replaced.
     """
     out = out.resolve()
     _check_place(out, inputs)
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, and a folder is to be written there: choose another name.")
+        raise UserError(f"{out} is a file, and a folder would be written there: choose another name.")
     if out.is_dir() and any(out.iterdir()) and not is_within_work(out):
         _check_unchanged(out)
         found = kind_of_folder(out)
@@ -51,23 +51,23 @@ def check_replaceable(out: Path, *inputs: Path, kind: str | None = None) -> None
 
 
 def check_file_replaceable(out: Path, *inputs: Path, kind: str | None = None) -> None:
-    """Raise UserError where writing the file `out` would destroy something: an input, or what we did not write.
+    """Raise UserError where writing the file `out` would destroy an input, or anything slimqwen did not write.
 
-    What slimqwen wrote says so at its beginning (`is_marked`). An empty file may be replaced. kind: what is to be written, as
-    `kind_of` names it; something else that slimqwen wrote is not replaced by it.
+    A file of ours begins with a mark (`is_marked`). An empty file may be replaced. kind: of what is to be written, as in
+    `kind_of`; an artefact of another kind is not replaced.
     """
     out = out.resolve()
     _check_place(out, inputs)
     if is_within_work(out):
         return
     if out.is_dir():
-        raise UserError(f"{out} is a folder, and a file is to be written there: choose another name.")
+        raise UserError(f"{out} is a folder, and a file would be written there: choose another name.")
     if out.exists() and not out.is_file():
         raise UserError(f"{out} is neither a file nor a folder: choose another name.")
     if out.exists() and out.stat().st_size and not is_marked(out):
         raise UserError(f"{out} exists and was not written by slimqwen: choose another name, or remove it first.")
     if kind is not None and out.exists() and out.stat().st_size and kind_of(out) != kind:
-        raise UserError(f"{out} exists and is no earlier {kind}: choose another name, or remove it first.")
+        raise UserError(f"{out} exists and is not an earlier {kind}: choose another name, or remove it first.")
 
 
 def _check_place(out: Path, inputs: tuple[Path, ...]) -> None:
@@ -76,7 +76,7 @@ def _check_place(out: Path, inputs: tuple[Path, ...]) -> None:
         if out == source or out in source.parents:
             raise UserError(f"writing {out} would destroy {path}, which is read here: choose another name.")
         if source in out.parents:
-            raise UserError(f"{out} lies in {path}, which is read here: choose a place outside of it.")
+            raise UserError(f"{out} is inside {path}, which is read here: choose a place outside it.")
     if len(os.fsencode(hidden(out, "replaced").name)) > 255:  # NAME_MAX of every usual file system
         raise UserError(f"the name {shown(out.name)} is too long to write: choose a shorter one.")
     for kind in ("partial", "replaced", "removed"):
@@ -84,7 +84,7 @@ def _check_place(out: Path, inputs: tuple[Path, ...]) -> None:
 
 
 def _check_remains(folder: Path) -> None:
-    """Raise UserError where what lies under one of our hidden names is not ours."""
+    """Raise UserError where something that is not ours has one of our hidden names."""
     if os.path.lexists(folder) and not _is_remains(folder):
         raise UserError(
             f"{folder} is in the way and was not written by slimqwen, or by an earlier version of it: move it elsewhere, or "
@@ -93,7 +93,7 @@ def _check_remains(folder: Path) -> None:
 
 
 def _is_remains(folder: Path) -> bool:
-    """Whether a folder under one of our hidden names is ours: it has a record, or nobody put anything into it."""
+    """Return whether a folder with one of our hidden names is ours: it has a record, or is empty."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return Record.read(folder) is not None or is_old(folder) or not set(os.listdir(folder)) - {f"{MARKER}.new"}
@@ -103,7 +103,7 @@ def _check_unchanged(folder: Path) -> None:
     record = Record.read(folder)
     if record is None and is_old(folder):
         raise UserError(
-            f"{folder} was written by an earlier version of slimqwen, which did not note what it wrote: remove it, or move it "
+            f"{folder} was written by an earlier version of slimqwen, which kept no record of its files: remove it, or move it "
             "elsewhere."
         )
     if record is None:
@@ -111,16 +111,16 @@ def _check_unchanged(folder: Path) -> None:
     for name in record.foreign(folder):
         what = "was changed since" if name in (record.files or {}) else "would be lost, and it was not there when"
         raise UserError(
-            f"{shown(name)[1:-1]} in {folder} {what} slimqwen wrote this folder: move it elsewhere and give the same command "
+            f"{shown(name)[1:-1]} in {folder} {what} slimqwen wrote this folder: move it elsewhere and run the same command "
             "again."
         )
 
 
 def claim_folder(folder: Path, key: str | None) -> None:
-    """Make `folder` a working folder of ours, or find it as one: what is finished in it stays where it is of the same `key`.
+    """Create `folder` as a working folder, or reuse the one there: finished files in it stay if it has the same `key`.
 
-    What is not finished has a hidden name, and goes. Other work of ours in its place is removed, and that is said. Raises
-    UserError where it is not ours.
+    Unfinished files have a hidden name and are removed. A working folder of ours with another key is removed, with a
+    message. Raises UserError where the folder is not ours.
     """
     folder = folder.resolve()
     _check_remains(folder)
@@ -129,7 +129,7 @@ def claim_folder(folder: Path, key: str | None) -> None:
         record = Record.read(folder)
         if record is not None and record.key == key is not None:
             for entry in list(os.scandir(folder)):
-                if entry.name.startswith(".") and entry.name != MARKER:  # unfinished, or half removed
+                if entry.name.startswith(".") and entry.name != MARKER:  # unfinished, or partly removed
                     shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
             return
         if any(not name.startswith(".") for name in os.listdir(folder)) and key is not None:
@@ -140,9 +140,9 @@ def claim_folder(folder: Path, key: str | None) -> None:
 
 
 def recover(path: Path) -> None:
-    """Bring in order what a killed process left beside the artefact `path`: an old one not yet replaced, or half removed.
+    """Clean up what a killed process left beside the artefact `path`: an old one not yet replaced, or partly removed.
 
-    A partial one stays, for `claim_folder` to decide.
+    A partial artefact stays; `claim_folder` reuses or removes it.
     """
     _clear(hidden(path, "removed"))
     replaced = hidden(path, "replaced")
@@ -164,7 +164,7 @@ def tidy(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of ours, first of all its name: what is half removed is never taken for whole."""
+    """Remove a folder of ours after renaming it, so that a partly removed one never looks complete."""
     removed = _removed_name(folder)
     _clear(removed)
     os.rename(folder, removed)
@@ -172,7 +172,7 @@ def discard(folder: Path) -> None:
 
 
 def _removed_name(folder: Path) -> Path:
-    """Where `folder` lies while it is removed: `.NAME.removed`, for `.NAME.partial` too."""
+    """Return the name of `folder` during its removal: `.NAME.removed`, for `.NAME.partial` too."""
     is_hidden = folder.name.startswith(".") and folder.suffix in (".partial", ".replaced")
     return folder.with_suffix(".removed") if is_hidden else hidden(folder, "removed")
 
@@ -184,7 +184,7 @@ def _clear(remains: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """The record goes last, so that what is left of the folder is known as ours."""
+    """Delete a folder, its record last, so that an interrupted deletion leaves a folder that is still ours."""
     for entry in list(os.scandir(folder)):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
@@ -195,7 +195,7 @@ def _delete(folder: Path) -> None:
 
 
 def remove_ours(path: Path) -> bool:
-    """Remove an artefact as far as slimqwen wrote it, and say what stays. Whether nothing is left."""
+    """Remove what slimqwen wrote of an artefact, and print what stays. Returns whether nothing is left."""
     path = path.resolve()
     remains = _removed_name(path)
     if os.path.lexists(remains) and _is_remains(remains):
@@ -216,7 +216,7 @@ def remove_ours(path: Path) -> bool:
     if record is None or record.files is None:
         say(f"{path} stays: it was not written by slimqwen")
         return False
-    for name in names_in(path):  # and not those of the record: a folder may have become a link to elsewhere
+    for name in names_in(path):  # not those of the record: a folder may have been replaced by a link
         if name not in foreign:
             (path / name).unlink()
     (path / MARKER).unlink()

@@ -1,4 +1,4 @@
-"""What says that an artefact is ours: a record in each folder, a mark in each file."""
+"""Marks of ownership: a record in each folder that slimqwen writes, a first line in each file."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MARKER = ".slimqwen"  # in every folder that slimqwen makes, from its first moment on
+MARKER = ".slimqwen"  # in every folder that slimqwen makes, from its creation on
 FORMAT = "slimqwen.folder/1"
-HASHED_BYTES = 1 << 20  # larger files are known by their size: a record must be cheap to compare
+HASHED_BYTES = 1 << 20  # of larger files only the size is recorded: a record must be cheap to compare
 HEAD_BYTES = 4096
-# How a file of ours begins: what other tools write, or people by hand, does not.
+# How a file of ours begins, and no file of another tool or written by hand.
 MARKS = (
     rb'\s*\{\s*"format":\s*"slimqwen\.',  # JSON
     rb'.{8}\{"__metadata__":\{"slimqwen":',  # safetensors
@@ -25,23 +25,23 @@ TEXT_MARK = "# Written by slimqwen"
 
 @dataclass(frozen=True)
 class Record:
-    """The file `.slimqwen` of a folder of ours.
+    """The content of the file `.slimqwen` in a folder of ours.
 
-    key: what resumable work is made from. files: what a complete folder holds, name -> sha256, or size of a larger file, or
-    "-> target" of a link; None while the folder is being made, and then everything in it is ours.
+    key: identifies the inputs of resumable work. files: of a complete folder, name -> sha256, or the size of a larger file, or
+    "-> target" of a link; None while the folder is being made, when everything in it is ours.
     """
 
     key: str | None = None
     files: Mapping[str, str | int] | None = None
 
     def __post_init__(self) -> None:
-        """Raises TypeError for what only a record made by hand holds."""
+        """Raise TypeError for values that slimqwen never writes."""
         if not (isinstance(self.key, str | None) and isinstance(self.files, dict | None)):
-            raise TypeError(f"no record has the key {self.key!r} and the files {self.files!r}")
+            raise TypeError(f"a record cannot have the key {self.key!r} and the files {self.files!r}")
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
-        """The record of `folder`; None where there is none that can be understood."""
+        """Read the record of `folder`; None where there is no valid one."""
         try:
             with _open_without_following(folder / MARKER) as stream:
                 found = json.load(stream)
@@ -52,7 +52,7 @@ class Record:
             return None
 
     def write(self, folder: Path) -> None:
-        """At once or not at all."""
+        """Write the record atomically."""
         new = folder / f"{MARKER}.new"
         new.unlink(missing_ok=True)
         with open(new, "x", encoding="utf-8") as stream:
@@ -63,14 +63,14 @@ class Record:
         os.replace(new, folder / MARKER)
 
     def foreign(self, folder: Path) -> list[str]:
-        """The files in `folder` that this record does not list, or lists otherwise, by name."""
+        """List the names of files in `folder` that this record lacks, or records with other content."""
         if self.files is None:
             return []
         return [name for name in names_in(folder) if self.files.get(name) != _entry(folder / name)]
 
 
 def names_in(folder: Path) -> list[str]:
-    """Every file and link in a folder and those below it, by relative name, but for the folder's own record."""
+    """List every file and link in a folder, recursively, by relative name, except the folder's own record."""
     found = []
     for parent, folders, files in os.walk(folder, onerror=_fail):
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
@@ -78,25 +78,25 @@ def names_in(folder: Path) -> list[str]:
     return sorted(set(found) - {MARKER, f"{MARKER}.new"})
 
 
-def listed(folder: Path) -> dict[str, str | int]:
-    """What `Record.files` says of a complete folder."""
+def describe_files(folder: Path) -> dict[str, str | int]:
+    """Return what `Record.files` holds for a complete folder."""
     return {name: _entry(folder / name) for name in names_in(folder)}
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name leads nowhere out of the folder: a record is a file that anyone may have written."""
+    """Return whether a name stays inside the folder: the record may have been edited."""
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts
 
 
 def is_old(folder: Path) -> bool:
-    """Whether the folder has the empty marker of earlier versions, which does not say what was written."""
+    """Return whether the folder has the empty marker of earlier versions, which lists no files."""
     path = folder / MARKER
     return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
 
 
 def is_marked(path: Path) -> bool:
-    """Whether a file says at its beginning that slimqwen wrote it."""
+    """Return whether a file begins with a mark of slimqwen."""
     try:
         with path.open("rb") as stream:
             head = stream.read(HEAD_BYTES)
@@ -106,7 +106,7 @@ def is_marked(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """What a marked file holds: "plan" where it begins with the format `slimqwen.plan/1`, "safetensors", or "text"."""
+    """Return the kind of a marked file: "plan" where its format is `slimqwen.plan/1`, "safetensors", or "text"."""
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     found = re.match(MARKS[0] + rb"(\w+)", head)
@@ -116,7 +116,7 @@ def kind_of(path: Path) -> str:
 
 
 def kind_of_folder(folder: Path) -> str:
-    """What a folder of ours holds: "checkpoint", or what the format of its manifest says ("tokens"); "folder" where nothing does."""
+    """Return the kind of a folder of ours: "checkpoint", or the format of its manifest ("tokens"), else "folder"."""
     if (folder / "config.json").is_file():
         return "checkpoint"
     manifest = folder / "manifest.json"

@@ -1,4 +1,4 @@
-"""What is noted of each finished step of a run, in a file of `.steps/`."""
+"""Records of the finished steps of a run, one file of `.steps/` each."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,20 +9,20 @@ FOLDER = ".steps"  # of the records
 
 
 class StepRecord(BaseModel):
-    """What is noted of a finished step, in a file of `.steps/`."""
+    """The record of a finished step, in a file of `.steps/`."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["slimqwen.step/1"] = "slimqwen.step/1"
     name: str  # of the step
-    key: str  # of what it was made from
-    made: str  # the path of its output within the folder
-    output: str  # whose fingerprint this is
-    arithmetic: dict[str, Any]  # that it was computed with
+    key: str  # identifies its inputs
+    made: str  # the path of its output within the run's folder
+    output: str  # the fingerprint of that output
+    arithmetic: dict[str, Any]  # the numerical environment of the computation
 
     @classmethod
     def read(cls, file: Path) -> "StepRecord | None":
-        """None where there is none, and where it cannot be read: then the step is done again."""
+        """Read a record; None where there is no valid one, so that the step is done again."""
         try:
             record = cls.model_validate_json(file.read_bytes())
         except (OSError, ValidationError):
@@ -31,6 +31,6 @@ class StepRecord(BaseModel):
 
 
 def records_in(run_dir: Path) -> list[StepRecord]:
-    """What the finished steps of a run directory left; what cannot be read is no record."""
+    """Read the records of the finished steps in a run directory; invalid ones are skipped."""
     found = [StepRecord.read(file) for file in sorted((run_dir / FOLDER).glob("*.json"))]
     return [record for record in found if record is not None]

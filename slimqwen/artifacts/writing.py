@@ -1,4 +1,4 @@
-"""How artefacts are written: under a hidden name, flushed to the disk, then renamed."""
+"""Atomic writing of artefacts: under a hidden name, flushed to the disk, then renamed."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ from slimqwen.artifacts.ownership import (
     recover,
     working_in,
 )
-from slimqwen.artifacts.record import Record, listed
+from slimqwen.artifacts.record import Record, describe_files
 from slimqwen.core.progress import say
 
 P = ParamSpec("P")
@@ -32,31 +32,31 @@ R = TypeVar("R")
 
 @contextlib.contextmanager
 def make_folder(out: Path, *inputs: Path, kind: str | None = None) -> Iterator[None]:
-    """Hold the folder artefact `out` for this process, from before the work until it is there. kind: as in `check_replaceable`.
+    """Lock the folder artefact `out` for this process while it is made. kind: as in `check_replaceable`.
 
-    Raises UserError, before anything is written, where `out` cannot be written, would destroy an input or what is not ours,
-    and where another process is making it.
+    Raises UserError, before anything is written, where `out` cannot be written, would destroy an input or files that are not
+    ours, or is being made by another process.
     """
     check_replaceable(out, *inputs, kind=kind)
-    with _made_here(out, wait=False):
+    with _locked(out, wait=False):
         yield
 
 
 @contextlib.contextmanager
 def make_file(out: Path, *inputs: Path, wait: bool = False, kind: str | None = None) -> Iterator[None]:
-    """Hold the file artefact `out` for this process, as `make_folder` does.
+    """Lock the file artefact `out` for this process while it is made, like `make_folder`.
 
-    wait: where another process makes it. kind: as in `check_file_replaceable`.
+    wait: for another process that is making it. kind: as in `check_file_replaceable`.
     """
     check_file_replaceable(out, *inputs, kind=kind)
-    with _made_here(out, wait=wait):
+    with _locked(out, wait=wait):
         yield
 
 
 @contextlib.contextmanager
-def _made_here(out: Path, wait: bool) -> Iterator[None]:
+def _locked(out: Path, wait: bool) -> Iterator[None]:
     out = out.resolve()
-    if is_within_work(out):  # which is held
+    if is_within_work(out):  # whose lock is held
         yield
         return
     with alone(out, wait=wait):
@@ -66,16 +66,16 @@ def _made_here(out: Path, wait: bool) -> Iterator[None]:
 
 
 def makes_folder(*reads: str, kind: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a stage that writes the folder `out`: it runs within `make_folder`; `reads` are its parameters that are inputs."""
-    return _stage(functools.partial(make_folder, kind=kind), reads)
+    """Decorate a stage that writes the folder `out` to run within `make_folder`; `reads` names its input parameters."""
+    return _decorator(functools.partial(make_folder, kind=kind), reads)
 
 
 def makes_file(*reads: str, kind: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a stage that writes the file `out`: it runs within `make_file`; `reads` are its parameters that are inputs."""
-    return _stage(functools.partial(make_file, kind=kind), reads)
+    """Decorate a stage that writes the file `out` to run within `make_file`; `reads` names its input parameters."""
+    return _decorator(functools.partial(make_file, kind=kind), reads)
 
 
-def _stage(
+def _decorator(
     make: Callable[..., AbstractContextManager[None]], reads: tuple[str, ...]
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(stage: Callable[P, R]) -> Callable[P, R]:
@@ -83,19 +83,19 @@ def _stage(
         assert {"out", *reads} <= signature.parameters.keys()
 
         @functools.wraps(stage)
-        def made_alone(*args: P.args, **kwargs: P.kwargs) -> R:
-            given = signature.bind(*args, **kwargs).arguments
-            inputs = [path for name in reads for path in _paths(given.get(name))]
-            with make(given["out"], *inputs):
+        def locked_stage(*args: P.args, **kwargs: P.kwargs) -> R:
+            arguments = signature.bind(*args, **kwargs).arguments
+            inputs = [path for name in reads for path in _paths(arguments.get(name))]
+            with make(arguments["out"], *inputs):
                 return stage(*args, **kwargs)
 
-        return made_alone
+        return locked_stage
 
     return decorate
 
 
 def _paths(value: object) -> list[Path]:
-    """Every path that an argument names, itself or in what it holds: a recipe's section, a list of sources."""
+    """Collect every path in an argument, also inside a recipe's section or a list of sources."""
     match value:
         case Path():
             return [value]
@@ -110,7 +110,7 @@ def _paths(value: object) -> list[Path]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success what was written there takes `path`'s place in one rename.
+    """Yield a temporary path; on success the file written there replaces `path` in one rename.
 
     Only what slimqwen wrote is replaced (`check_file_replaceable`).
     """
@@ -122,8 +122,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _atomic_file(path: Path) -> Iterator[Path]:
     path = path.resolve()
-    folder = hidden(path, "partial")  # a folder, which is known as ours whatever becomes of the file in it
-    with _made_here(path, wait=True), full_disk_explained(path):
+    folder = hidden(path, "partial")  # a folder, whose record shows that it is ours even when its file is incomplete
+    with _locked(path, wait=True), full_disk_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         claim_folder(folder, None)
         try:
@@ -139,7 +139,7 @@ def _atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder; on success it replaces `path`, contents and all.
+    """Yield an empty temporary folder; on success it replaces `path` and everything in it.
 
     Only an empty folder or what slimqwen wrote is replaced (`check_replaceable`).
     """
@@ -158,10 +158,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable_folder(path: Path, key: str) -> Iterator[Path]:
-    """`atomic_folder` for long work: what an interrupted process finished is still there when the same work begins again.
+    """Like `atomic_folder`, for long work: files that an interrupted process finished are kept when the work is resumed.
 
-    `key` says what is made (`fingerprint_value`): the remains of other work are removed. What is not finished must have
-    a hidden name; where nothing else is there, nothing stays behind. Ctrl-C, an error and SIGKILL are all alike.
+    `key` identifies the work (`fingerprint_value`): the remains of other work are removed. An unfinished file must have
+    a hidden name; if there are no finished ones, the folder is removed. Ctrl-C, an error and SIGKILL have the same effect.
     """
     path = path.resolve()
     with make_folder(path), full_disk_explained(path), _kept_unfinished(hidden(path, "partial"), key) as partial:
@@ -171,7 +171,7 @@ def resumable_folder(path: Path, key: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(path: Path, key: str) -> Iterator[Path]:
-    """`resumable_folder` for what is of no use when the work is done: it goes then, and never has the name `path`."""
+    """Like `resumable_folder`, for intermediate files: removed when the work is done, and never renamed to `path`."""
     path = path.resolve()
     with make_folder(path), full_disk_explained(path), _kept_unfinished(hidden(path, "partial"), key) as partial:
         yield partial
@@ -192,8 +192,8 @@ def _kept_unfinished(partial: Path, key: str) -> Iterator[Path]:
 
 
 def _put_in_place(partial: Path, path: Path, key: str | None = None) -> None:
-    """Note what was written, flush it, and let it take the place of `path`, which keeps its name until then."""
-    Record(key, listed(partial)).write(partial)
+    """Record what was written, flush it, and rename it to `path`, which keeps its old content until then."""
+    Record(key, describe_files(partial)).write(partial)
     for parent, _, files in os.walk(partial):
         for name in files:
             _flush(Path(parent) / name)
@@ -208,7 +208,7 @@ def _put_in_place(partial: Path, path: Path, key: str | None = None) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or a folder's names to the disk. What a link leads to is not ours."""
+    """Flush a file, or a folder's directory entries, to the disk. Links are skipped: their targets are not ours."""
     if path.is_symlink():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -219,28 +219,31 @@ def _flush(path: Path) -> None:
 
 
 def _umask() -> int:
-    """Of this process, as Linux tells it: to ask the system call is to change it."""
+    """Return the umask of this process from /proc: the system call can only read it by changing it."""
     with open("/proc/self/status") as stream:
         return next((int(line.split()[1], 8) for line in stream if line.startswith("Umask:")), 0o022)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises UserError where `path` is there and not ours."""
+    """Write a text file. Raises UserError where `path` exists and is not ours."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def rewrite_text(path: Path, text: str) -> None:
-    """`write_text` for who has read the file and keeps what is not ours in it."""
+    """Write a text file even where it is not marked as ours: the caller preserves the content that is not."""
     rewrite_bytes(path, text.encode())
 
 
 def rewrite_bytes(path: Path, content: bytes) -> None:
-    """`rewrite_text` where the content need not be text."""
+    """Like `rewrite_text`, for content that need not be text."""
     with _atomic_file(path) as partial:
         partial.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Raises UserError where `path` is there and not ours: a mapping that may be replaced begins with its `format`."""
+    """Write a JSON file. Raises UserError where `path` exists and is not ours.
+
+    A mapping that may be replaced later begins with its `format`.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What ships inside the package: a small real teacher and the demo's recipe."""
+"""Data shipped with the package: a small real teacher and the demo's recipe."""
 
 import os
 from pathlib import Path
@@ -13,13 +13,13 @@ DEMO_RECIPE = FOLDER / "demo.yaml"
 
 
 def checkpoint_folder(name: str) -> Path:
-    """The folder that a recipe's or a command's checkpoint names: a path, or 'builtin'."""
+    """Return the folder of a checkpoint named in a recipe or command: a path, or 'builtin'."""
     if name == BUILTIN_TEACHER:
         return TEACHER
     folder = Path(os.path.expanduser(name))
     if name.lower().endswith(".gguf"):
         raise UserError(
-            f"{name} is a GGUF file, and slimqwen reads safetensors only: give the original model's folder."
+            f"{name} is a GGUF file, and slimqwen reads only safetensors: give the original model's folder."
         )
     try:
         neighbours = [other.name for other in folder.parent.iterdir() if other.is_dir()]

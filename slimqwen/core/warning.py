@@ -6,30 +6,30 @@ from contextvars import ContextVar
 
 from slimqwen.core.progress import say
 
-_keep: ContextVar[Callable[[str], None]] = ContextVar("_keep", default=lambda text: None)
-_said: set[str] = set()
+_handler: ContextVar[Callable[[str], None]] = ContextVar("_handler", default=lambda text: None)
+_printed: set[str] = set()
 
 
 def warn(text: str) -> None:
-    """Print a warning on stderr, and pass it to the handler of the innermost `passed_to`."""
+    """Print a warning on stderr, and pass it to the handler of the innermost `handle_warnings`."""
     say(text)
-    _keep.get()(text)
+    _handler.get()(text)
 
 
 def warn_once(text: str) -> None:
     """Like `warn`, but print a repeated text once per process. The handler still receives each repetition."""
-    if text in _said:
-        _keep.get()(text)
+    if text in _printed:
+        _handler.get()(text)
     else:
-        _said.add(text)
+        _printed.add(text)
         warn(text)
 
 
 @contextmanager
-def passed_to(keep: Callable[[str], None]) -> Iterator[None]:
-    """Call `keep` with every warning raised within this block."""
-    token = _keep.set(keep)
+def handle_warnings(handler: Callable[[str], None]) -> Iterator[None]:
+    """Call `handler` with every warning raised within this block."""
+    token = _handler.set(handler)
     try:
         yield
     finally:
-        _keep.reset(token)
+        _handler.reset(token)
