@@ -149,7 +149,7 @@ def test_heldout_is_a_fixed_function_of_the_name() -> None:
         ("a.jsonl", b'{"text": 7}\n', "holds int, not text"),
         ("a.parquet", b"PAR1 nonsense", "not a readable Parquet file"),
         ("a.txt", b"  \n", "no document with text"),
-        ("a.bin", b"\xff", "of a kind that is not read"),
+        ("a.bin", b"\xff", "a suffix that is not read"),
     ],
 )
 def test_bad_files_are_explained(tmp_path: Path, file: str, content: bytes, message: str) -> None:
@@ -216,7 +216,7 @@ def test_tokenizer_survives_beside_a_qwen3_next_config(tokenizer: Path, tmp_path
 
 
 def test_bad_tokenizers_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"neither tokenizer\.json is there, nor vocab\.json with"):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json, nor vocab\.json with"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -301,11 +301,11 @@ def test_truncated_files_are_named(tmp_path: Path, file: str, keep_bytes: int) -
         (0, b"X", "does not begin with"),
         (9, b"\x02", "version 2"),
         (17, b"\x07", "dtype code 7"),
-        (18, b"\xff\xff\xff\xff\xff\xff\xff\x7f", "header promises"),
+        (18, b"\xff\xff\xff\xff\xff\xff\xff\x7f", "header implies"),
         (34, b"\x04", "do not follow one another"),  # the first length
         (34, b"\xfd\xff\xff\xff", "do not follow one another"),
         (42, b"\x02", "do not follow one another"),  # the first pointer
-        (38, b"\x02", "where its index promises 10"),  # the last length
+        (38, b"\x02", "where its index implies 10"),  # the last length
         (58, b"\x01", "do not run from 0 to its 2 sequences"),  # the first document index
         (74, b"\x05", "do not run from 0 to its 2 sequences"),
     ],
@@ -516,7 +516,7 @@ def test_a_killed_process_is_explained(
         processes[1].kill()
 
     monkeypatch.setattr(PackedWriter, "add", add_and_kill)
-    with pytest.raises(StageFailed, match="a process that tokenizes was killed"):
+    with pytest.raises(StageFailed, match="a tokenizing process was killed"):
         tokenize([Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 

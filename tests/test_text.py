@@ -176,7 +176,7 @@ def test_other_suffixes_are_refused_by_name_and_read_when_asked(tmp_path: Path) 
     (tmp_path / "notes.log").write_text("prose")
     (tmp_path / "export.dat").write_bytes(LINES)
     with pytest.raises(
-        UserError, match=r"notes\.log is of a kind that is not read.*\.parquet.*'text'.*data\.sources\.format"
+        UserError, match=r"notes\.log has a suffix that is not read.*\.parquet.*'text'.*data\.sources\.format"
     ):
         check_source(Source(path=tmp_path / "notes.log"))
     assert texts(Source(path=tmp_path / "notes.log", format="text")) == ["prose"]

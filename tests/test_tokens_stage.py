@@ -274,7 +274,7 @@ def test_a_column_of_conversations_may_be_named(make: Make, corpus: Source, tmp_
             r"line 1: a turn is from 'gtp' \(did you mean 'gpt'",
         ),
         (TEMPLATE, {"messages": "hello", "url": 1}, None),
-        (TEMPLATE, {"messages": [1, 2]}, r"'messages' holds \[1, 2\], which is no list of messages"),
+        (TEMPLATE, {"messages": [1, 2]}, r"'messages' holds \[1, 2\], which is not a list of messages"),
     ],
 )
 def test_conversations_that_cannot_be_rendered_are_explained(
@@ -328,7 +328,7 @@ def test_the_separator_is_the_eos_or_what_is_asked_for(
     tokenize([corpus], tokenizer, tmp_path / "out", heldout_fraction=0.3, separator="<|im_end|>")
     assert ends(tmp_path / "out") == 2
     with pytest.raises(
-        UserError, match=r"'<\|im_ends\|>' is no token .*did you mean '<\|im_end\|>'.*special tokens are"
+        UserError, match=r"'<\|im_ends\|>' is not a token .*did you mean '<\|im_end\|>'.*special tokens are"
     ):
         tokenize([corpus], tokenizer, tmp_path / "out", heldout_fraction=0.3, separator="<|im_ends|>")
 
@@ -344,10 +344,10 @@ def test_a_separator_may_be_any_text_that_is_one_token(make: Make, corpus: Sourc
         several = len(encode(text_of_several, add_special_tokens=False))
         assert several > 1
         with pytest.raises(
-            UserError, match=rf"data\.separator '.*' is no token .* which cuts it into {several}: name one"
+            UserError, match=rf"data\.separator '.*' is not a token .* which cuts it into {several}: name one"
         ):
             tokenize([corpus], tokenizer, tmp_path / "two", heldout_fraction=0.3, separator=text_of_several)
-    with pytest.raises(UserError, match=r"data\.separator '' is no token .* which cuts it into 0"):
+    with pytest.raises(UserError, match=r"data\.separator '' is not a token .* which cuts it into 0"):
         tokenize([corpus], tokenizer, tmp_path / "two", heldout_fraction=0.3, separator="")
     assert not (tmp_path / "two").exists()
 
@@ -411,7 +411,7 @@ def test_a_tokenizer_of_vocab_and_merges_is_read(make: Make, corpus: Source, tmp
     manifest = tokenize([corpus], tokenizer, tmp_path / "out", heldout_fraction=0.3)
     assert manifest.tokenizer_fingerprint == vocabulary_fingerprint(tokenizer) != with_file
     (tokenizer / "merges.txt").unlink()
-    with pytest.raises(UserError, match=r"neither tokenizer.json is there, nor vocab.json with merges.txt"):
+    with pytest.raises(UserError, match=r"neither tokenizer.json, nor vocab.json with merges.txt"):
         load_tokenizer(tokenizer)
     assert vocabulary_fingerprint(tokenizer) is None
 

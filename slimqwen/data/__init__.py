@@ -1,1 +1,1 @@
-"""From text to packed tokens to rows of training data, with one integer as the cursor."""
+"""The data pipeline: text to packed tokens to rows of training data, with one integer as the cursor."""

@@ -1,4 +1,4 @@
-"""Rows of messages as text, by the tokenizer's own chat template."""
+"""Rendering of rows of messages as text, by the tokenizer's own chat template."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHAT_COLUMNS = ("messages", "conversations")  # the second is ShareGPT's: turns of "from" and "value"
-TOOLS = "tools"  # the column beside them that describes what an assistant may call
-ROLES = {  # ShareGPT's words for them, and the templates'
+TOOLS = "tools"  # the column with the descriptions of tools that an assistant may call
+ROLES = {  # ShareGPT's names -> the templates'
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -30,14 +30,14 @@ ROLES = {  # ShareGPT's words for them, and the templates'
 
 
 def is_chat(cell: object) -> bool:
-    """Whether a cell is a list of messages, each with a role and a content in either spelling."""
+    """Return whether a cell is a list of messages, each with a role and a content in either spelling."""
     return isinstance(cell, list) and all(
         isinstance(turn, dict) and ("role" in turn or ("from" in turn and "value" in turn)) for turn in cell
     )
 
 
-def messages_in(cell: str) -> list[dict[str, Any]] | None:
-    """The messages that a cell spells out as JSON, as those of a .csv must; None where it is text."""
+def parse_messages(cell: str) -> list[dict[str, Any]] | None:
+    """Parse a cell that holds messages as JSON, the only form in a .csv; None where it is text."""
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
@@ -45,8 +45,8 @@ def messages_in(cell: str) -> list[dict[str, Any]] | None:
     return value if is_chat(value) else None
 
 
-def tools_in(cell: object) -> list[dict[str, Any]] | None:
-    """The descriptions of tools in a cell, which may spell them out as JSON; None where there are none."""
+def parse_tools(cell: object) -> list[dict[str, Any]] | None:
+    """Return the descriptions of tools in a cell, which may hold them as JSON; None where there are none."""
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
@@ -58,24 +58,24 @@ def tools_in(cell: object) -> list[dict[str, Any]] | None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value out of a table, which fills in null where other rows have more."""
+    """Remove nulls, with which a table fills the fields that only other rows have."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 class ChatTemplate:
-    """The template of a tokenizer, in Transformers' sandbox. That it is used is said once for each column."""
+    """The chat template of a tokenizer, run in Transformers' sandbox. Its use is announced once per column."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
         self._tokenizer = tokenizer
         self._folder = folder
-        self._told: set[str] = set()
+        self._announced: set[str] = set()
 
     def render(
         self, messages: list[dict[str, Any]], column: str, where: str, tools: list[dict[str, Any]] | None = None
     ) -> str:
-        """The conversation as the template writes it with these tools, without a prompt for another turn.
+        """Render a conversation with these tools, without a generation prompt.
 
         Raises UserError where there is no template, it fails, or a role is unknown.
         """
@@ -84,10 +84,10 @@ class ChatTemplate:
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{where}: {column!r} holds messages, and the tokenizer in {self._folder} has no chat template to render "
-                "them: add its chat_template.jinja, or name a column of text by text_field."
+                "them: add its chat_template.jinja, or set text_field to a column of text."
             )
-        if column not in self._told:
-            self._told.add(column)
+        if column not in self._announced:
+            self._announced.add(column)
             warn(
                 f"note: conversations in the column {column!r} are rendered with the tokenizer's chat template; "
                 "every token of them is trained on, questions too"
@@ -102,7 +102,7 @@ class ChatTemplate:
 
 
 def _turn(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if "role" in message:  # as it is; a table fills in null where other rows have more
+    if "role" in message:  # kept; nulls stand for fields that only other rows of the table have
         turn = {key: value for key, value in message.items() if value is not None}
         return turn | {"content": _joined(turn["content"])} if "content" in turn else turn
     role = str(message["from"])
@@ -114,7 +114,7 @@ def _turn(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _joined(content: object) -> object:
-    """One text where a content is in parts of text, which templates of models without images would not take apart."""
+    """Join a content made of text parts into one text, since templates of text-only models expect a string."""
     parts = content if isinstance(content, list) else []
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
     are_all = bool(parts) and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)

@@ -1,4 +1,4 @@
-"""Which documents are held out of training: by a hash of their names or, where there are too few of them, the end."""
+"""The split into training and held-out documents: by a hash of their names or, where they are too few, at the end."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,16 +6,16 @@ from slimqwen.core.warning import warn
 from slimqwen.data.documents import Document
 from slimqwen.data.sources import is_heldout
 
-WAITING_CHARACTERS = 100_000_000  # of documents that wait for one of the other kind; a single longer one waits too
-BOUNDARIES = ("\n\n", "\n", " ")  # where a document is cut, the first that lies near enough
+WAITING_CHARACTERS = 100_000_000  # buffered until both splits have a document; a single longer document is buffered too
+BOUNDARIES = ("\n\n", "\n", " ")  # where a document is cut: the first of these that is near enough
 
 
 def divide(documents: Iterable[Document], fraction: float, whose: str) -> Iterator[tuple[Document, bool]]:
-    """Each document and whether it is held out, about `fraction` of them.
+    """Yield each document and whether it is held out, about `fraction` of them.
 
-    By `is_heldout` of the name, on which nothing else has an influence. Where that leaves one of the two without any
-    document, the end of the text is held out instead, cut between paragraphs where it can be: `fraction` of its
-    characters, whatever the documents are called. That is said. whose: what messages call the text.
+    It is `is_heldout` of the name, which depends on nothing else. Where that leaves one of the two splits empty, the end
+    of the text is held out instead, with a warning: `fraction` of its characters, cut between paragraphs where
+    possible, regardless of the names. whose: the text's name in messages.
     """
     waiting: list[tuple[Document, bool]] = []
     characters = 0
@@ -30,20 +30,20 @@ def divide(documents: Iterable[Document], fraction: float, whose: str) -> Iterat
             for later in documents:
                 yield later, is_heldout(later.name, fraction)
             return
-    yield from _divide_at_the_end([document for document, _ in waiting], fraction, whose)
+    yield from _hold_out_end([document for document, _ in waiting], fraction, whose)
 
 
-def _divide_at_the_end(documents: list[Document], fraction: float, whose: str) -> list[tuple[Document, bool]]:
-    """The documents of which none, or each, is held out by its name: those before the cut, and those after it."""
+def _hold_out_end(documents: list[Document], fraction: float, whose: str) -> list[tuple[Document, bool]]:
+    """Hold out the end of documents of which the names would hold out none, or all."""
     total = sum(len(document.text) for document in documents)
     aim = round(fraction * total)
-    if not 0 < aim < total:  # nothing can be held out, or nothing be left: the caller says so
+    if not 0 < aim < total:  # one split would be empty: the caller raises
         return [(document, aim > 0) for document in documents]
     divided = []
     left = total - aim
     for document in documents:
         if 0 < left < len(document.text):
-            place = _cut_near(document.text, left, slack=aim // 2)
+            place = _find_cut(document.text, left, slack=aim // 2)
             divided.append((Document(document.name, document.text[:place]), False))
             divided.append((Document(document.name, document.text[place:]), True))
         else:
@@ -58,8 +58,8 @@ def _divide_at_the_end(documents: list[Document], fraction: float, whose: str) -
     return divided
 
 
-def _cut_near(text: str, place: int, *, slack: int) -> int:
-    """Where to cut a text: behind the boundary nearest to `place`, at most `slack` characters away, or at `place`."""
+def _find_cut(text: str, place: int, *, slack: int) -> int:
+    """Return where to cut a text: after the boundary nearest to `place`, at most `slack` characters away, or at `place`."""
     for boundary in BOUNDARIES:
         before = text.rfind(boundary, max(0, place - slack), place)
         after = text.find(boundary, place, min(len(text), place + slack))

@@ -1,4 +1,4 @@
-"""Text to token ids, in several processes and in the order of the text."""
+"""Encoding of text to token ids, in several processes, with the order of the text preserved."""
 
 import os
 import subprocess
@@ -16,19 +16,19 @@ from tokenizers import Tokenizer
 from slimqwen.core.errors import StageFailed
 from slimqwen.data.worker import Frame, Ids, encode, read_ids, write_line
 
-BATCHES_PER_WORKER = 2  # that wait or are encoded: enough that no worker waits for text, and all that is in memory
-THREADS = "TOKENIZERS_PARALLELISM"  # the environment variable by which a tokenizer uses several threads, or does not
+BATCHES_PER_WORKER = 2  # queued or in work, which bounds the memory: enough that no worker is idle
+THREADS = "TOKENIZERS_PARALLELISM"  # the environment variable that lets a tokenizer use several threads
 
 
 class Text(NamedTuple):
-    """A document's text, and the prefix of the files that its ids belong into."""
+    """A document's text, and the prefix of the files that its ids are written to."""
 
     prefix: str
     text: str
 
 
 class TextBatch(NamedTuple):
-    """Documents that are encoded together, and how many bytes of the sources' files were read up to the last of them."""
+    """Documents that are encoded together, and the bytes of the sources' files read up to the last of them."""
 
     texts: list[Text]
     read_bytes: int
@@ -41,10 +41,10 @@ def usable_cores() -> int:
 def encode_in_order(
     batches: Iterator[TextBatch], tokenizer: Tokenizer, frame: Frame, workers: int
 ) -> Generator[tuple[TextBatch, list[Ids]]]:
-    """Each batch with its documents' ids (`worker.encode`), the same whatever the number of `workers`.
+    """Yield each batch with its documents' ids (`worker.encode`), independent of the number of `workers`.
 
-    With one worker, or with so little text that others would start in vain, all happens in this process. At most two
-    batches per worker are in memory. Raises StageFailed where a worker ends before its text does.
+    With one worker, or with too little text for several, everything runs in this process. At most two
+    batches per worker are in memory. Raises StageFailed where a worker exits early.
     """
     head = list(islice(batches, BATCHES_PER_WORKER * workers)) if workers > 1 else []
     if len(head) < BATCHES_PER_WORKER * workers:
@@ -65,15 +65,15 @@ def encode_in_order(
 
 
 class _Workers:
-    """Processes that encode, each asked by one thread of this process at a time. Left, they are gone.
+    """A pool of processes that encode, each used by one thread of this process at a time, and killed on exit.
 
-    Not multiprocessing's: those import the main module of the program, so a script without `if __name__ == "__main__"`
-    would run again in each of them.
+    Not a multiprocessing pool: that imports the program's main module, so a script without `if __name__ == "__main__"`
+    would run again in each process.
     """
 
     def __init__(self, number: int, tokenizer: Tokenizer, frame: Frame) -> None:
-        greeting = [tokenizer.to_str(), frame.before, frame.after]
-        self._workers = [_Worker(greeting) for _ in range(number)]
+        first_line = [tokenizer.to_str(), frame.before, frame.after]
+        self._workers = [_Worker(first_line) for _ in range(number)]
         self._threads = ThreadPoolExecutor(number)
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
@@ -94,7 +94,7 @@ class _Workers:
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
-            worker.process.kill()  # which ends the waiting of the threads, too
+            worker.process.kill()  # which also unblocks the threads
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.close()
@@ -103,9 +103,9 @@ class _Workers:
 class _Worker:
     """One process of `slimqwen.data.worker`."""
 
-    def __init__(self, greeting: Sequence[object]) -> None:
-        self._greeting: Sequence[object] | None = greeting
-        # -P: no module from the folder that we are in. A session of its own: Ctrl-C is for us, and we end it.
+    def __init__(self, first_line: Sequence[object]) -> None:
+        self._first_line: Sequence[object] | None = first_line
+        # -P: no imports from the current folder. A session of its own, so that Ctrl-C reaches only this process.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "slimqwen.data.worker"],
             stdin=subprocess.PIPE,
@@ -117,26 +117,26 @@ class _Worker:
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            if self._greeting is not None:
-                write_line(self.process.stdin, self._greeting)
-                self._greeting = None
+            if self._first_line is not None:
+                write_line(self.process.stdin, self._first_line)
+                self._first_line = None
             write_line(self.process.stdin, texts)
             return read_ids(self.process.stdout)
         except (BrokenPipeError, EOFError) as error:
-            message = "a process that tokenizes was killed, by a lack of memory perhaps: use fewer workers."
+            message = "a tokenizing process was killed, perhaps because memory ran out: use fewer workers."
             raise StageFailed(message) from error
 
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.wait()
-        with suppress(BrokenPipeError):  # what was not sent any more
+        with suppress(BrokenPipeError):  # from data still in the buffer
             self.process.stdin.close()
         self.process.stdout.close()
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """While open, the tokenizer of this process uses no other core: that is what the number of workers says."""
+    """Restrict this process's tokenizer to one thread within the block, so that `workers` is the number of cores used."""
     before = os.environ.get(THREADS)
     os.environ[THREADS] = "false"
     try:

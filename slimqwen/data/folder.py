@@ -1,4 +1,4 @@
-"""Which files of a folder are read as text: its tables or its texts, and of a data set the split that was asked for."""
+"""Selection of the files of a folder that are read as text: tables or texts, and of a data set the right split."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from slimqwen.data.documents import has_text
 from slimqwen.data.formats import format_of, is_prose, kind_of_special_file, uncompressed
 from slimqwen.recipe import Source, TextFormat
 
-# Words of a file's or folder's name that say which split of a data set it is, as the Hugging Face hub reads them.
+# Words in a file's or folder's name that identify a data set's split, by the conventions of the Hugging Face hub.
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = {
     **dict.fromkeys(("train", "training"), TRAIN),
@@ -20,17 +20,17 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), TEST),
 }
 ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|copyright|citation)\b", re.IGNORECASE)  # texts about other files
-PEEKED = ("json", "csv", "tsv")  # formats of settings and small tables, too: told apart by their first row
+PEEKED = ("json", "csv", "tsv")  # formats of settings files too: distinguished by their first row
 KINDS_SHOWN = 6
 
 
 @dataclass
 class Selection:
-    """What of a folder is read, and what is not.
+    """The files of a folder that are read, and those that are not.
 
-    files: (name, path, format), sorted by name. skipped: files by kind (".bin", "README.md", "FIFO"). left_out: the
-    names of the files of a data set's other splits, by split. beside_tables: whether texts are among the skipped for
-    the tables that they lie with.
+    files: (name, path, format), sorted by name. skipped: counts by kind (".bin", "README.md", "FIFO"). left_out: the
+    names of the files of a data set's other splits, by split. beside_tables: whether texts were skipped because they
+    are beside tables.
     """
 
     files: list[tuple[str, Path, TextFormat]] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Selection:
     beside_tables: bool = False
 
     def note(self, folder: str) -> str | None:
-        """A sentence about what is not read; None where all is."""
+        """Return a note about the files that are not read; None where all are."""
         parts = []
         if self.skipped:
             parts.append(f"skipped {_counted(self.skipped)}")
@@ -52,16 +52,16 @@ class Selection:
 
 
 def select(source: Source, *, heldout: bool) -> Selection:
-    """The files below the folder of `source` that are read.
+    """Select the files below the folder of `source` that are read.
 
-    - Hidden files are not, nor what is no regular file; links are followed, each folder once.
-    - Where `source.format` is given, all files of this format and no others.
-    - Else the tables, and the texts of folders in which no tables lie: beside tables a text is a data set's card, its
-      licence or its scripts. In folders above tables a README, LICENSE or NOTICE that is the only kind of text there
-      is left out too, and every text beside a data set's card (a README.md that begins with "---").
-    - A .json, .csv or .tsv file counts as a table where its first row has the column of the text: others are settings.
-    - Of tables in splits, those that are not marked test or validation; to be held out (`heldout`) those that are, if any.
-      So with prose of which one file is called train: test.txt beside train.txt.
+    - Hidden files and files that are not regular are skipped; links are followed, and each folder is read once.
+    - Where `source.format` is given, exactly the files of this format are read.
+    - Otherwise tables are read, and the texts of folders without tables: beside tables a text is a data set's card, its
+      licence or a script. In folders above tables, a README, LICENSE or NOTICE is skipped too where there is no other
+      text, and so is every text beside a data set's card (a README.md that begins with "---").
+    - A .json, .csv or .tsv file is a table if its first row has the text's column; otherwise it holds settings.
+    - Of tables in splits, those not named test or validation are read; as held-out text (`heldout`) those that are, if any.
+      The same holds for prose where one file is called train: test.txt beside train.txt.
     - Of each data set in the Hugging Face cache, the snapshot that refs/main names, or the only one.
 
     Raises UserError for a folder that cannot be read, and for several snapshots.
@@ -83,7 +83,7 @@ def select(source: Source, *, heldout: bool) -> Selection:
             selection.skipped[f"{_kind(name)} without a column {source.text_field!r}"] += 1
         else:
             tables[name] = path, text_format
-    for name in _beside(texts, tables):
+    for name in _texts_to_skip(texts, tables):
         selection.beside_tables = True
         selection.skipped[_kind(name)] += 1
         del texts[name]
@@ -96,7 +96,7 @@ def select(source: Source, *, heldout: bool) -> Selection:
 
 
 def _snapshot_of(folder: Path) -> Path:
-    """The folder, or the snapshot in it where it is a repository in the Hugging Face cache."""
+    """Return the folder, or its snapshot where it is a repository in the Hugging Face cache."""
     if not ((folder / "snapshots").is_dir() and (folder / "blobs").is_dir()):
         return folder
     snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
@@ -105,17 +105,17 @@ def _snapshot_of(folder: Path) -> Path:
     chosen = [path for path in snapshots if path.name == current] or snapshots
     if len(chosen) != 1:
         raise UserError(
-            f"{folder} holds {len(snapshots)} snapshots and refs/main names none of them: give one of them."
+            f"{folder} holds {len(snapshots)} snapshots and refs/main names none of them: give the folder of one of them."
         )
     return chosen[0]
 
 
 def _walk(root: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
-    """Everything below `root` that is not hidden and no folder; of a repository in the Hugging Face cache one snapshot.
+    """Yield every file below `root` that is not hidden; of a repository in the Hugging Face cache, one snapshot.
 
-    Linked folders are entered, each once: `entered` has device and inode of those that were.
+    Linked folders are entered, each once: `entered` holds the device and inode of those entered so far.
     """
-    for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=raise_unreadable, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in entered:
             subfolders.clear()
@@ -131,13 +131,13 @@ def _walk(root: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
                 yield Path(folder, file)
 
 
-def unreadable(error: OSError) -> None:
-    """For os.walk, which would go on in silence."""
+def raise_unreadable(error: OSError) -> None:
+    """Raise UserError for a folder that os.walk cannot read: by default os.walk skips it without a message."""
     raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
-def _beside(texts: Mapping[str, tuple[Path, TextFormat]], tables: Mapping[str, object]) -> list[str]:
-    """The names of the texts that are left out for the tables that they lie with or above."""
+def _texts_to_skip(texts: Mapping[str, tuple[Path, TextFormat]], tables: Mapping[str, object]) -> list[str]:
+    """List the names of the texts that are skipped because they are beside or above tables."""
     with_tables = {PurePosixPath(name).parent for name in tables}
     above_tables = {folder for table in tables for folder in PurePosixPath(table).parents}
     of_data_sets = {folder for folder in above_tables if _is_card(texts, folder)}
@@ -153,7 +153,7 @@ def _beside(texts: Mapping[str, tuple[Path, TextFormat]], tables: Mapping[str, o
 
 
 def _is_card(texts: Mapping[str, tuple[Path, TextFormat]], folder: PurePosixPath) -> bool:
-    """Whether the folder's README.md is a data set's card: it begins with a block of YAML."""
+    """Return whether the folder's README.md is a data set's card, which begins with a block of YAML."""
     readme = texts.get((folder / "README.md").as_posix())
     if readme is None:
         return False
@@ -162,7 +162,7 @@ def _is_card(texts: Mapping[str, tuple[Path, TextFormat]], folder: PurePosixPath
 
 
 def _splits(tables: Iterable[str], texts: Iterable[str]) -> dict[str, str | None]:
-    """The split of each table, and of prose in a folder where one file is called train; code has tests of another kind."""
+    """Return the split of each table, and of prose in a folder with a file called train; not of code, whose tests differ."""
     prose = {name: split_of(PurePosixPath(name).name) for name in texts if is_prose(name)}
     with_train = {PurePosixPath(name).parent for name, split in prose.items() if split == TRAIN}
     own = {name: split for name, split in prose.items() if PurePosixPath(name).parent in with_train}
@@ -170,14 +170,14 @@ def _splits(tables: Iterable[str], texts: Iterable[str]) -> dict[str, str | None
 
 
 def _unwanted(files: Iterable[str], splits: Mapping[str, str | None], *, heldout: bool) -> list[tuple[str, str]]:
-    """(name, split) of the files of other splits than are read."""
+    """List (name, split) of the files whose split is not read."""
     measured = {name for name, split in splits.items() if split in (VALIDATION, TEST)}
     unwanted = (set(files) - measured if measured else set()) if heldout else measured
     return [(name, splits.get(name) or TRAIN) for name in sorted(unwanted)]
 
 
 def split_of(name: str) -> str | None:
-    """The split that a table's name says it is of, the file's own words before its folders'; None where none does."""
+    """Return the split in a table's name, the file's own words before its folders'; None where there is none."""
     for part in (uncompressed(PurePosixPath(name).name), *(folder.name for folder in PurePosixPath(name).parents)):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLITS:
@@ -186,7 +186,7 @@ def split_of(name: str) -> str | None:
 
 
 def _kind(name: str) -> str:
-    """What a file is counted as: by its name where this says that it is about others, else by its suffixes."""
+    """Return the kind under which a skipped file is counted: its name for a README or licence, else its suffixes."""
     file = PurePosixPath(name).name
     if ABOUT.match(file):
         return file

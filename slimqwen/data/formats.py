@@ -1,4 +1,4 @@
-"""What the suffix of a file's name says about its content, and how its bytes are read, compressed or not."""
+"""Formats of text files by their suffix, and reading of their bytes, compressed or not."""
 
 import io
 import stat
@@ -10,7 +10,7 @@ from typing import IO, Any
 from slimqwen.checkpoint.config import refuse_pointer
 from slimqwen.recipe import TextFormat
 
-OnRead = Callable[[int], None]  # called with the bytes of the files as they are read
+OnRead = Callable[[int], None]  # called with the number of bytes after each read
 
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
 CODE = tuple(
@@ -75,24 +75,24 @@ UTF32_BOMS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 
 
 def format_of(name: str) -> TextFormat | None:
-    """How a file of this name is read, whatever the case of its suffix; None where it is not."""
+    """Return the format of a file of this name, ignoring the case of its suffix; None where it is not read."""
     suffix = PurePath(uncompressed(name)).suffix.lower()
     return TABLES.get(suffix, "text" if suffix in PROSE + CODE else None)
 
 
 def is_prose(name: str) -> bool:
-    """Whether a file is text that is no source code."""
+    """Return whether a file is text other than source code."""
     return PurePath(uncompressed(name)).suffix.lower() in PROSE
 
 
 def uncompressed(name: str) -> str:
-    """The name without the suffix of its compression."""
+    """Return the name without the suffix of its compression."""
     path = PurePath(name)
     return name.removesuffix(path.suffix) if path.suffix.lower() in CODECS else name
 
 
 def stem_of(name: str) -> str:
-    """The name without the suffixes that say how it is read: "wiki" of wiki.jsonl.gz, but "v1.2" of a folder v1.2."""
+    """Return the name without the suffixes of its format: "wiki" of wiki.jsonl.gz, but "v1.2" of a folder v1.2."""
     if format_of(name) is None:
         return name
     plain = uncompressed(name)
@@ -100,7 +100,7 @@ def stem_of(name: str) -> str:
 
 
 def kind_of_special_file(path: Path) -> str | None:
-    """What `path` is where it is neither a regular file nor a folder, in words. It is not opened, which could hang."""
+    """Describe `path` where it is neither a regular file nor a folder. It is not opened, which could block."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -110,8 +110,8 @@ def kind_of_special_file(path: Path) -> str | None:
 
 
 @contextmanager
-def opened(path: Path, on_read: OnRead) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, decompressed where its name says so; `on_read` is told the bytes of the file as it is stored.
+def open_stream(path: Path, on_read: OnRead) -> Iterator[io.BufferedReader]:
+    """Open a file, decompressed according to its suffix; `on_read` is called with the bytes read, as stored.
 
     Raises UserError for a git-lfs pointer.
     """
@@ -130,7 +130,7 @@ def opened(path: Path, on_read: OnRead) -> Iterator[io.BufferedReader]:
 
 
 class _Counted(io.RawIOBase):
-    """A file that tells how many of its bytes were read."""
+    """A file that reports how many of its bytes were read."""
 
     def __init__(self, file: IO[bytes], on_read: OnRead) -> None:
         self._file: Any = file
@@ -146,7 +146,7 @@ class _Counted(io.RawIOBase):
 
 
 def is_utf16(beginning: bytes) -> bool:
-    """Whether bytes begin with UTF-16's mark, or every other one of them is zero, as in UTF-16 of Latin letters."""
+    """Return whether bytes begin with a UTF-16 byte-order mark, or every other one is zero, as in UTF-16 of Latin text."""
     if beginning.startswith(BOMS):
         return True
     pairs = len(beginning) // 2
@@ -154,7 +154,7 @@ def is_utf16(beginning: bytes) -> bool:
 
 
 def why_not_utf8(content: bytes) -> str:
-    """What bytes that are not UTF-8 are instead, as far as can be told."""
+    """Describe bytes that are not UTF-8, by a guess at what they are."""
     if is_utf16(content[:4096]):
         return f"not UTF-8 but UTF-{32 if content.startswith(UTF32_BOMS) else 16}"
     return "not UTF-8 but binary" if b"\0" in content[:4096] else "not UTF-8 but latin-1, it seems"

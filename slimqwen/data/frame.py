@@ -1,4 +1,4 @@
-"""The special tokens around each document: what the tokenizer begins one with, and what separates it from the next."""
+"""The special tokens around each document: those that the tokenizer adds, and the separator."""
 
 import json
 from collections.abc import Iterator
@@ -14,31 +14,31 @@ from slimqwen.data.worker import Frame
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# What the released models call the end of a turn, and of a text.
+# The tokens that released models use for the end of a turn, and of a text.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
 TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
 
-def frame_of(tokenizer: "PreTrainedTokenizerFast", folder: Path, separator: str | None) -> Frame:
-    """The frame of the documents that a model with this tokenizer is trained on, which is said.
+def choose_frame(tokenizer: "PreTrainedTokenizerFast", folder: Path, separator: str | None) -> Frame:
+    """Choose the special tokens around each document for a model with this tokenizer, and print them.
 
-    Before a document comes, and after it, what the tokenizer adds to a text when it encodes one with special tokens;
-    then the separator, where that does not end with it: the token `separator`, or by default the tokenizer's eos. An
-    eos that only ends a turn of the chat template gives way to a token that ends a text for the model.
+    They are those that the tokenizer adds when it encodes a text with special tokens, followed by the separator unless
+    they end with it: the token `separator`, or by default the tokenizer's eos. If that eos only ends a turn of the chat
+    template, a token that ends a text is used instead.
 
     Raises UserError for a separator that is not one token, and where there is none.
     """
-    token = _separator(tokenizer, folder, separator)
+    token = _choose_separator(tokenizer, folder, separator)
     number = tokenizer.convert_tokens_to_ids(token)
-    before, after = _added(tokenizer)
+    before, after = _special_tokens_around(tokenizer)
     if before:
         words = " ".join(tokenizer.convert_ids_to_tokens(before))
         say(f"each document begins with {words}, as this tokenizer begins every text")
     return Frame(before, after if after[-1:] == [number] else [*after, number])
 
 
-def _added(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text of its own accord."""
+def _special_tokens_around(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer adds before and after a text."""
     plain = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
     framed = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
     for start in range(len(framed) - len(plain) + 1):
@@ -47,16 +47,16 @@ def _added(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _separator(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str | None) -> str:
+def _choose_separator(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str | None) -> str:
     if named is not None:
         token = separator_token(tokenizer, folder, named)
-        say(f"documents are separated by {named!r}, as asked")
+        say(f"documents are separated by {named!r}, as requested")
         return token
     vocabulary = tokenizer.get_vocab()
     eos: str | None = tokenizer.eos_token
     if eos is None:
         raise UserError(
-            f"the tokenizer in {folder} has no eos token, which must separate documents: set eos_token, or name a token as data.separator."
+            f"the tokenizer in {folder} has no eos token to separate documents with: set eos_token, or name a token as data.separator."
         )
     if eos not in TEXT_ENDS and _ends_a_turn(eos, tokenizer):
         for token, why in _ends_of_text(tokenizer, folder):
@@ -71,7 +71,7 @@ def _separator(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str | 
 
 
 def separator_token(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: str) -> str:
-    """The token of the vocabulary that a recipe or option names, as it stands there, or as the text that it is (a line break is "Ċ").
+    """Find the token that a recipe or option names, by its entry in the vocabulary or by its text (a line break is "Ċ").
 
     Raises UserError for text that is cut into several tokens, or into none.
     """
@@ -82,25 +82,25 @@ def separator_token(tokenizer: "PreTrainedTokenizerFast", folder: Path, named: s
         return str(tokenizer.convert_ids_to_tokens(ids[0]))
     special = [token.content for token in tokenizer.added_tokens_decoder.values()]
     raise UserError(
-        f"data.separator {shown(named)} is no token of the tokenizer in {folder}{did_you_mean(named, special)}, which cuts it into "
+        f"data.separator {shown(named)} is not a token of the tokenizer in {folder}{did_you_mean(named, special)}, which cuts it into "
         f"{len(ids)}: name one that is a single token; its special tokens are {', '.join(map(shown, special)) or 'none'}."
     )
 
 
 def check_separator(folder: Path, named: str | None) -> None:
-    """Raise UserError now where `frame_of` would for a separator that is named."""
+    """Raise UserError early where `choose_frame` would reject the named separator."""
     if named is not None:
         separator_token(load_tokenizer(folder), folder, named)
 
 
 def _ends_a_turn(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether it is known for that, or the chat template spells it out."""
+    """Return whether it is a known end of a turn, or occurs in the chat template."""
     template = tokenizer.chat_template
     return token in TURN_ENDS or token in (template if isinstance(template, str) else str(template or ""))
 
 
 def _ends_of_text(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Iterator[tuple[str, str]]:
-    """Tokens that may end a text for the model, and why, the likeliest first."""
+    """Yield tokens that may end a text for the model, and the evidence, the likeliest first."""
     for file in ("generation_config.json", "config.json"):
         for number in _eos_ids(folder / file):
             yield str(tokenizer.convert_ids_to_tokens(number)), f"an end of text in {file}"
@@ -109,7 +109,7 @@ def _ends_of_text(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> Iterato
 
 
 def _eos_ids(path: Path) -> list[int]:
-    """`eos_token_id` of a config, its text model's where it is a wrapper; none of what cannot be read."""
+    """Read `eos_token_id` of a config, its text model's in a multimodal one; none where it cannot be read."""
     try:
         config: Any = json.loads(path.read_bytes())
         ids = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))

@@ -1,4 +1,4 @@
-"""What tokenised text was made from, to recognise it again."""
+"""Identity of tokenised text: the settings, tokenizer and files that it was made from."""
 
 import platform
 from importlib.metadata import distributions
@@ -12,16 +12,16 @@ from slimqwen.data.sources import files_of
 from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT
 from slimqwen.recipe import DataRecipe, Source
 
-# Read of one file to recognise it, so that terabytes of text cost seconds: a file up to this size is read whole.
+# Bytes read of one file for its fingerprint, so that terabytes take seconds: a file up to this size is read whole.
 MOST_BYTES = 8 << 20
 
 
 def text_identity(data: DataRecipe, tokenizer: Path) -> dict[str, Any]:
-    """The settings, the tokenizer in the folder `tokenizer`, and the text itself."""
+    """Return the settings, and fingerprints of the tokenizer in the folder `tokenizer` and of the text."""
     return {
         "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "python": platform.python_version(),  # whose standard library 'python-stdlib' is
+        "python": platform.python_version(),  # determines the text of 'python-stdlib'
         "packages": _installed_packages() if any(s.builtin == "python-packages" for s in data.sources) else None,
         "text": text_contents(data),
     }
@@ -32,11 +32,11 @@ def _installed_packages() -> list[str]:
 
 
 def text_contents(data: DataRecipe) -> list[list[list[str]]]:
-    """The name and fingerprint of every file that is read of each source that is not built in.
+    """Return the name and fingerprint of every file that is read of each source that is not built in.
 
-    By content and not by time: a file that was only touched, or copied anew, is the same, and one that was changed is
-    another even where size and time are kept. Of a file over MOST_BYTES its size and 128 samples of 64 KiB at equal
-    distances are read, both ends included; a change between them that keeps the size is not noticed.
+    By content, not by modification time: a touched or copied file is the same, and a changed one differs
+    even where size and time are kept. Of a file over MOST_BYTES its size and 128 samples of 64 KiB at equal
+    distances are hashed, both ends included; a change between them that keeps the size goes undetected.
     """
     sources = [(source, False) for source in data.sources] + [(source, True) for source in data.heldout_sources]
     return [_contents(source, heldout=heldout) for source, heldout in sources if source.builtin is None]

@@ -1,4 +1,4 @@
-"""Rows of one document each, so that documents do not see each other."""
+"""Rows of one document each, so that no document attends to another."""
 
 import numpy as np
 
@@ -6,24 +6,24 @@ from slimqwen.core.errors import UserError
 from slimqwen.data.packed import TokenIds, bin_path
 from slimqwen.data.stream import StoredRows
 
-# Documents of which one first row is kept in memory; those of the others are counted when they are asked for.
+# One first row is kept in memory for this many documents; the rest are counted on demand.
 DOCUMENTS_PER_ENTRY = 1024
 
 
 class DocumentStream(StoredRows):
-    """Each row holds one document, or one piece of a document that is longer than a row.
+    """Rows that each hold one document, or one piece of a document longer than a row.
 
     With S = sequence_length, a document of L tokens is cut as `TokenStream` cuts the whole stream: piece p covers its
     tokens p S .. p S + S, overlapping by one, and the last piece ends with the document, shorter or not. So every token
     but the first of each document is a target once per epoch, none is left out, and a document of one token, which
-    predicts nothing, has no row. S = 3, documents A B C D E and X Y:
+    has no target, has no row. S = 3, documents A B C D E and X Y:
 
         row 0   A B C D
         row 1         D E
         row 2   X Y
 
-    The rest of a row is padding (`Batch.mask`). Nothing before a row is seen by the model, neither by attention nor by the
-    DeltaNet state, on any kernel. In memory are 8 bytes for every 1,024 documents.
+    The rest of a row is padding (`Batch.mask`). The model sees nothing before a row, neither by attention nor by the
+    DeltaNet state, on any kernel. Memory: 8 bytes for every 1,024 documents.
     """
 
     def _count(self) -> tuple[int, int]:
@@ -51,9 +51,9 @@ class DocumentStream(StoredRows):
         return self.tokens.slice(start, min(start + self.sequence_length + 1, int(boundaries[document + 1])))
 
     def _boundaries(self, first: int) -> TokenIds:
-        """Of the documents of one entry."""
+        """Return the boundaries of the documents of one entry."""
         return self.tokens.boundaries(first, min(first + DOCUMENTS_PER_ENTRY, self.tokens.documents))
 
     def _pieces(self, lengths: TokenIds) -> TokenIds:
-        """Rows of documents of so many tokens: ceil((length - 1) / sequence_length), none where there is no target."""
+        """Return the rows per document: ceil((length - 1) / sequence_length), 0 where there is no target."""
         return (np.maximum(lengths, 1) + self.sequence_length - 2) // self.sequence_length

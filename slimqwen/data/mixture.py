@@ -1,4 +1,4 @@
-"""Several streams as one, by weights."""
+"""A weighted mixture of several streams of rows."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -9,18 +9,18 @@ from slimqwen.core.errors import UserError
 from slimqwen.data.packed import TokenIds
 from slimqwen.data.stream import Place, RowStream, StoredRows
 
-SMALLEST_SHARE = 1e-9  # of a mixture: less gives no row in any training
+SMALLEST_SHARE = 1e-9  # of a mixture: a smaller one gives no row in any training
 
 
 class MixedStream(RowStream):
-    """Rows of several sources: of any number of rows from the beginning, each source gives its share of the tokens.
+    """Rows of several sources; of the first n rows, for every n, each source gives its share of the tokens.
 
     Which source row n comes from, and which of its rows it is, are functions of n and the weights (`drawn_from`); within
-    a source the rows follow one another in its own shuffled order, epoch after epoch, however often the weights
-    repeat it. So the number of rows seen is the whole cursor, as for one source.
+    a source the rows come in its own shuffled order, epoch after epoch, however often the weights repeat it.
+    So the number of rows seen is the whole cursor, as for one source.
 
-    weights: shares of the predicted tokens, of any sum. A source whose rows hold more padding gives more rows for them.
-    Raises UserError for weights by which nothing can be drawn (`check_weights`).
+    weights: shares of the predicted tokens, of any sum. A source with more padding gives proportionally more rows.
+    Raises UserError for invalid weights (`check_weights`).
     """
 
     def __init__(self, streams: Mapping[str, StoredRows], weights: Mapping[str, float]) -> None:
@@ -42,7 +42,7 @@ class MixedStream(RowStream):
         self._names = list(self.streams)
 
     def rows_of_sources(self, rows: int) -> dict[str, int]:
-        """How many of the first `rows` rows each source gives."""
+        """Return how many of the first `rows` rows each source gives."""
         return dict(zip(self._names, shares_of(rows, self._ends), strict=True))
 
     def place(self, index: int) -> Place:
@@ -56,7 +56,7 @@ class MixedStream(RowStream):
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise UserError for a weight that is no positive number, or so small beside the others that it draws nothing."""
+    """Raise UserError for a weight that is not a positive number, or too small beside the others to give any row."""
     for name, weight in weights.items():
         if not 0.0 < weight < inf:
             raise UserError(f"the data.sources.weight of '{name}' must be positive, not {weight:g}.")
@@ -70,12 +70,12 @@ def check_weights(weights: Mapping[str, float]) -> None:
 
 
 def drawn_from(row: int, ends: Sequence[int]) -> tuple[int, int]:
-    """(source, which of its rows) of row `row` of a mixture; no table is built and nothing before it is counted.
+    """Return (source, index among its rows) of row `row` of a mixture, without a table or a loop over earlier rows.
 
-    The sources are halved again and again. Of the first n rows, round(n x share) belong to the left half, so row n does
-    if that number grows from n to n + 1, and its place there is the number; the rest belong to the right half, and so on.
-    After any number of rows a source has given its share of them to within half a row for each halving: 1/2 for two
-    sources, 3/2 for eight. All in whole numbers, so exact however far training goes.
+    The sources are halved recursively. Of the first n rows, round(n x share) belong to the left half, so row n does
+    if that number grows from n to n + 1, and the number is its index there; the rest belong to the right half, and so on.
+    After any number of rows a source has given its share of them to within half a row per halving: 1/2 for two
+    sources, 3/2 for eight. The arithmetic is in integers, so exact for any length of training.
 
     Example, weights 3 and 1 (ends 3, 4): of the first 0, 1, 2, 3, 4, ... rows 0, 1, 2, 2, 3, 4, ... belong to source 0, so
 
@@ -84,7 +84,7 @@ def drawn_from(row: int, ends: Sequence[int]) -> tuple[int, int]:
         which of its    0  1  0  2  3  4  1  5
 
     Args:
-        ends: the weights as whole numbers, each added to those before it.
+        ends: cumulative sums of the weights as integers.
     """
     first, stop = 0, len(ends)
     while stop - first > 1:
@@ -100,7 +100,7 @@ def drawn_from(row: int, ends: Sequence[int]) -> tuple[int, int]:
 
 
 def shares_of(rows: int, ends: Sequence[int]) -> list[int]:
-    """How many of the first `rows` rows `drawn_from` gives to each source: of 6 with weights 3 and 1, 5 and 1."""
+    """Return how many of the first `rows` rows `drawn_from` gives to each source: of 6 with weights 3 and 1, 5 and 1."""
     counts = [rows] * len(ends)
 
     def halve(first: int, stop: int) -> None:
@@ -120,5 +120,5 @@ def shares_of(rows: int, ends: Sequence[int]) -> list[int]:
 
 
 def _rounded(numerator: int, denominator: int) -> int:
-    """The nearest whole number, halves up."""
+    """Return the nearest integer to a fraction, halves up."""
     return (2 * numerator + denominator) // (2 * denominator)

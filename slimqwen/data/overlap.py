@@ -1,4 +1,4 @@
-"""Held-out documents that are training documents too: counted by hash, within a fixed memory."""
+"""Overlap of held-out and training documents, counted by hash in bounded memory."""
 
 import hashlib
 from collections import Counter
@@ -7,11 +7,11 @@ MOST_HASHES = 1 << 18  # kept of each split, about 20 MB
 
 
 class Overlap:
-    """Counts the held-out documents whose text, but for white space at its ends, is that of a training document.
+    """A counter of held-out documents whose text, apart from leading and trailing white space, is also a training document.
 
-    Kept are the hashes of all texts while they are at most MOST_HASHES, of every second one when they are more, of
-    every fourth, and so on: which texts these are depends on their hashes alone, so that two that are equal are both
-    kept or neither. The count is then an estimate.
+    The hashes of all texts are kept while they are at most MOST_HASHES, then those of every second, every fourth, and so
+    on. Which ones are kept depends only on the hash, so two equal texts are both kept or both dropped. The count is
+    then an estimate.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Overlap:
         self._every = 1  # hashes that are multiples of it are kept
 
     def add(self, text: str, *, heldout: bool) -> None:
-        """Count a document in."""
+        """Add a document."""
         digest = hashlib.blake2b(text.strip().encode("utf-8"), digest_size=8).digest()
         number = int.from_bytes(digest, "big")
         if number % self._every:
@@ -36,5 +36,5 @@ class Overlap:
 
     @property
     def documents(self) -> int:
-        """How many held-out documents are training documents too."""
+        """Return how many held-out documents are also training documents."""
         return self._every * sum(n for number, n in self._heldout.items() if number in self._training)

@@ -1,7 +1,7 @@
-"""Token ids on disk in Megatron's indexed-dataset format, which the field's trainers read and write.
+"""Token ids on disk in Megatron's indexed-dataset format, which many trainers read and write.
 
-Two files share a prefix. `PREFIX.bin` is nothing but the token ids, document after document. `PREFIX.idx`, all
-little-endian, says where the documents are (Megatron-LM, megatron/core/datasets/indexed_dataset.py):
+Two files share a prefix. `PREFIX.bin` holds only the token ids, document after document. `PREFIX.idx`, all
+little-endian, is the index of the documents (Megatron-LM, megatron/core/datasets/indexed_dataset.py):
 
     bytes  content
     9      magic, b"MMIDIDX\\0\\0"
@@ -48,11 +48,11 @@ def idx_path(prefix: Path) -> Path:
 
 
 class PackedWriter:
-    """Appends documents to `PREFIX.bin` as they come; `PREFIX.idx` is written at the end.
+    """A writer that appends documents to `PREFIX.bin` and writes `PREFIX.idx` at the end.
 
-    Ids are uint16 where `vocab_size` <= 65,536 (largest id 65,535), else int32. In memory are 4 bytes per document
-    while writing, 20 at the end. Used as a context manager, it finishes unless an exception passes through: then
-    there is no index, and nothing looks finished.
+    Ids are uint16 where `vocab_size` <= 65,536 (largest id 65,535), else int32. Memory: 4 bytes per document
+    while writing, 20 at the end. As a context manager it finishes on exit, except after an exception: then
+    no index is written, and nothing looks finished.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
@@ -66,7 +66,7 @@ class PackedWriter:
     def add(self, token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
         """Append one document's ids, [tokens]."""
         ids = np.asarray(token_ids, dtype=np.int64)
-        assert ids.ndim == 1, f"one document is one row of ids, not an array of shape {ids.shape}"
+        assert ids.ndim == 1, f"the ids of a document must be one-dimensional, not of shape {ids.shape}"
         assert not ids.size or 0 <= ids.min() <= ids.max() < self.vocab_size, "a token id outside the vocabulary"
         if ids.size >= 1 << 31:
             raise UserError(
@@ -102,10 +102,10 @@ class PackedWriter:
 
 
 class PackedTokens:
-    """The documents below one prefix as a single stream of token ids, memory-mapped: only what is read is loaded.
+    """The documents of one prefix as a single stream of token ids, memory-mapped.
 
-    `total_tokens` and `documents` count them. Both files are checked against each other when they are opened;
-    a file that is missing, truncated, of another format or larger than its index says is a `UserError` that names it.
+    `total_tokens` and `documents` count them. Both files are checked against each other on opening: UserError names
+    one that is missing, truncated, of another format or larger than its index states.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -118,13 +118,13 @@ class PackedTokens:
         self._ids = np.memmap(bin_path(prefix), dtype=self.dtype, mode="r")
 
     def slice(self, start: int, stop: int) -> TokenIds:
-        """Ids `start` to `stop` (exclusive) of the concatenated documents, as a copy: int64 [stop - start]."""
+        """Copy ids `start` to `stop` (exclusive) of the concatenated documents: int64 [stop - start]."""
         if not 0 <= start <= stop <= self.total_tokens:
             raise IndexError(f"tokens {start}..{stop} of {self.prefix}, which has {self.total_tokens}")
         return np.asarray(self._ids[start:stop]).astype(np.int64)
 
     def boundaries(self, first: int, stop: int) -> TokenIds:
-        """Where documents `first` to `stop` (exclusive) begin and the last one ends: int64 [stop - first + 1], in tokens."""
+        """Return the first token of documents `first` to `stop` (exclusive), and the last one's end: int64 [stop - first + 1]."""
         sequences = np.asarray(self._index.documents[first : stop + 1])
         starts = np.full(len(sequences), self.total_tokens, dtype=np.int64)
         inside = sequences < len(self._index.pointers)  # one after the last sequence ends the last document
@@ -132,14 +132,14 @@ class PackedTokens:
         return starts
 
     def check_ids(self, vocab_size: int, on_read: Callable[[int], None]) -> None:
-        """Read every id and raise `UserError` at one outside 0..vocab_size - 1. `on_read` is told the bytes as they go by."""
+        """Raise UserError for an id outside 0..vocab_size - 1. `on_read` is called with the bytes read."""
         for first in range(0, self.total_tokens, CHECKED_AT_ONCE):
             ids = self._ids[first : first + CHECKED_AT_ONCE]
             if ids.min() < 0 or ids.max() >= vocab_size:
                 place = first + int(np.argmax((ids < 0) | (ids >= vocab_size)))
                 raise UserError(
                     f"{bin_path(self.prefix)} holds the id {self._ids[place]} (token {place:,}), and the tokenizer has "
-                    f"{vocab_size:,} tokens: it was made with another one."
+                    f"{vocab_size:,} tokens: the file was made with another tokenizer."
                 )
             on_read(ids.nbytes)
 
@@ -149,16 +149,16 @@ class _Index:
 
     def __init__(self, path: Path, sequences: int, indices: int) -> None:
         self.path = path
-        after = [HEADER.size, HEADER.size + 4 * sequences, HEADER.size + 12 * sequences]
+        offsets = [HEADER.size, HEADER.size + 4 * sequences, HEADER.size + 12 * sequences]
         if sequences == 0 or indices < 2:
             raise UserError(f"{path} lists no document.")
-        self.lengths = np.memmap(path, "<i4", "r", offset=after[0], shape=(sequences,))  # tokens in each sequence
-        self.pointers = np.memmap(path, "<i8", "r", offset=after[1], shape=(sequences,))  # byte where each begins
-        self.documents = np.memmap(path, "<i8", "r", offset=after[2], shape=(indices,))  # first sequence of each
+        self.lengths = np.memmap(path, "<i4", "r", offset=offsets[0], shape=(sequences,))  # tokens in each sequence
+        self.pointers = np.memmap(path, "<i8", "r", offset=offsets[1], shape=(sequences,))  # byte where each begins
+        self.documents = np.memmap(path, "<i8", "r", offset=offsets[2], shape=(indices,))  # first sequence of each
 
 
 def _read_header(path: Path) -> tuple[int, int, int]:
-    """(dtype code, sequences, document indices) after checking that the file is as long as they say."""
+    """Read (dtype code, sequences, document indices), and check that they match the file's length."""
     try:
         with path.open("rb") as stream:
             header = stream.read(HEADER.size)
@@ -173,19 +173,19 @@ def _read_header(path: Path) -> tuple[int, int, int]:
         raise UserError(f"{path} has version {version} of the format; only version {VERSION} can be read.")
     if code not in DTYPES:
         raise UserError(
-            f"{path} says that its token ids have dtype code {code}; integers have {', '.join(map(str, DTYPES))}."
+            f"{path} declares dtype code {code} for its token ids; integers have {', '.join(map(str, DTYPES))}."
         )
     expected_bytes, found_bytes = HEADER.size + 12 * sequences + 8 * indices, path.stat().st_size
-    # Megatron's multimodal indices end with one more byte per sequence, its mode, which says nothing about text.
+    # Megatron's multimodal indices end with one more byte per sequence, its mode, which text does not need.
     if found_bytes not in (expected_bytes, expected_bytes + sequences):
         raise UserError(
-            f"{path} is truncated or corrupt: its header promises {expected_bytes} bytes, it has {found_bytes}."
+            f"{path} is truncated or corrupt: its header implies {expected_bytes} bytes, it has {found_bytes}."
         )
     return code, sequences, indices
 
 
 def _check_index(prefix: Path, itemsize: int, index: _Index) -> int:
-    """Number of tokens, after checking that the sequences fill the .bin file one after the other without a gap."""
+    """Check that the sequences fill the .bin file one after the other without a gap; returns the number of tokens."""
     path, lengths, sequences = index.path, index.lengths, len(index.lengths)
     end_bytes = 0
     for first in range(0, sequences, CHECKED_AT_ONCE):
@@ -195,7 +195,7 @@ def _check_index(prefix: Path, itemsize: int, index: _Index) -> int:
         if lengths[block].min() < 0 or not np.array_equal(index.pointers[block], begins):
             raise UserError(f"{path} is corrupt: its sequences do not follow one another without gaps.")
         end_bytes = int(ends[-1])
-    # The table must be read as the documents' boundaries, in order: 0, ..., sequences.
+    # The array holds the documents' boundaries, in order: 0, ..., sequences.
     firsts = index.documents
     if firsts[0] != 0 or firsts[-1] != sequences or np.any(np.diff(firsts) < 0):
         raise UserError(f"{path} is corrupt: its document indices do not run from 0 to its {sequences} sequences.")
@@ -205,7 +205,7 @@ def _check_index(prefix: Path, itemsize: int, index: _Index) -> int:
         raise UserError(f"{data} is missing, though its index {path} is there: tokenize the text again.")
     if data.stat().st_size != end_bytes:
         raise UserError(
-            f"{data} has {data.stat().st_size} bytes where its index promises {end_bytes}: it is truncated or corrupt."
+            f"{data} has {data.stat().st_size} bytes where its index implies {end_bytes}: it is truncated or corrupt."
         )
     if end_bytes == 0:
         raise UserError(f"{data} holds no token.")

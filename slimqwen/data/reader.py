@@ -1,4 +1,4 @@
-"""The text of a tokens stage, a batch at a time: every source's documents, divided into training and held-out ones."""
+"""The text of a tokens stage in batches: every source's documents, divided into training and held-out ones."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -11,15 +11,15 @@ from slimqwen.data.overlap import Overlap
 from slimqwen.data.sources import describe, documents
 from slimqwen.recipe import Source
 
-BATCH_CHARACTERS = 1_000_000  # text encoded at one time; the encoder needs about 100 bytes per token meanwhile
+BATCH_CHARACTERS = 1_000_000  # encoded at one time; the encoder needs about 100 bytes of memory per token
 HELDOUT = "heldout"
 
 
 class TextReader:
-    """The text of all sources that are text, and what was found of it so far.
+    """A reader of all sources of text, with statistics of what it has read so far.
 
-    left_out: documents without text; left_out_of: the same by prefix. overlap: held-out text that is trained on too.
-    prefixes: of the files that each of `sources` belongs into.
+    left_out: documents without text; left_out_of: the same by prefix. overlap: held-out text that is also trained on.
+    prefixes: of the files that each of `sources` is written to.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TextReader:
         self._chat = chat
 
     def batches(self) -> Iterator[TextBatch]:
-        """Every document, BATCH_CHARACTERS of text at a time or more, but for the last batch."""
+        """Yield all documents in batches of at least BATCH_CHARACTERS, except the last."""
         texts: list[Text] = []
         characters = 0
         for text in self._texts():

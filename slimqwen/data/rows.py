@@ -1,7 +1,7 @@
-"""The rows of a table, one at a time: what is in memory is one row, and a piece of the file.
+"""Reading of tables one row at a time: one row and a buffer of the file are in memory.
 
-Read with `json`, `csv` and `pyarrow.parquet` rather than `datasets`, which loads a .json list whole, cannot stream
-.jsonl whose later rows have other keys than the first ones (CastError), takes brackets in a path for a pattern and
+It uses `json`, `csv` and `pyarrow.parquet` rather than `datasets`, which loads a .json list whole, cannot stream
+.jsonl whose later rows have other keys than the first ones (CastError), treats brackets in a path as a pattern and
 leaves lock files in the user's cache.
 """
 
@@ -19,35 +19,36 @@ from typing import IO, Any, NamedTuple, TextIO
 
 from slimqwen.checkpoint.config import refuse_pointer
 from slimqwen.core.errors import UserError, did_you_mean
-from slimqwen.data.formats import CODECS, OnRead, opened
+from slimqwen.data.formats import CODECS, OnRead, open_stream
 from slimqwen.recipe import TextFormat
 
-JSON_CHARACTERS = 1 << 20  # read at one time, and more where one row is longer
-LONGEST_ROW = 1 << 27  # characters of a JSON row: more is a file that is no table, and would be read whole
-OTHER_DELIMITERS = (";", "\t", "|")  # of a table whose header has none of its own
-CSV_FIELD_CHARACTERS = 1 << 30  # what one field may hold; csv's own limit is 128 KiB
+JSON_CHARACTERS = 1 << 20  # read at one time; more where a row is longer
+LONGEST_ROW = (
+    1 << 27
+)  # characters of a JSON row: a longer one means that the file is not a table, and would be read whole
+OTHER_DELIMITERS = (";", "\t", "|")  # tried where the header lacks the usual one
+CSV_FIELD_CHARACTERS = 1 << 30  # limit of one field; csv's own is 128 KiB
 PARQUET_ROWS = 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 WHITE_SPACE = re.compile(r"\s*")
-NEAR_THE_END = 16  # characters; no escape, literal or mark of JSON is longer
+NEAR_THE_END = 16  # characters; no escape, literal or delimiter of JSON is longer
 
 
 class Row(NamedTuple):
-    """A row of a table: its number, which is part of its document's name, where it stands for a message, its columns."""
+    """A row of a table: its number (part of its document's name), its place for messages, and its columns."""
 
     number: int
     where: str
     values: Mapping[str, Any]
 
 
-def rows_of_stream(path: Path, table: TextFormat, stream: io.BufferedReader) -> Iterator[Row]:
-    """The rows of a table of any format but Parquet. Bytes that are not UTF-8 come as surrogates (`surrogateescape`).
+def read_rows(path: Path, table: TextFormat, stream: io.BufferedReader) -> Iterator[Row]:
+    """Yield the rows of a table of any format except Parquet. Bytes that are not UTF-8 become surrogates (`surrogateescape`).
 
-    stream: the file, opened. Raises UserError for what is no such table.
+    stream: the open file. Raises UserError where it is not a table of this format.
     """
-    if table == "jsonl" and not stream.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(
-        b"["
-    ):  # a list, misnamed
+    is_list = stream.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+    if table == "jsonl" and not is_list:  # else a .json list with the wrong suffix
         return _jsonl_rows(path, stream)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     if table in ("json", "jsonl"):
@@ -56,6 +57,7 @@ def rows_of_stream(path: Path, table: TextFormat, stream: io.BufferedReader) -> 
 
 
 def no_such_column(where: str, text_field: str, columns: Sequence[str]) -> UserError:
+    """Return the error for a table without the column `text_field`."""
     known = ", ".join(repr(column) for column in columns)
     return UserError(
         f"{where} has no column {text_field!r}{did_you_mean(text_field, columns)}; it has {known}: set text_field."
@@ -70,7 +72,7 @@ def _jsonl_rows(path: Path, lines: IO[bytes]) -> Iterator[Row]:
         try:
             value = json.loads(line.decode("utf-8-sig", "surrogateescape"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({_reason(error)}): mend or remove the line.") from error
+            raise UserError(f"{where} is not JSON ({_reason(error)}): correct or remove the line.") from error
         yield Row(number, where, _object(value, where))
 
 
@@ -99,7 +101,7 @@ def _object(value: object, where: str) -> Mapping[str, Any]:
 
 
 class _JsonValues:
-    """The members of a list, or values one after the other, decoded as they are read. Raises ValueError."""
+    """An iterator over the members of a JSON list, or over concatenated values, decoded while reading. Raises ValueError."""
 
     def __init__(self, text: TextIO) -> None:
         self._text = text
@@ -122,7 +124,7 @@ class _JsonValues:
                 raise ValueError("more after the list")
 
     def _next(self) -> str:
-        """The next character that is not white space, not taken; "" at the end."""
+        """Peek at the next character that is not white space; "" at the end."""
         while True:
             match = WHITE_SPACE.match(self._buffer, self._at)
             assert match is not None
@@ -151,7 +153,7 @@ class _JsonValues:
             self._read()
 
     def _read(self) -> None:
-        """Twice as much as is waiting: so a long row is not decoded more often than its length has doublings."""
+        """Double the buffer, so that a long row is decoded only a logarithmic number of times."""
         waiting = self._buffer[self._at :]
         if len(waiting) > LONGEST_ROW:
             raise ValueError(f"longer than {LONGEST_ROW:,} characters")
@@ -160,10 +162,10 @@ class _JsonValues:
 
 
 def _csv_rows(path: Path, text: TextIO, delimiter: str) -> Iterator[Row]:
-    """Raises UserError for a row with more cells than the header names, whose text may be cut; what a row lacks is None."""
+    """Yield the rows of a CSV; missing cells are None. Raises UserError for more cells than the header: text may be cut."""
     csv.field_size_limit(CSV_FIELD_CHARACTERS)
     first = text.readline()
-    if delimiter not in first:  # as programs write it where the comma stands in numbers
+    if delimiter not in first:  # as in locales with decimal commas
         delimiter = next((other for other in OTHER_DELIMITERS if other in first), delimiter)
     rows = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
     try:
@@ -172,20 +174,20 @@ def _csv_rows(path: Path, text: TextIO, delimiter: str) -> Iterator[Row]:
             if len(cells) > len(header):
                 raise UserError(
                     f"{path} line {rows.line_num} has {len(cells)} cells where the header names {len(header)}: text that "
-                    f"holds {delimiter!r} must stand in double quotes."
+                    f"contains {delimiter!r} must be in double quotes."
                 )
             if cells:
                 yield Row(number, f"{path} row {number}", dict(zip_longest(header, cells)))
     except csv.Error as error:
         raise UserError(
-            f"{path} line {rows.line_num} is not CSV ({error}): text in double quotes has its own quotes doubled."
+            f"{path} line {rows.line_num} is not CSV ({error}): quotes inside double-quoted text must be doubled."
         ) from error
 
 
-def parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead, beside: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a Parquet file, with those of the `columns` and those `beside` them that it has.
+def read_parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead, beside: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield the rows of a Parquet file, with those of the `columns` and of the further ones (`beside`) that it has.
 
-    Bytes that are not UTF-8 come as surrogates (`surrogateescape`). Raises UserError where it has none of the `columns`.
+    Bytes that are not UTF-8 become surrogates (`surrogateescape`). Raises UserError where it has none of the `columns`.
     """
     import pyarrow
     import pyarrow.parquet
@@ -196,7 +198,7 @@ def parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead, beside: Se
             wanted = [column for column in columns if column in found]
             if not wanted:
                 raise no_such_column(str(path), columns[0], found)
-            tell = _shares(table.metadata.num_rows, path.stat().st_size, on_read) if file == path else None
+            report = _report_by_rows(table.metadata.num_rows, path.stat().st_size, on_read) if file == path else None
             number = 0
             also = [column for column in beside if column in found]
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[*wanted, *also]):
@@ -204,14 +206,14 @@ def parquet_rows(path: Path, columns: Sequence[str], on_read: OnRead, beside: Se
                     text = {name: _decoded(value) for name, value in values.items()}
                     yield Row(number, f"{path} row {number}", text)
                     number += 1
-                if tell is not None:
-                    tell(number)
+                if report is not None:
+                    report(number)
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({error}).") from error
 
 
 def _as_bytes(batch: Any) -> Any:
-    """A batch with its text as bytes: pyarrow gives up a whole batch for one text that is not UTF-8."""
+    """Cast the text of a batch to bytes, because pyarrow rejects a whole batch for one text that is not UTF-8."""
     import pyarrow
 
     binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
@@ -225,23 +227,23 @@ def _decoded(value: object) -> object:
 
 @contextmanager
 def _seekable(path: Path, on_read: OnRead) -> Iterator[Path | IO[bytes]]:
-    """The file, or where it is compressed as a whole its content in a temporary file: Parquet is read from its end."""
+    """Yield the file, or its content decompressed into a temporary file, since Parquet is read from its end."""
     if path.suffix.lower() not in CODECS:
         refuse_pointer(path)
         yield path
         return
-    with tempfile.TemporaryFile() as plain, opened(path, on_read) as stream:
+    with tempfile.TemporaryFile() as plain, open_stream(path, on_read) as stream:
         shutil.copyfileobj(stream, plain)
         yield plain
 
 
-def _shares(rows: int, size_bytes: int, on_read: OnRead) -> Callable[[int], None]:
-    """Tells the bytes of a file by the rows that were read of it."""
-    told_bytes = 0
+def _report_by_rows(rows: int, size_bytes: int, on_read: OnRead) -> Callable[[int], None]:
+    """Return a callback that takes the rows read so far and calls `on_read` with the same share of the file's bytes."""
+    reported_bytes = 0
 
-    def tell(row: int) -> None:
-        nonlocal told_bytes
-        on_read(row * size_bytes // rows - told_bytes)
-        told_bytes = row * size_bytes // rows
+    def report(row: int) -> None:
+        nonlocal reported_bytes
+        on_read(row * size_bytes // rows - reported_bytes)
+        reported_bytes = row * size_bytes // rows
 
-    return tell
+    return report

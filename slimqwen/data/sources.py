@@ -1,4 +1,4 @@
-"""Sources: text as a stream of named documents, always in the same order, and token ids made elsewhere.
+"""Sources: text as a stream of named documents in a fixed order, and token ids made by other tools.
 
 A document's name decides whether it is held out, so it must not depend on the machine: it is a path relative to the
 source's root, with forward slashes ("json/decoder.py"), and for a row of a table "<file>:<row>".
@@ -17,7 +17,7 @@ from slimqwen.core.errors import UserError, did_you_mean
 from slimqwen.core.warning import warn
 from slimqwen.data.chat import ChatTemplate
 from slimqwen.data.documents import EMPTY, Document, LeftOut, OnSkip, Reading, printable, read_documents
-from slimqwen.data.folder import Selection, select, unreadable
+from slimqwen.data.folder import Selection, raise_unreadable, select
 from slimqwen.data.formats import READ_IN_WORDS, OnRead, format_of, kind_of_special_file, stem_of
 from slimqwen.data.mixture import check_weights
 from slimqwen.data.packed import bin_path, idx_path
@@ -43,35 +43,36 @@ NAME = re.compile(r"\w[\w.-]*")  # of a source in a mixture: its folder's name
 
 
 def log_skipped(name: str, reason: str) -> None:
+    """Log a document that is left out."""
     logging.getLogger(__name__).warning("skipped %s: %s", name, reason)
 
 
-def untold(read_bytes: int) -> None:
-    """Where nobody wants to know how far it is."""
+def ignore_progress(read_bytes: int) -> None:
+    """Do nothing with the bytes read: the default of `on_read`."""
 
 
 def documents(
     source: Source,
     on_skip: OnSkip = log_skipped,
-    on_read: OnRead = untold,
+    on_read: OnRead = ignore_progress,
     *,
     chat: ChatTemplate | None = None,
     heldout: bool = False,
 ) -> Iterator[Document]:
-    """The documents of `source`, sorted by file name and then by row, one at a time.
+    """Yield the documents of `source`, sorted by file name and then by row.
 
-    Which files of a folder are read `folder.select` says, and what it leaves out is said here. Documents that are empty or not
-    UTF-8 are left out and told to `on_skip`. With `keep_fraction` < 1 a share of the documents is kept, by a hash of the name
-    that is independent of `is_heldout`. chat: what renders rows of messages. heldout: whether the text is to be held out,
-    which chooses the split of a data set.
+    `folder.select` chooses the files of a folder; a warning names those it skips. Documents that are empty or not UTF-8 are
+    left out and passed to `on_skip`. With `keep_fraction` < 1 a share of the documents is kept, by a hash of the name
+    that is independent of `is_heldout`. chat: renders rows of messages. heldout: whether the text is to be held out,
+    which determines the split of a data set that is read.
 
-    Raises `UserError`, when the iteration gets there: a missing path, an unreadable file, a table without the
-    column `text_field`, a row that is not JSON, a source without any document or without text at all.
+    Raises `UserError`, when the iteration reaches it, for a missing path, an unreadable file, a table without the
+    column `text_field`, a row that is not JSON, and a source without any document or without text.
     """
     check_source(source)
     if source.megatron is not None:
         raise UserError(f"the data source {describe(source)} is token ids, where text is needed: give a path.")
-    selection = _selection(source, heldout=heldout)
+    selection = _select_files(source, heldout=heldout)
     note = selection.note(describe(source))
     if note is not None and selection.files:
         warn(printable(note))
@@ -92,11 +93,11 @@ def documents(
                 kept += 1
                 yield document
     if not kept:
-        raise _nothing(source, selection, left_out, unkept)
+        raise _no_document(source, selection, left_out, unkept)
 
 
-def _nothing(source: Source, selection: Selection, left_out: LeftOut, unkept: int) -> UserError:
-    """Why a source gave no document."""
+def _no_document(source: Source, selection: Selection, left_out: LeftOut, unkept: int) -> UserError:
+    """Return the error for a source without documents, with the reason."""
     where = f"the data source {describe(source)}"
     if not selection.files:
         note = selection.note(where)
@@ -112,7 +113,7 @@ def _nothing(source: Source, selection: Selection, left_out: LeftOut, unkept: in
 
 
 def source_named(text: str, text_field: str = "text", text_format: TextFormat | None = None) -> Source:
-    """A source from one word of a command line: NAME=SOURCE or SOURCE, a built-in one, a path, or Megatron's PREFIX."""
+    """Parse a source on the command line: NAME=SOURCE or SOURCE, which is a built-in one, a path, or Megatron's PREFIX."""
     name, named, word = text.partition("=")
     if not named or not NAME.fullmatch(name) or os.path.exists(text):  # a folder may be called lang=en
         name, word = "", text
@@ -128,9 +129,9 @@ def source_named(text: str, text_field: str = "text", text_format: TextFormat | 
 def named_sources(
     words: Sequence[str], text_field: str, weights: Mapping[str, float], text_format: TextFormat | None = None
 ) -> list[Source]:
-    """The sources of a command line with their weights, which are by the names that they have in a mixture.
+    """Parse the sources on the command line, with their weights by their names in the mixture.
 
-    Raises `UserError` for a weight of no source, or one that is no share.
+    Raises `UserError` for a weight of an unknown source, or an invalid one.
     """
     sources = [source_named(word, text_field, text_format) for word in words]
     names = [name_of(source) for source in sources]
@@ -144,7 +145,7 @@ def named_sources(
 
 
 def check_source(source: Source) -> None:
-    """Raise `UserError` where the source's files do not exist or are none that is read: cheap, so asked before long work."""
+    """Raise `UserError` where the source's files do not exist or are not readable formats: a cheap check before long work."""
     name = str(source.path or source.megatron)
     try:
         name.encode("utf-8")
@@ -156,7 +157,7 @@ def check_source(source: Source) -> None:
         for path in (idx_path(source.megatron), bin_path(source.megatron)):
             if not os.path.isfile(path):
                 raise UserError(
-                    f"the data source {describe(source)} has no {printable(path.name)}: give what both files' names begin with."
+                    f"the data source {describe(source)} has no {printable(path.name)}: give the common prefix of both files' names."
                 )
 
 
@@ -172,14 +173,13 @@ def _check_path(source: Source, path: Path) -> None:
         raise UserError(f"the data source {describe(source)} is a {special}: give a file or folder of text.")
     if path.is_file() and source.format is None and format_of(path.name) is None:
         raise UserError(
-            f"the data source {describe(source)} is of a kind that is not read: slimqwen reads {READ_IN_WORDS}; "
-            "to read it all the same say how, as one of "
-            f"{', '.join(map(repr, get_args(TextFormat)))}, as data.sources.format."
+            f"the data source {describe(source)} has a suffix that is not read: slimqwen reads {READ_IN_WORDS}; "
+            f"to read it anyway, name its format, one of {', '.join(map(repr, get_args(TextFormat)))}, as data.sources.format."
         )
 
 
 def check_sources(sources: Sequence[Source], heldout_sources: Sequence[Source]) -> None:
-    """Raise `UserError` where the sources do not exist or do not go together."""
+    """Raise `UserError` where a source does not exist or the sources cannot be combined."""
     for source in (*sources, *heldout_sources):
         check_source(source)
     for source in heldout_sources:
@@ -200,7 +200,7 @@ def check_sources(sources: Sequence[Source], heldout_sources: Sequence[Source]) 
         if not NAME.fullmatch(name) or name == "manifest.json":
             raise UserError(f"'{name}' cannot be a source's name in a mixture: give `name`, a word without '/'.")
         if names.count(name) > 1:
-            raise UserError(f"two data sources are called '{name}': tell them apart by `name`.")
+            raise UserError(f"two data sources are called '{name}': give them different names by `name`.")
     check_weights({name_of(source): source.weight for source in sources if source.weight is not None})
     if not heldout_sources and all(source.megatron is not None for source in sources):
         raise UserError(
@@ -209,12 +209,12 @@ def check_sources(sources: Sequence[Source], heldout_sources: Sequence[Source]) 
 
 
 def is_mixture(sources: Sequence[Source]) -> bool:
-    """Whether each source is kept apart, to be drawn from by weight or because its tokens are there already."""
+    """Return whether each source has files of its own: to be drawn by weight, or because its tokens exist already."""
     return any(source.weight is not None or source.megatron is not None for source in sources)
 
 
 def name_of(source: Source) -> str:
-    """What the source is called in a mixture: "wiki" for data/wiki and data/wiki.jsonl."""
+    """Return the name of the source in a mixture: "wiki" for data/wiki and data/wiki.jsonl."""
     path = source.path or source.megatron
     if path is None:
         return source.name or source.builtin or ""
@@ -222,12 +222,12 @@ def name_of(source: Source) -> str:
 
 
 def describe(source: Source) -> str:
-    """What messages call the source."""
+    """Return the source's name for messages."""
     return source.builtin or printable(str(source.path or source.megatron))
 
 
 def size_bytes(source: Source, *, heldout: bool = False) -> int:
-    """Of all files of the source: what `documents` will tell `on_read` in the end, but for a few bytes."""
+    """Return the size of all files of the source: the sum that `documents` passes to `on_read`, to within a few bytes."""
     files = (
         [bin_path(source.megatron)]
         if source.megatron is not None
@@ -237,7 +237,7 @@ def size_bytes(source: Source, *, heldout: bool = False) -> int:
 
 
 def is_heldout(name: str, fraction: float) -> bool:
-    """Whether the document belongs to the held-out share: the same answer on every machine, for ever.
+    """Return whether the document belongs to the held-out share, on every machine alike.
 
     sha256 of the name, its first 8 bytes as a big-endian integer over 2^64, is below `fraction`. Growing the fraction
     only adds documents.
@@ -251,11 +251,11 @@ def _hash_fraction(name: str) -> float:
 
 
 def files_of(source: Source, *, heldout: bool = False) -> list[tuple[str, Path]]:
-    """(name, path) of every file that is read of a source of text, sorted by name."""
-    return [(name, path) for name, path, _ in _selection(source, heldout=heldout).files]
+    """List (name, path) of every file that is read of a source of text, sorted by name."""
+    return [(name, path) for name, path, _ in _select_files(source, heldout=heldout).files]
 
 
-def _selection(source: Source, *, heldout: bool) -> Selection:
+def _select_files(source: Source, *, heldout: bool) -> Selection:
     if source.builtin is not None:
         # usually platlib and purelib are one folder; where they are two, purelib's file wins
         schemes = ("stdlib",) if source.builtin == "python-stdlib" else ("platlib", "purelib")
@@ -267,14 +267,14 @@ def _selection(source: Source, *, heldout: bool) -> Selection:
     if source.path.is_dir():
         return select(source, heldout=heldout)
     text_format = source.format or format_of(source.path.name)
-    assert text_format is not None, "check_source comes first"
+    assert text_format is not None, "check_source has passed"
     return Selection([(source.path.name, source.path, text_format)])
 
 
 def _python_files(root: Path) -> dict[str, Path]:
-    """The .py files of an installation by their names; what its links point to is found under its own name."""
+    """Find the .py files of an installation, by name; symbolic links are skipped, their targets are found by themselves."""
     found = {}
-    for folder, subfolders, files in os.walk(root, onerror=unreadable):
+    for folder, subfolders, files in os.walk(root, onerror=raise_unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in EXCLUDED_FOLDERS]
         for file in files:
             path = Path(folder, file)

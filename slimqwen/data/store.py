@@ -1,11 +1,11 @@
-"""A folder of tokens, as `tokenize` writes it and the other stages read it.
+"""The format of a folder of tokens, which `tokenize` writes and the other stages read.
 
-manifest.json               what the folder holds and what it was made from: `TokenManifest`
+manifest.json               content and origin of the folder: `TokenManifest`
 train.bin, train.idx        training documents, each followed by one separator
-heldout.bin, heldout.idx    documents that no training ever sees
+heldout.bin, heldout.idx    documents that are never trained on
 
 A mixture has the training documents of each source in a folder of its own, NAME/train.bin, NAME/train.idx and
-NAME/manifest.json, which is a folder of tokens too, but for held-out ones: these are together, above.
+NAME/manifest.json, which is itself a folder of tokens, except for the held-out ones, which are together in the parent.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ class SplitCounts(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     documents: int = 0
-    tokens: int = 0  # one separator per document included, and what the tokenizer begins a text with
+    tokens: int = 0  # including the special tokens around each document
     text_bytes: int = 0  # UTF-8, special tokens around documents not counted: what bits per byte divide by; 0 for token ids made elsewhere
 
     def __add__(self, other: "SplitCounts") -> "SplitCounts":
@@ -54,7 +54,7 @@ class Skipped(BaseModel):
 
 
 class TokenManifest(BaseModel):
-    """What a folder of tokens holds, and what it was made from."""
+    """The content and origin of a folder of tokens."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,18 +65,18 @@ class TokenManifest(BaseModel):
     eos_token_id: int  # the separator, after each document
     train: SplitCounts
     heldout: SplitCounts
-    heldout_in_training: int = 0  # held-out documents that are training documents too; of very many an estimate
+    heldout_in_training: int = 0  # held-out documents that are also training documents; an estimate for very many
     skipped_documents: int  # empty or not UTF-8
     skipped: dict[str, Skipped] = {}  # the same by reason
     sources: list[Source]
     heldout_sources: list[Source]
     heldout_fraction: float
-    # Of a mixture: the folder of each of `sources`, in their order, and its share of the training tokens, of any sum.
+    # Of a mixture: the folder of each of `sources`, in that order, with its weight in the training tokens (of any sum).
     mixture: dict[Annotated[str, Field(pattern=f"^{NAME.pattern}$")], PositiveFloat] = {}
 
 
 def load_manifest(folder: Path) -> TokenManifest:
-    """The manifest of a folder of tokens; `UserError` where it is missing or not one."""
+    """Load the manifest of a folder of tokens. Raises `UserError` where it is missing or invalid."""
     path = folder / MANIFEST
     try:
         return TokenManifest.model_validate_json(read_regular(path))
@@ -98,26 +98,26 @@ def check_vocabulary(manifest: TokenManifest, tokens: Path, checkpoint: Path, vo
     if vocabulary_fingerprint(checkpoint) not in (None, manifest.tokenizer_fingerprint):
         raise UserError(
             f"{tokens} was made with another tokenizer than the one in {checkpoint}, or by an earlier version of slimqwen: "
-            "run `slimqwen tokens` again with it."
+            "run `slimqwen tokens` again with this checkpoint's tokenizer."
         )
 
 
 def training_stream(
     folder: Path, sequence_length: int, seed: int, documents: DocumentBoundaries = "packed"
 ) -> RowStream:
-    """The training text of a folder of tokens, mixed by its weights where it has several sources."""
+    """Open the training text of a folder of tokens, mixed by weight where it has several sources."""
     mixture = load_manifest(folder).mixture
     if not mixture:
-        return _rows(folder / "train", sequence_length, seed, documents)
-    streams = {name: _rows(folder / name / "train", sequence_length, seed, documents) for name in mixture}
+        return _open_rows(folder / "train", sequence_length, seed, documents)
+    streams = {name: _open_rows(folder / name / "train", sequence_length, seed, documents) for name in mixture}
     return MixedStream(streams, mixture)
 
 
 def heldout_stream(folder: Path, sequence_length: int, documents: DocumentBoundaries = "packed") -> StoredRows:
-    """The held-out text of a folder of tokens, to be read in order."""
-    return _rows(folder / "heldout", sequence_length, 0, documents)
+    """Open the held-out text of a folder of tokens, which is read in order."""
+    return _open_rows(folder / "heldout", sequence_length, 0, documents)
 
 
-def _rows(prefix: Path, sequence_length: int, seed: int, documents: DocumentBoundaries) -> StoredRows:
+def _open_rows(prefix: Path, sequence_length: int, seed: int, documents: DocumentBoundaries) -> StoredRows:
     stream = DocumentStream if documents == "isolated" else TokenStream
     return stream(PackedTokens(prefix), sequence_length, seed)

@@ -1,4 +1,4 @@
-"""Tokens as rows of training data, in an order that one integer, the number of rows seen, describes fully."""
+"""Streams of training rows, in an order for which one integer, the number of rows seen, is the whole state."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ ROUNDS = 4  # of the Feistel network; four make it a strong pseudo-random permut
 
 
 class Place(NamedTuple):
-    """Where a row lies in the stored text, whatever the order of training: its number, and the source in a mixture."""
+    """The location of a row in the stored text, independent of the order of training: its number, and its source."""
 
     row: int
     source: str | None = None
@@ -29,9 +29,9 @@ class Batch:
     """Rows of training data.
 
     tokens: int64 [rows, sequence_length + 1]. mask: True at real tokens, of the same shape; None where all are real.
-    Padding stands at the right end of a row, and the models are causal: no real token sees it. So they read `tokens` as
-    they are, and the mask is for what is summed over positions: losses, targets, the experts' assignments.
-    places: of each row, where a stream has cut it from.
+    Padding is at the right end of a row, and the models are causal: no real token attends to it. So they read `tokens`
+    without an attention mask, and the mask is for sums over positions: losses, targets, the experts' assignments.
+    places: the location of each row, where the batch is from a stream.
     """
 
     tokens: "torch.Tensor"
@@ -42,7 +42,7 @@ class Batch:
         return Batch(self.tokens.to(device), None if self.mask is None else self.mask.to(device), self.places)
 
     def split(self, rows: int) -> "list[Batch]":
-        """Batches of `rows` rows, the last of what is left."""
+        """Split into batches of `rows` rows; the last may be smaller."""
         tokens = self.tokens.split(rows)
         masks = [None] * len(tokens) if self.mask is None else self.mask.split(rows)
         places = [self.places[first : first + rows] for first in range(0, len(self.tokens), rows)]
@@ -50,12 +50,13 @@ class Batch:
 
 
 class RowStream(ABC):
-    """Rows in the order of training. `row(i)` counts from the beginning of training, across epochs, and depends on nothing
-    else: a run resumes exactly from the number of rows seen, and any cut of a batch into micro-batches or ranks sees the
-    same data.
+    """Rows in the order of training.
 
-    rows_per_epoch: rows before one of them comes again. padding_fraction: share of the positions that a model reads and
-    that have no token to predict.
+    `row(i)` counts from the beginning of training, across epochs, and depends only on i: a run resumes exactly from the
+    number of rows seen, and any division of a batch into micro-batches or ranks reads the same data.
+
+    rows_per_epoch: rows before one of them repeats. padding_fraction: share of the input positions that
+    have no token to predict.
     """
 
     sequence_length: int
@@ -64,22 +65,22 @@ class RowStream(ABC):
 
     @abstractmethod
     def place(self, index: int) -> Place:
-        """Where row `index` of the training order is stored."""
+        """Locate row `index` of the training order in the stored text."""
 
     @abstractmethod
     def stored(self, place: Place) -> TokenIds:
-        """The row at a place without its padding, int64 [at most sequence_length + 1]. Raises IndexError beyond the text."""
+        """Read the row at a place without its padding, int64 [at most sequence_length + 1]. Raises IndexError beyond the text."""
 
     def row(self, index: int) -> TokenIds:
-        """Row `index` of the training order, as `stored`."""
+        """Read row `index` of the training order, as `stored` does."""
         return self.stored(self.place(index))
 
     def batch(self, first_row: int, rows: int, step: int = 1) -> Batch:
-        """`rows` rows of the training order from `first_row` on, every `step`-th."""
+        """Read `rows` rows of the training order, every `step`-th from `first_row` on."""
         return self.rows_at(range(first_row, first_row + rows * step, step))
 
     def rows_at(self, rows: Sequence[int]) -> Batch:
-        """These rows of the training order."""
+        """Read the given rows of the training order."""
         return self._padded([self.place(row) for row in rows])
 
     def _padded(self, places: Sequence[Place]) -> Batch:
@@ -87,7 +88,7 @@ class RowStream(ABC):
 
         rows, columns = [self.stored(place) for place in places], self.sequence_length + 1
         lengths = np.array([len(row) for row in rows])
-        # 0 is a token of every vocabulary; which one it is makes no difference to a masked position.
+        # 0 is an id in every vocabulary; the value at a masked position has no effect.
         tokens = np.zeros((len(rows), columns), dtype=np.int64)
         for padded, row in zip(tokens, rows, strict=True):
             padded[: len(row)] = row
@@ -96,7 +97,7 @@ class RowStream(ABC):
 
 
 class StoredRows(RowStream):
-    """Rows cut from one pair of files, visited in an order shuffled anew for each epoch by (seed, epoch).
+    """Rows cut from one pair of files, in an order shuffled for each epoch by (seed, epoch).
 
     targets_per_epoch: tokens that are predicted in an epoch.
     """
@@ -110,11 +111,11 @@ class StoredRows(RowStream):
 
     @abstractmethod
     def _count(self) -> tuple[int, int]:
-        """Rows and targets of an epoch; `UserError` where there is no row."""
+        """Count the rows and targets of an epoch. Raises `UserError` where there is no row."""
 
     @abstractmethod
     def _stored_row(self, row: int) -> TokenIds:
-        """Row `row` in the order of the files."""
+        """Read row `row` in the order of the files."""
 
     def place(self, index: int) -> Place:
         epoch, position = divmod(index, self.rows_per_epoch)
@@ -124,7 +125,7 @@ class StoredRows(RowStream):
         return self._stored_row(place.row)
 
     def in_order(self, rows: Sequence[int]) -> Batch:
-        """These rows as they are stored. Raises IndexError at `rows_per_epoch` and beyond."""
+        """Read rows by their stored order. Raises IndexError at `rows_per_epoch` and beyond."""
         return self._padded([Place(row) for row in rows])
 
 
@@ -140,8 +141,8 @@ class TokenStream(StoredRows):
         row 2               6 7 8 9
 
     A row may span several documents, and a document several rows. The eos token that ends each document is the only
-    mark: neither attention nor the DeltaNet state is reset there, and the model learns from the eos that what follows
-    is new.
+    mark: neither attention nor the DeltaNet state is reset there, and the model learns from the eos that a new document
+    follows.
     """
 
     def _count(self) -> tuple[int, int]:
@@ -159,12 +160,12 @@ class TokenStream(StoredRows):
 
 
 def shuffled(position: int, size: int, seed: int, epoch: int) -> int:
-    """Where `position` goes in a permutation of 0..size-1 that depends on (seed, epoch); no table is built.
+    """Return the image of `position` under a permutation of 0..size-1 given by (seed, epoch), without a table.
 
     A Feistel network shuffles the numbers of 2b bits, for the least b >= 1 with 4^b >= size. In each round the halves
     (left, right) become (right, left XOR hash(round, right)), which can be undone whatever the hash: a bijection.
-    Where the result is not below `size` it is put in again ("cycle walking"): that follows the cycle on which
-    `position` lies to its next member below `size`, so a bijection of 0..size-1 remains. At most four tries on average.
+    Where the result is not below `size` the network is applied to it again ("cycle walking"): that follows the cycle of
+    `position` to its next member below `size`, so the result is a bijection of 0..size-1. At most four rounds on average.
 
     Example, size 5, seed 0, epoch 0: b = 2, the network permutes 0..15 and
     0 -> 11 -> 2,  1 -> 12 -> 6 -> 0,  2 -> 10 -> 15 -> 5 -> 4,  3 -> 8 -> 1,  4 -> 14 -> 7 -> 13 -> 3.

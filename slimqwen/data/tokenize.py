@@ -1,4 +1,4 @@
-"""The tokens stage: text in, a folder of packed tokens out (`slimqwen.data.store` says what is in it)."""
+"""The tokens stage: from text to a folder of packed tokens (its format: `slimqwen.data.store`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -14,7 +14,7 @@ from slimqwen.data.announcement import notes_of_overlap
 from slimqwen.data.chat import ChatTemplate
 from slimqwen.data.documents import LeftOut
 from slimqwen.data.encode import TextBatch, encode_in_order, usable_cores
-from slimqwen.data.frame import frame_of
+from slimqwen.data.frame import choose_frame
 from slimqwen.data.packed import PackedTokens, PackedWriter, bin_path, idx_path
 from slimqwen.data.reader import HELDOUT, TextReader
 from slimqwen.data.sources import check_sources, describe, is_mixture, name_of, size_bytes
@@ -39,27 +39,27 @@ def tokenize(
     workers: int | None = None,
     title: str = "tokens",
 ) -> TokenManifest:
-    """Encode every document with the tokenizer in the folder `tokenizer` and write the folder `out`, all or nothing.
+    """Encode every document with the tokenizer in the folder `tokenizer` and write the folder `out` atomically.
 
-    Held out are the documents of `heldout_sources`; where there are none, the share `heldout_fraction` of `sources`,
-    as `divide` says. Rows of messages are rendered with the tokenizer's chat template. Each document stands between the special
-    tokens that `frame_of` says, the token `separator` by default chosen by it; special tokens that the text itself spells out are
-    recognised. Said, and kept in the manifest, are the documents that were left out, and held-out text that is trained on too.
+    Held out are the documents of `heldout_sources`; where there are none, the share `heldout_fraction` of `sources`
+    (`divide`). Rows of messages are rendered with the tokenizer's chat template. `choose_frame` gives the special tokens
+    around each document, by default the separator too; special tokens spelled out in the text are recognised. Documents that
+    are left out, and held-out text that is also trained on, are reported and recorded in the manifest.
 
-    Sources with weights, and token ids made elsewhere, are kept apart in folders of their own, and the manifest says how
-    they are mixed. Token ids made elsewhere are read once, to compare them with the vocabulary, and linked to.
+    Sources with weights, and token ids made elsewhere, have folders of their own, and the manifest has their weights.
+    Token ids made elsewhere are read once, to check them against the vocabulary, and linked to.
 
-    Memory is bounded by two batches of `reader.BATCH_CHARACTERS`, or of one larger document, for each of the `workers`: processes,
-    one per usable core by default. What is written does not depend on their number.
+    Memory is bounded by two batches of `reader.BATCH_CHARACTERS`, or of one larger document, for each of the `workers`
+    (processes, by default one per usable core). The output does not depend on their number.
 
-    Raises `UserError`: what `check_sources`, `documents`, `load_tokenizer` and `frame_of` raise, an empty split, token ids
-    outside the vocabulary.
+    Raises `UserError` as `check_sources`, `documents`, `load_tokenizer` and `choose_frame` do, and for an empty split or
+    token ids outside the vocabulary.
     """
     check_sources(sources, heldout_sources)
     encoder = load_tokenizer(tokenizer)
-    frame = frame_of(encoder, tokenizer, separator)
+    frame = choose_frame(encoder, tokenizer, separator)
     vocab_size = max(encoder.get_vocab().values()) + 1
-    encoder.backend_tokenizer.no_truncation()  # which a tokenizer.json may ask for
+    encoder.backend_tokenizer.no_truncation()  # which tokenizer.json may enable
     encoder.backend_tokenizer.no_padding()
 
     prefixes = [f"{name_of(source)}/train" if is_mixture(sources) else "train" for source in sources]
@@ -67,9 +67,9 @@ def tokenize(
     encoded = encode_in_order(reader.batches(), encoder.backend_tokenizer, frame, workers or usable_cores())
     fingerprint = vocabulary_fingerprint(tokenizer)
     assert fingerprint is not None, "a tokenizer that was loaded has files"
+    total = sum(map(size_bytes, sources)) + sum(size_bytes(source, heldout=True) for source in heldout_sources)
     with atomic_folder(out) as folder:
-        size = sum(map(size_bytes, sources)) + sum(size_bytes(source, heldout=True) for source in heldout_sources)
-        with Progress(title, total=size, unit="bytes") as progress, closing(encoded):
+        with Progress(title, total=total, unit="bytes") as progress, closing(encoded):
             counts = _write(sources, prefixes, encoded, folder, vocab_size, progress)
         trains = [counts[prefix] for prefix in dict.fromkeys(prefixes)]
         _check_not_empty(sources, trains, counts[HELDOUT], heldout_fraction)
@@ -86,18 +86,23 @@ def tokenize(
             sources=list(sources),
             heldout_sources=list(heldout_sources),
             heldout_fraction=heldout_fraction,
-            mixture=_weights(sources, trains) if is_mixture(sources) else {},
+            mixture=_mixture_weights(sources, trains) if is_mixture(sources) else {},
         )
         _write_manifests(manifest, trains, reader, folder)
-    if manifest.skipped_documents:
-        warn(f"note: documents left out: {reader.left_out}")
-    for note in notes_of_overlap(manifest):
-        warn(note)
+    _warn_about(manifest, reader.left_out)
     return manifest
 
 
+def _warn_about(manifest: TokenManifest, left_out: LeftOut) -> None:
+    """Warn of documents that were left out, and of held-out text that is also trained on."""
+    if manifest.skipped_documents:
+        warn(f"note: documents left out: {left_out}")
+    for note in notes_of_overlap(manifest):
+        warn(note)
+
+
 def _write_manifests(manifest: TokenManifest, trains: Sequence[SplitCounts], reader: TextReader, folder: Path) -> None:
-    """The manifest of the whole, and of a mixture one for the folder of each source."""
+    """Write the manifest of the whole and, for a mixture, one in the folder of each source."""
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     for name, source, train in zip(manifest.mixture, manifest.sources, trains, strict=False):
         own = {"train": train, "heldout": SplitCounts(), "sources": [source], "mixture": {}}
@@ -106,7 +111,7 @@ def _write_manifests(manifest: TokenManifest, trains: Sequence[SplitCounts], rea
 
 
 def _skipped_of(left_out: LeftOut) -> dict[str, Any]:
-    """The fields of a manifest about documents that were left out."""
+    """Return the manifest fields about documents that were left out."""
     skipped = {
         reason: Skipped(documents=number, first=left_out.first[reason]) for reason, number in left_out.documents.items()
     }
@@ -121,7 +126,7 @@ def _write(
     vocab_size: int,
     progress: Progress,
 ) -> dict[str, SplitCounts]:
-    """Link to the token ids made elsewhere and pack the encoded text; the size of each prefix."""
+    """Link to the token ids made elsewhere and pack the encoded text. Returns the size of each prefix."""
     for prefix in prefixes:
         (folder / prefix).parent.mkdir(exist_ok=True)
     counts = {
@@ -140,7 +145,7 @@ def _pack(
     vocab_size: int,
     progress: Progress,
 ) -> dict[str, SplitCounts]:
-    """Write each document into the files that it belongs into; the size of each by prefix."""
+    """Write each document to the files of its prefix. Returns the size of each prefix."""
     counts = {prefix: SplitCounts() for prefix in prefixes}
     shown_bytes = 0
     with ExitStack() as files:
@@ -158,7 +163,7 @@ def _pack(
 
 
 def _link(megatron: Path, prefix: Path, vocab_size: int, progress: Progress) -> SplitCounts:
-    """Token ids made elsewhere, checked and linked to from `prefix`."""
+    """Check token ids made elsewhere, and link to them from `prefix`."""
     tokens = PackedTokens(megatron)
     tokens.check_ids(vocab_size, progress.advance)
     for path_of in (bin_path, idx_path):
@@ -166,8 +171,8 @@ def _link(megatron: Path, prefix: Path, vocab_size: int, progress: Progress) -> 
     return SplitCounts(documents=tokens.documents, tokens=tokens.total_tokens)
 
 
-def _weights(sources: Sequence[Source], trains: Sequence[SplitCounts]) -> Mapping[str, float]:
-    """By name; where no weights are given, as many tokens as there are."""
+def _mixture_weights(sources: Sequence[Source], trains: Sequence[SplitCounts]) -> Mapping[str, float]:
+    """Return the weights by name; where none are given, each source's number of tokens."""
     return {
         name_of(source): source.weight or float(train.tokens) for source, train in zip(sources, trains, strict=True)
     }

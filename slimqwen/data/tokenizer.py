@@ -1,4 +1,4 @@
-"""Training a byte-level BPE tokenizer for code, and loading any Hugging Face tokenizer from a folder."""
+"""Training of a byte-level BPE tokenizer for code, and loading of any Hugging Face tokenizer from a folder."""
 
 import json
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is cut before merges are learnt; a token never crosses a cut. The first alternative that matches wins.
+# The pre-tokenization pattern: merges never cross its cuts. The first alternative that matches wins.
 # "if x:\n        return y1" becomes  if| x|:|\n        |return| y|1
-# Punctuation is kept apart from the line break, unlike in Qwen's pattern, so that a prompt may end with a colon.
+# Punctuation is separate from the line break, unlike in Qwen's pattern, so that a prompt may end with a colon.
 # Bytes per token, vocabulary 4,096, on 60 files of the standard library not trained on: 3.58 (GPT-2's pattern 3.51,
 # Qwen's 3.53; punctuation joined to the line break and indentation 3.74).
 PATTERN = "|".join(
@@ -29,7 +29,7 @@ PATTERN = "|".join(
         r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the one space, dot or underscore before it
         r"\p{N}",  # a digit: numbers are not memorised
         r" ?[^\s\p{L}\p{N}]+",  # a run of punctuation
-        r"\s+(?!\S)",  # spaces within a line, but for the last
+        r"\s+(?!\S)",  # spaces within a line, except the last
         r"\s+",
     )
 )
@@ -63,7 +63,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None
 
     with atomic_folder(folder) as partial:
         tokenizer.save(str(partial / "tokenizer.json"))
-        # By hand: Transformers 5 would write a class name that Transformers 4 and the serving engines do not know.
+        # Not by save_pretrained: Transformers 5 writes a class name that Transformers 4 and the serving engines lack.
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END_OF_TEXT,
@@ -73,7 +73,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None
         (partial / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# Text on which two tokenizers that cut text by other rules differ: words in several scripts, digits, white space, code.
+# Text that reveals differences in pre-tokenization: words in several scripts, digits, white space, code.
 SAMPLE = (
     "It's 12,345.67 — don't  'split'\tthis!\n\n\n    def f(x_1):\r\n        return x_1**2  # naïve é e\u0301\n"
     "WHOLE Words, you'LL see; 漢字かな交じり文。 Привет, мир! नमस्ते 안녕하세요 مرحبا 🎉🏳️‍🌈 http://a.b/c?d=1&e=2\n"
@@ -81,23 +81,23 @@ SAMPLE = (
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raise UserError where the folder holds nothing that a tokenizer is made from."""
+    """Raise UserError where the folder has no tokenizer files."""
     written = folder / "tokenizer.json"
     if written.is_file():
         refuse_pointer(written)
     elif not any(all((folder / name).is_file() for name in names) for names in VOCABULARY_FILES):
         raise UserError(
-            f"{folder} holds no tokenizer: neither tokenizer.json is there, nor vocab.json with merges.txt; put the tokenizer "
-            "that the model was trained with beside it."
+            f"{folder} holds no tokenizer (neither tokenizer.json, nor vocab.json with merges.txt): copy the tokenizer that "
+            "the model was trained with into it."
         )
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a checkpoint folder; no code from the folder is run and nothing is downloaded.
+    """Load the tokenizer of a checkpoint folder; no code from the folder is run and nothing is downloaded.
 
-    It cuts text as tokenizer.json says. For some classes Transformers 5 builds the rules anew and leaves aside those of
-    the file, which the model was trained with and the engines outside Transformers read: then the file is followed, and that is
-    said where it makes a difference. Without tokenizer.json it is what Transformers makes of vocab.json and merges.txt.
+    It follows tokenizer.json. For some classes Transformers 5 rebuilds the rules and ignores those of the file, which the
+    model was trained with and engines outside Transformers read: then the file's rules are restored, with a warning if
+    they differ on a sample. Without tokenizer.json, Transformers builds it from vocab.json and merges.txt.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -108,8 +108,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not isinstance(loaded, PreTrainedTokenizerFast):
             raise ValueError(f"{type(loaded).__name__} is not one of the tokenizers library's")
-        return _as_written(loaded, Tokenizer.from_file(str(file)), folder) if file.is_file() else loaded
-    except Exception as error:  # whatever the libraries raise on a broken file, a plain Exception included
+        return _follow_file(loaded, Tokenizer.from_file(str(file)), folder) if file.is_file() else loaded
+    except Exception as error:  # the libraries may raise even a plain Exception on a broken file
         for name in JSON_FILES:
             _check_mapping(folder / name)
         reason = " ".join(str(error).split())[:200]
@@ -117,13 +117,13 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 
 
 def _check_mapping(file: Path) -> None:
-    """Raise UserError where a file is there, and is not the JSON object that it must be."""
+    """Raise UserError where a file exists and is not a JSON object."""
     if file.exists() and not isinstance(read_json(file), dict):
         raise UserError(f"{file} is not a JSON object: download it again.")
 
 
-def _as_written(loaded: "PreTrainedTokenizerFast", written: "Tokenizer", folder: Path) -> "PreTrainedTokenizerFast":
-    """`loaded`, or where its rules are not those of tokenizer.json, as `written`, a tokenizer that has them."""
+def _follow_file(loaded: "PreTrainedTokenizerFast", written: "Tokenizer", folder: Path) -> "PreTrainedTokenizerFast":
+    """Return `loaded`, or a tokenizer with the rules of tokenizer.json (`written`) where its own differ."""
     from transformers import PreTrainedTokenizerFast
 
     built = loaded.backend_tokenizer
@@ -132,10 +132,10 @@ def _as_written(loaded: "PreTrainedTokenizerFast", written: "Tokenizer", folder:
         return loaded
     if differs:
         warn(
-            f"note: Transformers' {type(loaded).__name__} cuts text otherwise than {folder}/tokenizer.json says; the file is "
+            f"note: Transformers' {type(loaded).__name__} cuts text otherwise than {folder}/tokenizer.json; the file is "
             "followed, as by engines that read it"
         )
-    for number in sorted(loaded.added_tokens_decoder):  # which tokenizer_config.json may add to the file's
+    for number in sorted(loaded.added_tokens_decoder):  # tokenizer_config.json may add to those of the file
         token = loaded.added_tokens_decoder[number]
         if written.token_to_id(token.content) is None:
             (written.add_special_tokens if token.special else written.add_tokens)([token])
@@ -152,6 +152,6 @@ def _as_written(loaded: "PreTrainedTokenizerFast", written: "Tokenizer", folder:
 
 
 def _rules(tokenizer: "Tokenizer", part: str) -> object:
-    """The normalizer or pre_tokenizer of a tokenizer as JSON; None where there is none."""
+    """Return the normalizer or pre_tokenizer of a tokenizer as JSON; None where there is none."""
     rules = getattr(tokenizer, part)
     return None if rules is None else json.loads(rules.__getstate__())

@@ -1,8 +1,8 @@
-"""A process that encodes texts: `python -m slimqwen.data.worker`, with pipes for its input and its output.
+"""A process that encodes texts: `python -m slimqwen.data.worker`, with pipes for input and output.
 
-In come lines of JSON, first [the tokenizer's tokenizer.json, ids before each text, ids after it], then a list of texts again and
-again. Out come, for each list, little-endian: the number of texts, int64; the number of ids of each, int64; all ids, uint32. When the input
-ends, so does the process: nobody has to kill it, not even where its parent was killed.
+Input: lines of JSON, first [the tokenizer's tokenizer.json, ids before each text, ids after it], then any number of lists
+of texts. Output, for each list, little-endian: the number of texts, int64; the number of ids of each, int64; all ids, uint32.
+The process exits at the end of its input, so also when its parent was killed.
 """
 
 import json
@@ -18,19 +18,19 @@ Ids = npt.NDArray[np.uint32]
 
 
 class Frame(NamedTuple):
-    """Ids before and after each document's own; the last one after it is the separator."""
+    """The ids before and after each document; the last one is the separator."""
 
     before: list[int]
     after: list[int]
 
     def around(self, ids: Sequence[int]) -> list[int]:
-        """A document's ids framed; what it begins with already, as text of a chat template may, is not put before it again."""
+        """Frame a document's ids; a document that begins with `before` already, as a chat template's may, keeps it once."""
         before = [] if list(ids[: len(self.before)]) == self.before else self.before
         return [*before, *ids, *self.after]
 
 
 def encode(tokenizer: Tokenizer, frame: Frame, texts: Sequence[str]) -> list[Ids]:
-    """Each text's ids in their frame; special tokens that a text spells out are recognised."""
+    """Encode each text and frame its ids; special tokens spelled out in a text are recognised."""
     encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(frame.around(encoding.ids), dtype=np.uint32) for encoding in encodings]
 
@@ -48,7 +48,7 @@ def write_ids(stream: IO[bytes], ids: Sequence[Ids]) -> None:
 
 
 def read_ids(stream: IO[bytes]) -> list[Ids]:
-    """What `write_ids` wrote; EOFError where the stream ends before."""
+    """Read what `write_ids` wrote. Raises EOFError where the stream ends early."""
     (texts,) = np.frombuffer(_read(stream, 8), dtype="<i8")
     lengths = np.frombuffer(_read(stream, 8 * int(texts)), dtype="<i8")
     ids = np.frombuffer(_read(stream, 4 * int(lengths.sum())), dtype="<u4")
