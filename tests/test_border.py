@@ -399,7 +399,7 @@ def test_what_is_wrong_with_an_option_begins_with_it_or_names_it(
         (*cache, "--memory-budget", "-1GB"): "--memory-budget: '-1GB' is not a size",
         (*cache, "--top-k", "9999999"): "--top-k 9,999,999 is more than",
         ("prune", "builtin", "--plan", "p", "--out", "o", "--shard-size", "5XB"): "--shard-size: '5XB' is not a size",
-        (*tokenize, "--separator", "nope"): "--separator 'nope' is no token",
+        (*tokenize, "--separator", "nope"): "--separator 'nope' is not a token",
         (*tokenize, "--weight", "txt=1"): "--weight is given for 'txt' (did you mean 'text'?)",
         (*tokenize, "--weight", "text=0"): "the --weight of 'text' must be positive",
         (*tokenize, "--heldout-fraction", "1.0"): "lower --heldout-fraction",

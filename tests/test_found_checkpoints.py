@@ -86,7 +86,7 @@ def test_words_that_are_no_property_of_the_model(tmp_path: Path, words: dict[str
     expected = logits(folder)
     with_config(folder, **words)
     told: list[str] = []
-    checkpoint = Checkpoint(folder, tell=told.append)
+    checkpoint = Checkpoint(folder, on_note=told.append)
     assert torch.equal(logits(folder), expected)
     assert not words.keys() & checkpoint.family.to_disk(checkpoint.config).keys()
     said = [word for word, value in words.items() if value]
@@ -190,7 +190,7 @@ NEXT, TEXT, MOE, GLM = "qwen3_next", "qwen3_5_moe_text", "qwen3_moe", "glm4_moe"
     [
         pytest.param(NEXT, TIED, with_tied_head, "a copy of the embedding", id="tied head stored"),
         pytest.param(
-            MOE, TIED, with_another_head, "is read as Transformers reads it, not tied", id="another head stored"
+            MOE, TIED, with_another_head, "it is read untied, as by Transformers", id="another head stored"
         ),
         pytest.param(NEXT, {}, with_buffers, "left out buffers", id="buffers"),
         pytest.param(NEXT, {}, with_counters, "left out whole numbers", id="counters"),
@@ -206,7 +206,7 @@ def test_what_transformers_reads_is_read(
     folder = write_tiny_checkpoint(tmp_path / "tiny", native=native)
     with_tensors(folder, change)
     told: list[str] = []
-    source = Checkpoint(folder, tell=told.append)
+    source = Checkpoint(folder, on_note=told.append)
     assert (note is None and not told) or (note is not None and len(told) == 1 and note in told[0])
     assert_same_logits(logits(folder), transformers_logits(folder))
 
@@ -235,7 +235,7 @@ def test_an_mtp_module_that_the_config_denies_is_left_out(tmp_path: Path, family
         (folder / "config.json").write_text(json.dumps(config))
     with_config(folder, **{key: 0})
     told: list[str] = []
-    source = Checkpoint(folder, tell=told.append)
+    source = Checkpoint(folder, on_note=told.append)
     assert len(told) == 1 and "left out an MTP module" in told[0] and not source.has_mtp
     assert_same_logits(logits(folder), transformers_logits(folder))
     out = prune(folder, tmp_path / "pruned", plan=keep_everything(source))
@@ -264,7 +264,7 @@ def without_vision(tensors: Tensors) -> None:
 def test_a_wrapper_without_its_vision_tower_is_the_language_model(tmp_path: Path) -> None:
     folder = wrapper(tmp_path / "tiny", without_vision)
     told: list[str] = []
-    source = Checkpoint(folder, tell=told.append)
+    source = Checkpoint(folder, on_note=told.append)
     assert source.family.model_type == TEXT and len(told) == 1 and "no vision tower" in told[0]
     assert_same_logits(logits(folder), transformers_logits(folder))
     out = prune(folder, tmp_path / "pruned", plan=keep_everything(source))
@@ -498,7 +498,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     folder = sharded(single, tmp_path / "tiny", 100_000)
     (folder / "model.safetensors.index.json").unlink()
     told: list[str] = []
-    checkpoint = Checkpoint(folder, tell=told.append)
+    checkpoint = Checkpoint(folder, on_note=told.append)
     assert len(told) == 1 and "has no model.safetensors.index.json" in told[0]
     assert torch.equal(checkpoint.read("model.norm.weight"), Checkpoint(single).read("model.norm.weight"))
     assert len(checkpoint.files) > 2

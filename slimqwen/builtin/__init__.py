@@ -19,7 +19,7 @@ def checkpoint_folder(name: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if name.lower().endswith(".gguf"):
         raise UserError(
-            f"{name} is a GGUF file, and slimqwen reads only safetensors: give the original model's folder."
+            f"{name} is a GGUF file, and slimqwen reads safetensors only: give the original model's folder."
         )
     try:
         neighbours = [other.name for other in folder.parent.iterdir() if other.is_dir()]

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints on disk: read one tensor, write shards, check that every tensor is where it should be."""
+"""Hugging Face checkpoints on disk: config, headers, lazy reading of tensors, and writing of shards."""

@@ -1,4 +1,4 @@
-"""config.json of a checkpoint, or by itself; nothing here needs the weights, or torch."""
+"""Reading of config.json, from a checkpoint or by itself, without the weights and without torch."""
 
 import json
 from collections import Counter
@@ -6,14 +6,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from slimqwen.checkpoint.folder import what_it_is
+from slimqwen.checkpoint.folder import explain_folder
 from slimqwen.core.errors import UserError, shown
 from slimqwen.families import Config, Family, family_of
 
-POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that git keeps in place of a large one
+POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of a git-lfs pointer, in place of a large file
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
-# How one program loaded the model, or where code lies that is never run: no property of the model.
-CIRCUMSTANCES = (
+# How one program loaded the model, or where code is that is never run: not properties of the model.
+RUNTIME_KEYS = (
     *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("_attn_implementation_autoset", "_experts_implementation", "experts_implementation"),
     *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript", *QUANTISATION_KEYS),
@@ -24,11 +24,11 @@ LARGEST_JSON_BYTES = 100_000_000  # safetensors' own limit for a header; the ind
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, or one sentence about why it cannot be read."""
+    """Read a JSON file strictly (`parse_json`). Raises UserError where it cannot be read."""
     refuse_pointer(path)
     try:
         if path.stat().st_size > LARGEST_JSON_BYTES:
-            raise UserError(f"{path} is too large to be what it should: over {LARGEST_JSON_BYTES:,} bytes.")
+            raise UserError(f"{path} is too large for a file of its kind: over {LARGEST_JSON_BYTES:,} bytes.")
         return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
@@ -41,11 +41,11 @@ def read_json(path: Path) -> Any:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise UserError where a file is not itself there, but git-lfs' word for it."""
+    """Raise UserError where a file is a git-lfs pointer to the actual content."""
     try:
         with path.open("rb") as stream:
             is_pointer = stream.read(len(POINTER)) == POINTER
-    except OSError:  # told by who reads the file
+    except OSError:  # reported when the file is read
         return
     if is_pointer:
         raise UserError(
@@ -54,16 +54,16 @@ def refuse_pointer(path: Path) -> None:
 
 
 def parse_json(text: bytes) -> Any:
-    """Strict JSON. Raises ValueError for all else: NaN and infinity, a key given twice, nesting without end."""
+    """Parse strict JSON. Raises ValueError for anything else, also NaN, infinity, duplicate keys and too deep nesting."""
     try:
         return json.loads(
-            text.decode("utf-8"), object_pairs_hook=_without_twins, parse_float=_finite, parse_constant=_refused
+            text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_refuse
         )
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -72,15 +72,15 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(digits: str) -> float:
-    return float(digits) if isfinite(float(digits)) else _refused(digits)
+    return float(digits) if isfinite(float(digits)) else _refuse(digits)
 
 
-def _refused(constant: str) -> NoReturn:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"it has a number that is not finite, {shown(constant)}")
 
 
-class Described(NamedTuple):
-    """What a config.json says. notes: what it says beside the model and is left out, one sentence each."""
+class ParsedConfig(NamedTuple):
+    """The content of a config.json. notes: one sentence about each key that was left out."""
 
     family: Family
     config: Config
@@ -88,42 +88,42 @@ class Described(NamedTuple):
 
 
 def read_config(folder_or_file: Path) -> tuple[Family, Config]:
-    """The family and the canonical config of a checkpoint folder, or of a config.json by itself.
+    """Read the family and the canonical config of a checkpoint folder, or of a config.json by itself.
 
-    Raises UserError for whatever is no config.json of a family, is quantised, or has sizes that cannot be.
+    Raises UserError where it is not the config.json of a family, is quantised, or has impossible sizes.
     """
-    described = read_described(folder_or_file)
-    return described.family, described.config
+    parsed = read_config_with_notes(folder_or_file)
+    return parsed.family, parsed.config
 
 
-def read_described(folder_or_file: Path) -> Described:
-    """`read_config`, and what was left out of it."""
+def read_config_with_notes(folder_or_file: Path) -> ParsedConfig:
+    """Read a config like `read_config`, with notes about what was left out."""
     path = folder_or_file / "config.json" if folder_or_file.is_dir() else folder_or_file
     if not path.is_file():
         if not folder_or_file.exists():
             raise UserError(f"{folder_or_file} does not exist: give the folder of a Hugging Face checkpoint.")
-        instead = what_it_is(folder_or_file) or "give the folder of a Hugging Face checkpoint."
-        raise UserError(f"{folder_or_file} has no config.json: {instead}")
+        advice = explain_folder(folder_or_file) or "give the folder of a Hugging Face checkpoint."
+        raise UserError(f"{folder_or_file} has no config.json: {advice}")
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a model config: its top level must be a mapping.")
     if _depth_exceeds(config, DEEPEST_NESTING):
         raise UserError(f"{path} is not a model config: it is nested more than {DEEPEST_NESTING} deep.")
     family = family_of(config, str(path))
-    _check_words(config, path)
-    left_out = {key: section[key] for section in sections(config) for key in CIRCUMSTANCES if section.get(key)}
-    notes = [f"{path}: left out {', '.join(left_out)}, which is no property of the model."] if left_out else []
+    _check_values(config, path)
+    left_out = {key: section[key] for section in sections(config) for key in RUNTIME_KEYS if section.get(key)}
+    notes = [f"{path}: left out {', '.join(left_out)}, which is not a property of the model."] if left_out else []
     try:
-        canonical = family.normalise(model_words(config))
+        canonical = family.normalise(drop_runtime_keys(config))
         family.sizes(canonical)
-        family.to_disk(canonical)  # what could not be written again is told now, not after the work
+        family.to_disk(canonical)  # so that a config that cannot be written fails now, not after the work
     except UserError as error:
         raise UserError(f"{folder_or_file}: {error}") from error
-    return Described(family, canonical, notes)
+    return ParsedConfig(family, canonical, notes)
 
 
-def _check_words(config: Config, path: Path) -> None:
-    """Raise UserError for a quantised checkpoint, and for what is no mapping or no word where one belongs."""
+def _check_values(config: Config, path: Path) -> None:
+    """Raise UserError for a quantised checkpoint, and for values of the wrong type."""
     for section in sections(config):
         if any(section.get(key) for key in QUANTISATION_KEYS):
             raise UserError(
@@ -140,19 +140,19 @@ def _check_words(config: Config, path: Path) -> None:
                 )
 
 
-def model_words(on_disk: Config) -> Config:
-    """A config.json less CIRCUMSTANCES, in it and in its sections; the original stays as it is."""
+def drop_runtime_keys(on_disk: Config) -> Config:
+    """Copy a config.json without RUNTIME_KEYS, at the top level and in its sections."""
     return {
-        key: {inner: word for inner, word in value.items() if inner not in CIRCUMSTANCES}
+        key: {inner: entry for inner, entry in value.items() if inner not in RUNTIME_KEYS}
         if isinstance(value, dict)
         else value
         for key, value in on_disk.items()
-        if key not in CIRCUMSTANCES
+        if key not in RUNTIME_KEYS
     }
 
 
 def sections(on_disk: Config) -> list[Config]:
-    """A config.json and the mappings in it: multimodal models keep the language model's fields in `text_config`."""
+    """List a config.json and the mappings in it: multimodal models keep the language model's fields in `text_config`."""
     return [on_disk, *(value for value in on_disk.values() if isinstance(value, dict))]
 
 

@@ -1,4 +1,4 @@
-"""Folders that are not the checkpoint that was meant: what each is, and the way from there to a checkpoint."""
+"""Explanations for folders that are not checkpoints: what they are, and how to get a checkpoint from them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,12 +8,12 @@ from slimqwen.core.errors import UserError, shown
 READ_AND_SAVE = "AutoModelForCausalLM.from_pretrained({arguments}).save_pretrained(FOLDER)"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_FRAMEWORKS = (".h5", ".msgpack", ".onnx")
-MOST_ENTRIES = 10_000  # of a folder, that are looked at
+MOST_ENTRIES = 10_000  # of a folder that are examined
 CONFIG = "config.json"
 
 
 def snapshot_of(folder: Path) -> Path:
-    """The snapshot in the root of a model's cache (`models--org--name`), as the Hugging Face hub lays it out; else `folder`.
+    """Find the snapshot in the root of a model's cache (`models--org--name`, in the hub's layout); else return `folder`.
 
     It is the one that refs/main names, or the only one. Raises UserError where there are several and none is named.
     """
@@ -32,8 +32,8 @@ def snapshot_of(folder: Path) -> Path:
     )
 
 
-def what_it_is(folder: Path) -> str | None:
-    """What a folder without a checkpoint's files is, and what to do; None where nothing is recognised."""
+def explain_folder(folder: Path) -> str | None:
+    """Explain what a folder without a checkpoint's files is, and what to do; None where nothing is recognised."""
     if not folder.is_dir():
         return None
     names = [path.name for _, path in zip(range(MOST_ENTRIES), folder.iterdir(), strict=False)]
@@ -44,29 +44,29 @@ def what_it_is(folder: Path) -> str | None:
         )
     if "model_index.json" in names:
         return "it is a diffusers pipeline and not a language model."
-    if gguf := _ending(names, (".gguf",)):
+    if gguf := _first_with_suffix(names, (".gguf",)):
         read = READ_AND_SAVE.format(arguments=f"FOLDER, gguf_file={gguf!r}")
-        return f"it holds a GGUF file, and slimqwen reads safetensors only: take the original model, or write it with {read}."
-    if pickle := _ending(names, PICKLES):
+        return f"it holds a GGUF file, and slimqwen reads safetensors only: use the original model, or convert it with {read}."
+    if pickle := _first_with_suffix(names, PICKLES):
         read = READ_AND_SAVE.format(arguments="FOLDER")
         return (
             f"it holds {shown(pickle)}, a pickle that could run code, and slimqwen reads safetensors only: if you trust it, "
-            f"write it again with {read}."
+            f"convert it with {read}."
         )
-    if other := _ending(names, OTHER_FRAMEWORKS):
+    if other := _first_with_suffix(names, OTHER_FRAMEWORKS):
         return f"it holds {shown(other)} of another framework, and slimqwen reads safetensors only."
     if links := [name for name in sorted(names) if (folder / name).is_symlink() and not (folder / name).exists()]:
         return f"its {shown(links[0])} is a link to nothing: download the model again."
-    if weights := _ending(names, (".safetensors",)):
+    if weights := _first_with_suffix(names, (".safetensors",)):
         if CONFIG not in names:
-            return f"it holds weights ({shown(weights)}) alone: put the model's {CONFIG} beside them."
-        return f"it holds {shown(weights)}, which is no name that weights have: download the model's index too."
-    below = [name for name in sorted(names) if (folder / name / CONFIG).is_file()]
-    below += [name for name in sorted(names) if name.startswith("models--")]
-    return f"it holds checkpoints: give one of them, such as {folder / below[0]}." if below else None
+            return f"it holds only weights ({shown(weights)}): put the model's {CONFIG} beside them."
+        return f"it holds {shown(weights)}, which is not a usual name for weights: download the model's index too."
+    checkpoints = [name for name in sorted(names) if (folder / name / CONFIG).is_file()]
+    checkpoints += [name for name in sorted(names) if name.startswith("models--")]
+    return f"it holds checkpoints: give one of them, such as {folder / checkpoints[0]}." if checkpoints else None
 
 
-def _ending(names: Iterable[str], suffixes: tuple[str, ...]) -> str | None:
+def _first_with_suffix(names: Iterable[str], suffixes: tuple[str, ...]) -> str | None:
     return next((name for name in sorted(names) if name.lower().endswith(suffixes)), None)
 
 

@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read strictly: which tensors it holds, of which dtype and shape, at which bytes.
+"""Strict parsing of safetensors headers: the name, dtype, shape and offsets of each tensor.
 
 A file is 8 bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape, data_offsets), and the
-tensors one after another (https://huggingface.co/docs/safetensors). Parsed here and not only by `safe_open`, which
-accepts a name given twice and tells no tensor's place and size. The 75,944 tensors of an 80B checkpoint take 0.7 s.
+tensors one after another (https://huggingface.co/docs/safetensors). It is parsed here too, because `safe_open`
+accepts duplicate names and does not expose offsets. The 75,944 tensors of an 80B checkpoint take 0.7 s.
 """
 
 import struct
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from slimqwen.checkpoint.config import LARGEST_JSON_BYTES, parse_json, refuse_pointer
 from slimqwen.core.errors import UserError, shown
 
-LARGEST_SIZE = 1 << 63  # exclusive; of a shape's numbers and of offsets
+LARGEST_SIZE = 1 << 63  # exclusive; of dimensions and offsets
 MOST_DIMS = 64  # torch's own limit
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -26,7 +26,7 @@ BITS = {
 
 
 class Entry(NamedTuple):
-    """One tensor as its file declares it, by the name that it has there; `dtype` in safetensors' words ("BF16")."""
+    """A tensor as declared in its file's header, under its name there; `dtype` in safetensors' notation ("BF16")."""
 
     file: Path
     name: str
@@ -36,10 +36,10 @@ class Entry(NamedTuple):
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Every tensor of a file, by name.
+    """Read the entries of all tensors of a file, by name.
 
-    Raises UserError where the header is not one, or does not describe the bytes that follow it: they must be covered
-    by the tensors without gap or overlap, each as long as its dtype and shape say.
+    Raises UserError where the header is invalid, or does not describe the bytes that follow it: the tensors must cover
+    them without gap or overlap, each with the length that its dtype and shape imply.
     """
     refuse_pointer(file)
     try:
@@ -84,7 +84,7 @@ def _entries(file: Path) -> dict[str, Entry]:
 
 
 def _entry(file: Path, name: str, described: Any) -> tuple[int, int, Entry]:
-    """First byte, last byte + 1, and the tensor. Raises KeyError, TypeError or ValueError for a wrong description."""
+    """Return first byte, last byte + 1, and the entry. Raises KeyError, TypeError or ValueError for a wrong description."""
     dtype, shape, (begin, end) = described["dtype"], described["shape"], described["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MOST_DIMS:
         raise ValueError("not a shape")

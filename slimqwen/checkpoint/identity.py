@@ -1,7 +1,7 @@
-"""What a checkpoint is made of, to recognise it again.
+"""Fingerprints of a checkpoint's parts.
 
-A folder may hold more than its model: a README, notes, a backup. What a stage reads of it counts, and nothing else: the
-weights (`Checkpoint.fingerprint`), the tokenizer where there is text, and the companions where they are copied.
+A folder may hold more than its model: a README, notes, a backup. Only what a stage reads counts: the weights
+(`Checkpoint.fingerprint`), the tokenizer where there is text, and the companions where they are copied.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 from slimqwen.artifacts import fingerprint, fingerprint_value
 from slimqwen.checkpoint.config import parse_json
 
-# By Transformers' names.
+# Under Transformers' names.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -22,32 +22,32 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",  # what ends a document may stand here, and in config.json
+    "generation_config.json",  # may define the token that ends a document, as may config.json
     "config.json",
 )
 
-# What a tokenizer is made from: the first of these that is there.
+# The files that define a tokenizer: the first of these sets that exists.
 VOCABULARY_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
 
 def tokenizer_fingerprint(checkpoint: Path) -> str:
-    """Of all files that may have a say in how text becomes token ids, each by what it says."""
+    """Hash the content of all files that may influence how text is tokenized."""
     files = [checkpoint / name for name in TOKENIZER_FILES]
     return fingerprint_value({file.name: content_fingerprint(file) for file in files if file.is_file()})
 
 
 def content_fingerprint(file: Path) -> str:
-    """Of a file by what it says: JSON however it is written down, another file byte by byte."""
+    """Hash a file's content: JSON by its values, regardless of formatting, any other file byte by byte."""
     if file.name == "tokenizer.json":
         return _of_json(file, _canonical_tokenizer)
     return _of_json(file, lambda value: value) if file.suffix == ".json" else fingerprint(file)
 
 
 def vocabulary_fingerprint(checkpoint: Path) -> str | None:
-    """Of the tokenizer in a folder by what it says, however it is written down; None where there is none.
+    """Hash the tokenizer in a folder by its values, regardless of formatting; None where there is none.
 
-    Merges are pairs, which older files have as two words in one string. What a tokenizer was last asked to cut or pad
-    to is stored with it and is no part of it: `tokenize` does neither.
+    Merges are pairs, which older files store as two words in one string. Settings of truncation and padding are stored
+    with a tokenizer but ignored here: `tokenize` uses neither.
     """
     for names in VOCABULARY_FILES:
         files = [checkpoint / name for name in names]
@@ -68,7 +68,7 @@ def _canonical_tokenizer(value: Any) -> Any:
 
 
 def _of_json(file: Path, canonical: Callable[[Any], Any]) -> str:
-    """Of the value; byte by byte where it is not JSON, whose damage another stage tells."""
+    """Hash the JSON value; byte by byte where it is not JSON, which is reported when the file is used."""
     try:
         return fingerprint_value(canonical(parse_json(file.read_bytes())))
     except (ValueError, RecursionError):

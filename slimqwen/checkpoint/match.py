@@ -1,7 +1,7 @@
-"""Which stored tensor is which of the family's table: other prefixes are taken off, what no loader reads is left out.
+"""Matching of stored tensors with the family's table: other prefixes are removed, tensors that no loader reads dropped.
 
-As much is taken as Transformers and vLLM take, and every liberty is a sentence in `Match.notes`. What is missing, has
-another shape, or is a weight that config.json does not account for stays an error (`Checkpoint`).
+It accepts what Transformers and vLLM accept, and records every deviation in `Match.notes`. A tensor that is missing, has
+another shape, or is a weight that config.json does not account for is an error (`Checkpoint`).
 """
 
 import re
@@ -18,20 +18,20 @@ from slimqwen.families import Config, Family
 from slimqwen.families.family import Layout, TensorSpec
 
 ROOTS = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
-"""What programs put before a language model's layers; "" where the model was saved without its head."""
-PROGRAM_PREFIXES = ("_orig_mod.", "module.")  # before every name, where torch.compile or DDP wrapped what was saved
+"""Prefixes of a language model's layers in various programs; "" where the model was saved without its head."""
+PROGRAM_PREFIXES = ("_orig_mod.", "module.")  # of every name, where the saved model was wrapped by torch.compile or DDP
 BELOW_ROOT = ("embed_tokens.", "layers.", "norm.")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 WRAPPED_HEAD = "language_model.lm_head.weight"
 VISION_PREFIXES = ("model.visual.", "visual.")
 
-# Computed by today's loaders from the config: tables of RoPE, causal masks, counters of positions and batches.
+# Recomputed by loaders from the config: RoPE tables, causal masks, counters of positions and batches.
 BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|\w*attn\.(masked_)?bias|position_ids|num_batches_tracked)$"
 )
 COUNTER_DTYPES = ("I64", "I32", "U64", "U32", "BOOL")
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")
-# Where the numbers of a quantised tensor lie beside it: FP8, GPTQ and AWQ, compressed-tensors, bitsandbytes.
+# Names of the tensors that accompany a quantised one: FP8, GPTQ and AWQ, compressed-tensors, bitsandbytes.
 QUANTISED_NAMES = (
     *(".weight_scale_inv", ".weight_scale", ".input_scale", ".qweight", ".qzeros", ".scales", ".g_idx"),
     *(".weight_packed", ".weight_zero_point", ".SCB", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"),
@@ -41,7 +41,7 @@ Read = Callable[[Entry], Tensor]
 
 
 class Match(NamedTuple):
-    """entries: table name -> where it is stored. notes: what was taken otherwise than stored, one sentence each."""
+    """The result of `match`. entries: table name -> stored tensor. notes: one sentence for each deviation."""
 
     family: Family
     config: Config
@@ -52,7 +52,7 @@ class Match(NamedTuple):
 
 
 def match(folder: Path, family: Family, config: Config, stored: Mapping[str, Entry], read: Read) -> Match:
-    """Find a family's tensors among the stored ones. `read` gives a tensor's numbers, of which tied weights have two."""
+    """Find a family's tensors among the stored ones. `read` loads a tensor, to compare a stored head with the embedding."""
     notes: list[str] = []
     for prefix in PROGRAM_PREFIXES:
         if all(name.startswith(prefix) for name in stored):
@@ -60,27 +60,27 @@ def match(folder: Path, family: Family, config: Config, stored: Mapping[str, Ent
     if family.language_model is not None and not any(name.startswith(VISION_PREFIXES) for name in stored):
         family, config = family.language_model(config)
         notes.append(
-            f"{folder} has no vision tower: it is read, and what is made of it written, as the language model alone "
-            f"({family.model_type})."
+            f"{folder} has no vision tower: it is read as the language model alone ({family.model_type}), and so are the "
+            "models made from it."
         )
     entries = _under_root(family, config, stored)
     config = family.as_found(config, entries.keys())
     embedding = entries.get(_root(family, config) + EMBEDDING)
     config = _tied_as_found(folder, config, entries, embedding, read, notes)
     layouts = family.detect_layouts(config, set(entries))
-    # A config may claim billions of experts. Of twice as many tensors as there are, most are missing anyway.
+    # A config may claim billions of experts. At twice the number of stored tensors, most are missing anyway.
     claimed = islice(family.tensors(config, layouts), 2 * len(entries) + 1)
     specs = {spec.name: spec for spec in claimed}
     _refuse_quantised(folder, entries, specs)
     for kind, names in _leftovers(family, config, entries, specs).items():
         for name in names:
             del entries[name]
-        notes.append(f"{folder}: left out {kind} ({some(names)}).")
+        notes.append(f"{folder}: left out {kind} ({first_names(names)}).")
     return Match(family, config, layouts, specs, entries, notes)
 
 
 def _under_root(family: Family, config: Config, stored: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The stored tensors by the names that the table has for them."""
+    """Rename the stored tensors to the names in the table."""
     root = _root(family, config)
     found = next((other for other in (root, *ROOTS) if other + EMBEDDING in stored), root)
     renamed: dict[str, Entry] = {}
@@ -95,7 +95,7 @@ def _under_root(family: Family, config: Config, stored: Mapping[str, Entry]) -> 
 
 
 def _root(family: Family, config: Config) -> str:
-    """What the table has before the embedding and the layers."""
+    """Return the table's prefix of the embedding and the layers."""
     embeddings = (name for block in family.surroundings(config) for name in block.tables.get("embedding", {}))
     return next(name for name in embeddings if name.endswith(EMBEDDING)).removesuffix(EMBEDDING)
 
@@ -103,7 +103,7 @@ def _root(family: Family, config: Config) -> str:
 def _tied_as_found(
     folder: Path, config: Config, entries: dict[str, Entry], embedding: Entry | None, read: Read, notes: list[str]
 ) -> Config:
-    """A head that is stored although config.json ties it: left out where it is the embedding, else not tied."""
+    """Resolve a head that is stored although config.json ties it: dropped where it equals the embedding, else untied."""
     if not config["tie_word_embeddings"] or HEAD not in entries:
         return config
     if embedding is not None and _are_equal(entries[HEAD], embedding, read):
@@ -111,8 +111,8 @@ def _tied_as_found(
         notes.append(f"{folder}: left out {HEAD}, a copy of the embedding that config.json ties it to.")
         return config
     notes.append(
-        f"{folder}: config.json ties {HEAD} to the embedding, and the one that is stored has other numbers: it is read as "
-        "Transformers reads it, not tied (vLLM takes the embedding)."
+        f"{folder}: config.json ties {HEAD} to the embedding, but the stored one differs: it is read untied, as by "
+        "Transformers (vLLM uses the embedding)."
     )
     return config | {"tie_word_embeddings": False}
 
@@ -127,9 +127,9 @@ def _are_equal(one: Entry, other: Entry, read: Read) -> bool:
 def _refuse_quantised(folder: Path, entries: Mapping[str, Entry], specs: Mapping[str, TensorSpec]) -> None:
     is_whole = specs.keys() <= entries.keys()
     for name, entry in entries.items():
-        counts = entry.dtype in COUNTER_DTYPES and name not in specs and is_whole
+        is_counter = entry.dtype in COUNTER_DTYPES and name not in specs and is_whole
         if name.endswith(QUANTISED_NAMES) or (
-            entry.dtype not in WEIGHT_DTYPES and not counts and not BUFFERS.search(name)
+            entry.dtype not in WEIGHT_DTYPES and not is_counter and not BUFFERS.search(name)
         ):
             raise UserError(
                 f"{folder} is quantised ({shown(name)} is {entry.dtype}); slimqwen reads bfloat16, float16 and "
@@ -140,27 +140,27 @@ def _refuse_quantised(folder: Path, entries: Mapping[str, Entry], specs: Mapping
 def _leftovers(
     family: Family, config: Config, entries: Mapping[str, Entry], specs: Mapping[str, TensorSpec]
 ) -> dict[str, list[str]]:
-    """What is stored and no loader reads, by kind."""
+    """Group the stored tensors that no loader reads by kind."""
     unknown = [name for name in entries if name not in specs]
     mtp = family.mtp_names(config, unknown) if not config["num_nextn_predict_layers"] else set()
     has_vision = any(spec.part == "vision" for spec in specs.values())
     kinds: dict[str, list[str]] = {}
     for name in unknown:
         if name in mtp:
-            kind = "an MTP module, of which config.json says that there is none"
+            kind = "an MTP module, which config.json declares absent"
         elif name.startswith(VISION_PREFIXES) and not has_vision:
             kind = "a vision tower, which this model_type does not have"
         elif BUFFERS.search(name):
             kind = "buffers that are computed from config.json"
         elif entries[name].dtype in COUNTER_DTYPES:
-            kind = "whole numbers that are no weights"
+            kind = "whole numbers that are not weights"
         else:
             continue
         kinds.setdefault(kind, []).append(name)
     return kinds
 
 
-def some(names: Iterable[str]) -> str:
-    """The first three names, for a sentence."""
+def first_names(names: Iterable[str]) -> str:
+    """Join the first three names for a message."""
     first = list(islice(names, 4))
     return ", ".join(shown(name)[1:-1] for name in first[:3]) + (", ..." if len(first) > 3 else "")

@@ -1,4 +1,4 @@
-"""Whether what is copied at the end of a work can be read at its beginning."""
+"""An early check that the files which are copied at the end of the work can be read."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from slimqwen.core.errors import UserError
 
 
 def check_companions(folder: Path) -> None:
-    """Raise UserError for a file that comes along with the weights (tokenizer, template, licence) and cannot be read."""
+    """Raise UserError for a companion (tokenizer, template, licence) that cannot be read."""
     for file in companions(folder):
         try:
             with file.open("rb") as stream:
                 stream.read(1)
         except OSError as error:
             raise UserError(
-                f"{file} is copied into what is made of {folder}, and cannot be read ({error.strerror}): mend that, or move it "
-                "elsewhere."
+                f"{file} is copied into every model made from {folder}, and cannot be read ({error.strerror}): make it readable, "
+                "or move it elsewhere."
             ) from error

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint folder, one memory-mapped tensor at a time."""
+"""Lazy reading of a Hugging Face checkpoint folder, one memory-mapped tensor at a time."""
 
 import re
 from collections.abc import Callable
@@ -10,54 +10,54 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from slimqwen.artifacts import fingerprint, fingerprint_value
-from slimqwen.checkpoint.config import read_described, read_json
-from slimqwen.checkpoint.folder import what_it_is
+from slimqwen.checkpoint.config import read_config_with_notes, read_json
+from slimqwen.checkpoint.folder import explain_folder
 from slimqwen.checkpoint.header import Entry, read_header
 from slimqwen.checkpoint.identity import content_fingerprint
-from slimqwen.checkpoint.match import match, some
+from slimqwen.checkpoint.match import first_names, match
 from slimqwen.core.errors import UserError, shown
 from slimqwen.core.warning import warn_once
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-OPEN_FILES = 32  # at a time: a checkpoint may have a thousand shards, and a process 256 descriptors
+OPEN_FILES = 32  # size of the LRU cache: a checkpoint may have a thousand shards, and a process 256 descriptors
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class Checkpoint:
-    """A checkpoint folder: its config, its tensors by name, nothing in memory but the headers.
+    """A checkpoint folder: its config, and its tensors by name, read lazily. Only the headers are in memory.
 
-    Opening it checks that every tensor of the family's table is there with its shape and nothing else is, but for what
-    Transformers and vLLM leave out or rename too (`match`): that is told in `notes`, which `tell` says.
-    (A checkpoint without the MTP module is accepted: its config then says so, `num_nextn_predict_layers` 0.)
-    Raises UserError for anything missing, unknown, truncated or outside the folder. Only the names in the index must
-    stay in the folder: they may be links to elsewhere, as in every download of the Hugging Face hub.
+    Opening it checks that it has every tensor of the family's table with its shape, and no others except those that
+    Transformers and vLLM also drop or rename (`match`): these are listed in `notes` and passed to `on_note`.
+    (A checkpoint without the MTP module is accepted; its `config` then has `num_nextn_predict_layers` 0.)
+    Raises UserError for anything missing, unknown, truncated or outside the folder. The names in the index must
+    be in the folder, but may be links to elsewhere, as in every download of the Hugging Face hub.
     """
 
-    def __init__(self, folder: Path, tell: Callable[[str], None] = warn_once) -> None:
+    def __init__(self, folder: Path, on_note: Callable[[str], None] = warn_once) -> None:
         self.folder = folder
-        described = read_described(folder)
+        parsed = read_config_with_notes(folder)
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: give the folder of a Hugging Face checkpoint.")
-        self.notes = list(described.notes)
+        self.notes = list(parsed.notes)
         present = {path.name for path in folder.iterdir() if path.is_file()}
         self.index = self._read_index() if INDEX_FILE in present else None
         self.files = self._find_files(present)
         stored = self._read_headers()
         self._opened = lru_cache(OPEN_FILES)(open_weights)
-        for file in self.files:  # whatever safetensors itself refuses is told before any work
+        for file in self.files:  # so that a file that safetensors refuses is reported before any work
             open_weights(file)
-        found = match(folder, described.family, described.config, stored, self._read)
+        found = match(folder, parsed.family, parsed.config, stored, self._read)
         self.family, self.config, self.layouts, self.specs, self._entries, notes = found
         self.notes += notes
         self._check_tensors()
         for note in self.notes:
-            tell(f"note: {note}")
+            on_note(f"note: {note}")
 
     def _read_index(self) -> dict[str, Any]:
-        """model.safetensors.index.json: {"weight_map": {tensor: file}, "metadata": {"total_size": bytes}}."""
+        """Read the index: {"weight_map": {tensor: file}, "metadata": {"total_size": bytes}}."""
         path = self.folder / INDEX_FILE
         index = read_json(path)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -66,7 +66,7 @@ class Checkpoint:
         return dict(index)
 
     def _find_files(self, present: set[str]) -> list[Path]:
-        """The safetensors files, none of which may be named outside the folder."""
+        """List the safetensors files. Raises UserError for a name outside the folder."""
         if self.index is None:
             return [self.folder / SINGLE_FILE] if SINGLE_FILE in present else self._shards_without_index(present)
         files = sorted(set(self.index["weight_map"].values()))
@@ -84,24 +84,24 @@ class Checkpoint:
         return [self.folder / file for file in files]
 
     def _shards_without_index(self, present: set[str]) -> list[Path]:
-        """Every shard, where by their own numbers none is missing."""
+        """List the shards of a folder without an index. Raises UserError where their numbers show that one is missing."""
         numbers = {name: found.groups() for name in sorted(present) if (found := SHARD.fullmatch(name))}
         if not numbers:
-            instead = what_it_is(self.folder) or "slimqwen reads safetensors only."
-            raise UserError(f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: {instead}")
+            advice = explain_folder(self.folder) or "slimqwen reads safetensors only."
+            raise UserError(f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: {advice}")
         totals = {int(total) for _, total in numbers.values()}
         if len(totals) > 1 or len(numbers) != max(totals):
             raise UserError(
                 f"{self.folder} has no {INDEX_FILE}, and {len(numbers)} shards of {max(totals)}: download what is missing."
             )
         self.notes.append(
-            f"{self.folder} has no {INDEX_FILE}, without which Transformers does not find the {len(numbers)} shards: they "
-            "are read by their numbers."
+            f"{self.folder} has no {INDEX_FILE}, which Transformers needs to find the {len(numbers)} shards: they are read "
+            "by their numbers."
         )
         return [self.folder / name for name in numbers]
 
     def _read_headers(self) -> dict[str, Entry]:
-        """Every tensor of every file, each in one file and where the index has it."""
+        """Read the entries of all files. Raises UserError for duplicate names, and where the index disagrees."""
         weight_map = None if self.index is None else self.index["weight_map"]
         entries: dict[str, Entry] = {}
         for file in self.files:
@@ -133,10 +133,10 @@ class Checkpoint:
         if missing or unknown:
             number = f"at least {len(missing)}" if cut_off else f"{len(missing)}"
             tensors = "tensor" if len(missing) == 1 and not cut_off else "tensors"
-            problems = [f"lacks {number} {tensors} ({some(missing)})"] * bool(missing)
-            # Where the expected names were cut off, the unknown ones may only lie beyond.
-            told = bool(unknown) and not cut_off
-            problems += [f"has {len(unknown)} that its config does not account for ({some(unknown)})"] * told
+            problems = [f"lacks {number} {tensors} ({first_names(missing)})"] * bool(missing)
+            # Where the list of expected names was cut off, a seemingly unknown name may be beyond the cut.
+            if unknown and not cut_off:
+                problems.append(f"has {len(unknown)} that its config does not account for ({first_names(unknown)})")
             raise UserError(
                 f"{self.folder} {' and '.join(problems)}: config.json and the weights do not belong together."
             )
@@ -148,10 +148,10 @@ class Checkpoint:
                 )
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype.
+        """Read one tensor in its stored dtype.
 
-        It is a view of the memory-mapped file (a private mapping: writing to it changes no file). Reading costs page
-        cache, which the system takes back as it needs, and no memory of the process: measured with safetensors 0.8
+        It is a view of the memory-mapped file (a private mapping: writing to it changes no file). Reading uses page
+        cache, which the system reclaims as needed, and no anonymous memory: measured with safetensors 0.8
         on a tensor of 200 MB, RssAnon +0, RssFile +200 MB once it is touched.
         """
         return self._read(self._entries[name])
@@ -168,37 +168,39 @@ class Checkpoint:
             raise UserError(f"{entry.file}: {shown(entry.name)} cannot be read: {_one_line(error)}.") from error
 
     def read_slice(self, name: str, index: Any) -> torch.Tensor:
-        """`read(name)[index]`, e.g. one expert of a fused tensor; nothing else of the tensor is touched."""
+        """Return `read(name)[index]`, e.g. one expert of a fused tensor; the rest of the tensor is not touched."""
         return self.read(name)[index]
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the stored dtype of a tensor."""
         return SAFETENSORS_DTYPES[self._entries[name].dtype]
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         return self._entries[name].file
 
     def nbytes(self, name: str) -> int:
-        """Size of one tensor on disk."""
+        """Return the size of one tensor on disk."""
         return self._entries[name].nbytes
 
     def bytes(self) -> int:
-        """Size of all weights."""
+        """Return the size of all files of weights."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def model_files(self) -> list[Path]:
-        """What the model is made of: config.json, the index where there is one, and the files of weights."""
+        """The files that define the model: config.json, the index where there is one, and the files of weights."""
         return [self.folder / "config.json", *[self.folder / INDEX_FILE] * (self.index is not None), *self.files]
 
     @property
     def has_mtp(self) -> bool:
+        """Whether the checkpoint has an MTP module."""
         return bool(self.config["num_nextn_predict_layers"])
 
     def fingerprint(self) -> str:
-        """Of what the model is made of: config.json, and the files of weights with their names.
+        """Hash config.json and the files of weights with their names.
 
-        Whatever else is put into the folder changes nothing, and the index says nothing that the files do not.
+        Other files in the folder have no effect, and the index adds no information to the files' headers.
         """
         return fingerprint_value([content_fingerprint(self.folder / "config.json"), *map(fingerprint, self.files)])
 

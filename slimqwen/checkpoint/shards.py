@@ -1,4 +1,4 @@
-"""How tensors lie in the shards of a checkpoint: the place of every byte, known before there is any data."""
+"""The layout of tensors in the shards of a checkpoint, with all offsets fixed before any data is written."""
 
 import json
 import struct
@@ -18,7 +18,7 @@ FILE_ORDER = ("F64", "F32", "BF16", "F16")  # safetensors puts wide dtypes first
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor before there is one."""
+    """The name, dtype and shape of a tensor that is to be written."""
 
     name: str
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file. `tensors`: in the order of the file; `header`: the bytes before the first of them."""
+    """A safetensors file. `tensors`: in the order of the file; `header`: the bytes before the first of them."""
 
     file: str
     tensors: tuple[TensorInfo, ...]
@@ -47,7 +47,7 @@ class Shard:
         return len(self.header) + self.tensor_bytes
 
     def places(self) -> Iterator[tuple[TensorInfo, int]]:
-        """Each tensor and the position in the file where it begins."""
+        """Yield each tensor and its offset in the file."""
         place = len(self.header)
         for tensor in self.tensors:
             yield tensor, place
@@ -55,9 +55,9 @@ class Shard:
 
 
 def plan_shards(tensors: Iterable[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[Shard]:
-    """Tensors into shards in the given order: one goes to the next shard where it would lift this one over `shard_bytes`.
+    """Distribute tensors over shards in the given order; a new shard begins where the current would exceed `shard_bytes`.
 
-    A tensor larger than that has a shard of its own. Within a shard the order, like every byte of the file, is that of
+    A larger tensor has a shard of its own. Within a shard the order, like every byte of the file, is that of
     `safetensors.torch.save_file`.
     """
     shards: list[list[TensorInfo]] = [[]]

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face checkpoint folder: tensors straight to their place in the shards, index and config last."""
+"""Writing of a Hugging Face checkpoint folder: tensors directly at their offsets, index and config last."""
 
 import json
 import os
@@ -20,20 +20,20 @@ from slimqwen.checkpoint.reader import INDEX_FILE
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES, Shard, TensorInfo, plan_shards
 from slimqwen.families import Config
 
-MOST_FLUSHES = 16  # that wait for the disk: each keeps its shard open, and a process may have 256 files
-FLUSH_EVERY_BYTES = 256 << 20  # left alone, Linux gathers a tenth of its memory before it begins to write
+MOST_FLUSHES = 16  # pending: each keeps its shard open, and a process may have 256 files
+FLUSH_EVERY_BYTES = 256 << 20  # by default Linux buffers up to a tenth of its memory before it writes
 
 
 class CheckpointWriter:
-    """Writes the tensors of a checkpoint into shards of at most `shard_bytes`; nothing of a shard is held in memory.
+    """A writer of a checkpoint's tensors into shards of at most `shard_bytes`, without buffering them in memory.
 
         with CheckpointWriter(folder, [TensorInfo("lm_head.weight", torch.bfloat16, (1000, 64)), ...]) as writer:
             for tensor in writer.missing():
                 writer.add(tensor.name, ...)
             writer.finish(config)
 
-    The folder must be a temporary one (`atomic_folder`): until `finish` it is not a checkpoint. A shard has its own
-    name once it is complete and on the disk, and a hidden one before; shards that are there already, from an earlier
+    The folder must be a temporary one (`atomic_folder`): until `finish` it is not a checkpoint. A shard has its final
+    name once it is complete and on the disk, and a hidden one before; shards that exist already, from an earlier
     process with the same `tensors` and `shard_bytes` (`resumable_folder`), are kept.
     """
 
@@ -55,8 +55,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Shards that are not complete go."""
-        self._flusher.shutdown()  # a shard whose last flush is on its way is complete
+        """Remove the shards that are not complete."""
+        self._flusher.shutdown()  # waits for pending flushes, which may complete a shard
         for file, _, _ in self._places.values():
             file.abandon()
 
@@ -67,23 +67,23 @@ class CheckpointWriter:
 
     @property
     def found_bytes(self) -> int:
-        """Size of the tensors in the shards that were there already."""
+        """Size of the tensors in the shards that existed already."""
         return sum(shard.tensor_bytes for shard in self.found)
 
     @property
     def missing_file_bytes(self) -> int:
-        """Size of the files that were not there, headers included."""
+        """Size of the files still to be written, headers included."""
         return sum(shard.nbytes for shard in self.shards if shard not in self.found)
 
     def missing(self) -> list[TensorInfo]:
-        """The tensors of the shards that were not there, in the order of the files."""
+        """List the tensors still to be written, in the order of the files."""
         return [tensor for _, tensor, _ in self._places.values()]
 
     def add(self, name: str, rows: torch.Tensor, first_row: int = 0) -> None:
-        """Write a tensor, or a run of its rows: `rows` are number `first_row` and following.
+        """Write a tensor, or consecutive rows of it from `first_row` on.
 
-        A tensor of more than two dimensions also counts as the rows of its last ones: `[experts, rows, columns]` may
-        come as `[n, columns]`, row `expert * rows + row` first. Every row is written once, in any order, by any thread.
+        A tensor of more than two dimensions may also be written by the rows of its last ones: `[experts, rows, columns]`
+        as `[n, columns]`, where row `expert * rows + row` is the first. Each row is written once, in any order, by any thread.
         """
         file, tensor, place = self._places[name]
         assert rows.dtype == tensor.dtype and rows.shape[1:] == tensor.shape[len(tensor.shape) - rows.dim() + 1 :], name
@@ -103,12 +103,12 @@ class CheckpointWriter:
             weight_map = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        config = _with_dtype_in_both_words(config)
+        config = _with_both_dtype_keys(config)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class _ShardFile:
-    """A shard that is being written, by several threads; it gets its name with the last flush."""
+    """A shard that is being written, by several threads; the last flush gives it its final name."""
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         self._path = folder / shard.file
@@ -120,7 +120,7 @@ class _ShardFile:
         self._lock = threading.Lock()
 
     def write(self, data: memoryview, place: int) -> bool:
-        """Whether it is time to flush."""
+        """Write at an offset of the file. Returns whether it is time to flush."""
         with self._lock:
             if self._descriptor is None:
                 self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
@@ -135,8 +135,8 @@ class _ShardFile:
         return is_time
 
     def flush(self) -> None:
-        """Bring what was written to the disk; where that is everything, the shard is complete."""
-        if self._descriptor is None:  # the flush before this one came late, and found everything written
+        """Flush the file to the disk and, if everything is written, complete the shard."""
+        if self._descriptor is None:  # an earlier flush was late, and completed the shard
             return
         is_complete = not self._bytes_left
         os.fsync(self._descriptor)
@@ -146,6 +146,7 @@ class _ShardFile:
             self._partial.rename(self._path)
 
     def abandon(self) -> None:
+        """Remove the file where it is not complete."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -162,26 +163,26 @@ def _write_all(descriptor: int, data: memoryview, place: int) -> None:
         data, place = data[written:], place + written
 
 
-def _with_dtype_in_both_words(config: Config) -> Config:
-    """`torch_dtype`, where a config has it too, says what `dtype` says; in it and in its sections."""
-    new = {key: _with_dtype_in_both_words(value) if isinstance(value, dict) else value for key, value in config.items()}
+def _with_both_dtype_keys(config: Config) -> Config:
+    """Set `torch_dtype` to `dtype` where a config has both, also in its sections."""
+    new = {key: _with_both_dtype_keys(value) if isinstance(value, dict) else value for key, value in config.items()}
     return new | {"torch_dtype": new["dtype"]} if {"dtype", "torch_dtype"} <= new.keys() else new
 
 
-# What makes a checkpoint usable beside its weights: tokenizer, processors, generation config, chat templates, licence.
+# Companions of the weights: tokenizer, processors, generation config, chat templates, licence.
 COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template.json"),
     *("generation_config.json", "*processor_config.json", "license*", "licence*", "notice*", "copying*"),
 )
-TEMPLATES = "additional_chat_templates"  # a folder: one template a file, by name
+TEMPLATES = "additional_chat_templates"  # a folder with one named template per file
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy COMPANIONS and named chat templates. All else stays behind, what training left (optimizer, trainer_state) too.
+    """Copy COMPANIONS and named chat templates, and nothing else, such as optimizer states.
 
-    So do code and the old README: the one is never run, and the card is rewritten. What a JSON file says of code
-    (`auto_map`) is taken out of the copy.
+    Code is never run and the model card is rewritten, so neither is copied; references to code in JSON files
+    (`auto_map`) are removed from the copy.
     """
     for file in companions(source):
         to = destination / file.relative_to(source)
@@ -190,22 +191,22 @@ def copy_companions(source: Path, destination: Path) -> None:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files that `copy_companions` takes along."""
+    """List the files that `copy_companions` copies."""
     named = (file for file in folder.iterdir() if any(fnmatchcase(file.name.lower(), name) for name in COMPANIONS))
     return [file for file in [*sorted(named), *sorted((folder / TEMPLATES).glob("*.jinja"))] if file.is_file()]
 
 
 def companions_fingerprint(folder: Path) -> str:
-    """Of what `copy_companions` takes along, each file by what it says."""
+    """Hash the content of the files that `copy_companions` copies."""
     files = {file.relative_to(folder).as_posix(): file for file in companions(folder)}
     return fingerprint_value({name: content_fingerprint(file) for name, file in files.items()})
 
 
 def _without_code(file: Path) -> bytes:
-    """What a file says, less where code lies."""
+    """Read a file, without references to code (`auto_map`)."""
     content = file.read_bytes()
     if file.suffix == ".json" and b'"auto_map"' in content:
-        with suppress(ValueError):  # not JSON: whoever reads it will say so
+        with suppress(ValueError):  # not JSON: reported when it is used
             parsed = parse_json(content)
             if isinstance(parsed, dict) and parsed.pop("auto_map", None) is not None:
                 content = (json.dumps(parsed, indent=2, ensure_ascii=False) + "\n").encode()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from slimqwen.checkpoint.config import model_words, read_json, sections
+from slimqwen.checkpoint.config import drop_runtime_keys, read_json, sections
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError, shown
 from slimqwen.core.progress import Progress
@@ -96,8 +96,8 @@ def check_checkpoint(
     from slimqwen.model.native import check_buildable, native_config  # seconds to import
 
     asked = chosen_engines(engines)
-    checkpoint = Checkpoint(folder, tell=lambda note: None)  # in `warnings`
-    native_config(model_words(read_json(folder / "config.json")), str(folder))
+    checkpoint = Checkpoint(folder, on_note=lambda note: None)  # in `warnings`
+    native_config(drop_runtime_keys(read_json(folder / "config.json")), str(folder))
     if expected is None:
         check_buildable(checkpoint.family, checkpoint.config, str(folder))
     _check_orphans(checkpoint)
