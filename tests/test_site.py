@@ -126,12 +126,11 @@ def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[Path, Page]) -
 def test_every_recipe_key_is_described(site: Path, pages: dict[Path, Page]) -> None:
     page = pages[site / "reference" / "recipe.html"]
     for model, prefix in ((Recipe, ""), (PretrainRecipe, "pretrain.")):
-        entries = re.split(r"\n(?=\S)", describe(model))
+        entries = re.findall(r"^([\w.]+): .+((?:\n .+)*)", describe(model), flags=re.M)
         assert len(entries) > 10
-        for entry in entries:
-            first, _, description = entry.partition("\n")
-            assert prefix + first.split(":")[0] in page.anchors
-            assert shown(description) in page.text, entry
+        for key, description in entries:
+            assert prefix + key in page.anchors
+            assert shown(description) in page.text, key
 
 
 def shown(markdown: str) -> str:

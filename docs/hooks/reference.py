@@ -33,29 +33,29 @@ def pretrain_recipe() -> str:
 
 def keys_of(model: type[BaseModel], prefix: str = "", level: int = 2) -> str:
     """Return what `describe` prints as Markdown: keys that stand alone first, then section by section."""
-    parts: list[str] = []
-    entries = [entry_of(passage) for passage in re.split(r"\n(?=\S)", describe(model))]
+    entries = [found for passage in re.split(r"\n(?=\S)", describe(model)) if (found := entry_of(passage))]
     sections = {key.split(".")[0] for key, _, _ in entries if "." in key}
-    alone = [entry for entry in entries if entry[0].split(".")[0] not in sections]
-    rest = [entry for entry in entries if entry[0].split(".")[0] in sections]
-    if alone:
-        parts.append(f"{'#' * level} At the top {{ #{prefix}top }}")
-    for key, kind, description in [*alone, *rest]:
-        if key in sections:
-            parts.append(f"{'#' * level} The section `{key}` {{ #{prefix}{key} }}")
-        else:
-            parts.append(f"{'#' * (level + 1)} `{key}` {{ #{prefix}{key} }}")
-        parts += [kind, description]
+    alone = [entry for entry in entries if entry[0] not in sections and "." not in entry[0]]
+    parts = [f"{'#' * level} At the top {{ #{prefix}top }}"] if alone else []
+    for key, kind, description in sorted(entries, key=lambda entry: entry not in alone):
+        is_section = key in sections
+        title = f"The section `{key}`" if is_section else f"`{key}`"
+        parts += [f"{'#' * (level if is_section else level + 1)} {title} {{ #{prefix}{key} }}", kind, description]
     return "\n\n".join(filter(None, parts))
 
 
-def entry_of(passage: str) -> tuple[str, str, str]:
-    """Return the key, the type with its default, and the description of one field as `describe` writes it."""
+def entry_of(passage: str) -> tuple[str, str, str] | None:
+    """Return the key, the type with its default, and the description of one field as `describe` writes it.
+
+    None for what is no field, such as a heading between them.
+    """
     first, *below = passage.splitlines()
-    key, _, kind = first.partition(": ")
-    kind, has_default, default = kind.partition(", default ")
+    field = re.fullmatch(r"([\w.]+): (.+)", first)
+    if field is None:
+        return None
+    kind, has_default, default = field[2].partition(", default ")
     declared = f"*{escaped(kind)}*" + (f", default `{default}`" if has_default else "")
-    return key, declared, escaped(" ".join(line.strip() for line in below))
+    return field[1], declared, escaped(" ".join(line.strip() for line in below))
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def in_markdown(docstring: str) -> str:
             listed = [re.sub(r"^(\w+): ", r"`\1`: ", " ".join(item.split())) for item in items]
             parts.append("\n".join([f"**{head[:-1]}**", "", *(f"- {item}" for item in listed)]))
         else:
-            parts.append(block)
+            parts.append(block if block.startswith("    ") else escaped(block))
     return "\n\n".join(parts)
 
 
