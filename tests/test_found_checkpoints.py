@@ -189,9 +189,7 @@ NEXT, TEXT, MOE, GLM = "qwen3_next", "qwen3_5_moe_text", "qwen3_moe", "glm4_moe"
     ("family", "words", "change", "note"),
     [
         pytest.param(NEXT, TIED, with_tied_head, "a copy of the embedding", id="tied head stored"),
-        pytest.param(
-            MOE, TIED, with_another_head, "it is read untied, as by Transformers", id="another head stored"
-        ),
+        pytest.param(MOE, TIED, with_another_head, "it is read untied, as by Transformers", id="another head stored"),
         pytest.param(NEXT, {}, with_buffers, "left out buffers", id="buffers"),
         pytest.param(NEXT, {}, with_counters, "left out whole numbers", id="counters"),
         pytest.param(TEXT, {}, with_vision, "left out a vision tower", id="vision of a text model"),
