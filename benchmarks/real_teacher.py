@@ -41,7 +41,7 @@ from slimqwen.data.store import heldout_stream, training_stream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.model.model import load
-from slimqwen.recipe import DistilRecipe, Ramp, Source
+from slimqwen.recipe import DistilRecipe, Duration, Execution, Ramp, Source
 from slimqwen.training.distil import distil
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -164,11 +164,17 @@ def write_tokens(out: Path) -> None:
     for kind in KINDS:
         if begins(out / f"tokens-{kind}", "tokenize"):
             heldout = [source(kind, "heldout")]
-            tokenize([source(kind, "train")], out / "llama", out / f"tokens-{kind}", heldout_sources=heldout, workers=1)
+            tokenize(
+                [source(kind, "train")],
+                out / "llama",
+                out / f"tokens-{kind}",
+                heldout_sources=heldout,
+                execution=Execution(workers=1),
+            )
     if begins(out / "tokens-mixed", "tokenize"):
         trained = [source(kind, "train", weight) for kind, weight in MIXTURE.items()]
         heldout = [source(kind, "heldout") for kind in KINDS]
-        tokenize(trained, out / "llama", out / "tokens-mixed", heldout_sources=heldout, workers=1)
+        tokenize(trained, out / "llama", out / "tokens-mixed", heldout_sources=heldout, execution=Execution(workers=1))
 
 
 # --- splitting it ------------------------------------------------------------------------------------------------------
@@ -269,10 +275,16 @@ def train(start: Path, out: Path, teacher: Path, folder: Path, tokens: int, lear
         warmup_steps=5,
         weight_decay=0.0,
         learning_rate_scale={"embedding": 0.0, "norm": 0.0, "attention": 0.0},
-        save_every_steps=5,
-        keep_states=1,
     )
-    distil(start, out, tokens=folder / "tokens-mixed", recipe=recipe, sequence_length=SEQUENCE_LENGTH, teacher=teacher)
+    distil(
+        start,
+        out,
+        tokens=folder / "tokens-mixed",
+        recipe=recipe,
+        sequence_length=SEQUENCE_LENGTH,
+        teacher=teacher,
+        execution=Execution(save_every=[Duration(5, "steps")], keep_states=1),
+    )
 
 
 class Numbers:

@@ -37,7 +37,7 @@ from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import kernels_of
 from slimqwen.model.model import MtpCausalLM, initialise
 from slimqwen.model.peaks import dense_bf16_flops
-from slimqwen.recipe import DistilRecipe, Target
+from slimqwen.recipe import DistilRecipe, Execution, Target
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.target import completed, target_config
 from slimqwen.training import trainer as trainer_module
@@ -133,7 +133,7 @@ def bare_work(trainer: Trainer, step: int) -> dict[str, float]:
                 hidden = model(micro_batch.tokens)
                 predictions = align(micro_batch.tokens, hidden.main, hidden.mtp)
                 loss, _ = chunked_loss(
-                    predictions, model.head, weights, teacher=signal, chunk_tokens=recipe.loss_chunk_tokens
+                    predictions, model.head, weights, teacher=signal, chunk_tokens=trainer.execution.loss_chunk_tokens
                 )
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), recipe.max_grad_norm)
@@ -189,19 +189,18 @@ def main() -> None:
     teacher = LiveTeacher(random_model(teacher_config, device, resolve_dtype("auto", device)).eval(), teaches_mtp=False)
     student = Student(random_model(student_config, device, torch.float32).train(), family, student_config)
     step_tokens = batch_size * sequence_length
-    recipe = DistilRecipe(
-        tokens=STEPS * step_tokens, batch_size=batch_size, micro_batch_size=options.micro_batch_size, warmup_steps=0
-    )
+    recipe = DistilRecipe(tokens=STEPS * step_tokens, batch_size=batch_size, warmup_steps=0)
+    execution = Execution(device=options.device, micro_batch_size=options.micro_batch_size)
 
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{where}: {batch_size} rows of {sequence_length:,} tokens, {recipe.micro_batch_size or batch_size} at a time"
+        f"{where}: {batch_size} rows of {sequence_length:,} tokens, {execution.micro_batch_size or batch_size} at a time"
     )
     for kernel in kernels_of(family, student_config, device):
         print(f"  {kernel.part}: {kernel.used}" + (f" (faster: {kernel.remedy})" if kernel.remedy else ""))
     with tempfile.TemporaryDirectory() as folder, reproducible(device):
         stream = random_stream(Path(folder), student_config["vocab_size"], 64 * step_tokens, sequence_length)
-        trainer = Trainer(student, teacher, stream, recipe, Span(0, STEPS, STEPS))
+        trainer = Trainer(student, teacher, stream, recipe, Span(0, STEPS, STEPS), execution=execution)
         measured = []
         for number in range(rounds + 1):
             measured.append(

@@ -41,7 +41,9 @@ from slimqwen.pruning.prune import prune
 from slimqwen.recipe import (
     CalibrationRecipe,
     DistilRecipe,
+    Duration,
     EvaluationRecipe,
+    Execution,
     HealingRecipe,
     PruningRecipe,
     Recipe,
@@ -67,14 +69,15 @@ UNLIKE = {"provenance.json", "stages.jsonl", "report.html"}  # they tell when, a
 Command = Callable[[Path, Path, bool], object]  # inputs, working folder, whether it is the earlier output that is made
 
 
+OFTEN = Execution.model_validate({"save_every": "1 steps", "keep_states": 1, "workers": 1})
+
+
 def settings(earlier: bool, **values: Any) -> DistilRecipe:
     usual: dict[str, Any] = {
         "tokens": LENGTH * 2 * (2 if earlier else 4),
         "batch_size": 2,
         "warmup_steps": 1,
         "learning_rate": 1e-3,
-        "save_every_steps": 1,
-        "keep_states": 1,
     }
     return DistilRecipe.model_validate(usual | values)
 
@@ -82,7 +85,9 @@ def settings(earlier: bool, **values: Any) -> DistilRecipe:
 def run_tokens(inputs: Path, work: Path, earlier: bool) -> object:
     sources = [Source(path=inputs / "data" / "text")]
     fraction = 0.3 if earlier else 0.2
-    return tokenize(sources, inputs / "tokenizer", work / "out", heldout_fraction=fraction, workers=1)
+    return tokenize(
+        sources, inputs / "tokenizer", work / "out", heldout_fraction=fraction, execution=Execution(workers=1)
+    )
 
 
 def run_calibrate(inputs: Path, work: Path, earlier: bool, *, streaming: bool = False) -> object:
@@ -90,7 +95,8 @@ def run_calibrate(inputs: Path, work: Path, earlier: bool, *, streaming: bool = 
         inputs / "teacher",
         work / "out.safetensors",
         tokens=inputs / "tokens",
-        recipe=CalibrationRecipe(samples=2 if earlier else 4, streaming=streaming),
+        recipe=CalibrationRecipe(samples=2 if earlier else 4),
+        execution=Execution(streaming=streaming),
         sequence_length=LENGTH,
         second_moments=True,
     )
@@ -156,25 +162,27 @@ def run_teacher_cache(inputs: Path, work: Path, earlier: bool) -> object:
         inputs / "teacher",
         work / "out",
         tokens=inputs / "tokens",
-        recipe=TeacherCacheRecipe(top_k=4 if earlier else 8, shard_bytes=2_000),
+        recipe=TeacherCacheRecipe(top_k=4 if earlier else 8),
+        execution=Execution(cache_file_bytes=2_000),
         sequence_length=LENGTH,
         sequences=12,
     )
 
 
-def run_distil(inputs: Path, work: Path, earlier: bool, **values: Any) -> object:
+def run_distil(inputs: Path, work: Path, earlier: bool, save_every: Duration | None = None, **values: Any) -> object:
     return distil(
         inputs / "pruned",
         work / "out",
         tokens=inputs / "tokens",
         recipe=settings(earlier, **values),
+        execution=OFTEN if save_every is None else OFTEN.model_copy(update={"save_every": [save_every]}),
         sequence_length=LENGTH,
         teacher=inputs / "teacher",
     )
 
 
 def run_distil_at_its_own_rate(inputs: Path, work: Path, earlier: bool) -> object:
-    return run_distil(inputs, work, earlier, learning_rate="auto", save_every_steps=4)
+    return run_distil(inputs, work, earlier, learning_rate="auto", save_every=Duration(4, "steps"))
 
 
 def run_carry(inputs: Path, work: Path, earlier: bool) -> object:
@@ -219,12 +227,12 @@ def recipe(inputs: Path, run_dir: Path, earlier: bool) -> Recipe:
             "sources": [{"path": inputs / "data" / "text"}],
             "heldout_sources": [{"path": inputs / "data" / "heldout_text"}],
             "sequence_length": LENGTH,
-            "workers": 1,
         },
         pruning=PruningRecipe(width="norm_activation"),
         calibration=CalibrationRecipe(samples=2),
         distil=settings(earlier),
         evaluation=evaluation(earlier),
+        execution=OFTEN,
     )
 
 
@@ -248,8 +256,15 @@ def make_inputs(folder: Path) -> None:
     teacher, tokens, plan_file = folder / "teacher", folder / "tokens", folder / "plan.json"
 
     def measured(checkpoint: Path, out: Path) -> Path:
-        settings = CalibrationRecipe(samples=4, streaming=False)
-        calibrate(checkpoint, out, tokens=tokens, recipe=settings, sequence_length=LENGTH, second_moments=True)
+        calibrate(
+            checkpoint,
+            out,
+            tokens=tokens,
+            recipe=CalibrationRecipe(samples=4),
+            execution=Execution(streaming=False),
+            sequence_length=LENGTH,
+            second_moments=True,
+        )
         return out
 
     statistics = measured(teacher, folder / "statistics.safetensors")
@@ -262,6 +277,7 @@ def make_inputs(folder: Path) -> None:
         trained,
         tokens=tokens,
         recipe=settings(True, terms=["lm"]),
+        execution=OFTEN,
         sequence_length=LENGTH,
         keep_state=True,
     )

@@ -279,7 +279,7 @@ OPTIONS = {
         ),
         ("tokens", "name held-out text in heldout_sources", "name held-out text in --heldout"),
         ("evaluate", "lower evaluation.tokens", "lower --measured-tokens"),
-        ("calibrate", "try device: auto.", "try --device auto."),
+        ("calibrate", "try execution.device: auto.", "try --device auto."),
         ("calibrate", "data.sequence_length: 5 and calibration.samples", "--sequence-length 5 and --samples"),
         ("distil", "set distil.terms to [lm, mtp_lm].", "set terms to [lm, mtp_lm]."),
         ("plan", "pruning.depth 'last' drops", "depth 'last' drops"),
@@ -331,7 +331,7 @@ NO_FIELD = {
         "learning_rate",
     },
     "carry": {"plan", "out"},
-    "evaluate": {"tokens", "teacher", "out", "tasks", "suite", "tasks_dir", "limit", "shots", "batch_size"},
+    "evaluate": {"tokens", "teacher", "out", "tasks", "suite", "tasks_dir", "limit", "shots"},
 }
 
 

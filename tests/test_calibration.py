@@ -23,7 +23,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import CalibrationRecipe
+from slimqwen.recipe import CalibrationRecipe, Execution
 
 pytestmark = pytest.mark.rounding
 
@@ -215,14 +215,14 @@ def test_statistics_of_other_checkpoints_do_not_add_up(files: tuple[Path, Path],
 def test_the_batch_size_does_not_matter(files: tuple[Path, Path], tmp_path: Path, batch_size: int) -> None:
     """And the rows are the first of the training order, each once."""
     checkpoint, tokens = files
-    recipe = CalibrationRecipe(samples=5, batch_size=batch_size)
+    recipe = CalibrationRecipe(samples=5)
     found = calibrate(
         checkpoint,
         tmp_path / "s.safetensors",
         tokens=tokens,
         recipe=recipe,
         sequence_length=SEQUENCE_LENGTH,
-        device="cpu",
+        execution=Execution(device="cpu", batch_size=batch_size),
         seed=3,
     )
     stream = TokenStream(PackedTokens(tokens / "train"), SEQUENCE_LENGTH, seed=3)
@@ -314,7 +314,9 @@ def test_sources_are_measured_apart(files: tuple[Path, Path], tmp_path: Path) ->
     checkpoint, tokens = files
     shutil.copytree(tokens, tmp_path / "more")
     recipe = CalibrationRecipe(sources={"code": tokens, "more": tmp_path / "more"}, samples=5)
-    found = calibrate(checkpoint, tmp_path / "s", recipe=recipe, sequence_length=SEQUENCE_LENGTH, device="cpu")
+    found = calibrate(
+        checkpoint, tmp_path / "s", recipe=recipe, sequence_length=SEQUENCE_LENGTH, execution=Execution(device="cpu")
+    )
     assert {part: counts["main"] for part, counts in found.tokens.items()} == {
         Part("code", 0): 32,
         Part("code", 1): 16,
@@ -331,7 +333,7 @@ def test_sources_are_measured_apart(files: tuple[Path, Path], tmp_path: Path) ->
             tmp_path / "s",
             recipe=recipe.model_copy(update={"samples": 1}),
             sequence_length=SEQUENCE_LENGTH,
-            device="cpu",
+            execution=Execution(device="cpu"),
         )
 
 
@@ -339,7 +341,9 @@ def test_a_source_shorter_than_its_samples_is_announced(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = CalibrationRecipe(samples=12)
-    calibrate(files[0], tmp_path / "s", tokens=files[1], recipe=recipe, sequence_length=512, device="cpu")
+    calibrate(
+        files[0], tmp_path / "s", tokens=files[1], recipe=recipe, sequence_length=512, execution=Execution(device="cpu")
+    )
     assert "note: 'training' has" in capsys.readouterr().err
 
 
@@ -361,7 +365,14 @@ def test_layers_measured_apart_are_joined_without_reading_them(
 def test_saved_is_what_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "statistics.safetensors"
     recipe = CalibrationRecipe(samples=2)
-    made = calibrate(files[0], path, tokens=files[1], recipe=recipe, sequence_length=SEQUENCE_LENGTH, device="cpu")
+    made = calibrate(
+        files[0],
+        path,
+        tokens=files[1],
+        recipe=recipe,
+        sequence_length=SEQUENCE_LENGTH,
+        execution=Execution(device="cpu"),
+    )
     loaded = Statistics.load(path)
     assert (loaded.checkpoint, loaded.data, loaded.tokens) == (made.checkpoint, made.data, made.tokens)
     assert_same_sums(loaded, made, relative=0.0)
@@ -375,7 +386,7 @@ def test_saved_is_what_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> No
         tokens=files[1],
         recipe=recipe,
         sequence_length=SEQUENCE_LENGTH,
-        device="cpu",
+        execution=Execution(device="cpu"),
         seed=1,
     )
     assert again.data != made.data and again.checkpoint == made.checkpoint
@@ -424,7 +435,7 @@ def test_a_model_that_overflows_is_found_out_by_the_one_who_measures_it(
             tokens=files[1],
             recipe=CalibrationRecipe(samples=2),
             sequence_length=SEQUENCE_LENGTH,
-            device="cpu",
+            execution=Execution(device="cpu"),
         )
     assert not out.exists()
 
@@ -489,7 +500,7 @@ def test_tokens_of_another_tokenizer_are_refused(files: tuple[Path, Path], tmp_p
             tokens=other,
             recipe=CalibrationRecipe(),
             sequence_length=SEQUENCE_LENGTH,
-            device="cpu",
+            execution=Execution(device="cpu"),
         )
     small = write_tiny_checkpoint(tmp_path / "small", vocab_size=270)
     with pytest.raises(UserError, match="270"):
@@ -499,5 +510,5 @@ def test_tokens_of_another_tokenizer_are_refused(files: tuple[Path, Path], tmp_p
             tokens=files[1],
             recipe=CalibrationRecipe(),
             sequence_length=SEQUENCE_LENGTH,
-            device="cpu",
+            execution=Execution(device="cpu"),
         )

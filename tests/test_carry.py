@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from settings import sections
 from test_pipeline import tiny_recipe
 from tiny import fused, write_tiny_checkpoint, write_tiny_tokens
 from torch import Tensor
@@ -66,11 +67,10 @@ def train(
         student,
         out,
         tokens=folder / "tokens",
-        recipe=DistilRecipe.model_validate(usual | (changes or {})),
+        **sections(DistilRecipe, usual | (changes or {})),
         sequence_length=SEQUENCE_LENGTH,
         span=span,
         stage=stage,
-        device="cpu",
         keep_state=True,
         moments=moments,
     )
@@ -147,7 +147,7 @@ def test_two_stages_that_keep_everything_are_one(folder: Path, tmp_path: Path, m
             return original(self, step)
 
         patch.setattr(Trainer, "step", step_or_stop)
-        changes = {"save_every_steps": 4}
+        changes = {"save_every": "4 steps"}
         train(folder, student, second, Span(3, STEPS, STEPS), 2, moments, changes)
     train(folder, student, second, Span(3, STEPS, STEPS), 2, moments)
 

@@ -33,7 +33,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     checkpoint = write_tiny_checkpoint(
         folder / "model", tokenizer=tokenizer, native=FAMILIES_NATIVE["mixtral"], num_hidden_layers=4
     )
-    recipe = CalibrationRecipe(samples=12, batch_size=4)
+    recipe = CalibrationRecipe(samples=12)
     statistics = calibrate(
         checkpoint,
         folder / "statistics.safetensors",

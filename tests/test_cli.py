@@ -323,7 +323,7 @@ def test_problems_of_the_last_stage_are_found_before_the_first(world: Path, tmp_
     # layers alternate linear, full: keeping one leaves no full attention
     result = run_recipe(world, tmp_path, "target.num_hidden_layers=1", "schedule=depth_first", "pruning.depth=last")
     assert_one_sentence(result, 2, "attention")
-    assert_one_sentence(run_recipe(world, tmp_path, "device=cuda:7"), 2, "cuda:7")
+    assert_one_sentence(run_recipe(world, tmp_path, "execution.device=cuda:7"), 2, "cuda:7")
     assert not (tmp_path / "run").exists()
 
 

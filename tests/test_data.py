@@ -22,7 +22,7 @@ from slimqwen.data.store import load_manifest
 from slimqwen.data.stream import TokenStream, shuffled
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer, train_tokenizer
-from slimqwen.recipe import Source
+from slimqwen.recipe import Execution, Source
 
 CODE = (
     'class A(dict):\n    def get(self, key):\n        return self.items["x"] + 42  # é 漢字 🎉\n\n\n    value = None\n'
@@ -467,7 +467,7 @@ def test_any_number_of_processes_writes_the_same(
     (corpus / "special.txt").write_text("before <|endoftext|> after\u2028\n\x00\n" + CODE)
     for workers in (1, 2, 3):
         out = tmp_path / str(workers)
-        tokenize([Source(path=corpus)], tokenizer, out, heldout_fraction=0.3, workers=workers)
+        tokenize([Source(path=corpus)], tokenizer, out, heldout_fraction=0.3, execution=Execution(workers=workers))
         assert [(out / file).read_bytes() for file in FILES] == [(tmp_path / "1" / file).read_bytes() for file in FILES]
     assert len(processes) == 2 + 3 and all(process.poll() is not None for process in processes)
 
@@ -475,7 +475,7 @@ def test_any_number_of_processes_writes_the_same(
 def test_little_text_starts_no_process(
     tokenizer: Path, corpus: Path, tmp_path: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
-    tokenize([Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, workers=8)
+    tokenize([Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, execution=Execution(workers=8))
     assert processes == []
 
 
@@ -496,7 +496,9 @@ def test_an_interrupt_leaves_neither_files_nor_processes(
 
     monkeypatch.setattr(PackedWriter, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tokenize([Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, workers=2)
+        tokenize(
+            [Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, execution=Execution(workers=2)
+        )
     assert len(processes) == 2 and all(process.poll() is not None for process in processes)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
@@ -517,7 +519,9 @@ def test_a_killed_process_is_explained(
 
     monkeypatch.setattr(PackedWriter, "add", add_and_kill)
     with pytest.raises(StageFailed, match="a tokenizing process was killed"):
-        tokenize([Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, workers=2)
+        tokenize(
+            [Source(path=corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.3, execution=Execution(workers=2)
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings import sections
 from tiny import VOCAB_SIZE, tiny_config, tiny_stream
 
 from slimqwen.core.errors import StageFailed
@@ -24,12 +25,13 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     config = tiny_config(num_hidden_layers=2, full_attention_interval=2)
     tokens = torch.randint(VOCAB_SIZE, (1300,), generator=torch.Generator().manual_seed(0)).tolist()
     stream = tiny_stream(folder, [tokens], SEQUENCE_LENGTH)
-    recipe = DistilRecipe(**({"tokens": 1280, "batch_size": 2, "warmup_steps": 0, "loss_chunk_tokens": 24} | changes))
+    usual = {"tokens": 1280, "batch_size": 2, "warmup_steps": 0, "loss_chunk_tokens": 24}
     teacher = LiveTeacher(initialise(config, seed=1).eval(), teaches_mtp=False)
-    return Trainer(Student(initialise(config, seed=0), QWEN3_NEXT, config), teacher, stream, recipe, Span(0, 10, 10))
+    student = Student(initialise(config, seed=0), QWEN3_NEXT, config)
+    return Trainer(student, teacher, stream, span=Span(0, 10, 10), **sections(DistilRecipe, usual | changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 1}, {"ema_decay": 0.9, "activation_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 1}, {"ema_decay": 0.9, "recompute_activations": True}])
 def test_training_after_it_is_training_without_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Bit for bit: weights, the optimiser's state, what is reported, and the random numbers that come next."""
     with_it, without = trainer(tmp_path, **changes), trainer(tmp_path, **changes)
@@ -77,7 +79,7 @@ def test_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
         dry_run(one)
     sentence = str(failure.value)
     assert "2 x 64 tokens does not fit cpu" in sentence and sentence.endswith(".") and sentence.count(". ") == 0
-    for advice in ("distil.micro_batch_size: 1 (", "distil.activation_checkpointing: true ("):
+    for advice in ("execution.micro_batch_size: 1 (", "execution.recompute_activations: true ("):
         assert advice in sentence
     assert "loss_chunk_tokens" not in sentence and "GPUs" not in sentence  # as small as it gets, and on a CPU
     assert all(parameter.grad is None for parameter in one.parameters.values())
@@ -94,7 +96,9 @@ def test_memory_that_fails_during_the_step(tmp_path: Path, monkeypatch: pytest.M
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     one.student.model.backbone.get_decoder().layers[1].register_forward_pre_hook(fails)
-    with pytest.raises(StageFailed, match=r"failed at .* predicted; try distil.micro_batch_size: 1 \(.* predicted\)"):
+    with pytest.raises(
+        StageFailed, match=r"failed at .* predicted; try execution.micro_batch_size: 1 \(.* predicted\)"
+    ):
         dry_run(one)
     assert all(parameter.grad is None for parameter in one.parameters.values())
 
@@ -115,7 +119,7 @@ def test_a_batch_that_its_parts_do_not_fill(tmp_path: Path) -> None:
 def test_on_a_gpu_the_loss_and_more_gpus_are_advised_too(tmp_path: Path) -> None:
     one = trainer(tmp_path)
     settings = predict_memory(one).settings.model_copy(
-        update={"device": "cuda", "sequence_length": 4096, "loss_chunk_tokens": 4096, "activation_checkpointing": True}
+        update={"device": "cuda", "sequence_length": 4096, "loss_chunk_tokens": 4096, "recompute_activations": True}
     )
     advice = remedies(one, settings)
-    assert "distil.loss_chunk_tokens: 1024 (" in advice and "2 GPUs (" in advice and "checkpointing" not in advice
+    assert "execution.loss_chunk_tokens: 1024 (" in advice and "2 GPUs (" in advice and "recompute" not in advice

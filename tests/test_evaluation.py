@@ -27,7 +27,7 @@ from slimqwen.families.count import count
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.generation.speculative import speculate
 from slimqwen.model.model import MtpCausalLM, initialise, load, save
-from slimqwen.recipe import EvaluationRecipe, Source
+from slimqwen.recipe import EvaluationRecipe, Execution, Source
 
 pytestmark = pytest.mark.rounding
 
@@ -65,7 +65,6 @@ CONFIG: Config = canonical(
 FAMILY = family_of(CONFIG, "the test")
 RECIPE = EvaluationRecipe(
     tokens=6 * SEQUENCE_LENGTH,
-    batch_size=4,
     acceptance_prompts=3,
     acceptance_prompt_tokens=6,
     acceptance_new_tokens=8,
@@ -310,7 +309,7 @@ def test_prompts_are_evenly_spaced_windows(tmp_path):
 
 
 def run(models: dict[str, Path], out: Path, tokens: Path, **options) -> Evaluation:
-    options = {"recipe": RECIPE, "device": "cpu"} | options
+    options = {"recipe": RECIPE, "execution": Execution(device="cpu", batch_size=4)} | options
     return evaluate(models, out, tokens=tokens, sequence_length=SEQUENCE_LENGTH, **options)
 
 

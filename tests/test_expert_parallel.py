@@ -10,6 +10,7 @@ import torch
 from ranks import Ranks, run_ranks
 from rounding import GRADIENT, TRAINED, assert_trained_alike, error
 from safetensors.torch import load_file, save_file
+from settings import sections
 from tiny import tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE, GLM4_MOE, QWEN3_MOE
 from torch import Tensor
@@ -132,7 +133,7 @@ def train(folder: Path, student: str, out: Path, changes: dict[str, Any], end_be
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
         "warmup_steps": 2,
-        "save_every_steps": 1,
+        "save_every": "1 steps",
         "loss_chunk_tokens": 24,
         "load_balancing_coefficient": 0.5,  # large, so that experts counted per rank would be seen
         "max_grad_norm": 0.3,  # always clipped
@@ -142,10 +143,9 @@ def train(folder: Path, student: str, out: Path, changes: dict[str, Any], end_be
             folder / student,
             out,
             tokens=folder / "tokens",
-            recipe=DistilRecipe.model_validate(settings | changes),
+            **sections(DistilRecipe, settings | changes),
             sequence_length=SEQUENCE_LENGTH,
             teacher=folder / "teacher",
-            device="cpu",
         )
     finally:
         Trainer.step = original  # type: ignore[method-assign]
@@ -164,7 +164,7 @@ def assert_equal_but_for_rounding(out: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("student", "ranks", "changes"),
     [
-        ("glm4_moe", 2, {"expert_ranks": 2, "micro_batch_size": 2, "activation_checkpointing": True}),
+        ("glm4_moe", 2, {"expert_ranks": 2, "micro_batch_size": 2, "recompute_activations": True}),
         pytest.param(
             *("qwen3_next", 4, {"expert_ranks": 2, "shard_ranks": 2, "micro_batch_size": 1, "reshard_student": False}),
             marks=pytest.mark.slow,

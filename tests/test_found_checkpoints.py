@@ -31,7 +31,7 @@ from slimqwen.families import ARCHITECTURES, FAMILIES, family_of
 from slimqwen.model.model import load, save
 from slimqwen.model.native import native_config
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import DistilRecipe, Execution
 from slimqwen.runs.recipe_run import run
 from slimqwen.serving import check
 from slimqwen.serving.check import check_checkpoint, describe
@@ -635,7 +635,14 @@ def test_training_has_no_noise_that_nothing_seeds(
         recipe = DistilRecipe.model_validate(
             {"tokens": 3 * 32, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1, "terms": ["lm"]}
         )
-        out = distil(student, tmp_path / name, tokens=tokens, recipe=recipe, sequence_length=16, device="cpu")
+        out = distil(
+            student,
+            tmp_path / name,
+            tokens=tokens,
+            recipe=recipe,
+            sequence_length=16,
+            execution=Execution(device="cpu"),
+        )
         outs.append((out / "model.safetensors").read_bytes())
         written = json.loads((out / "config.json").read_text())
         assert all(written[word] == value for word, value in words.items())

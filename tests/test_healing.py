@@ -40,7 +40,7 @@ from slimqwen.healing.layers import FIRST_RATE, LONGER, Healing, share_of_peak
 from slimqwen.healing.objective import PredictionError, StreamError
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import CalibrationRecipe, HealingRecipe, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, Execution, HealingRecipe, PruningRecipe, Target
 
 pytestmark = pytest.mark.rounding
 
@@ -134,7 +134,7 @@ def test_a_student_with_rotated_channels(tmp_path: Path, texts: Texts) -> None:
         teacher,
         tmp_path / "statistics.safetensors",
         tokens=texts.tokens,
-        recipe=CalibrationRecipe(samples=SAMPLES, batch_size=8),
+        recipe=CalibrationRecipe(samples=SAMPLES),
         sequence_length=SEQUENCE_LENGTH,
         second_moments=True,
     )
@@ -183,7 +183,7 @@ def test_rows_per_pass_make_no_difference(tmp_path: Path, texts: Texts, cut: Cut
     """The gradient of a step is the mean over its tokens, in however many passes they go through the layer."""
     recipe = RECIPE.model_copy(update={"epochs": 1})
     one = healed(cut, texts, tmp_path / "one", recipe)
-    other = healed(cut, texts, tmp_path / "other", recipe, memory_budget_bytes=60_000)
+    other = healed(cut, texts, tmp_path / "other", recipe, execution=Execution(memory_budget=60_000))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
     start = load_file(cut.student / "model.safetensors")
     moved = sum(float((ours[name] - start[name]).square().sum()) for name in ours)

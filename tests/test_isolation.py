@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rounding import FORWARD, GRADIENT, TRAINED, error
+from settings import sections
 from tiny import VOCAB_SIZE, tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
@@ -22,7 +23,7 @@ from slimqwen.evaluation.fidelity import compare, heldout_rows, record
 from slimqwen.losses.balance import expert_counts
 from slimqwen.losses.loss import LossWeights, count_targets
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import DistilRecipe, EvaluationRecipe
+from slimqwen.recipe import DistilRecipe, EvaluationRecipe, Execution
 from slimqwen.training.distil import distil
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
@@ -170,7 +171,7 @@ def trainer(folder: Path, tmp_path: Path, documents: list[list[int]], **changes:
     student = Student(load(folder / "student"), checkpoint.family, checkpoint.config)
     student.model.train()
     teacher = LiveTeacher(load(folder / "teacher"), teaches_mtp=False)
-    return Trainer(student, teacher, stream, DistilRecipe(**(usual | changes)), Span(0, 3, 3))
+    return Trainer(student, teacher, stream, span=Span(0, 3, 3), **sections(DistilRecipe, usual | changes))
 
 
 def test_the_loss_of_a_padded_batch_is_the_mean_over_its_documents_alone(folder: Path, tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_distillation_says_what_padding_costs(folder: Path, tmp_path: Path, caps
             sequence_length=300,
             documents=documents,
             teacher=folder / "teacher",
-            device="cpu",
+            execution=Execution(device="cpu"),
         )
         said = capsys.readouterr().err
         if documents == "isolated":
@@ -293,7 +294,7 @@ def test_about_as_many_held_out_tokens_as_were_asked_for(folder: Path, tmp_path:
         recipe=recipe,
         sequence_length=64,
         documents="isolated",
-        device="cpu",
+        execution=Execution(device="cpu"),
     )
     heldout = load_manifest(tokens).heldout
     assert result.tokens == heldout.tokens - heldout.documents  # the first token of each document is given

@@ -12,6 +12,7 @@ import pytest
 from ranks import run_ranks
 from rounding import FORWARD, TRAINED, assert_trained_alike
 from safetensors.torch import load_file
+from settings import sections
 from test_carry import write_plan
 from test_pipeline import tiny_recipe
 from tiny import write_tiny_checkpoint, write_tiny_tokens
@@ -23,7 +24,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.core.errors import Preempted, StageFailed, UserError
 from slimqwen.data.tokenize import tokenize
-from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Recipe, Source, TeacherCacheRecipe
+from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Execution, Recipe, Source, TeacherCacheRecipe
 from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.runs.recipe_run import run
 from slimqwen.study.catalogue.definition import at_both_rates
@@ -60,21 +61,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(**changes: Any) -> DistilRecipe:
+def recipe(**changes: Any) -> dict[str, Any]:
+    """Return the arguments `recipe` and `execution`."""
     usual = {
         "tokens": STEPS * BATCH_SIZE * LENGTH,
         "batch_size": BATCH_SIZE,
         "learning_rate": "auto",
         "warmup_steps": 2,
-        "save_every_steps": 5,
+        "save_every": "5 steps",
     }
-    return DistilRecipe.model_validate(usual | changes)
+    return sections(DistilRecipe, usual | changes)
 
 
 def train(folder: Path, out: Path, changes: dict[str, Any] | None = None, **arguments: Any) -> Path:
     """`distil` on the files of `folder`, by one process or, called in each, by several."""
-    given = {"teacher": folder / "teacher", "device": "cpu", "sequence_length": LENGTH, **arguments}
-    return distil(folder / "student", out, tokens=folder / "tokens", recipe=recipe(**changes or {}), **given)
+    given = {"teacher": folder / "teacher", "sequence_length": LENGTH, **arguments}
+    return distil(folder / "student", out, tokens=folder / "tokens", **recipe(**changes or {}), **given)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +227,7 @@ def test_a_fork_that_breaks_is_no_candidate(folder: Path, tmp_path: Path, monkey
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "step", breaking)
-    choice = RateChoice.load(train(folder, tmp_path / "out", {"on_bad_step": "skip"}) / FILE)
+    choice = RateChoice.load(train(folder, tmp_path / "out", {"bad_steps": "skip"}) / FILE)
     assert [fork.value for fork in choice.forks if fork.rate > 3e-4] == [None]
     assert choice.best == 2e-4
 
@@ -246,13 +248,13 @@ def test_without_held_out_text_rows_that_no_fork_trains_on_decide(folder: Path, 
         folder / "tokenizer",
         tokens,
         heldout_sources=[Source(path=short)],
-        workers=1,
+        execution=Execution(workers=1),
     )
     distil(
         folder / "student",
         tmp_path / "out",
         tokens=tokens,
-        recipe=recipe(),
+        **recipe(),
         sequence_length=LENGTH,
         teacher=folder / "teacher",
     )
@@ -302,7 +304,7 @@ def test_forks_begin_with_the_moments_that_the_training_begins_with(folder: Path
 def train_shortly(folder: Path, out: Path, changes: dict[str, Any]) -> None:
     """Four steps, and two forks of two; called in each rank."""
     learning_rate.MOST_FORKS = 2
-    train(folder, out, {"tokens": 4 * BATCH_SIZE * LENGTH, "save_every_steps": 4} | changes)
+    train(folder, out, {"tokens": 4 * BATCH_SIZE * LENGTH, "save_every": "4 steps"} | changes)
 
 
 def test_ranks_choose_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +365,7 @@ def test_each_stage_of_a_run_has_its_own_rate(tmp_path: Path) -> None:
 
 def test_distil_learning_rate_auto(folder: Path, trained: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "distil.yaml", tmp_path / "out"
-    fields = recipe(learning_rate=1e-3).model_dump(mode="json", exclude_defaults=True)
+    fields = recipe(learning_rate=1e-3)["recipe"].model_dump(mode="json", exclude_defaults=True)
     file.write_text(json.dumps(fields))
     paths = [str(folder / "student"), "--tokens", str(folder / "tokens"), "--teacher", str(folder / "teacher")]
     command = ["distil", *paths, "--recipe", str(file), "--sequence-length", str(LENGTH), "--out", str(out)]
@@ -376,11 +378,11 @@ def test_distil_learning_rate_auto(folder: Path, trained: Path, tmp_path: Path) 
 def test_an_end_rate_above_the_reference_is_refused() -> None:
     with pytest.raises(ValueError, match=r"is more than the peak, with learning_rate: auto 0\.0004"):
         recipe(final_learning_rate=5e-4)
-    assert recipe(final_learning_rate=0.0).at_learning_rate(3e-3).final_learning_rate == 0.0
+    assert recipe(final_learning_rate=0.0)["recipe"].at_learning_rate(3e-3).final_learning_rate == 0.0
 
 
 def test_arms_at_shares_of_a_rate_need_a_number() -> None:
     arm = at_both_rates(Variation("arm", "an arm", {}))[0]
-    automatic = Recipe.model_validate({"run_dir": "x", "target": {}, "distil": recipe()})
+    automatic = Recipe.model_validate({"run_dir": "x", "target": {}, "distil": recipe()["recipe"]})
     with pytest.raises(UserError, match=r"shares of distil.learning_rate: give that as a number"):
         arm.changes_to(automatic, Checkpoint(checkpoint_folder("builtin")))

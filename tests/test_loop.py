@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
 from rounding import FORWARD, TRAINED
 from safetensors.torch import load_file
+from settings import sections
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 
@@ -60,17 +61,16 @@ def train(folder: Path, out: Path, **changes: Any) -> Path:
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
         "warmup_steps": 2,
-        "save_every_steps": 2,
+        "save_every": "2 steps",
         "loss_chunk_tokens": 24,
     }
     return distil(
         folder / "student",
         out,
         tokens=folder / "tokens",
-        recipe=DistilRecipe.model_validate(settings | changes),
+        **sections(DistilRecipe, settings | changes),
         sequence_length=SEQUENCE_LENGTH,
         teacher=folder / "teacher",
-        device="cpu",
     )
 
 
@@ -229,7 +229,7 @@ def test_training_goes_back_and_leaves_out_rows(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows 12..15 (step 3) and, later, 28..31 (then step 5) are bad; states are saved after 2, 4 and 6 steps."""
-    bad, changes = {12: torch.nan, 28: torch.nan}, {"on_bad_step": "roll_back", "steps": 8}
+    bad, changes = {12: torch.nan, 28: torch.nan}, {"bad_steps": "roll_back", "steps": 8}
     with monkeypatch.context() as patch:
         seen = spoil(patch, bad)
         straight = train(folder, tmp_path / "straight" / "out", **changes)
@@ -272,7 +272,7 @@ def test_training_goes_back_and_leaves_out_rows(
 def test_going_back_has_an_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spoil(monkeypatch, dict.fromkeys(range(0, 1000, 4), torch.nan))
     with pytest.raises(StageFailed, match="before optimiser step 0: loss nan"):
-        train(folder, tmp_path / "out", on_bad_step="roll_back")
+        train(folder, tmp_path / "out", bad_steps="roll_back")
     assert [row for _, row in seen] == list(range(0, 4 * (MAX_ROLLBACKS + 1), 4))
 
 
@@ -280,7 +280,7 @@ def test_a_spike_is_skipped_and_resuming_decides_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step 18 spikes. The resumed process has seen one loss before it: the state remembers the others."""
-    changes = {"on_bad_step": "skip", "spike_factor": 1.5, "steps": 20, "save_every_steps": 17}
+    changes = {"bad_steps": {"action": "skip", "spike_factor": 1.5}, "steps": 20, "save_every": "17 steps"}
     spoil(monkeypatch, {18 * BATCH_SIZE: 4.0})
     straight = train(folder, tmp_path / "straight" / "out", **changes)
     assert [line["step"] for line in metrics(straight) if "skipped" in line] == [18]
@@ -294,7 +294,7 @@ def test_a_spike_is_skipped_and_resuming_decides_the_same(
 
 # --- held-out text ----------------------------------------------------------------------------------------------------
 
-EVALUATED = {"evaluate_every_tokens": 2 * STEP_TOKENS, "evaluate_tokens": 7 * SEQUENCE_LENGTH}
+EVALUATED = {"evaluate_every": f"{2 * STEP_TOKENS} tokens", "evaluate_tokens": 7 * SEQUENCE_LENGTH}
 MEASURED = {"heldout_lm", "heldout_kd", "heldout_mtp_lm", "heldout_mtp_kd", "heldout_top1_agreement", "acc_0", "acc_1"}
 
 
@@ -459,7 +459,7 @@ def test_mfu_is_told_where_the_peak_is_known(
 ) -> None:
     """Recomputation is no progress: it does not count."""
     monkeypatch.setattr(speed, "dense_bf16_flops", lambda device: 1e9)
-    out = train(folder, tmp_path / "out", activation_checkpointing=True)
+    out = train(folder, tmp_path / "out", recompute_activations=True)
     student, teacher = (Checkpoint(folder / name) for name in ("student", "teacher"))
     flops = 3 * forward_flops(student.family, student.config, SEQUENCE_LENGTH)
     flops += forward_flops(teacher.family, teacher.config, SEQUENCE_LENGTH)

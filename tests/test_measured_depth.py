@@ -38,7 +38,7 @@ from slimqwen.model.model import load
 from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.cut import Cut
-from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target
 from slimqwen.refit.layers import Refit
 
 SEQUENCE_LENGTH, SAMPLES = 16, 6
@@ -66,7 +66,7 @@ def measurable(folder: Path, model_type: str = "mixtral", layers: int = 5) -> Me
             tensors[name] = 0.01 * tensors[name]
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     statistics = folder / "statistics.safetensors"
-    recipe = CalibrationRecipe(samples=SAMPLES, batch_size=3)
+    recipe = CalibrationRecipe(samples=SAMPLES)
     calibrate(checkpoint, statistics, tokens=tokens, recipe=recipe, sequence_length=SEQUENCE_LENGTH, dtype="float32")
     return Measurable(checkpoint, statistics, tokens)
 
@@ -77,7 +77,11 @@ def kinds(native: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def measured(model: Measurable, out: Path, keep: int, **changed: Any) -> MeasuredDepth:
-    settings: dict[str, Any] = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH, "batch_size": 4}
+    settings: dict[str, Any] = {
+        "samples": SAMPLES,
+        "sequence_length": SEQUENCE_LENGTH,
+        "execution": Execution(batch_size=4),
+    }
     settings |= {"tokens": model.tokens} | changed
     return measure_depth(model.checkpoint, out, statistics=model.statistics, num_hidden_layers=keep, **settings)
 
@@ -114,7 +118,7 @@ def test_the_kl_without_layers_is_that_of_the_pruned_model(tmp_path: Path, model
 def test_slices_of_the_text_make_no_difference(tmp_path: Path) -> None:
     model = measurable(tmp_path)
     one = measured(model, tmp_path / "one.json", keep=3)
-    other = measured(model, tmp_path / "other.json", keep=3, batch_size=1, memory_budget_bytes=1)
+    other = measured(model, tmp_path / "other.json", keep=3, execution=Execution(batch_size=1, memory_budget=1))
     assert [drop.dropped for drop in one.measured] == [drop.dropped for drop in other.measured]
     for a, b in zip(one.measured, other.measured, strict=True):
         assert a.kl == pytest.approx(b.kl, rel=1e-3)

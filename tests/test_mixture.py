@@ -24,7 +24,7 @@ from slimqwen.data.stream import TokenStream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.evaluation.evaluate import evaluate
-from slimqwen.recipe import CalibrationRecipe, DistilRecipe, EvaluationRecipe, Recipe, Source
+from slimqwen.recipe import CalibrationRecipe, DistilRecipe, EvaluationRecipe, Execution, Recipe, Source
 from slimqwen.runs.recipe_run import run
 from slimqwen.training.distil import distil
 
@@ -206,7 +206,9 @@ def test_distillation_says_what_it_draws(
 ) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "model", tokenizer=world / "tokenizer", max_position_embeddings=15)
     recipe = DistilRecipe(tokens=16 * 4 * 2, batch_size=4, warmup_steps=0, terms=["lm"])
-    distil(checkpoint, tmp_path / "out", tokens=store, recipe=recipe, sequence_length=16, device="cpu")
+    distil(
+        checkpoint, tmp_path / "out", tokens=store, recipe=recipe, sequence_length=16, execution=Execution(device="cpu")
+    )
     epochs = 2 / TokenStream(PackedTokens(store / "wiki" / "train"), 16, 0).rows_per_epoch
     said = capsys.readouterr().err
     assert f"wiki: 25.0% of the training tokens, {epochs:.3g} times its text" in said

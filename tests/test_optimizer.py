@@ -11,6 +11,7 @@ import torch
 from ranks import run_ranks
 from rounding import assert_trained_alike
 from safetensors.torch import load_file
+from settings import sections
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
@@ -47,17 +48,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(**changes: Any) -> DistilRecipe:
+def recipe(**changes: Any) -> dict[str, Any]:
+    """Return the arguments `recipe` and `execution`."""
     usual = {
         "tokens": STEPS * BATCH_SIZE * SEQUENCE_LENGTH,
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
         "warmup_steps": 2,
-        "save_every_steps": 2,
+        "save_every": "2 steps",
         "terms": ["lm", "mtp_lm"],
     }
-    return DistilRecipe.model_validate(usual | changes)
+    return sections(DistilRecipe, usual | changes)
 
 
 def train(folder: Path, out: Path, changes: dict[str, Any], span: Span | None = None) -> Path:
@@ -66,10 +68,9 @@ def train(folder: Path, out: Path, changes: dict[str, Any], span: Span | None = 
         folder / "student",
         out,
         tokens=folder / "tokens",
-        recipe=recipe(**changes),
+        **recipe(**changes),
         sequence_length=SEQUENCE_LENGTH,
         span=span,
-        device="cpu",
     )
 
 
@@ -122,7 +123,7 @@ def test_groups_by_decay_and_learning_rate(folder: Path) -> None:
         weight_decay=0.5,
         weight_decay_exempt=["router", "embedding"],
         learning_rate_scale={"router": 0.1, "attention": 0.0},
-    )
+    )["recipe"]
     parameters = freeze_untrained(model, parts, settings, with_mtp=True)
     optimizer = build_optimizer(parameters, parts, settings)
     set_learning_rate(optimizer, 2.0)
@@ -156,10 +157,10 @@ def test_the_settings_in_use_do_not_matter_where_they_name_nothing(folder: Path,
 def test_what_the_student_does_not_have(folder: Path, tmp_path: Path) -> None:
     student = Checkpoint(folder / "student")
     with pytest.raises(UserError, match=r"weight_decay_exempt names 'dense_mlp', .* parts are attention, deltanet"):
-        check_optimizer(recipe(weight_decay_exempt=["dense_mlp"]), student)
+        check_optimizer(recipe(weight_decay_exempt=["dense_mlp"])["recipe"], student)
     everything = dict.fromkeys(parts_of(student.family, student.config).values(), 0.0)
     with pytest.raises(UserError, match="0 for every part"):
-        check_optimizer(recipe(learning_rate_scale=everything), student)
+        check_optimizer(recipe(learning_rate_scale=everything)["recipe"], student)
     with pytest.raises(UserError, match="names 'dense_mlp'"):
         train(folder, tmp_path / "out", {"learning_rate_scale": {"dense_mlp": 0.5}})
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +173,7 @@ def test_muon_takes_the_hidden_matrices(folder: Path) -> None:
     """One step without gradient but a momentum: what moves by an orthogonal matrix, scaled to AdamW's size."""
     model = load(folder / "student")
     parts = parts_of(model.family, model.config)
-    optimizer = build_optimizer(model.tensors(), parts, recipe(optimizer="muon", weight_decay=0.0))
+    optimizer = build_optimizer(model.tensors(), parts, recipe(optimizer="muon", weight_decay=0.0)["recipe"])
     by_muon = {name for name, p in model.tensors().items() if "momentum_buffer" in optimizer.state[p]}
     expected = {n for n, p in model.tensors().items() if parts[n] in MUON_PARTS and p.dim() == 2}
     assert by_muon == expected and any("q_proj" in name for name in by_muon)
@@ -199,9 +200,9 @@ def test_muon_resumed_is_uninterrupted(folder: Path, tmp_path: Path, monkeypatch
 @pytest.mark.usefixtures("torchao")
 def test_what_is_for_one_device(folder: Path, optimizer: str) -> None:
     student = Checkpoint(folder / "student")
-    check_optimizer(recipe(optimizer=optimizer), student)
+    check_optimizer(recipe(optimizer=optimizer)["recipe"], student)
     with pytest.raises(UserError, match=f"{optimizer} is for one device, and there are 2 ranks"):
-        check_optimizer(recipe(optimizer=optimizer), student, ranks=2)
+        check_optimizer(recipe(optimizer=optimizer)["recipe"], student, ranks=2)
 
 
 # --- 8 bits ------------------------------------------------------------------------------------------------------------
@@ -332,6 +333,6 @@ def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_first_batch_that_ranks_cannot_share() -> None:
-    settings = recipe(batch_size_ramp={"start": 1, "tokens": 99})
+    settings = recipe(batch_size_ramp={"start": 1, "tokens": 99})["recipe"]
     with pytest.raises(UserError, match=r"batch_size_ramp.start 1 cannot be shared by 2 ranks"):
         check_batch(settings, Ranks(size=2))

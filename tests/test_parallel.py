@@ -13,6 +13,7 @@ import torch
 from ranks import Ranks, run_ranks
 from rounding import FORWARD, GRADIENT, TRAINED, assert_trained_alike, error
 from safetensors.torch import load_file
+from settings import sections
 from tiny import tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
@@ -64,20 +65,18 @@ def train(
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
         "warmup_steps": 2,
-        "save_every_steps": 2,
+        "save_every": "2 steps",
         "loss_chunk_tokens": 24,
         "load_balancing_coefficient": 0.5,  # large, so that experts counted per rank would be seen
     }
-    recipe = DistilRecipe.model_validate(settings | changes)
     distil(
         folder / student,
         out,
         tokens=folder / "tokens",
-        recipe=recipe,
+        **sections(DistilRecipe, settings | changes),
         sequence_length=SEQUENCE_LENGTH,
         documents=documents,
         teacher=folder / "teacher",
-        device="cpu",
     )
 
 
@@ -130,7 +129,7 @@ def test_two_ranks_are_one(pair: Path, alone: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"micro_batch_size": 1, "activation_checkpointing": True},
+        {"micro_batch_size": 1, "recompute_activations": True},
         {"shard_ranks": 1, "micro_batch_size": 1, "reshard_student": False, "reshard_teacher": False},
     ],
 )
@@ -302,8 +301,8 @@ def train_all_the_while(folder: Path, out: Path, terms: list[str]) -> None:
     """Train 60 steps while states are written all the time, and stop for held-out text at every third."""
     heldout.PROMPTS, heldout.NEW_TOKENS = 2, 4
     step_tokens = BATCH_SIZE * SEQUENCE_LENGTH
-    changes = {"terms": terms, "save_every_steps": 1, "async_save": True}
-    changes |= {"evaluate_every_tokens": 3 * step_tokens, "evaluate_tokens": 3 * SEQUENCE_LENGTH}
+    changes = {"terms": terms, "save_every": "1 steps", "async_save": True}
+    changes |= {"evaluate_every": f"{3 * step_tokens} tokens", "evaluate_tokens": 3 * SEQUENCE_LENGTH}
     train(folder, out, changes, "student", 60)
 
 
@@ -316,7 +315,7 @@ def test_kills_at_random_moments(folder: Path, tmp_path: Path, size: int, terms:
     of which no state is kept, since most of the time goes into starting them.
     """
     expected, out = tmp_path / "expected" / "out", tmp_path / "killed" / "out"
-    at_its_end = {"terms": terms, "save_every_steps": 1000}
+    at_its_end = {"terms": terms, "save_every": "1000 steps"}
     run_ranks(size, train, folder, expected, at_its_end, "student", 60)
     seed = random.randrange(2**32)
     chance = random.Random(seed)
@@ -358,7 +357,7 @@ def train_with_a_bad_batch(folder: Path, out: Path) -> None:
         return (loss * torch.nan if len(calls) == 2 and os.environ["RANK"] == "1" else loss), sums
 
     trainer.chunked_loss = sometimes_nan  # type: ignore[assignment]
-    train(folder, out, {"on_bad_step": "skip"})
+    train(folder, out, {"bad_steps": "skip"})
 
 
 def test_ranks_skip_the_same_step(folder: Path, tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def tiny_recipe(folder: Path, run_dir: Path, **overrides: object) -> Recipe:
             "batch_size": 2,
             "warmup_steps": 2,
             "learning_rate": 1e-3,
-            "save_every_steps": 2,
         },
+        "execution": {"save_every": "2 steps"},
         "baselines": ["pruned", "random_init", "lm_only"],
         "evaluation": {
             "tokens": 64,

@@ -138,7 +138,7 @@ def test_a_plan_says_how_strongly_each_norm_is_repaired(tmp_path: Path) -> None:
         source,
         tmp_path / "statistics.safetensors",
         tokens=tokens,
-        recipe=CalibrationRecipe(samples=12, batch_size=4),
+        recipe=CalibrationRecipe(samples=12),
         sequence_length=32,
         second_moments=True,
     )

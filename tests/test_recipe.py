@@ -70,8 +70,8 @@ def test_all_problems_are_reported_at_once(tmp_path):
 
 
 def test_one_problem_and_the_sentence_of_a_validator(tmp_path):
-    path = written(tmp_path, SMALLEST + "  batch_size: 8\n  micro_batch_size: 3\n")
-    assert refusal(path) == f"{path} has 1 problem:\n  distil: micro_batch_size 3 does not divide batch_size 8"
+    path = written(tmp_path, SMALLEST + "  batch_size: 8\nexecution: {micro_batch_size: 3}\n")
+    assert refusal(path) == f"{path} has 1 problem:\n  execution.micro_batch_size 3 does not divide distil.batch_size 8"
 
 
 def test_overrides(tmp_path):
@@ -130,9 +130,9 @@ def test_the_paper_beside_itself_is_refused(tmp_path):
 
 
 def test_an_override_removes_a_value(tmp_path):
-    path = written(tmp_path, SMALLEST + "  micro_batch_size: 4\n")
-    assert load_recipe(path).distil.micro_batch_size == 4
-    assert load_recipe(path, ["distil.micro_batch_size=null"]).distil.micro_batch_size is None
+    path = written(tmp_path, SMALLEST + "execution: {micro_batch_size: 4}\n")
+    assert load_recipe(path).execution.micro_batch_size == 4
+    assert load_recipe(path, ["execution.micro_batch_size=null"]).execution.micro_batch_size is None
 
 
 def test_bad_overrides_are_reported_with_the_other_problems(tmp_path):

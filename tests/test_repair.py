@@ -41,7 +41,7 @@ from slimqwen.layerwise.courses import courses
 from slimqwen.planning.plan import cuts_only_channels
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target
 from slimqwen.refit import layers
 from slimqwen.refit.refit import folds_of, repair
 
@@ -60,7 +60,7 @@ def cut(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Cut:
 
 
 def repaired(cut: Cut, texts: Texts, out: Path, **changed: Any) -> Path:
-    settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH, "batch_size": 8} | changed
+    settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH, "execution": Execution(batch_size=8)} | changed
     return repair(cut.student, out, teacher=cut.teacher, plan=cut.plan, tokens=texts.tokens, **settings)
 
 
@@ -159,7 +159,7 @@ def test_a_student_with_rotated_channels(tmp_path: Path, texts: Texts) -> None:
         teacher,
         tmp_path / "statistics.safetensors",
         tokens=texts.tokens,
-        recipe=CalibrationRecipe(samples=SAMPLES, batch_size=8),
+        recipe=CalibrationRecipe(samples=SAMPLES),
         sequence_length=SEQUENCE_LENGTH,
         second_moments=True,
     )
@@ -244,7 +244,7 @@ def test_which_plans_take_only_channels(tmp_path: Path) -> None:
 
 def test_passes_make_no_difference(tmp_path: Path, texts: Texts, cut: Cut) -> None:
     one = repaired(cut, texts, tmp_path / "one")
-    other = repaired(cut, texts, tmp_path / "other", batch_size=3, memory_budget_bytes=1_000_000)
+    other = repaired(cut, texts, tmp_path / "other", execution=Execution(batch_size=3, memory_budget=1_000_000))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)

@@ -27,7 +27,7 @@ from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.planned import planned_cut
 from slimqwen.pruning.prune import prune
 from slimqwen.pruning.residual import Residual
-from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target
 
 pytestmark = pytest.mark.rounding
 
@@ -154,14 +154,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def measured(checkpoint: Path, out: Path, tokens: Path, second_moments: bool = True) -> Path:
-    recipe = CalibrationRecipe(samples=12, batch_size=4)
+    recipe = CalibrationRecipe(samples=12)
     calibrate(
         checkpoint,
         out,
         tokens=tokens,
         recipe=recipe,
         sequence_length=32,
-        device="cpu",
+        execution=Execution(device="cpu"),
         second_moments=second_moments,
     )
     return out

@@ -11,6 +11,7 @@ import torch
 from ranks import run_ranks
 from rounding import FORWARD, GRADIENT, TRAINED, assert_trained_alike, error
 from safetensors.torch import load_file
+from settings import sections
 from test_pipeline import tiny_recipe
 from tiny import VOCAB_SIZE, write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
@@ -61,28 +62,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cached(folder: Path, out: Path, *, teacher: str = "teacher", tokens: str = "tokens", **changes: Any) -> Path:
     """A cache with shards of a few sequences; what is not an argument of the stage is the recipe's."""
     stage = {name: changes.pop(name) for name in ("with_mtp", "sequences", "seed", "documents") if name in changes}
-    recipe = TeacherCacheRecipe.model_validate({"shard_bytes": 200_000, "batch_size": 3, **changes})
+    usual = {"cache_file_bytes": 200_000, "batch_size": 3}
     return write_teacher_cache(
         folder / teacher,
         out,
         tokens=folder / tokens,
-        recipe=recipe,
         sequence_length=SEQUENCE_LENGTH,
-        device="cpu",
+        **sections(TeacherCacheRecipe, usual | changes),
         **stage,
     )
 
 
-def settings(**changes: Any) -> DistilRecipe:
+def settings(**changes: Any) -> dict[str, Any]:
+    """Return the arguments `recipe` and `execution`."""
     usual = {
         "tokens": STEPS * BATCH_SIZE * SEQUENCE_LENGTH,
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
         "warmup_steps": 1,
-        "save_every_steps": 2,
+        "save_every": "2 steps",
     }
-    return DistilRecipe.model_validate(usual | changes)
+    return sections(DistilRecipe, usual | changes)
 
 
 def train(folder: Path, out: Path, cache: Path | None, *, tokens: str = "tokens", **changes: Any) -> Path:
@@ -92,11 +93,10 @@ def train(folder: Path, out: Path, cache: Path | None, *, tokens: str = "tokens"
         folder / "student",
         out,
         tokens=folder / tokens,
-        recipe=settings(teacher="live" if cache is None else "cache", **changes),
+        **settings(teacher="live" if cache is None else "cache", **changes),
         sequence_length=SEQUENCE_LENGTH,
         teacher=folder / "teacher" if cache is None else None,
         teacher_cache=cache,
-        device="cpu",
         **stage,
     )
 
@@ -104,13 +104,15 @@ def train(folder: Path, out: Path, cache: Path | None, *, tokens: str = "tokens"
 def opened(
     folder: Path, cache: Path, *, seed: int = 0, rows: int = 8, teacher: str | None = None, **changes: Any
 ) -> Any:
+    on_bad_step = changes.pop("on_bad_step", "stop")
     documents = changes.pop("documents", "packed")
     length = changes.pop("sequence_length", SEQUENCE_LENGTH)
     return open_teacher_cache(
         cache,
         training_stream(folder / changes.pop("tokens", "tokens"), length, seed, documents),
         rows=rows,
-        recipe=settings(teacher="cache", **changes),
+        recipe=settings(teacher="cache", **changes)["recipe"],
+        on_bad_step=on_bad_step,
         documents=documents,
         student=Checkpoint(folder / "student"),
         teacher=None if teacher is None else folder / teacher,
@@ -333,9 +335,16 @@ def test_layer_by_layer_says_the_same(folder: Path, tmp_path: Path, model_type: 
     write_tiny_checkpoint(tmp_path / "t", native=native, tokenizer=folder / "tokenizer")
     (tmp_path / "tokens").symlink_to(folder / "tokens")
     with_mtp = Checkpoint(tmp_path / "t").has_mtp
-    usual = {"teacher": "t", "top_k": 8, "exact": True, "sequences": 20, "with_mtp": with_mtp, "shard_bytes": 10_000}
+    usual = {
+        "teacher": "t",
+        "top_k": 8,
+        "exact": True,
+        "sequences": 20,
+        "with_mtp": with_mtp,
+        "cache_file_bytes": 10_000,
+    }
     caches = []
-    for name, changes in {"memory": {}, "layers": {"streaming": True, "memory_budget_bytes": 1}}.items():
+    for name, changes in {"memory": {}, "layers": {"streaming": True, "memory_budget": 1}}.items():
         cached(tmp_path, tmp_path / name, **usual, **changes)
         caches.append(TeacherCache(tmp_path / name))
     one, other = caches
@@ -360,7 +369,7 @@ class Killed(Exception):
 def test_a_killed_writer_goes_on_with_the_next_shard(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {"sequences": 14, "shard_bytes": 10_000}
+    few = {"sequences": 14, "cache_file_bytes": 10_000}
     whole, written = cached(folder, tmp_path / "whole", **few), []
     original = write.write_shard
 
@@ -559,7 +568,7 @@ def test_more_tokens_than_the_vocabulary_has(folder: Path, tmp_path: Path) -> No
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "distil.yaml"
-    recipe.write_text(json.dumps(settings().model_dump(mode="json", exclude_defaults=True)))
+    recipe.write_text(json.dumps(settings()["recipe"].model_dump(mode="json", exclude_defaults=True)))
     usual = f"--sequence-length {SEQUENCE_LENGTH} --seed 2 --device cpu"
     commands = [
         f"teacher-cache {folder}/teacher --tokens {folder}/tokens --out {tmp_path}/cache --sequences 16 {usual}",
@@ -589,11 +598,7 @@ def test_a_run_writes_its_cache_first(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(UserError, match="temperature 2 needs the teacher's whole distribution"):
         run(tiny_recipe(tmp_path, tmp_path / "run", **changes | {"distil": {**changes["distil"], "temperature": 2.0}}))
     with pytest.raises(UserError, match="'roll_back' goes on to later rows"):
-        run(
-            tiny_recipe(
-                tmp_path, tmp_path / "run", **changes | {"distil": {**changes["distil"], "on_bad_step": "roll_back"}}
-            )
-        )
+        run(tiny_recipe(tmp_path, tmp_path / "run", **changes, execution={"bad_steps": "roll_back"}))
 
 
 def test_a_run_that_learns_from_the_text_alone_writes_no_cache(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from slimqwen.data.packed import PackedTokens
 from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.recipe import Recipe, Source
+from slimqwen.recipe import Execution, Recipe, Source
 from slimqwen.runs.checks import announce_text
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
@@ -361,7 +361,9 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(
     )
     tokenizer = make(template="<s>" + TEMPLATE, files={"tokenizer.json": json.loads(written.to_str())})
     chat = chat_rows(tmp_path / "chat.jsonl", [{"messages": TURNS}])  # whose template writes <s> itself
-    manifest = tokenize([corpus, chat], tokenizer, tmp_path / "out", heldout_fraction=0.3, workers=1)
+    manifest = tokenize(
+        [corpus, chat], tokenizer, tmp_path / "out", heldout_fraction=0.3, execution=Execution(workers=1)
+    )
     assert (manifest.bos_token_ids, manifest.eos_token_id) == ([3], 0)
     rendered = text(tokenizer, tmp_path / "out") + text(tokenizer, tmp_path / "out", "heldout")
     assert rendered.startswith("<s>the expert") and "<s><|im_start|>" in rendered

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rounding import FORWARD, GRADIENT, SUM, TRAINED, assert_trained_alike, error
 from safetensors.torch import load_file, save_file
+from settings import sections
 from tiny import VOCAB_SIZE, tiny_config, tiny_stream, write_tiny_checkpoint, write_tiny_tokens
 from torch import Tensor
 
@@ -44,17 +45,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(**changes: Any) -> DistilRecipe:
+def recipe(**changes: Any) -> dict[str, Any]:
+    """Return the arguments `recipe` and `execution`."""
     usual = {
         "tokens": STEPS * BATCH_SIZE * SEQUENCE_LENGTH,
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
         "warmup_steps": 2,
-        "save_every_steps": 2,
+        "save_every": "2 steps",
         "loss_chunk_tokens": 24,
     }
-    return DistilRecipe(**(usual | changes))
+    return sections(DistilRecipe, usual | changes)
 
 
 def train(folder: Path, out: Path, *, teacher: str | None = "teacher", seed: int = 0, **changes: Any) -> Path:
@@ -64,11 +66,10 @@ def train(folder: Path, out: Path, *, teacher: str | None = "teacher", seed: int
         folder / changes.pop("student", "student"),
         out,
         tokens=folder / "tokens",
-        recipe=recipe(**changes),
+        **recipe(**changes),
         sequence_length=SEQUENCE_LENGTH,
         teacher=None if teacher is None else folder / teacher,
         seed=seed,
-        device="cpu",
         **labels,
     )
 
@@ -79,7 +80,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     student = Student(load(folder / "student"), checkpoint.family, checkpoint.config)
     student.model.train()
     teacher = LiveTeacher(load(folder / "teacher"), teaches_mtp=False)
-    return Trainer(student, teacher, stream, recipe(**changes), Span(0, STEPS, STEPS))
+    return Trainer(student, teacher, stream, span=Span(0, STEPS, STEPS), **recipe(**changes))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -124,10 +125,10 @@ def test_balancing_each_micro_batch_by_itself_would_be_seen(folder: Path, monkey
     assert apart["loss"] == pytest.approx(whole["loss"], rel=FORWARD)
 
 
-def test_activation_checkpointing_has_the_same_gradients(folder: Path) -> None:
+def test_recomputed_activations_have_the_same_gradients(folder: Path) -> None:
     gradients, forwards = [], []
     for checkpointing in (False, True):
-        one = trainer(folder, activation_checkpointing=checkpointing, load_balancing_coefficient=0.5)
+        one = trainer(folder, recompute_activations=checkpointing, load_balancing_coefficient=0.5)
         calls: list[int] = []
         one.student.model.backbone.get_decoder().layers[0].mlp.register_forward_pre_hook(
             lambda *_, c=calls: c.append(1)
@@ -240,7 +241,7 @@ def test_mtp_learns_the_token_after_next(tmp_path: Path) -> None:
         warmup_steps=5,
         mtp_weight={"start": 1.0, "end": 1.0},
     )
-    one = Trainer(Student(model, QWEN3_NEXT, config), None, stream, settings, Span(0, 60, 60))
+    one = Trainer(Student(model, QWEN3_NEXT, config), None, stream, span=Span(0, 60, 60), **settings)
     model.train()
     losses = [one.step(step) for step in range(60)]
 
@@ -325,7 +326,7 @@ def test_ctrl_c_saves_after_the_step_and_goes_on_from_there(
     with monkeypatch.context() as patch:
         break_at(3, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            train(folder, tmp_path / "out", terms=terms, save_every_steps=1000)
+            train(folder, tmp_path / "out", terms=terms, save_every="1000 steps")
     assert [path.name for path in (tmp_path / ".out.state").glob("step-*")] == ["step-000000004"]
     assert len(metrics(tmp_path)) == 4
     train(folder, tmp_path / "out", terms=terms)  # how often states are saved is not part of what is trained
@@ -339,7 +340,7 @@ def test_sigterm_saves_and_says_that_it_can_go_on(
     with monkeypatch.context() as patch:
         break_at(2, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Preempted, match="after step 3, state saved") as stopped:
-            train(folder, tmp_path / "out", save_every_steps=1000, keep_states=1)
+            train(folder, tmp_path / "out", save_every="1000 steps", keep_states=1)
     assert stopped.value.exit_code == 75
     assert [path.name for path in (tmp_path / ".out.state").glob("step-*")] == ["step-000000003"]
     train(folder, tmp_path / "out")
@@ -349,7 +350,7 @@ def test_sigterm_saves_and_says_that_it_can_go_on(
 def test_states_are_saved_by_the_clock_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_at(4, monkeypatch, kill)
     with pytest.raises(Killed):
-        train(folder, tmp_path / "out", save_every_steps=1000, save_every_minutes=1e-9, keep_states=3)
+        train(folder, tmp_path / "out", save_every=["1000 steps", "0.000000001 min"], keep_states=3)
     saved = sorted(path.name for path in (tmp_path / ".out.state").glob("step-*"))
     assert saved == ["step-000000002", "step-000000003", "step-000000004"]
 
@@ -423,7 +424,7 @@ def test_a_bad_step_is_skipped_where_the_recipe_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The optimiser has not seen it: the step after it is as if it had not been."""
-    one, other = trainer(folder, on_bad_step="skip"), trainer(folder)
+    one, other = trainer(folder, bad_steps="skip"), trainer(folder)
     one.step(0), other.step(0)
     with monkeypatch.context() as patch:
         original = Trainer.backward
@@ -438,7 +439,7 @@ def test_a_bad_step_is_skipped_where_the_recipe_says_so(
 
 
 def test_skipping_has_an_end(folder: Path) -> None:
-    one = trainer(folder, on_bad_step="skip")
+    one = trainer(folder, bad_steps="skip")
     poison_weights(one.student.model)
     assert all(one.step(step)["skipped"] for step in range(3))
     one.guard.skipped_in_a_row = MAX_SKIPPED_IN_A_ROW
@@ -472,9 +473,9 @@ def test_a_teacher_with_another_vocabulary_is_refused(folder: Path, tmp_path: Pa
 
 
 def test_too_few_tokens_for_one_step() -> None:
-    assert total_steps(recipe(tokens=127), SEQUENCE_LENGTH) == 1
+    assert total_steps(recipe(tokens=127)["recipe"], SEQUENCE_LENGTH) == 1
     with pytest.raises(UserError, match="less than one step"):
-        total_steps(recipe(tokens=63), SEQUENCE_LENGTH)
+        total_steps(recipe(tokens=63)["recipe"], SEQUENCE_LENGTH)
 
 
 def test_terms_that_student_or_teacher_cannot_serve(tmp_path: Path) -> None:

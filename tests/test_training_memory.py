@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings import sections
 from tiny import canonical, tiny_config, tiny_stream
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
@@ -107,20 +108,20 @@ def test_fused_deltanet_kernels_keep_a_fraction() -> None:
 # --- a whole step -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"micro_batch_size": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"recompute_activations": True}, {"micro_batch_size": 1}], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_moe", "glm4_moe"])
 def test_the_peak_of_a_step(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     config = canonical(FAMILIES_NATIVE[name])
     ids = torch.randint(config["vocab_size"], (600,), generator=torch.Generator().manual_seed(0)).tolist()
     stream = tiny_stream(tmp_path, [ids], sequence_length=64)
-    recipe = DistilRecipe(**({"tokens": 1280, "batch_size": 2, "loss_chunk_tokens": 64} | changes))
+    settings = sections(DistilRecipe, {"tokens": 1280, "batch_size": 2, "loss_chunk_tokens": 64} | changes)
     student = Student(initialise(config, seed=0).train(), FAMILIES[name], config)
     teacher = LiveTeacher(initialise(config, seed=1).eval(), teaches_mtp=False)
-    trainer = Trainer(student, teacher, stream, recipe, Span(0, 10, 10))
+    trainer = Trainer(student, teacher, stream, span=Span(0, 10, 10), **settings)
     with measured_peak(trainer.device) as peak:
         trainer.step(0)
     predicted = predict_memory(trainer)
-    assert predicted.settings.micro_batches == recipe.batch_size // predicted.settings.micro_batch_size
+    assert predicted.settings.micro_batches == 2 // predicted.settings.micro_batch_size
     assert predicted.peak_bytes == pytest.approx(held_bytes(trainer) + peak.extra_bytes, rel=0.15)
 
 
@@ -132,7 +133,7 @@ def test_what_each_setting_does_to_the_prediction() -> None:
 
     usual = peak()
     assert peak(micro_batch_size=2) > 1.5 * usual
-    assert peak(activation_checkpointing=True) < 0.5 * usual
+    assert peak(recompute_activations=True) < 0.5 * usual
     assert peak(loss_chunk_tokens=256) < usual < peak(micro_batches=2)
     assert peak(device="cpu", gpus=1) > peak(device="cuda", gpus=1)
     alone = training_memory(QWEN3_NEXT, config, None, TrainingSettings(gpus=1))

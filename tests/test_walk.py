@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import Ranks
 from rounding import FORWARD, error
+from settings import sections
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
@@ -29,7 +30,7 @@ from slimqwen.layerwise import memory, weights
 from slimqwen.layerwise.memory import allot
 from slimqwen.model.device import ALIGNMENT_BYTES
 from slimqwen.model.live_bytes import measured_peak
-from slimqwen.recipe import CalibrationRecipe
+from slimqwen.recipe import CalibrationRecipe, Execution
 
 pytestmark = pytest.mark.rounding
 
@@ -55,14 +56,13 @@ def checkpoint(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(checkpoint: Path, out: Path, texts: Texts, second_moments: bool = False, **options: Any) -> Statistics:
-    recipe = CalibrationRecipe(sources=texts.sources, samples=SAMPLES, batch_size=BATCH_SIZE, **options)
+    usual = {"sources": texts.sources, "samples": SAMPLES, "batch_size": BATCH_SIZE}
     return calibrate(
         checkpoint,
         out,
-        recipe=recipe,
         sequence_length=SEQUENCE_LENGTH,
-        device="cpu",
         second_moments=second_moments,
+        **sections(CalibrationRecipe, usual | options),
     )
 
 
@@ -82,16 +82,16 @@ def test_layer_by_layer_is_all_at_once(tmp_path: Path, texts: Texts, model_type:
     """To rounding: experts see more tokens at once, and their weights lie elsewhere in memory."""
     native = FAMILIES_NATIVE[model_type]
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", native=native, tokenizer=texts.tokenizer)
-    recipe = CalibrationRecipe(sources=texts.sources, samples=SAMPLES, batch_size=1, streaming=False)
+    recipe = CalibrationRecipe(sources=texts.sources, samples=SAMPLES)
     at_once = calibrate(
         checkpoint,
         tmp_path / "at_once",
         recipe=recipe,
         sequence_length=SEQUENCE_LENGTH,
-        device="cpu",
+        execution=Execution(device="cpu", batch_size=1, streaming=False),
         second_moments=True,
     )
-    tight = measured(checkpoint, tmp_path / "tight", texts, second_moments=True, streaming=True, memory_budget_bytes=1)
+    tight = measured(checkpoint, tmp_path / "tight", texts, second_moments=True, streaming=True, memory_budget=1)
     assert_same(tight, at_once, FORWARD)
     wide = measured(checkpoint, tmp_path / "wide", texts, second_moments=True, streaming=True)
     assert_same(wide, at_once, FORWARD)
@@ -182,9 +182,9 @@ def test_other_settings_begin_again(
         interrupting(patch, layer=2)
         with pytest.raises(KeyboardInterrupt):
             measured(checkpoint, out, texts, streaming=True)
-    tight = measured(checkpoint, out, texts, streaming=True, memory_budget_bytes=1)
+    tight = measured(checkpoint, out, texts, streaming=True, memory_budget=1)
     assert "is removed" in capsys.readouterr().err
-    assert_same(tight, measured(checkpoint, tmp_path / "tight", texts, streaming=True, memory_budget_bytes=1))
+    assert_same(tight, measured(checkpoint, tmp_path / "tight", texts, streaming=True, memory_budget=1))
 
 
 def calibrate_until_killed(command: list[str]) -> None:
@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_streamed(
         monkeypatch.setattr(
             memory, "available_bytes", lambda _, spare=spare: 4 * parameters + 8 * sums + copies + budget + spare
         )
-        measured(checkpoint, tmp_path / f"{streamed}", texts, memory_budget_bytes=budget)
+        measured(checkpoint, tmp_path / f"{streamed}", texts, memory_budget=budget)
         assert ("layer by layer" in capsys.readouterr().err) is streamed
 
 

@@ -19,7 +19,7 @@ from slimqwen.runs.stages import Work
 
 
 def recipe(folder: Path, **sections: Any) -> Recipe:
-    calibration = {"samples": 6, "batch_size": 3, "depth_samples": 3, **sections.pop("calibration", {})}
+    calibration = {"samples": 6, "depth_samples": 3, **sections.pop("calibration", {})}
     data = {"sequence_length": 16, **sections.pop("data", {})}
     return Recipe.model_validate(
         {
@@ -29,6 +29,7 @@ def recipe(folder: Path, **sections: Any) -> Recipe:
             "calibration": calibration,
             "data": data,
             "distil": {"tokens": 64},
+            "execution": {"batch_size": 3},
             **sections,
         }
     )

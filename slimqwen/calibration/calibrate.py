@@ -16,7 +16,7 @@ from slimqwen.layerwise.memory import allot, fits
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import announce_slow
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import CalibrationRecipe
+from slimqwen.recipe import CalibrationRecipe, Execution
 
 
 @makes_file("checkpoint", "tokens", "recipe", kind="safetensors")
@@ -29,7 +29,7 @@ def calibrate(
     recipe: CalibrationRecipe,
     sequence_length: int,
     seed: int = 0,
-    device: str = "auto",
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
     second_moments: bool = False,
     title: str = "calibrate",
@@ -55,15 +55,15 @@ def calibrate(
         data=text.fingerprint,
         tokens={part: {"main": count, "mtp": count if source.has_mtp else 0} for part, count in text.tokens.items()},
     )
-    torch_device = resolve_device(device)
+    torch_device = resolve_device(execution.device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     announce_slow(source.family, source.config, torch_device)
-    streaming = recipe.streaming
+    streaming = execution.streaming
     if streaming is None:
         streaming = is_unfinished(out) or not fits(
             source,
             parts=len(text.tokens),
-            budget_bytes=recipe.memory_budget_bytes,
+            budget_bytes=execution.memory_budget,
             dtype=torch_dtype,
             device=torch_device,
             second_moments=second_moments,
@@ -75,8 +75,8 @@ def calibrate(
                 parts=len(text.tokens),
                 rows=max(text.tokens.values()) // sequence_length,
                 sequence_length=sequence_length,
-                batch_size=recipe.batch_size,
-                budget_bytes=recipe.memory_budget_bytes,
+                batch_size=execution.batch_size,
+                budget_bytes=execution.memory_budget,
                 dtype=torch_dtype,
                 device=torch_device,
                 second_moments=second_moments,
@@ -84,7 +84,7 @@ def calibrate(
             Walk(source, text, allotment, torch_dtype, torch_device, second_moments).run(statistics, out, title)
             return Statistics.load(out)
         model = load(checkpoint, torch_dtype, torch_device)
-        _all_layers_at_once(model, text, recipe.batch_size, torch_device, statistics, second_moments, title)
+        _all_layers_at_once(model, text, execution.batch_size, torch_device, statistics, second_moments, title)
     statistics.save(out)
     return statistics
 

@@ -42,24 +42,30 @@ LEFT = {
 
 # What each stage command has as an option of what a recipe has as a field: stages speak of fields in their errors. A field
 # that stands alone in a sentence (`heldout_fraction`) is known by its last word, where that is one of several.
-EVERY_STAGE = {"data.sequence_length": "sequence_length", "seed": "seed", "device": "device", "dtype": "dtype"}
+EVERY_STAGE = {
+    "data.sequence_length": "sequence_length",
+    "seed": "seed",
+    "dtype": "dtype",
+    "execution.device": "device",
+    "execution.batch_size": "batch_size",
+    "execution.streaming": "streaming",
+    "execution.memory_budget": "memory_budget",
+}
 FIT_ON_TEXT = {
     "calibration.sources": "tokens",
     "calibration.samples": "samples",
-    "calibration.batch_size": "batch_size",
-    "calibration.memory_budget_bytes": "memory_budget",
 }
 OPTION_OF: dict[str, dict[str, str]] = {
     "tokens": {
         "data.heldout_sources": "heldout",
         "data.heldout_fraction": "heldout_fraction",
         "data.separator": "separator",
-        "data.workers": "workers",
+        "execution.workers": "workers",
         "data.sources.text_field": "text_field",
         "data.sources.format": "text_format",
         "data.sources.weight": "weights",
     },
-    "calibrate": {**FIT_ON_TEXT, "calibration.streaming": "streaming"},
+    "calibrate": FIT_ON_TEXT,
     "measure-depth": {
         **FIT_ON_TEXT,
         "calibration.depth_samples": "samples",
@@ -68,7 +74,6 @@ OPTION_OF: dict[str, dict[str, str]] = {
     "repair": FIT_ON_TEXT,
     "heal": {
         "calibration.sources": "tokens",
-        "calibration.memory_budget_bytes": "memory_budget",
         **{f"pruning.healing.{name}": name for name in ("samples", "epochs", "batch_size", "learning_rate")},
     },
     "plan": {
@@ -79,10 +84,7 @@ OPTION_OF: dict[str, dict[str, str]] = {
     "teacher-cache": {
         "teacher_cache.top_k": "top_k",
         "teacher_cache.exact": "exact",
-        "teacher_cache.batch_size": "batch_size",
-        "teacher_cache.shard_bytes": "shard_size",
-        "teacher_cache.streaming": "streaming",
-        "teacher_cache.memory_budget_bytes": "memory_budget",
+        "execution.cache_file_bytes": "shard_size",
         "data.documents": "isolated",
     },
     "distil": {"data.documents": "isolated"},
@@ -90,7 +92,7 @@ OPTION_OF: dict[str, dict[str, str]] = {
 }
 SECTION_FILES = {"distil": "distil", "plan": "pruning"}  # commands that read one section of a recipe as a file
 FIELD = re.compile(
-    r"(?<![\w./-])(?P<key>(?P<sections>(?:(?:data|calibration|evaluation|teacher_cache|distil|pruning)\.(?:[a-z_]+\.)*)?)"
+    r"(?<![\w./-])(?P<key>(?P<sections>(?:(?:data|calibration|evaluation|teacher_cache|distil|execution|pruning)\.(?:[a-z_]+\.)*)?)"
     r"(?P<name>[a-z]+(?:_[a-z]+)*))(?![\w/(]|\.\w)(?P<setting>: (?=[\w.\[]))?"
 )
 

@@ -96,6 +96,7 @@ def tokens(
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.data.sources import named_sources, source_named
     from slimqwen.data.tokenize import tokenize
+    from slimqwen.recipe import Execution
 
     read_as = text_format_of(text_format)
     manifest = tokenize(
@@ -105,7 +106,7 @@ def tokens(
         heldout_sources=[source_named(name, text_field, read_as) for name in source_texts(heldout or [])],
         heldout_fraction=heldout_fraction,
         separator=separator,
-        workers=workers,
+        execution=Execution(workers=workers),
     )
     show(f"{out}: {manifest.train.tokens:,} training and {manifest.heldout.tokens:,} held-out tokens")
 
@@ -152,7 +153,7 @@ def calibrate(
     """Measure the importance of every layer, channel, expert, head and neuron in one forward pass over text."""
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.calibration.calibrate import calibrate as run_stage
-    from slimqwen.recipe import CalibrationRecipe
+    from slimqwen.recipe import CalibrationRecipe, Execution
 
     run_stage(
         checkpoint_folder(checkpoint),
@@ -160,13 +161,15 @@ def calibrate(
         recipe=CalibrationRecipe(
             sources=token_folders(tokens),
             samples=samples,
-            batch_size=batch_size,
-            streaming=streaming,
-            memory_budget_bytes=size_of("--memory-budget", memory_budget),
         ),
         sequence_length=sequence_length,
         seed=seed,
-        device=device,
+        execution=Execution(
+            device=device,
+            batch_size=batch_size,
+            streaming=streaming,
+            memory_budget=size_of("--memory-budget", memory_budget),
+        ),
         dtype=dtype_of(dtype),
         second_moments=second_moments,
     )
@@ -210,7 +213,7 @@ def measure_depth(
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.depth.measure import measure_depth as run_stage
-    from slimqwen.recipe import Target
+    from slimqwen.recipe import Execution, Target
     from slimqwen.recipe.file import load_recipe
 
     layers = load_recipe(target, model=Target).num_hidden_layers
@@ -225,11 +228,11 @@ def measure_depth(
         samples=samples,
         shortlist=shortlist,
         refit=refit,
-        batch_size=batch_size,
         sequence_length=sequence_length,
-        memory_budget_bytes=size_of("--memory-budget", memory_budget),
         seed=seed,
-        device=device,
+        execution=Execution(
+            device=device, batch_size=batch_size, memory_budget=size_of("--memory-budget", memory_budget)
+        ),
         dtype=dtype_of(dtype),
     )
     show(str(out))
@@ -293,6 +296,7 @@ def repair(
     it gains. Interrupted, the same command continues with the layer under way.
     """
     from slimqwen.builtin import checkpoint_folder
+    from slimqwen.recipe import Execution
     from slimqwen.refit.refit import repair as run_stage
 
     run_stage(
@@ -302,11 +306,11 @@ def repair(
         plan=plan,
         tokens=token_folders(tokens),
         samples=samples,
-        batch_size=batch_size,
         sequence_length=sequence_length,
-        memory_budget_bytes=size_of("--memory-budget", memory_budget),
         seed=seed,
-        device=device,
+        execution=Execution(
+            device=device, batch_size=batch_size, memory_budget=size_of("--memory-budget", memory_budget)
+        ),
         dtype=dtype_of(dtype),
     )
     show(str(out))
@@ -346,7 +350,7 @@ def heal(
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.healing.heal import heal as run_stage
-    from slimqwen.recipe import HealingRecipe
+    from slimqwen.recipe import Execution, HealingRecipe
 
     run_stage(
         checkpoint_folder(student),
@@ -361,9 +365,8 @@ def heal(
             learning_rate=rate_of("--learning-rate", learning_rate),
         ),
         sequence_length=sequence_length,
-        memory_budget_bytes=size_of("--memory-budget", memory_budget),
         seed=seed,
-        device=device,
+        execution=Execution(device=device, memory_budget=size_of("--memory-budget", memory_budget)),
         dtype=dtype_of(dtype),
     )
     show(str(out))

@@ -71,7 +71,7 @@ def evaluate(
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.evaluation.evaluate import evaluate as run_stage
-    from slimqwen.recipe import EvaluationRecipe
+    from slimqwen.recipe import EvaluationRecipe, Execution
     from slimqwen.reporting.table import print_table
 
     if tokens is None and tasks is None and suite is None:
@@ -95,7 +95,7 @@ def evaluate(
             sequence_length=sequence_length,
             documents="isolated" if isolated else "packed",
             teacher=compared_with,
-            device=device,
+            execution=Execution(device=device),
             dtype=dtype_of(dtype),
         )
         print_table(result)

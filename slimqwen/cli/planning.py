@@ -17,6 +17,7 @@ from slimqwen.recipe import (
     DataRecipe,
     DistilRecipe,
     EvaluationRecipe,
+    Execution,
     PruningRecipe,
     Recipe,
     Target,
@@ -198,7 +199,7 @@ def plan(
             samples=samples,
             measured_tokens=measured_tokens,
             seed=seed,
-            device=device,
+            execution=Execution(device=device),
             dtype=dtype_of(dtype),
         )
         _search(recipe, budgets, tokens, statistics, align, shapes, pick, out, as_json)

@@ -68,27 +68,26 @@ def teacher_cache(
     Interrupted, the same command continues with the first file that is not complete.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.recipe import TeacherCacheRecipe
+    from slimqwen.recipe import Execution, TeacherCacheRecipe
     from slimqwen.teacher_cache.write import write_teacher_cache
 
     write_teacher_cache(
         checkpoint_folder(checkpoint),
         out,
         tokens=tokens,
-        recipe=TeacherCacheRecipe(
-            top_k=top_k,
-            exact=exact,
-            batch_size=batch_size,
-            shard_bytes=size_of("--shard-size", shard_size),
-            streaming=streaming,
-            memory_budget_bytes=size_of("--memory-budget", memory_budget),
-        ),
+        recipe=TeacherCacheRecipe(top_k=top_k, exact=exact),
         sequence_length=sequence_length,
         documents="isolated" if isolated else "packed",
         with_mtp=mtp,
         sequences=sequences,
         seed=seed,
-        device=device,
+        execution=Execution(
+            device=device,
+            batch_size=batch_size,
+            streaming=streaming,
+            memory_budget=size_of("--memory-budget", memory_budget),
+            cache_file_bytes=size_of("--shard-size", shard_size),
+        ),
         dtype=dtype_of(dtype),
     )
     show(str(out))
@@ -100,7 +99,12 @@ def distil(
     tokens: TokensFolder,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     settings: Annotated[
-        Path, typer.Option("--recipe", metavar="FILE.yaml", help="The recipe's `distil` section, as a file.")
+        Path,
+        typer.Option(
+            "--recipe",
+            metavar="FILE.yaml",
+            help="The recipe's `distil` section as a file; in it its section `execution`.",
+        ),
     ],
     teacher: Annotated[
         str | None, typer.Option(help="Checkpoint folder, or 'builtin'. Not needed without kd terms.")
@@ -143,7 +147,12 @@ def distil(
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'. Default: the recipe's.", show_default=False
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     overrides: Overrides = None,
 ) -> None:
@@ -153,13 +162,15 @@ def distil(
     SIGTERM: the training state is saved, the same command continues.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.recipe import DistilRecipe
+    from slimqwen.recipe import DistilFile
     from slimqwen.recipe.file import load_recipe
     from slimqwen.training.distil import distil as run_stage
     from slimqwen.training.distil import span_of, total_steps
 
     rate = [] if learning_rate is None else [f"learning_rate={learning_rate}"]
-    recipe = load_recipe(settings, [*(overrides or []), *rate], model=DistilRecipe)
+    on = [] if device is None else [f"execution.device={device}"]
+    file = load_recipe(settings, [*(overrides or []), *rate, *on], model=DistilFile)
+    recipe, execution = file.settings(), file.execution
     result = run_stage(
         checkpoint_folder(student),
         out,
@@ -171,7 +182,7 @@ def distil(
         teacher_cache=teacher_cache,
         span=None if steps is None else span_of(steps, total_steps(recipe, sequence_length)),
         seed=seed,
-        device=device,
+        execution=execution,
         dtype=dtype_of(dtype),
         run=out.name,
         keep_state=keep_state,

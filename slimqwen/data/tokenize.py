@@ -21,10 +21,10 @@ from slimqwen.data.sources import check_sources, describe, is_mixture, name_of, 
 from slimqwen.data.store import FORMAT, MANIFEST, Skipped, SplitCounts, TokenManifest
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.data.worker import Ids
-from slimqwen.recipe import Source
+from slimqwen.recipe import Execution, Source
 
 # Fields of DataRecipe that do not change what is written.
-FIELDS_WITHOUT_EFFECT = {"sequence_length", "documents", "workers"}
+FIELDS_WITHOUT_EFFECT = {"sequence_length", "documents"}
 
 
 @makes_folder("tokenizer", "sources", "heldout_sources", kind="tokens")
@@ -36,7 +36,7 @@ def tokenize(
     heldout_sources: Sequence[Source] = (),
     heldout_fraction: float = 0.05,
     separator: str | None = None,
-    workers: int | None = None,
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     title: str = "tokens",
 ) -> TokenManifest:
     """Encode every document with the tokenizer in the folder `tokenizer` and write the folder `out` atomically.
@@ -49,7 +49,7 @@ def tokenize(
     Sources with weights, and token ids made elsewhere, have folders of their own, and the manifest has their weights.
     Token ids made elsewhere are read once, to check them against the vocabulary, and linked to.
 
-    Memory is bounded by two batches of `reader.BATCH_CHARACTERS`, or of one larger document, for each of the `workers`
+    Memory is bounded by two batches of `reader.BATCH_CHARACTERS`, or of one larger document, for each of `execution.workers`
     (processes, by default one per usable core). The output does not depend on their number.
 
     Raises `UserError` as `check_sources`, `documents`, `load_tokenizer` and `choose_frame` do, and for an empty split or
@@ -64,7 +64,7 @@ def tokenize(
 
     prefixes = [f"{name_of(source)}/train" if is_mixture(sources) else "train" for source in sources]
     reader = TextReader(prefixes, sources, heldout_sources, heldout_fraction, ChatTemplate(encoder, tokenizer))
-    encoded = encode_in_order(reader.batches(), encoder.backend_tokenizer, frame, workers or usable_cores())
+    encoded = encode_in_order(reader.batches(), encoder.backend_tokenizer, frame, execution.workers or usable_cores())
     fingerprint = vocabulary_fingerprint(tokenizer)
     assert fingerprint is not None, "a tokenizer that was loaded has files"
     total = sum(map(size_bytes, sources)) + sum(size_bytes(source, heldout=True) for source in heldout_sources)

@@ -36,6 +36,7 @@ from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.planning import importance
 from slimqwen.planning.depth import least_influential
 from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop
+from slimqwen.recipe import Execution
 from slimqwen.refit.layers import Refit
 
 CHUNK_TOKENS = 512  # whose logits, of two models, exist at one time
@@ -55,11 +56,9 @@ def measure_depth(
     samples: int = SAMPLES,
     shortlist: int = SHORTLIST,
     refit: bool = True,
-    batch_size: int = 8,
     sequence_length: int = 256,
-    memory_budget_bytes: int = 2_000_000_000,
     seed: int = 0,
-    device: str = "auto",
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
     title: str = "measure-depth",
 ) -> MeasuredDepth:
@@ -74,7 +73,6 @@ def measure_depth(
         statistics: of the same checkpoint, for the block influence.
         tokens: folder written by `tokenize`, or several by the names of their sources; `samples` sequences are used.
         refit: whether the cut will be refitted (`pruning.experts.refit`).
-        memory_budget_bytes: for activations.
 
     Raises UserError for statistics of another checkpoint, and for a number of layers that is none to reach.
     """
@@ -92,18 +90,18 @@ def measure_depth(
     sources = {TRAINING_TEXT: tokens} if isinstance(tokens, Path) else tokens
     text = CalibrationText(sources, source, samples=samples, sequence_length=sequence_length, seed=seed)
     text.say_what_is_short()
-    batches = list(text.batches(batch_size))
+    batches = list(text.batches(execution.batch_size))
     rows = torch.cat([batch for _, batch in batches])
     parts = [part for part, batch in batches for _ in batch]
-    torch_device = resolve_device(device)
+    torch_device = resolve_device(execution.device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     allotment = allot(
         source,
         parts=0,
         rows=len(rows),
         sequence_length=sequence_length,
-        batch_size=batch_size,
-        budget_bytes=memory_budget_bytes,
+        batch_size=execution.batch_size,
+        budget_bytes=execution.memory_budget,
         dtype=torch_dtype,
         device=torch_device,
     )

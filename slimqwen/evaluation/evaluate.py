@@ -1,7 +1,7 @@
 """The stage `evaluate`: checkpoints and held-out tokens in, evaluation.json out."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.losses.loss import count_targets
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import DocumentBoundaries, EvaluationRecipe
+from slimqwen.recipe import DocumentBoundaries, EvaluationRecipe, Execution
 
 LARGEST_LOSS = 700.0  # e^710 is beyond float64
 SPECULATED_PROMPTS = 4  # one at a time: 64 tokens after each take the built-in teacher 6 s of a CPU core
@@ -41,7 +41,7 @@ def evaluate(
     sequence_length: int,
     documents: DocumentBoundaries = "packed",
     teacher: str | None = "teacher",
-    device: str = "auto",
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
     title: str = "evaluate",
 ) -> Evaluation:
@@ -73,7 +73,7 @@ def evaluate(
         recipe=recipe,
         sequence_length=sequence_length,
         documents=documents,
-        device=device,
+        execution=execution,
         dtype=dtype,
         keep=kept_folder(out),
     )
@@ -112,19 +112,20 @@ class Examination:
         recipe: EvaluationRecipe,
         sequence_length: int,
         documents: DocumentBoundaries = "packed",
-        device: str = "auto",
+        execution: Execution = Execution(),  # noqa: B008 - immutable
         dtype: str = "auto",
         keep: Path | None = None,
     ) -> None:
         self.rows = heldout_rows(tokens, sequence_length, recipe.tokens, documents)
         self._teacher = teacher
         self._recipe = recipe
+        self._execution = execution
         self._sequence_length = sequence_length
         self._manifest = load_manifest(tokens)
         self._tokenizer = load_tokenizer(like.folder)
         text = tokens / "train" if bin_path(tokens / "train").exists() else tokens / "heldout"  # a mixture's lie deeper
         self._ranks = token_ranks(text, like.config["vocab_size"])
-        self._device = resolve_device(device)
+        self._device = resolve_device(execution.device)
         self._dtype = resolve_dtype(dtype, self._device)
         prompts = heldout_prompts(tokens, recipe.acceptance_prompts, recipe.acceptance_prompt_tokens)
         self._prompts = prompts.to(self._device)
@@ -138,7 +139,7 @@ class Examination:
             "teacher": None if teacher is None else teacher.fingerprint(),
         }
         # What numbers depend on beside the model; how many sequences are computed at once is rounding.
-        self.made_from = text_settings | {"evaluation": recipe.model_dump(mode="json", exclude={"batch_size"})}
+        self.made_from = text_settings | {"evaluation": recipe.model_dump(mode="json")}
         recorded_from = text_settings | {"measured_tokens": recipe.tokens}
         self._kept = None if keep is None or teacher is None else KeptRecording(keep, recorded_from)
 
@@ -158,7 +159,9 @@ class Examination:
         _check_loss(name, checkpoint.folder, means["lm"])
         if is_teacher:
             self._keep(recording)
-        acceptance, sample = _generate(model, self._tokenizer, self._prompts, self._recipe, title)
+        acceptance, sample = _generate(
+            model, self._tokenizer, self._prompts.split(self._execution.batch_size), self._recipe, title
+        )
         yielded = _speculate(model, self._prompts, self._recipe, f"{title}: speculative decoding")
         del model
         where = breakdown(recording, self._sequence_length, self._ranks, title=f"{title}: where the loss is")
@@ -178,11 +181,11 @@ class Examination:
         """What an earlier process recorded of the teacher."""
         if self._kept is None:
             return None
-        return self._kept.find(teacher, self.rows, self._recipe.batch_size, self._dtype, self._device)
+        return self._kept.find(teacher, self.rows, self._execution.batch_size, self._dtype, self._device)
 
     def _record(self, checkpoint: Checkpoint, title: str) -> tuple[MtpCausalLM, Recording]:
         model = load(checkpoint.folder, self._dtype, self._device)
-        batch_size = self._recipe.batch_size
+        batch_size = self._execution.batch_size
         return model, record(model, checkpoint.family, checkpoint.config, self.rows, batch_size=batch_size, title=title)
 
 
@@ -214,19 +217,23 @@ def _open(models: Mapping[str, Path], teacher: str | None, tokens: Path) -> dict
 
 
 def _generate(
-    model: MtpCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: torch.Tensor, recipe: EvaluationRecipe, title: str
+    model: MtpCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Sequence[torch.Tensor],
+    recipe: EvaluationRecipe,
+    title: str,
 ) -> tuple[list[float], Sample]:
     """MTP acceptance (empty without an MTP module), and the first prompt with its continuation.
 
-    prompts: [prompts, prompt], on the model's device.
+    batches: of prompts, each [prompts, prompt], on the model's device.
     """
-    new_tokens, prompt_tokens = recipe.acceptance_new_tokens, prompts.shape[1]
+    new_tokens, prompt_tokens = recipe.acceptance_new_tokens, batches[0].shape[1]
     if model.mtp is None:
-        prompts = prompts[:1]  # the sample's
+        batches = [batches[0][:1]]  # the sample's
     sequences, accepted = [], []
     what = "a sample" if model.mtp is None else "drafts"
-    with Progress(f"{title}: {what}", total=len(prompts) * new_tokens, unit="tokens") as progress:
-        for batch in prompts.split(recipe.batch_size):
+    with Progress(f"{title}: {what}", total=sum(map(len, batches)) * new_tokens, unit="tokens") as progress:
+        for batch in batches:
             sequences.append(continue_greedily(model.backbone, batch, new_tokens))
             if model.mtp is not None:
                 accepted.append(accepted_drafts(model, sequences[-1], prompt_tokens, recipe.acceptance_depth))

@@ -13,7 +13,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.healing.layers import ARITHMETIC, Healing
 from slimqwen.model.device import reproducible
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import HealingRecipe
+from slimqwen.recipe import Execution, HealingRecipe
 from slimqwen.refit.pair import Pair, write_changed
 
 HELD_FOR_GRADIENTS = 3  # times as much memory for activations as without gradients, about
@@ -30,9 +30,8 @@ def heal(
     tokens: Path | Mapping[str, Path],
     recipe: HealingRecipe = HealingRecipe(),  # noqa: B008 - immutable
     sequence_length: int = 256,
-    memory_budget_bytes: int = 2_000_000_000,
     seed: int = 0,
-    device: str = "auto",
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
     title: str = "heal",
 ) -> Path:
@@ -48,24 +47,24 @@ def heal(
         student: what `prune` made of `teacher` by `plan`, refitted or not, embeddings not trained since.
         tokens: folder written by `tokenize`, or several by the names of their sources; the first sequences of their training orders of
             `seed` are used. Of each source every 16th is left out, to tell whether a layer has become better.
-        memory_budget_bytes: for activations.
+        execution: its memory_budget is for activations; the batches are those of the training, `recipe.batch_size`.
         seed: also of the order in which a layer sees the sequences.
 
     Raises UserError where plan, student and teacher do not belong together, where the embeddings were trained since, for one
     sequence, and where the disk is too small.
     """
     check_samples(recipe.samples, 1 if isinstance(tokens, Path) else len(tokens))
+    budget = execution.memory_budget // HELD_FOR_GRADIENTS
+    passes = execution.model_copy(update={"batch_size": recipe.batch_size, "memory_budget": budget})
     pair = Pair(
         student,
         teacher,
         plan=plan,
         tokens=tokens,
         samples=recipe.samples,
-        batch_size=recipe.batch_size,
         sequence_length=sequence_length,
-        memory_budget_bytes=memory_budget_bytes // HELD_FOR_GRADIENTS,
         seed=seed,
-        device=device,
+        execution=passes,
         dtype=dtype,
     )
     left_out = left_out_of(pair.parts)

@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
         torch.ones(2, device=device).sum().item()  # `meta` has tensors too, and computes nothing
     except Exception as error:  # each of PyTorch's backends has its own class for "not here"
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"device {shown(name)} cannot be used here ({reason}): try device: auto.") from error
+        raise UserError(f"device {shown(name)} cannot be used here ({reason}): try execution.device: auto.") from error
     return device
 
 

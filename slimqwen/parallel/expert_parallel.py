@@ -25,7 +25,7 @@ def check_expert_ranks(checkpoint: Checkpoint, expert_ranks: int) -> None:
     num_experts = checkpoint.config["num_experts"]
     if num_experts % expert_ranks:
         raise UserError(
-            f"distil.expert_ranks {expert_ranks} does not divide the {num_experts} experts of {checkpoint.folder}: "
+            f"execution.expert_ranks {expert_ranks} does not divide the {num_experts} experts of {checkpoint.folder}: "
             "choose a divisor."
         )
 

@@ -104,11 +104,11 @@ def join_ranks(
         yield ALONE
         return
     if shard_ranks is not None and size % shard_ranks:
-        raise UserError(f"distil.shard_ranks {shard_ranks} does not divide the {size} ranks: choose a divisor.")
+        raise UserError(f"execution.shard_ranks {shard_ranks} does not divide the {size} ranks: choose a divisor.")
     copy_ranks = shard_ranks or size
     if expert_ranks is not None and copy_ranks % expert_ranks:
         raise UserError(
-            f"distil.expert_ranks {expert_ranks} does not divide the {copy_ranks} ranks that share a copy of the model: "
+            f"execution.expert_ranks {expert_ranks} does not divide the {copy_ranks} ranks that share a copy of the model: "
             "choose a divisor."
         )
     rank = torchrun.rank()

@@ -10,14 +10,13 @@ from slimqwen.recipe.distil import (
     BatchSizeRamp,
     DistilRecipe,
     DivergenceName,
-    LoggerName,
     LossTerm,
-    OnBadStep,
     OptimizerName,
     Ramp,
     TeacherCacheRecipe,
     TrainedPart,
 )
+from slimqwen.recipe.execution import BadSteps, Execution, LoggerName, OnBadStep
 from slimqwen.recipe.pruning import (
     CalibrationRecipe,
     DepthCriterion,
@@ -34,6 +33,7 @@ from slimqwen.recipe.pruning import (
 from slimqwen.recipe.run import (
     BUILTIN_TEACHER,
     Baseline,
+    DistilFile,
     Dtype,
     EvaluationRecipe,
     PretrainRecipe,
@@ -42,21 +42,27 @@ from slimqwen.recipe.run import (
     StageRecipe,
 )
 from slimqwen.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+from slimqwen.recipe.units import ByteCount, Duration, TokenCount
 
 __all__ = [
     "AUTO_REFERENCE",
     "BUILTIN_TEACHER",
+    "BadSteps",
     "Baseline",
     "BatchSizeRamp",
     "BuiltinSource",
+    "ByteCount",
     "CalibrationRecipe",
     "DataRecipe",
     "DepthCriterion",
+    "DistilFile",
     "DistilRecipe",
     "DivergenceName",
     "DocumentBoundaries",
     "Dtype",
+    "Duration",
     "EvaluationRecipe",
+    "Execution",
     "ExpertCompression",
     "ExpertImportance",
     "ExpertRecipe",
@@ -81,6 +87,7 @@ __all__ = [
     "Target",
     "TeacherCacheRecipe",
     "TextFormat",
+    "TokenCount",
     "TrainedPart",
     "WidthCriterion",
 ]

@@ -92,6 +92,3 @@ class DataRecipe(Section):
         description="Token that ends each document, as the vocabulary or as text has it ('<|endoftext|>'); the text must be one token. "
         "Default: the tokenizer's eos, or where this only ends a turn of its chat template the token that ends a text for the model.",
     )
-    workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="Processes that tokenize. Changes speed, not the result. Default: one per usable core."
-    )

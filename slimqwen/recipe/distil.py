@@ -6,7 +6,6 @@ from pydantic import Field, TypeAdapter, WrapValidator, model_validator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from slimqwen.recipe.section import (
-    LARGEST,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -17,8 +16,6 @@ from slimqwen.recipe.section import (
 
 LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
-OnBadStep = Literal["stop", "skip", "roll_back"]
-LoggerName = Literal["tensorboard", "wandb", "trackio"]
 OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
 TrainedPart = Literal[
     "embedding",
@@ -71,9 +68,6 @@ class DistilRecipe(Section):
     batch_size_ramp: BatchSizeRamp | None = Field(
         None,
         description="Begin with fewer sequences per step. What moves over the run, and the stages' shares of it, goes by tokens.",
-    )
-    micro_batch_size: PositiveInt | None = Field(
-        None, description="Sequences per forward pass; must divide batch_size. Default: batch_size."
     )
     terms: list[LossTerm] = Field(
         ["lm", "kd", "mtp_lm", "mtp_kd"],
@@ -145,69 +139,11 @@ class DistilRecipe(Section):
         description="Also keep an exponential moving average of the weights, in float32: average = decay x average + "
         "(1 - decay) x weights after each step. The average is then what a stage writes, and what the next stage is cut from. "
         "After t steps of a stage the decay is at most (1 + t) / (10 + t), so that the beginning is forgotten. What is measured "
-        "on the way (evaluate_every_tokens) is the weights themselves. Default: none.",
+        "on the way (execution.evaluate_every) is the weights themselves. Default: none.",
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW's first moment decay.")
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW's second moment decay.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this global norm.")
-    loss_chunk_tokens: PositiveInt = Field(
-        1024, description="Tokens whose logits exist at one time. Changes memory, not the result."
-    )
-    activation_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, slower."
-    )
-    save_every_steps: PositiveInt = Field(100, description="Steps between resumable training states.")
-    save_every_tokens: PositiveInt | None = Field(
-        None, description="Also save when these many more tokens were trained on. Default: by steps alone."
-    )
-    save_every_minutes: PositiveFloat | None = Field(
-        None, description="Also save when this long has passed since the last time. Default: by steps alone."
-    )
-    keep_states: PositiveInt = Field(2, description="Resumable training states to keep, the newest.")
-    async_save: bool | None = Field(
-        None,
-        description="Train on while a state is written, from a copy of it in the host's memory: parameters and optimiser state once "
-        "more, shared among the ranks. Default: on GPUs.",
-    )
-    on_bad_step: OnBadStep = Field(
-        "stop",
-        description="What to do where a step's loss or gradient is not finite, or its loss a spike: stop; leave the step out, where "
-        "more than ten in a row stop the training; or go back to the last saved state and leave out the rows of all steps "
-        "since, at most ten times. All of it is logged.",
-    )
-    spike_factor: Annotated[float, Field(gt=1.0, le=LARGEST)] | None = Field(
-        None,
-        description="A loss is a spike if it is more than so many times the median of the last 64. Default: no loss is.",
-    )
-    evaluate_every_tokens: PositiveInt | None = Field(
-        None,
-        description="Measure the student on held-out text each time that these many more tokens were trained on: loss, KL to a live "
-        "teacher, MTP acceptance. Training is not changed by it. Default: only at the end, by the evaluation.",
-    )
-    evaluate_tokens: PositiveInt = Field(65_536, description="Held-out tokens of each such measurement.")
-    loggers: list[LoggerName] = Field(
-        [],
-        description="Where the metrics go beside metrics.jsonl: any of tensorboard, wandb, trackio. Each needs its library: "
-        "pip install 'slimqwen[tensorboard]'.",
-    )
-    shard_ranks: PositiveInt | None = Field(
-        None,
-        description="On many devices: ranks that share one copy of the models. Default: all. The GPUs of one node: weights are "
-        "gathered within a node, and only gradients cross between nodes.",
-    )
-    expert_ranks: PositiveInt | None = Field(
-        None,
-        description="On many devices: ranks that share the routed experts of each layer between them and send each other "
-        "tokens, instead of gathering all experts. Divides shard_ranks and both models' experts. Default: none do.",
-    )
-    reshard_student: bool = Field(
-        True,
-        description="On many devices: drop each gathered layer after its forward pass. Without it the whole student stays in "
-        "bfloat16 on each device during a step, and less is sent.",
-    )
-    reshard_teacher: bool = Field(
-        True, description="The same of the teacher, which without it stays whole on each device from the first step on."
-    )
     divergence: DivergenceName = Field(
         "forward_kl",
         description="What the KD terms minimise: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon "
@@ -257,12 +193,6 @@ class DistilRecipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _micro_batches_fill_the_batch(self) -> "DistilRecipe":
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        return self
-
-    @model_validator(mode="after")
     def _the_ramp_ends_at_the_batch(self) -> "DistilRecipe":
         ramp = self.batch_size_ramp
         if ramp is not None and (ramp.start == self.batch_size or self.batch_size % ramp.start):
@@ -293,19 +223,4 @@ class TeacherCacheRecipe(Section):
     exact: bool = Field(
         False,
         description="Log-probabilities as float32 instead of 16 bits. With top_k of the whole vocabulary: the live teacher.",
-    )
-    batch_size: PositiveInt = Field(
-        8, description="Sequences per forward pass. Changes speed and memory, not the result."
-    )
-    shard_bytes: PositiveInt = Field(
-        256_000_000,
-        description="Size of a file: what an interruption costs. Layer by layer the checkpoint is read once for each, and the hidden "
-        "states of its tokens are in memory.",
-    )
-    streaming: bool | None = Field(
-        None,
-        description="Run the teacher layer by layer, the other weights left on disk. Default: where it does not fit into memory.",
-    )
-    memory_budget_bytes: PositiveInt = Field(
-        2_000_000_000, description="Memory for activations when running layer by layer."
     )

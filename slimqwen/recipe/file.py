@@ -19,7 +19,10 @@ from pydantic_core import ErrorDetails, PydanticUndefined, to_json
 from slimqwen.artifacts import TEXT_MARK, write_text
 from slimqwen.core import strict_yaml
 from slimqwen.core.errors import UserError, did_you_mean
-from slimqwen.recipe import Recipe
+from slimqwen.core.warning import warn
+from slimqwen.recipe import Duration, Recipe
+from slimqwen.recipe.renamed import make_room, translate
+from slimqwen.recipe.section import Tagged
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -28,7 +31,14 @@ DEEPEST_KEY = 32
 
 DUMP_HEADER = f"{TEXT_MARK}: every field of the recipe, defaults included.\n"
 
-WORDS_FOR_TYPES = {str: "text", int: "whole number", float: "number", bool: "true | false", Path: "path"}
+WORDS_FOR_TYPES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true | false",
+    Path: "path",
+    Duration: "duration",
+}
 WORDS_FOR_PROBLEMS = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -43,11 +53,13 @@ WORDS_FOR_PROBLEMS = {
 
 
 @overload
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe: ...
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, quiet: bool = ...) -> Recipe: ...
 @overload
-def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[Model]) -> Model: ...
-def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[BaseModel] = Recipe) -> BaseModel:
-    """The recipe in a YAML file, with `overrides` applied, as an instance of `model`.
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[Model], quiet: bool = ...) -> Model: ...
+def load_recipe(
+    path: Path | str, overrides: Sequence[str] = (), *, model: type[BaseModel] = Recipe, quiet: bool = False
+) -> BaseModel:
+    """Return the recipe in a YAML file, with `overrides` applied, as an instance of `model`.
 
     An override is `key=value` with a dotted key and a YAML value: `distil.learning_rate=1e-4`,
     `distil.terms=[lm,mtp_lm]`, `stages.0.token_fraction=0.2`.
@@ -55,16 +67,23 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[
     Relative paths in a recipe (run_dir, the teacher, sources) are relative to the current working directory, as
     they would be on the command line; they are not resolved here.
 
+    Keys that had another name before are accepted (`renamed`), with a warning for each unless `quiet`.
+
     Types are strict: `"5"` or `true` is not a number. Raises `UserError` with one line per problem.
     """
     path = Path(path)
     values = _read_mapping(path)
     problems = []
+    _write_out(values, model)
     for override in overrides:
         try:
+            make_room(values, override.partition("=")[0], model)
             _apply_override(values, override)
+            _write_out(values, model)
         except ValueError as problem:
             problems.append(f"--set {textwrap.shorten(override, 80, placeholder='...')}: {problem}")
+    renamed, misplaced = translate(values, model)
+    problems += misplaced
     _complete_sections(values, model)
     try:
         # By way of JSON, because there a strict Path may come from a string; in Python values it may not.
@@ -74,6 +93,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, model: type[
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{path} has {count}:", *problems)
+    given = {override.partition("=")[0] for override in overrides}
+    for line in () if quiet else renamed:
+        warn(f"{'--set' if line.partition(':')[0] in given else path.name}: {line}")
     return recipe
 
 
@@ -157,6 +179,18 @@ def _assign(place: Any, names: list[str], value: Any, here: str = "the recipe") 
         place[slot] = value
 
 
+def _write_out(values: dict[str, Any], model: type[BaseModel]) -> None:
+    """Make a section of `Tagged` sections that are given as one word, so that there is something to set below them."""
+    for name, field in model.model_fields.items():
+        below = _section_in(field.annotation)
+        if below is None or below[0]:
+            continue
+        if issubclass(below[1], Tagged) and isinstance(values.get(name), str):
+            values[name] = {below[1].tag: values[name]}
+        if isinstance(values.get(name), dict):
+            _write_out(values[name], below[1])
+
+
 def _complete_sections(values: dict[str, Any], model: type[BaseModel]) -> None:
     """Give a section that is written in part (`kd_weight: {end: 0.5}`) its declared default for what its class has none for.
 
@@ -217,7 +251,7 @@ def _in_words(value: Any) -> str:
 
 def _to_json(value: Any) -> bytes:
     """JSON of whatever safe YAML can hold: also dates, bytes and infinity."""
-    return to_json(value, inf_nan_mode="constants", bytes_mode="base64")
+    return to_json(value, inf_nan_mode="constants", bytes_mode="base64", fallback=str)
 
 
 # Walking the declarations

@@ -45,16 +45,6 @@ class CalibrationRecipe(Section):
     depth_samples: PositiveInt = Field(
         32, description="With `depth: measured`: sequences to measure on what leaving layers out does."
     )
-    batch_size: PositiveInt = Field(
-        8, description="Sequences per forward pass. Changes speed and memory, not the result."
-    )
-    streaming: bool | None = Field(
-        None,
-        description="Measure layer by layer, the other weights left on disk. Default: where the model does not fit into memory.",
-    )
-    memory_budget_bytes: PositiveInt = Field(
-        2_000_000_000, description="Memory for activations when measuring layer by layer."
-    )
 
 
 class Target(Section):

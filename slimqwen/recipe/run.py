@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from slimqwen.recipe.data import DataRecipe
 from slimqwen.recipe.distil import DistilRecipe, TeacherCacheRecipe
+from slimqwen.recipe.execution import Execution
 from slimqwen.recipe.pruning import CalibrationRecipe, PruningRecipe, Target
 from slimqwen.recipe.section import CheckpointField, PathField, PositiveInt, Section, SeedInt
 
@@ -20,7 +21,6 @@ class EvaluationRecipe(Section):
     """What is measured on held-out text at the end."""
 
     tokens: PositiveInt = Field(65_536, description="Held-out tokens to measure loss, KL and agreement on.")
-    batch_size: PositiveInt = Field(8, description="Sequences per forward pass.")
     acceptance_prompts: PositiveInt = Field(
         32, description="Held-out prompts whose greedy continuations the MTP head drafts."
     )
@@ -46,6 +46,21 @@ class StageRecipe(Section):
     )
 
 
+class DistilFile(DistilRecipe):
+    """The recipe of `slimqwen distil` alone: the `distil` section as a file, with the section `execution` beside its keys."""
+
+    execution: Execution = Field(Execution(), description="How it is carried out.")
+
+    def settings(self) -> DistilRecipe:
+        """Return the `distil` section alone."""
+        return DistilRecipe.model_validate({name: getattr(self, name) for name in DistilRecipe.model_fields})
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> "DistilFile":
+        self.execution.check_batch_size(self.batch_size, "batch_size")
+        return self
+
+
 class Recipe(Section):
     """One run: from a teacher and a target to a smaller model, its evaluation and its report."""
 
@@ -58,7 +73,6 @@ class Recipe(Section):
         BUILTIN_TEACHER, description="A checkpoint folder, or 'builtin': the small teacher inside the package."
     )
     seed: SeedInt = Field(0, description="Seed of the data order and of random initialisation.")
-    device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
     dtype: Dtype = Field(
         "auto",
         description="Compute dtype of the teacher. 'auto': bfloat16 on a GPU, float32 on a CPU. The student trains in float32.",
@@ -86,6 +100,12 @@ class Recipe(Section):
         "'random_init' (the final shape from random weights + KD), 'lm_only' (the same cuts, no teacher). None of them is healed.",
     )
     evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Measuring the result.")
+    execution: Execution = Field(Execution(), description="How it is carried out.")
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> "Recipe":
+        self.execution.check_batch_size(self.distil.batch_size)
+        return self
 
     @model_validator(mode="after")
     def _stages_or_target(self) -> "Recipe":
@@ -108,7 +128,6 @@ class PretrainRecipe(Section):
     name: str = Field("pretrain", description="Shown with the progress.")
     run_dir: PathField = Field(description="Folder of every artefact of the run; the result is its `final/`.")
     seed: SeedInt = Field(0, description="Seed of the weights and of the data order.")
-    device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of the final weights; training is in float32."
     )
@@ -116,9 +135,11 @@ class PretrainRecipe(Section):
     tokenizer_documents: PositiveInt = Field(4000, description="Training documents that the tokenizer learns from.")
     data: DataRecipe = Field(DataRecipe(), description="Text.")
     training: DistilRecipe = Field(description="Training; terms must be among lm and mtp_lm: there is no teacher.")
+    execution: Execution = Field(Execution(), description="How it is carried out.")
 
     @model_validator(mode="after")
     def _no_teacher(self) -> "PretrainRecipe":
         if not set(self.training.terms) <= {"lm", "mtp_lm"}:
             raise ValueError("training.terms must be among lm and mtp_lm: pretraining has no teacher")
+        self.execution.check_batch_size(self.training.batch_size, "training.batch_size")
         return self

@@ -3,9 +3,18 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    model_validator,
+)
 
 MOST = 10**15  # of whatever is counted: no text has as many tokens, and the limit of 64 bits is far
 SMALLEST, LARGEST = 1e-30, 1e30  # of a positive float: a ratio of two is finite in float64, and each is in float32
@@ -74,3 +83,14 @@ class Section(BaseModel):
     """A group of recipe fields; unknown keys are refused, values are not mutated after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Tagged(Section):
+    """A section that may be given as the value of its field `tag` alone: `optimizer: muon` is `optimizer: {kind: muon}`."""
+
+    tag: ClassVar[str] = "kind"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_alone(cls, values: Any) -> Any:
+        return {cls.tag: values} if isinstance(values, str) else values

@@ -23,6 +23,7 @@ from slimqwen.layerwise.side_by_side import SideBySide
 from slimqwen.layerwise.stream import Stream
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.planning.plan import Plan
+from slimqwen.recipe import Execution
 from slimqwen.refit.projection import Projection
 
 FORMAT = "slimqwen.layerwise/1"  # of the folder in which finished layers are kept
@@ -42,11 +43,9 @@ class Pair:
         plan: Path | Plan,
         tokens: Path | Mapping[str, Path],
         samples: int,
-        batch_size: int,
         sequence_length: int,
-        memory_budget_bytes: int,
         seed: int,
-        device: str,
+        execution: Execution,
         dtype: str,
     ) -> None:
         """Raises UserError where plan, student and teacher do not belong together, and where the student was trained since."""
@@ -59,10 +58,10 @@ class Pair:
         sources = {TRAINING_TEXT: tokens} if isinstance(tokens, Path) else tokens
         text = CalibrationText(sources, self.student, samples=samples, sequence_length=sequence_length, seed=seed)
         text.say_what_is_short()
-        batches = list(text.batches(batch_size))
+        batches = list(text.batches(execution.batch_size))
         self.rows = torch.cat([batch for _, batch in batches])
         self.parts: list[Part] = [part for part, batch in batches for _ in batch]
-        self.device = resolve_device(device)
+        self.device = resolve_device(execution.device)
         self.dtype = resolve_dtype(dtype, self.device)
         self._allotments = [
             allot(
@@ -70,8 +69,8 @@ class Pair:
                 parts=0,
                 rows=len(self.rows),
                 sequence_length=sequence_length,
-                batch_size=batch_size,
-                budget_bytes=memory_budget_bytes,
+                batch_size=execution.batch_size,
+                budget_bytes=execution.memory_budget,
                 dtype=self.dtype,
                 device=self.device,
             )

@@ -11,6 +11,7 @@ from slimqwen.calibration.statistics import Part
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.model.device import reproducible
 from slimqwen.planning.plan import Plan
+from slimqwen.recipe import Execution
 from slimqwen.refit.layers import RIDGE, SWEEPS, Refit
 from slimqwen.refit.pair import Pair, write_changed
 
@@ -24,11 +25,9 @@ def repair(
     plan: Path | Plan,
     tokens: Path | Mapping[str, Path],
     samples: int = 512,
-    batch_size: int = 8,
     sequence_length: int = 256,
-    memory_budget_bytes: int = 2_000_000_000,
     seed: int = 0,
-    device: str = "auto",
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
     title: str = "repair",
 ) -> Path:
@@ -43,8 +42,7 @@ def repair(
         tokens: folder written by `tokenize`, or several by the names of their sources; the first `samples` sequences of their training
             orders of `seed` are used. How far a layer's refit is taken is what text left out says: each source in turn, or of
             one each half.
-        batch_size: sequences that a token mixer takes at once, at most; changes speed, and the result by rounding.
-        memory_budget_bytes: for activations.
+        execution: its batch_size is how many sequences a token mixer takes at once, at most.
 
     Raises UserError where plan, student and teacher do not belong together, where the student was trained since, and where
     the disk is too small.
@@ -55,11 +53,9 @@ def repair(
         plan=plan,
         tokens=tokens,
         samples=samples,
-        batch_size=batch_size,
         sequence_length=sequence_length,
-        memory_budget_bytes=memory_budget_bytes,
         seed=seed,
-        device=device,
+        execution=execution,
         dtype=dtype,
     )
     layers = out.with_name(f"{out.name}.layers")

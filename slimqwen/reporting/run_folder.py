@@ -116,7 +116,7 @@ class Run:
             raise UserError(
                 f"{run_dir} is not a run directory, it has no recipe.resolved.yaml: give a recipe's run_dir."
             )
-        recipe = load_recipe(recipe_file)
+        recipe = load_recipe(recipe_file, quiet=True)  # it may be an earlier version's
         plans = _read_plans(run_dir) if recipe.init == "pruned" else []
         metrics = _read_lines(run_dir / "metrics.jsonl", StepMetrics)
         return cls(
@@ -261,7 +261,7 @@ def training_flops(recipe: Recipe, plans: list[Plan], run: str, stage: int) -> i
     if not plans:
         return None
     student = plans[-1 if run == "random_init" else min(stage, len(plans)) - 1].after
-    passes = 4 if recipe.distil.activation_checkpointing else 3
+    passes = 4 if recipe.execution.recompute_activations else 3
     has_teacher = run != "lm_only" and {"kd", "mtp_kd"} & set(recipe.distil.terms) and recipe.distil.teacher == "live"
     teacher = plans[0].before.active_without_input_embedding if has_teacher else 0
     return 2 * (passes * student.active_without_input_embedding + teacher)

@@ -67,8 +67,8 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     if recipe.pruning.healing is not None:
         check_samples(recipe.pruning.healing.samples, len(calibrated_on))
     check_companions(teacher)
-    resolve_device(recipe.device)
-    check_loggers(recipe.distil.loggers)
+    resolve_device(recipe.execution.device)
+    check_loggers(recipe.execution.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
     check_optimizer(recipe.distil, source)
     if recipe.distil.optimizer_state == "carry" and recipe.pruning.width == "rotation":
@@ -77,9 +77,9 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
             "norm_activation."
         )
     if recipe.distil.is_taught and recipe.distil.teacher == "cache":
-        if recipe.distil.on_bad_step == "roll_back":
+        if recipe.execution.bad_steps.action == "roll_back":
             raise UserError(
-                "distil.on_bad_step 'roll_back' goes on to later rows of the text, and of these a run with distil.teacher 'cache' "
+                "execution.bad_steps 'roll_back' goes on to later rows of the text, and of these a run with distil.teacher 'cache' "
                 "keeps no teacher's word: choose stop or skip, or teacher: live."
             )
         check_teacher(recipe.teacher_cache, source, with_mtp=recipe.distil.is_taught_by_mtp)
@@ -94,7 +94,7 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
 
 def check_experts(recipe: Recipe, hidden: int, intermediate: int, where: str) -> None:
     """Raise UserError for experts of a size that cannot be computed with in the dtypes of this run."""
-    device = resolve_device(recipe.device)
+    device = resolve_device(recipe.execution.device)
     trained = torch.bfloat16 if device.type == "cuda" else torch.float32  # autocast, on a GPU
     for dtype in (trained, resolve_dtype(recipe.dtype, device)):
         check_expert_sizes(hidden, intermediate, dtype, where)

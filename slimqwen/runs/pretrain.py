@@ -20,7 +20,7 @@ from slimqwen.model.model import initialise, load, save
 from slimqwen.recipe import DataRecipe, PretrainRecipe
 from slimqwen.runs.places import check_apart, text_of
 from slimqwen.runs.record import Steps
-from slimqwen.training.distil import SETTINGS_WITHOUT_EFFECT, distil, remove_state
+from slimqwen.training.distil import distil, remove_state
 
 
 def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path:
@@ -34,7 +34,7 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
     vocab_size = family.sizes(config)[family.vocab]
     check_sources(data.sources, data.heldout_sources)
     check_apart("run_dir", run_dir, text_of(data))
-    resolve_device(recipe.device)
+    resolve_device(recipe.execution.device)
 
     with alone_in(run_dir):
         return _pretrain(recipe, config, vocab_size, command)
@@ -70,7 +70,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
             heldout_sources=data.heldout_sources,
             heldout_fraction=data.heldout_fraction,
             separator=data.separator,
-            workers=data.workers,
+            execution=recipe.execution,
         ),
     )
     steps.step(
@@ -85,7 +85,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
         {
             "initial": Checkpoint(initial).fingerprint(),
             "tokens": fingerprint(tokens),
-            "training": training.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
+            "training": training.model_dump(mode="json"),
             "sequence_length": data.sequence_length,
             "documents": data.documents,
             "seed": recipe.seed,
@@ -98,7 +98,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
             sequence_length=data.sequence_length,
             documents=data.documents,
             seed=recipe.seed,
-            device=recipe.device,
+            execution=recipe.execution,
             run=recipe.name,
             title=recipe.name,
             keep_state=True,

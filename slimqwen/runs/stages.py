@@ -28,10 +28,10 @@ from slimqwen.runs.pretrain import write_initial
 from slimqwen.shapes.target import target_config
 from slimqwen.teacher_cache.write import write_teacher_cache
 from slimqwen.training.course import course_of
-from slimqwen.training.distil import SETTINGS_WITHOUT_EFFECT, distil, state_folder_of
+from slimqwen.training.distil import distil, state_folder_of
 from slimqwen.training.moments import carry
 
-CALIBRATION_WITHOUT_EFFECT = {"depth_samples", "batch_size", "streaming", "memory_budget_bytes"}
+CALIBRATION_WITHOUT_EFFECT = {"depth_samples"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def tokenized(recipe: Recipe) -> Work:
             heldout_sources=data.heldout_sources,
             heldout_fraction=data.heldout_fraction,
             separator=data.separator,
-            workers=data.workers,
+            execution=recipe.execution,
             title=title,
         ),
     )
@@ -77,7 +77,13 @@ def teacher_cached(recipe: Recipe, teacher: Path, tokens: Path, total_steps: int
             **settings,
         },
         lambda out, title: write_teacher_cache(
-            teacher, out, tokens=tokens, recipe=recipe.teacher_cache, device=recipe.device, title=title, **settings
+            teacher,
+            out,
+            tokens=tokens,
+            recipe=recipe.teacher_cache,
+            execution=recipe.execution,
+            title=title,
+            **settings,
         ),
     )
 
@@ -106,7 +112,7 @@ def calibrated(recipe: Recipe, checkpoint: Path, tokens: Path, pruning: PruningR
             **settings,
         },
         lambda out, title: calibrate(
-            checkpoint, out, recipe=calibration, device=recipe.device, title=title, **settings
+            checkpoint, out, recipe=calibration, execution=recipe.execution, title=title, **settings
         ),
     )
 
@@ -136,9 +142,7 @@ def measured_depth(
             out,
             statistics=statistics,
             tokens=sources,
-            batch_size=recipe.calibration.batch_size,
-            memory_budget_bytes=recipe.calibration.memory_budget_bytes,
-            device=recipe.device,
+            execution=recipe.execution,
             title=title,
             **settings,
         ),
@@ -190,9 +194,7 @@ def repaired(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, token
             teacher=checkpoint,
             plan=plan_file,
             tokens=sources,
-            batch_size=recipe.calibration.batch_size,
-            memory_budget_bytes=recipe.calibration.memory_budget_bytes,
-            device=recipe.device,
+            execution=recipe.execution,
             title=title,
             **settings,
         ),
@@ -223,8 +225,7 @@ def healed(recipe: Recipe, cut: Path, checkpoint: Path, plan_file: Path, tokens:
             plan=plan_file,
             tokens=sources,
             recipe=healing,
-            memory_budget_bytes=recipe.calibration.memory_budget_bytes,
-            device=recipe.device,
+            execution=recipe.execution,
             title=title,
             **settings,
         ),
@@ -301,7 +302,7 @@ def distilled(
         "student": Checkpoint(student).fingerprint(),
         "teacher": Checkpoint(teacher).fingerprint(),
         "tokens": fingerprint(tokens),
-        "distil": settings.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
+        "distil": settings.model_dump(mode="json"),
         "sequence_length": recipe.data.sequence_length,
         "documents": recipe.data.documents,
         "span": [span.first_step, span.end_step, span.total_steps],
@@ -325,7 +326,7 @@ def distilled(
             teacher_cache=teacher_cache,
             span=span,
             seed=recipe.seed,
-            device=recipe.device,
+            execution=recipe.execution,
             dtype=recipe.dtype,
             metrics=metrics,
             run=run,
@@ -342,7 +343,7 @@ def evaluated(recipe: Recipe, models: Mapping[str, Path], tokens: Path) -> Work:
         {
             "models": {name: Checkpoint(folder).fingerprint() for name, folder in models.items()},
             "tokens": fingerprint(tokens),
-            "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"batch_size"}),
+            "evaluation": recipe.evaluation.model_dump(mode="json"),
             "sequence_length": recipe.data.sequence_length,
             "documents": recipe.data.documents,
             "dtype": recipe.dtype,
@@ -354,7 +355,7 @@ def evaluated(recipe: Recipe, models: Mapping[str, Path], tokens: Path) -> Work:
             recipe=recipe.evaluation,
             sequence_length=recipe.data.sequence_length,
             documents=recipe.data.documents,
-            device=recipe.device,
+            execution=recipe.execution,
             dtype=recipe.dtype,
             title=title,
         ),

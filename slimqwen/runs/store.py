@@ -51,7 +51,7 @@ class Workshop:
 
     def begin(self, recipe: Recipe) -> None:
         """Note what the folder is for. Raises UserError where it holds numbers of another precision: they do not compare."""
-        device = resolve_device(recipe.device)
+        device = resolve_device(recipe.execution.device)
         numerics = {
             "format": "slimqwen.numerics/1",
             "device": device.type,
@@ -147,7 +147,7 @@ class Workshop:
                 recipe=recipe.evaluation,
                 sequence_length=recipe.data.sequence_length,
                 documents=recipe.data.documents,
-                device=recipe.device,
+                execution=recipe.execution,
                 dtype=recipe.dtype,
                 keep=self.folder / "teacher",
             )
@@ -172,7 +172,7 @@ class Workshop:
         settings, tokens = recipe.evaluation, self.tokens(recipe)
 
         def make(out: Path, title: str) -> None:
-            device = resolve_device(recipe.device)
+            device = resolve_device(recipe.execution.device)
             shares = speculative_acceptance(
                 load(checkpoint, resolve_dtype(recipe.dtype, device), device),
                 heldout_prompts(tokens, settings.acceptance_prompts, settings.acceptance_prompt_tokens).to(device),
@@ -185,7 +185,7 @@ class Workshop:
         made_from = {
             "checkpoint": Checkpoint(checkpoint).fingerprint(),
             "tokens": fingerprint(tokens),
-            "evaluation": settings.model_dump(mode="json", exclude={"batch_size", "tokens"}),
+            "evaluation": settings.model_dump(mode="json", exclude={"tokens"}),
             "dtype": recipe.dtype,
         }
         shares = read_json(self.made("drafts.json", Work(made_from, make)))

@@ -43,7 +43,7 @@ class Gauge:
         discard(self._scratch)
         self._source = Checkpoint(checkpoint_folder(recipe.teacher))
         self._statistics = statistics or self._workshop.statistics(recipe, self._source.folder, tokens)
-        self._device = resolve_device(recipe.device)
+        self._device = resolve_device(recipe.execution.device)
         self._dtype = resolve_dtype(recipe.dtype, self._device)
         self._rows = heldout_rows(tokens, recipe.data.sequence_length, recipe.evaluation.tokens)
         self._done = self._expected = self._measured_now = 0
@@ -122,7 +122,7 @@ class Gauge:
             checkpoint.family,
             checkpoint.config,
             self._rows,
-            batch_size=self._recipe.evaluation.batch_size,
+            batch_size=self._recipe.execution.batch_size,
             title=f"measure {title}",
         )
         return recording

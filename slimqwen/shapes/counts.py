@@ -105,7 +105,7 @@ def comparison_table(comparison: Comparison) -> str:
     ):
         row(f"  {name}", getattr(train, field), getattr(trained, field), bytes_in_words)
     peaks = (old.checkpointed_training.peak_bytes, new.checkpointed_training.peak_bytes)
-    row("  with activation_checkpointing", *peaks, bytes_in_words)
+    row("  with recompute_activations", *peaks, bytes_in_words)
     serving = "\n".join(f"  {line}" for line in in_words(comparison.serving))
     return f"{table.as_text(120)}\n\n{footnotes(comparison)}\n\nServing, by each engine's source (docs/serving.md):\n{serving}"
 

@@ -15,7 +15,7 @@ from slimqwen.families import Config, Family
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.count import active, count, parameters
 from slimqwen.families.family import Block
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import Execution
 from slimqwen.shapes.activations import CPU, GPU, Precision, saved_bytes
 
 BYTES_OF = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -39,8 +39,8 @@ class TrainingSettings(BaseModel):
     micro_batch_size: int = 1
     micro_batches: int = 1
     sequence_length: int = 4096
-    activation_checkpointing: bool = False
-    loss_chunk_tokens: int = DistilRecipe.model_fields["loss_chunk_tokens"].default
+    recompute_activations: bool = False
+    loss_chunk_tokens: int = Execution.model_fields["loss_chunk_tokens"].default
     device: Literal["cpu", "cuda"] = "cuda"
 
     @property
@@ -106,7 +106,7 @@ class Footprint(BaseModel):
     state_bytes: of one sequence of any length. As Transformers keeps it (modeling_qwen3_next.py, cache_utils.py of
         5.23): DeltaNet's recurrent state in float32, its last conv_kernel inputs of the convolution in `dtype`.
     forward_flops_per_token: mean over the tokens of a prefill of context_length; see `forward_flops`.
-    training, checkpointed_training: without and with activation_checkpointing.
+    training, checkpointed_training: without and with recompute_activations.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -139,7 +139,7 @@ def footprint(
         forward_flops_per_token=forward_flops(family, config, context_length),
         training=training_memory(family, config, teacher, settings),
         checkpointed_training=training_memory(
-            family, config, teacher, settings.model_copy(update={"activation_checkpointing": True})
+            family, config, teacher, settings.model_copy(update={"recompute_activations": True})
         ),
     )
 
@@ -208,8 +208,8 @@ def training_memory(
         teacher_bytes=math.ceil(precision.compute_bytes * sum(teacher_units) / gpus),
         gathered_bytes=_gathered(units, teacher_units, settings),
         loss_bytes=_loss(family, sizes, None if teacher is None else family.sizes(teacher), settings),
-        activation_bytes_per_token=sum(around) + (inputs if settings.activation_checkpointing else sum(layers)),
-        layer_inputs_bytes=tokens * inputs if settings.activation_checkpointing else 0,
+        activation_bytes_per_token=sum(around) + (inputs if settings.recompute_activations else sum(layers)),
+        layer_inputs_bytes=tokens * inputs if settings.recompute_activations else 0,
         layer_bytes=round((1 + LAYER_SCRATCH) * tokens * max(layers + teacher_layers)),
     )
 
@@ -240,7 +240,7 @@ def _gathered(units: list[int], teacher_units: list[int], settings: TrainingSett
         return 0
     if settings.gpus > 1:
         return BFLOAT16 * max(3 * max(units), 2 * max(teacher_units))
-    return BFLOAT16 * (max(units) if settings.activation_checkpointing else sum(units))
+    return BFLOAT16 * (max(units) if settings.recompute_activations else sum(units))
 
 
 def _loss(family: Family, sizes: Sizes, teacher: Sizes | None, settings: TrainingSettings) -> int:

@@ -20,7 +20,7 @@ from slimqwen.losses.head import Logits
 from slimqwen.losses.loss import align
 from slimqwen.losses.signal import TopTokens
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.recipe import DocumentBoundaries, TeacherCacheRecipe
+from slimqwen.recipe import DocumentBoundaries, Execution, TeacherCacheRecipe
 from slimqwen.teacher_cache.folder import (
     MANIFEST,
     Array,
@@ -76,7 +76,7 @@ def write_teacher_cache(
     with_mtp: bool = False,
     sequences: int | None = None,
     seed: int = 0,
-    device: str = "auto",
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
     title: str = "teacher-cache",
 ) -> Path:
@@ -92,7 +92,7 @@ def write_teacher_cache(
     vocab_size = checkpoint.config["vocab_size"]
     store.check_vocabulary(store.load_manifest(tokens), tokens, teacher, vocab_size)
     check_teacher(recipe, checkpoint, with_mtp)
-    torch_device = resolve_device(device)
+    torch_device = resolve_device(execution.device)
     torch_dtype = resolve_dtype(dtype, torch_device)
 
     heads: list[Head] = ["main", "mtp"] if with_mtp else ["main"]
@@ -112,14 +112,14 @@ def write_teacher_cache(
             heads=heads,
             subset=None if isinstance(chosen, range) else fingerprint_value(chosen),
             sequences=len(chosen),
-            sequences_per_shard=max(recipe.shard_bytes // sequence_bytes, 1),
+            sequences_per_shard=max(execution.cache_file_bytes // sequence_bytes, 1),
         )
         caches.append(Cache(out / (source or "."), stream, chosen, manifest))
     for cache in caches:
         check_replaceable(cache.out, teacher, tokens, kind="teacher_cache")
     with alone(out):
         _announce(caches, out, title)
-        _write_all(caches, out, checkpoint, recipe, torch_device, torch_dtype, title)
+        _write_all(caches, out, checkpoint, execution, torch_device, torch_dtype, title)
     return out
 
 
@@ -127,7 +127,7 @@ def _write_all(
     caches: list[Cache],
     out: Path,
     checkpoint: Checkpoint,
-    recipe: TeacherCacheRecipe,
+    execution: Execution,
     torch_device: torch.device,
     torch_dtype: torch.dtype,
     title: str,
@@ -138,7 +138,7 @@ def _write_all(
             pass
     caches = [cache for cache in caches if not cache.is_done]
     if caches:
-        predictor = _predictor(checkpoint, recipe, caches[0].manifest, torch_device, torch_dtype)
+        predictor = _predictor(checkpoint, execution, caches[0].manifest, torch_device, torch_dtype)
         with torch.inference_mode(), reproducible(torch_device):
             for cache in caches:
                 _write(cache, predictor, title if cache.out == out else f"{title} {cache.out.name}")
@@ -196,22 +196,22 @@ def _announce(caches: list[Cache], out: Path, title: str) -> None:
 
 def _predictor(
     checkpoint: Checkpoint,
-    recipe: TeacherCacheRecipe,
+    execution: Execution,
     manifest: CacheManifest,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Predictor:
     """The teacher, in memory where it fits and nothing else is asked for."""
-    with_mtp, budget_bytes = "mtp" in manifest.heads, recipe.memory_budget_bytes
-    streaming = recipe.streaming
+    with_mtp, budget_bytes = "mtp" in manifest.heads, execution.memory_budget
+    streaming = execution.streaming
     if streaming is None:
         streaming = not fits(checkpoint, dtype, device, budget_bytes)
     if not streaming:
-        return InMemory(checkpoint, with_mtp=with_mtp, batch_size=recipe.batch_size, dtype=dtype, device=device)
+        return InMemory(checkpoint, with_mtp=with_mtp, batch_size=execution.batch_size, dtype=dtype, device=device)
     return LayerByLayer(
         checkpoint,
         with_mtp=with_mtp,
-        batch_size=recipe.batch_size,
+        batch_size=execution.batch_size,
         sequences=min(manifest.sequences_per_shard, max(manifest.sequences, 1)),
         sequence_length=manifest.sequence_length,
         budget_bytes=budget_bytes,

@@ -11,7 +11,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.data.mixture import MixedStream
 from slimqwen.data.stream import Batch, RowStream, StoredRows
 from slimqwen.losses.signal import StoredSignal, TopTokens
-from slimqwen.recipe import DistilRecipe, DocumentBoundaries
+from slimqwen.recipe import DistilRecipe, DocumentBoundaries, OnBadStep
 from slimqwen.teacher_cache.folder import CacheManifest, Head, TeacherCache, text_fingerprint
 
 WRITE_IT = "write one for this run with `slimqwen teacher-cache`"
@@ -56,6 +56,7 @@ def open_teacher_cache(
     rows: int,
     recipe: DistilRecipe,
     documents: DocumentBoundaries,
+    on_bad_step: OnBadStep = "stop",
     student: Checkpoint,
     teacher: Path | None,
 ) -> CachedTeacher:
@@ -91,9 +92,9 @@ def open_teacher_cache(
                 "or use mtp_target: main."
             )
         check_temperature(recipe, manifest.top_k, manifest.vocab_size)
-        if manifest.subset is not None and recipe.on_bad_step == "roll_back":
+        if manifest.subset is not None and on_bad_step == "roll_back":
             raise UserError(
-                f"distil.on_bad_step 'roll_back' goes on to later rows of the text, and {cache.folder} holds {manifest.sequences:,} "
+                f"execution.bad_steps 'roll_back' goes on to later rows of the text, and {cache.folder} holds {manifest.sequences:,} "
                 "sequences of it only: write a cache of the whole text, or choose stop or skip."
             )
         if manifest.subset is not None and not all(

@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 from math import ceil, floor
 
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import DistilRecipe, Duration
 
 DEFAULT_WARMUP_STEPS = 2000  # the paper's
 
@@ -56,6 +56,12 @@ class Course:
     def passes(self, step: int, tokens: int) -> bool:
         """Return whether the number of tokens trained on reaches a multiple of `tokens` in a step."""
         return self.tokens(step + 1) // tokens > self.tokens(step) // tokens
+
+    def is_due(self, step: int, every: Duration) -> bool:
+        """Whether a step reaches a multiple of `every`, which is in steps (of the run) or tokens."""
+        if every.unit == "steps":
+            return (step + 1) % int(every.amount) == 0
+        return every.unit == "tokens" and self.passes(step, int(every.amount))
 
     def step_fractions(self, token_fractions: Sequence[float]) -> list[float]:
         """Convert consecutive shares of the run's tokens into shares of its steps."""

@@ -29,7 +29,7 @@ from slimqwen.model.native import announce_noise
 from slimqwen.parallel.expert_parallel import check_expert_ranks
 from slimqwen.parallel.ranks import Ranks, join_ranks
 from slimqwen.parallel.sharded_checkpoint import export, fill_own, load_sharded
-from slimqwen.recipe import DistilRecipe, DocumentBoundaries
+from slimqwen.recipe import DistilRecipe, DocumentBoundaries, Execution
 from slimqwen.training.cached_teacher import CachedTeacher, open_teacher_cache
 from slimqwen.training.course import course_of
 from slimqwen.training.dry_run import dry_run
@@ -44,27 +44,6 @@ from slimqwen.training.optimizer import check_optimizer
 from slimqwen.training.state import saved_states
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Span, Student, Trainer
-
-# What changes speed, memory or bookkeeping, and the result by no more than rounding: a run resumes after changing them.
-SETTINGS_WITHOUT_EFFECT = {
-    "save_every_steps",
-    "save_every_tokens",
-    "save_every_minutes",
-    "keep_states",
-    "async_save",
-    "on_bad_step",  # what happens at a step that would otherwise have stopped the run
-    "spike_factor",
-    "evaluate_every_tokens",
-    "evaluate_tokens",
-    "loggers",
-    "micro_batch_size",
-    "loss_chunk_tokens",
-    "activation_checkpointing",
-    "shard_ranks",
-    "expert_ranks",
-    "reshard_student",
-    "reshard_teacher",
-}
 
 
 def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
@@ -102,7 +81,7 @@ def distil(
     teacher_cache: Path | None = None,
     span: Span | None = None,
     seed: int = 0,
-    device: str = "auto",
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
     metrics: Path | None = None,
     run: str = "slimqwen",
@@ -126,6 +105,7 @@ def distil(
         teacher_cache: folder written by `write_teacher_cache`, for `teacher: cache`.
         span: the steps of the whole run that this call trains; all of them by default.
         seed: of the data order.
+        execution: how it is done; a training continues with other settings of it.
         metrics: the metrics.jsonl to append to; `out`'s sibling by default. `run` and `stage` label its lines.
         title: shown with the progress.
         keep_state: leave the training state in place: for `carry`, or for a caller that removes it (`remove_state`) only after
@@ -142,16 +122,16 @@ def distil(
     teacher_checkpoint = Checkpoint(teacher) if is_live and teacher is not None else None
     check_companions(student)
     check_terms(recipe, checkpoint, teacher_checkpoint)
-    check_loggers(recipe.loggers)
+    check_loggers(execution.loggers)
     if moments is not None:
         check_moments(moments, checkpoint, recipe)
-    heldout = HeldOut.of(recipe, tokens, sequence_length, documents)
+    heldout = HeldOut.of(execution, tokens, sequence_length, documents)
     if span is None:
         steps = total_steps(recipe, sequence_length)
         span = Span(0, steps, steps)
 
-    torch_device = resolve_device(device)
-    with join_ranks(torch_device, recipe.shard_ranks, recipe.expert_ranks) as ranks:
+    torch_device = resolve_device(execution.device)
+    with join_ranks(torch_device, execution.shard_ranks, execution.expert_ranks) as ranks:
         check_batch(recipe, ranks)
         check_optimizer(recipe, checkpoint, ranks.size)
         for read in (checkpoint, teacher_checkpoint):
@@ -167,6 +147,7 @@ def distil(
                 rows=course.first_row(span.end_step),
                 recipe=recipe,
                 documents=documents,
+                on_bad_step=execution.bad_steps.action,
                 student=checkpoint,
                 teacher=teacher,
             )
@@ -177,7 +158,7 @@ def distil(
                 teacher=None if teacher_checkpoint is None else teacher_checkpoint.fingerprint(),
                 teacher_cache=None if cached_teacher is None else cached_teacher.identity,
                 tokens=manifest.model_dump(mode="json"),
-                recipe=recipe.model_dump(mode="json", exclude=SETTINGS_WITHOUT_EFFECT),
+                recipe=recipe.model_dump(mode="json"),
                 dtype=dtype,
                 sequence_length=sequence_length,
                 documents=documents,
@@ -193,16 +174,16 @@ def distil(
             announce_slow(checkpoint.family, checkpoint.config, torch_device)
             announce_noise(checkpoint.config)
         ranks.wait()
-        model = load_student(checkpoint, torch_device, recipe, ranks)
+        model = load_student(checkpoint, torch_device, execution, ranks)
         taught_by: Teacher | None = cached_teacher
         if teacher_checkpoint is not None:
             teaches_mtp = recipe.is_taught_by_mtp and checkpoint.has_mtp
-            teacher_model = load_teacher(teacher_checkpoint, dtype, torch_device, recipe, ranks)
+            teacher_model = load_teacher(teacher_checkpoint, dtype, torch_device, execution, ranks)
             taught_by = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
         trained = Student(model, checkpoint.family, checkpoint.config)
 
-        def build(recipe: DistilRecipe, *, anew: bool = True) -> Trainer:
-            trainer = Trainer(trained, taught_by, stream, recipe, span, ranks)
+        def build(recipe: DistilRecipe, execution: Execution, *, anew: bool = True) -> Trainer:
+            trainer = Trainer(trained, taught_by, stream, recipe, span, ranks, execution)
             if moments is not None and anew:
                 load_moments(moments, trainer.parameters, trainer.optimizer)
             return trainer
@@ -210,9 +191,10 @@ def distil(
         choice: RateChoice | None = None
         if recipe.learning_rate == "auto":
             if torch_device.type == "cuda":
-                dry_run(build(recipe))
+                dry_run(build(recipe, execution))
             start = Start(
                 build=build,
+                execution=execution,
                 refill=lambda: fill_own(model.held(), checkpoint),
                 teacher=taught_by,
                 stream=stream,
@@ -228,13 +210,15 @@ def distil(
                 choice = choose_learning_rate(start, recipe)
             recipe = recipe.at_learning_rate(choice.rate)
         begun = ranks.largest(int(any(saved_states(state_folder_of(out)))))
-        trainer = build(recipe, anew=not begun)
+        trainer = build(recipe, execution, anew=not begun)
         path = metrics or out.parent / "metrics.jsonl"
         loggers: list[Logger] = []
         if ranks.is_first:
             tidy(path)  # killed while it was rewritten, it may not be rewritten again
-            settings = recipe.model_dump(mode="json")
-            loggers = open_loggers(recipe.loggers, path.parent, state_folder_of(out), f"{run}-stage-{stage}", settings)
+            settings = {**recipe.model_dump(mode="json"), "execution": execution.model_dump(mode="json")}
+            loggers = open_loggers(
+                execution.loggers, path.parent, state_folder_of(out), f"{run}-stage-{stage}", settings
+            )
         if (
             torch_device.type == "cuda" and choice is None
         ):  # a CPU does not refuse memory: it swaps, or the system kills
@@ -258,22 +242,22 @@ def distil(
     return out
 
 
-def load_student(checkpoint: Checkpoint, device: torch.device, recipe: DistilRecipe, ranks: Ranks) -> MtpCausalLM:
+def load_student(checkpoint: Checkpoint, device: torch.device, execution: Execution, ranks: Ranks) -> MtpCausalLM:
     """Load the student in float32, whole or sharded over the ranks."""
     if ranks.mesh is None:
         return load(checkpoint.folder, torch.float32, device)
-    reshard = recipe.reshard_student
+    reshard = execution.reshard_student
     return load_sharded(checkpoint, ranks, torch.float32, device, trains=True, reshard_after_forward=reshard)
 
 
 def load_teacher(
-    checkpoint: Checkpoint, dtype: str, device: torch.device, recipe: DistilRecipe, ranks: Ranks
+    checkpoint: Checkpoint, dtype: str, device: torch.device, execution: Execution, ranks: Ranks
 ) -> MtpCausalLM:
     """Load the teacher in `dtype`, whole or sharded over the ranks."""
     compute_dtype = resolve_dtype(dtype, device)
     if ranks.mesh is None:
         return load(checkpoint.folder, compute_dtype, device)
-    reshard = recipe.reshard_teacher
+    reshard = execution.reshard_teacher
     return load_sharded(checkpoint, ranks, compute_dtype, device, trains=False, reshard_after_forward=reshard)
 
 

@@ -62,18 +62,18 @@ def _run_passes(trainer: Trainer, settings: TrainingSettings) -> None:
 
 def predict_memory(trainer: Trainer) -> TrainingMemory:
     """Predict the memory of this trainer's models, recipe and device, as `slimqwen plan` does."""
-    recipe, ranks = trainer.recipe, trainer.ranks
+    execution, ranks = trainer.execution, trainer.ranks
     rows = (
         trainer.course.rows(trainer.span.end_step - 1) // ranks.size
     )  # with a batch size ramp, the last batch is the largest
     micro_batch_size = min(trainer.micro_batch_size, rows)
     settings = TrainingSettings(
-        gpus=recipe.shard_ranks or ranks.size,
+        gpus=execution.shard_ranks or ranks.size,
         micro_batch_size=micro_batch_size,
         micro_batches=-(-rows // micro_batch_size),  # the last of what is left (`Batch.split`)
         sequence_length=trainer.stream.sequence_length,
-        activation_checkpointing=recipe.activation_checkpointing,
-        loss_chunk_tokens=recipe.loss_chunk_tokens,
+        recompute_activations=execution.recompute_activations,
+        loss_chunk_tokens=execution.loss_chunk_tokens,
         device="cuda" if trainer.device.type == "cuda" else "cpu",
     )
     return _predict(trainer, settings)
@@ -105,15 +105,15 @@ def remedies(trainer: Trainer, settings: TrainingSettings) -> str:
     changes: dict[str, dict[str, object]] = {}
     if settings.micro_batch_size > 1:
         half = settings.micro_batch_size // 2
-        changes[f"distil.micro_batch_size: {half}"] = {
+        changes[f"execution.micro_batch_size: {half}"] = {
             "micro_batch_size": half,
             "micro_batches": settings.micro_batches * 2,
         }
-    if not settings.activation_checkpointing:
-        changes["distil.activation_checkpointing: true"] = {"activation_checkpointing": True}
+    if not settings.recompute_activations:
+        changes["execution.recompute_activations: true"] = {"recompute_activations": True}
     if settings.loss_chunk_tokens > SMALLEST_CHUNK_TOKENS:
         chunk = max(settings.loss_chunk_tokens // 4, SMALLEST_CHUNK_TOKENS)
-        changes[f"distil.loss_chunk_tokens: {chunk}"] = {"loss_chunk_tokens": chunk}
+        changes[f"execution.loss_chunk_tokens: {chunk}"] = {"loss_chunk_tokens": chunk}
     if settings.device == "cuda":
         changes[f"{2 * settings.gpus} GPUs"] = {"gpus": 2 * settings.gpus}
     now = _predict(trainer, settings).peak_bytes

@@ -16,7 +16,7 @@ from slimqwen.evaluation.fidelity import ONLY_MEASURED, heldout_rows
 from slimqwen.losses.loss import LossSums, chunked_loss
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.parallel.ranks import Ranks, fully_sharded
-from slimqwen.recipe import DistilRecipe, DocumentBoundaries
+from slimqwen.recipe import DocumentBoundaries, Duration, Execution
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Trainer
 
@@ -30,23 +30,21 @@ class HeldOut:
     rows: the text, the same at every measurement. prompts: int64 [PROMPTS, PROMPT_TOKENS].
     """
 
-    every_tokens: int
+    every: Duration
     rows: Batch
     prompts: Tensor
 
     @classmethod
     def of(
-        cls, recipe: DistilRecipe, tokens: Path, sequence_length: int, documents: DocumentBoundaries
+        cls, execution: Execution, tokens: Path, sequence_length: int, documents: DocumentBoundaries
     ) -> "HeldOut | None":
-        """Load what the recipe sets; None where it sets nothing. Raises UserError where there is too little held-out text."""
-        if recipe.evaluate_every_tokens is None:
+        """Load what `execution.evaluate_every` needs; None where it is not set. Raises UserError where there is too little held-out text."""
+        if execution.evaluate_every is None:
             return None
         if load_manifest(tokens).heldout.documents == 0:
-            raise UserError(
-                f"{tokens} holds no held-out text, which distil.evaluate_every_tokens needs: leave that out."
-            )
-        rows = heldout_rows(tokens, sequence_length, recipe.evaluate_tokens, documents)
-        return cls(recipe.evaluate_every_tokens, rows, heldout_prompts(tokens, PROMPTS, PROMPT_TOKENS))
+            raise UserError(f"{tokens} holds no held-out text, which execution.evaluate_every needs: leave that out.")
+        rows = heldout_rows(tokens, sequence_length, execution.evaluate_tokens, documents)
+        return cls(execution.evaluate_every, rows, heldout_prompts(tokens, PROMPTS, PROMPT_TOKENS))
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
         """Return means over all rows: heldout_lm, heldout_kd ..., named as the step's own terms are; and acc_0, acc_1.
@@ -88,7 +86,7 @@ def measure_losses(trainer: Trainer, rows: Batch, teacher: Teacher | None) -> di
                 trainer.student.model.head,
                 ONLY_MEASURED,
                 teacher=signal,
-                chunk_tokens=trainer.recipe.loss_chunk_tokens,
+                chunk_tokens=trainer.execution.loss_chunk_tokens,
             )
         sums = measured if sums is None else sums + measured
     assert sums is not None

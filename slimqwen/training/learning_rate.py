@@ -22,7 +22,7 @@ from slimqwen.data.store import load_manifest
 from slimqwen.data.stream import Batch, RowStream
 from slimqwen.evaluation.fidelity import heldout_rows
 from slimqwen.parallel.ranks import Ranks, reshard
-from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, DocumentBoundaries
+from slimqwen.recipe import AUTO_REFERENCE, BadSteps, DistilRecipe, DocumentBoundaries, Execution
 from slimqwen.training.cached_teacher import CachedTeacher
 from slimqwen.training.course import Course
 from slimqwen.training.heldout import evaluation_mode, measure_losses
@@ -36,11 +36,7 @@ SHARE = 0.03  # of the training's tokens: the most that all forks together train
 MOST_FORKS = 6  # that share these tokens
 FEWEST_STEPS = 4  # of a fork, however short the training
 MEASURED_TOKENS = 8_192, 65_536  # the least and the most after each fork; in between as many as it trained on
-AS_A_FORK = {
-    "on_bad_step": "stop",
-    "spike_factor": None,
-    "ema_decay": None,
-}  # an average over few steps would still be the start
+AS_A_FORK = {"ema_decay": None}  # an average over few steps would still be the start
 LONGER = 1.25  # times the rate that is best in a fork is best in the training: measured, docs/learning-rate.md
 
 Measured = Literal["kd", "lm", "mtp_kd", "mtp_lm"]
@@ -110,13 +106,15 @@ class Start:
     """Start of a training, for forks of it.
 
     build: makes a trainer of a recipe, with the moments that the training begins with; one at a time is in memory.
+    execution: of the training.
     refill: loads the start's weights into the model.
     tokens: the folder of tokens, with the held-out text.
     file: the choice so far, written after each fork.
     title: shown with the progress.
     """
 
-    build: Callable[[DistilRecipe], Trainer]
+    build: Callable[[DistilRecipe, Execution], Trainer]
+    execution: Execution
     refill: Callable[[], None]
     teacher: Teacher | None
     stream: RowStream
@@ -231,7 +229,8 @@ def train_fork(
 
     The model has the start's weights before and after.
     """
-    fork = start.build(recipe.model_copy(update=AS_A_FORK))
+    execution = start.execution.model_copy(update={"bad_steps": BadSteps()})  # stop: a fork that breaks has its answer
+    fork = start.build(recipe.model_copy(update=AS_A_FORK), execution)
     fork.student.model.train()
     values = dict.fromkeys(IN_WORDS, inf)
     try:

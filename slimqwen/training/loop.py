@@ -9,7 +9,7 @@ from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import Preempted
 from slimqwen.core.progress import Progress, say
 from slimqwen.core.warning import warn
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import Execution
 from slimqwen.training.guard import GuardRecord, Rollback
 from slimqwen.training.heldout import HeldOut
 from slimqwen.training.interrupt import defer_interrupts
@@ -29,9 +29,9 @@ def train(
     Ctrl-C and SIGTERM, on any rank, take effect between two steps: the state is saved, then all ranks raise
     KeyboardInterrupt or Preempted. A bad step takes the training back to its last saved state where the recipe sets that.
 
-    heldout: the text to measure on meanwhile, every `evaluate_every_tokens`.
+    heldout: the text to measure on meanwhile, at the intervals of `execution.evaluate_every`.
     """
-    recipe, span, ranks, course = trainer.recipe, trainer.span, trainer.ranks, trainer.course
+    span, ranks, course, save_every = trainer.span, trainer.ranks, trainer.course, trainer.execution.save_every
     speed = Speed(trainer)
     trainer.student.model.train()
     with defer_interrupts(ranks) as interrupted, _open_states(trainer, state_folder) as states, metrics:
@@ -53,7 +53,7 @@ def train(
                 tokens = course.tokens(step + 1) - course.tokens(step)
                 values |= speed.log_entry(tokens, time.perf_counter() - started)
                 values["tokens"] = course.tokens(step + 1)
-                if heldout is not None and course.passes(step, heldout.every_tokens):
+                if heldout is not None and course.is_due(step, heldout.every):
                     values |= heldout.measure(trainer)
                 if progress is not None:
                     metrics.append(step, {**values, **trainer.guard.log_entry(step)})
@@ -61,11 +61,11 @@ def train(
                     progress.advance(tokens, **shown, memory=bytes_in_words(values["memory_bytes"]))
 
                 states.poll()
-                stop, minutes_due = ranks.largest(interrupted()), ranks.largest(_is_due(recipe, saved_at))
-                tokens_due = recipe.save_every_tokens is not None and course.passes(step, recipe.save_every_tokens)
+                stop, minutes_due = ranks.largest(interrupted()), ranks.largest(_is_due(trainer.execution, saved_at))
+                is_due = any(course.is_due(step, every) for every in save_every)
                 step += 1
                 is_over = stop or step == span.end_step
-                if is_over or minutes_due or tokens_due or step % recipe.save_every_steps == 0:
+                if is_over or minutes_due or is_due:
                     states.save(step, trainer.guard.record())
                     saved_at = time.monotonic()
                 if is_over:
@@ -79,20 +79,20 @@ def train(
 
 def _open_states(trainer: Trainer, folder: Path) -> States:
     """Open the saved states of the training, and print what writing them while training goes on costs."""
-    recipe = trainer.recipe
-    asynchronous = trainer.device.type == "cuda" if recipe.async_save is None else recipe.async_save
+    execution = trainer.execution
+    asynchronous = trainer.device.type == "cuda" if execution.async_save is None else execution.async_save
     states = States(
         folder,
         trainer.parameters,
         trainer.optimizer,
         trainer.ranks,
-        keep=recipe.keep_states,
+        keep=execution.keep_states,
         asynchronous=asynchronous,
     )
     if asynchronous and trainer.ranks.is_first:
         say(
             "states are written while training goes on, from a copy in the host's memory of "
-            f"{bytes_in_words(states.copy_bytes)} per process; distil.async_save: false does without"
+            f"{bytes_in_words(states.copy_bytes)} per process; execution.async_save: false does without"
         )
     return states
 
@@ -113,7 +113,7 @@ def _begin(trainer: Trainer, states: States) -> int:
         step, record = saved
         trainer.guard.restore(record)
         return step
-    if trainer.recipe.on_bad_step == "roll_back":  # there must be something to go back to
+    if trainer.execution.bad_steps.action == "roll_back":  # there must be something to go back to
         states.save(trainer.span.first_step, GuardRecord())
     return trainer.span.first_step
 
@@ -137,7 +137,7 @@ def _roll_back(trainer: Trainer, states: States, bad_step: int, problem: str) ->
     return step
 
 
-def _is_due(recipe: DistilRecipe, saved_at: float) -> bool:
+def _is_due(execution: Execution, saved_at: float) -> bool:
     """Return whether it is time to save, by this process's clock."""
-    minutes = recipe.save_every_minutes
-    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+    minutes = [every.amount for every in execution.save_every if every.unit == "min"]
+    return bool(minutes) and time.monotonic() - saved_at >= 60 * min(minutes)

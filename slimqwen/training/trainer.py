@@ -25,7 +25,7 @@ from slimqwen.model.kernels import BATCHED_EXPERTS
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.model.routing import Routing, observe_routing
 from slimqwen.parallel.ranks import ALONE, Ranks, clip_grad_norm, fully_sharded
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import DistilRecipe, Execution
 from slimqwen.training import schedules
 from slimqwen.training.average import Average
 from slimqwen.training.course import course_of
@@ -78,16 +78,18 @@ class Trainer:
         recipe: DistilRecipe,
         span: Span,
         ranks: Ranks = ALONE,
+        execution: Execution = Execution(),  # noqa: B008 - immutable
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.stream = stream
         self.recipe = recipe
+        self.execution = execution
         self.span = span
         self.course = course_of(recipe, stream.sequence_length, span.total_steps)
         self.ranks = ranks
-        self.guard = Guard(recipe.spike_factor)
-        self.micro_batch_size = recipe.micro_batch_size or recipe.batch_size
+        self.guard = Guard(execution.bad_steps.spike_factor)
+        self.micro_batch_size = execution.micro_batch_size or recipe.batch_size
         self.divergence = Divergence(recipe.divergence, recipe.temperature, recipe.jsd_beta)
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
         # Without an MTP term the MTP module gets no gradient: it does not change, and has no optimiser state.
@@ -100,14 +102,14 @@ class Trainer:
             self.average = Average(self.parameters.values(), self.optimizer, recipe.ema_decay)
         self.blocks = [b for b in student.family.moe_blocks(student.config) if self.with_mtp or not b.is_mtp]
         student.model.set_experts_implementation(BATCHED_EXPERTS)
-        if recipe.activation_checkpointing:
+        if execution.recompute_activations:
             student.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def step(self, step: int) -> dict[str, float]:
         """Make one optimiser step over its rows (`Course`); return the means of its loss terms and its settings.
 
         A bad step (`Guard`) makes no update: it is left out, or StageFailed or BadStep is raised, as
-        `on_bad_step` says.
+        `execution.bad_steps` says.
         """
         recipe = self.recipe
         progress = self.course.progress(step)
@@ -166,13 +168,14 @@ class Trainer:
         Raises StageFailed where the recipe stops at a bad step or there were too many of them, and BadStep where training
         goes back.
         """
+        action = self.execution.bad_steps.action
         too_many = len(self.guard.rollbacks) == MAX_ROLLBACKS or self.guard.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
-        if self.recipe.on_bad_step == "stop" or too_many:
+        if action == "stop" or too_many:
             raise StageFailed(
                 f"training stopped before optimiser step {step}: {problem}. "
                 "The last saved state is intact; lower distil.learning_rate or check the data of this step."
             )
-        if self.recipe.on_bad_step == "roll_back":
+        if action == "roll_back":
             raise BadStep(problem)
         self.guard.skipped_in_a_row += 1
         if self.ranks.is_first:
@@ -195,7 +198,7 @@ class Trainer:
                 weights,
                 teacher=signal,
                 divergence=self.divergence,
-                chunk_tokens=self.recipe.loss_chunk_tokens,
+                chunk_tokens=self.execution.loss_chunk_tokens,
             )
         logits, mask = [seen.logits for seen in routing], predictions.main_mask
         if counts is None:

@@ -102,7 +102,7 @@ def recipe_of(native: Mapping[str, Any]) -> dict[str, Any]:
         "name": "golden",
         "run_dir": "run",
         "teacher": "teacher",
-        "device": "cpu",
+        "execution": {"device": "cpu", "workers": 1},
         "target": {"num_hidden_layers": layers, "hidden_size": 24, "num_experts": 4},
         "schedule": "depth_first",
         "first_stage_token_fraction": 0.3,
@@ -110,7 +110,6 @@ def recipe_of(native: Mapping[str, Any]) -> dict[str, Any]:
             "sources": [{"path": "../text"}],
             "heldout_sources": [{"path": "../heldout_text"}],
             "sequence_length": SEQUENCE_LENGTH,
-            "workers": 1,
         },
         "calibration": {"samples": 8},
         "distil": {

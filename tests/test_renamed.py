@@ -1,0 +1,159 @@
+"""Keys of recipes as version 0.1 had them: read as what they are now, with a warning for each."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slimqwen.core.errors import UserError
+from slimqwen.recipe import DistilFile, PretrainRecipe, Recipe
+from slimqwen.recipe.file import describe, dump_recipe, load_recipe
+from slimqwen.recipe.renamed import RENAMED, SINCE, Renamed
+
+NEEDED: dict[str, Any] = {"run_dir": "runs/x", "target": {"hidden_size": 96}, "distil": {"tokens": 1000}}
+SAMPLES: dict[str, Any] = {  # of keys whose values cannot be made up by their type
+    "device": "cpu",
+    "distil.loggers": ["tensorboard"],
+    "distil.on_bad_step": "skip",
+    "distil.spike_factor": 2.5,
+    "distil.save_every_minutes": 2.5,
+    "distil.expert_ranks": 4,
+    "distil.micro_batch_size": 2,
+    "distil.reshard_student": False,
+    "distil.reshard_teacher": False,
+}
+BOOLEANS = ("streaming", "activation_checkpointing", "async_save")
+
+
+def sample(row: Renamed) -> Any:
+    return SAMPLES.get(row.old, row.old.endswith(BOOLEANS) or 32)
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[last] = value
+    return values
+
+
+def recipe(folder: Path, values: dict[str, Any], *overrides: str, name: str = "recipe.yaml") -> Recipe:
+    (folder / name).write_text(yaml.safe_dump(values))
+    return load_recipe(folder / name, overrides)
+
+
+def needed() -> dict[str, Any]:
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in NEEDED.items()}
+
+
+@pytest.mark.parametrize("row", RENAMED, ids=lambda row: row.old)
+def test_an_old_key_is_read_as_the_new_one(row: Renamed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value = sample(row)
+    old = recipe(tmp_path, put(needed(), row.old, value))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"recipe.yaml: {row.old}: ") and f" is written {row.new}: " in line
+    assert line.endswith(f"since {SINCE}")
+    new = row.convert(value)
+    assert old == recipe(tmp_path, put(needed(), row.new, ["100 steps", new] if adds_to_steps(row) else new))
+    assert old != recipe(tmp_path, needed()) and not capsys.readouterr().err
+    assert old == recipe(
+        tmp_path, needed(), f"{row.old}={yaml.safe_dump(value, default_flow_style=True).split('...')[0]}"
+    )
+    assert f"--set: {row.old}: " in capsys.readouterr().err
+
+
+def adds_to_steps(row: Renamed) -> bool:
+    """Beside which the 100 steps of the default stay, as they did."""
+    return row.old in ("distil.save_every_tokens", "distil.save_every_minutes")
+
+
+def test_no_old_key_is_a_key_and_every_new_one_is() -> None:
+    keys = {line.split(":")[0] for line in describe(Recipe).splitlines()}
+    for row in RENAMED:
+        assert row.old not in keys and row.new in keys, row
+
+
+def test_a_recipe_of_old_keys_alone_is_the_new_one(tmp_path: Path) -> None:
+    old, new = needed(), needed()
+    for row in RENAMED:
+        put(old, row.old, sample(row))
+        put(new, row.new, row.convert(sample(row)))
+    put(new, "execution.save_every", ["32 steps", "32 tokens", "2.5 min"])
+    assert recipe(tmp_path, old) == recipe(tmp_path, new)
+
+
+def test_old_and_new_together_are_refused(tmp_path: Path) -> None:
+    values = {**needed(), "device": "cpu", "execution": {"device": "cuda"}}
+    with pytest.raises(UserError, match=f"device: is written execution.device since {SINCE}, which is given too"):
+        recipe(tmp_path, values)
+
+
+def test_an_override_in_either_spelling_replaces_either(tmp_path: Path) -> None:
+    old, new = {**needed(), "device": "cpu"}, {**needed(), "execution": {"device": "cpu"}}
+    for values in (old, new):
+        for key in ("device", "execution.device"):
+            assert recipe(tmp_path, values, f"{key}=cuda").execution.device == "cuda"
+
+
+def test_of_batch_sizes_that_are_one_now_the_smallest_is_taken(tmp_path: Path) -> None:
+    values = {**needed(), "calibration": {"batch_size": 64}, "evaluation": {"batch_size": 32}}
+    assert recipe(tmp_path, values).execution.batch_size == 32
+
+
+def test_what_was_written_with_every_field_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """null is what an old recipe.resolved.yaml has for what was not set; quietly, for a report."""
+    values = put(put(needed(), "distil.save_every_tokens", None), "data.workers", None)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "teacher_cache": {"batch_size": 8}}))
+    assert load_recipe(tmp_path / "recipe.yaml", quiet=True) == recipe(tmp_path, needed())
+    assert not capsys.readouterr().err
+
+
+def test_files_with_one_section_have_old_keys_too(tmp_path: Path) -> None:
+    (tmp_path / "distil.yaml").write_text("{tokens: 100, micro_batch_size: 2, save_every_steps: 5}")
+    file = load_recipe(tmp_path / "distil.yaml", ["on_bad_step=skip"], model=DistilFile)
+    assert (file.execution.micro_batch_size, file.execution.bad_steps.action) == (2, "skip")
+    assert [str(every) for every in file.execution.save_every] == ["5 steps"] and file.settings().tokens == 100
+    (tmp_path / "pretrain.yaml").write_text(
+        "{run_dir: x, config: {}, device: cpu, data: {workers: 2}, training: {tokens: 8, terms: [lm], keep_states: 3}}"
+    )
+    execution = load_recipe(tmp_path / "pretrain.yaml", model=PretrainRecipe).execution
+    assert (execution.device, execution.workers, execution.keep_states) == ("cpu", 2, 3)
+
+
+def test_durations_and_sizes_have_units(tmp_path: Path) -> None:
+    execution = {"save_every": ["500 steps", "2B tokens", "1.5 h"], "evaluate_every": "0.5M tokens"}
+    made = recipe(tmp_path, {**needed(), "execution": {**execution, "memory_budget": "2GB", "evaluate_tokens": "8K"}})
+    assert [str(every) for every in made.execution.save_every] == ["500 steps", "2000000000 tokens", "90 min"]
+    assert str(made.execution.evaluate_every) == "500000 tokens"
+    assert (made.execution.memory_budget, made.execution.evaluate_tokens) == (2_000_000_000, 8000)
+    dump_recipe(made, tmp_path / "dumped.yaml")
+    assert load_recipe(tmp_path / "dumped.yaml") == made
+    assert recipe(tmp_path, {**needed(), "execution": {"save_every": "30 s"}}).execution.save_every[0].amount == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (500, 'execution.save_every.0: write a duration with its unit, as "500 steps"'),
+        (
+            "500 stpes",
+            'execution.save_every.0: write a duration as "500 steps", "2B tokens" or "30 min", not "500 stpes"',
+        ),
+        ("1.5 steps", 'execution.save_every.0: there is no part of a step: "1.5 steps"'),
+        ("0 steps", "execution.save_every.0: must be more than 0"),
+        ([], "execution.save_every: must have at least 1 item"),
+    ],
+)
+def test_a_wrong_duration_is_a_sentence(value: Any, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        recipe(tmp_path, {**needed(), "execution": {"save_every": value}})
+    assert problem in str(refused.value)
+    with pytest.raises(UserError, match=r"execution\.evaluate_every: must be in tokens or steps, is 5 min"):
+        recipe(tmp_path, {**needed(), "execution": {"evaluate_every": "5 min"}})
+
+
+def test_a_word_alone_is_the_kind_of_a_section(tmp_path: Path) -> None:
+    made = recipe(tmp_path, {**needed(), "execution": {"bad_steps": "skip"}}, "execution.bad_steps.spike_factor=2.0")
+    assert (made.execution.bad_steps.action, made.execution.bad_steps.spike_factor) == ("skip", 2.0)
