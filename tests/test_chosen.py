@@ -105,9 +105,8 @@ def test_a_dropped_layer_that_stands_out_is_a_warning(planned: Callable[..., Pla
     made = planned(target={"num_hidden_layers": 3}, depth="last")
     (warning,) = plan_warnings(made)
     assert "drops layer 3, whose block influence 0.900 is 6.0 times the median" in warning
-    assert "layers     4 -> 3 by 'last'; dropped, with their block influence: 3 (0.900) (median 0.150)" in choice_text(
-        made
-    )
+    line = "layers     4 -> 3 by position ('last'); dropped, with their block influence: 3 (0.900) (median 0.150)"
+    assert line in choice_text(made)
     better = planned(target={"num_hidden_layers": 3}, depth="block_influence")
     assert list(plan_warnings(better)) == []
     assert "dropped, with their block influence: 1 (0.100)" in choice_text(better)
@@ -120,7 +119,7 @@ def test_the_width_is_said_with_what_it_keeps(planned: Callable[..., Plan]) -> N
     assert "readers repaired, ridge" in text and "on one source of text ('training')" in text
     assert "experts" not in text
     channels = choice_text(planned(target={"hidden_size": 24}, width="norm_activation"))
-    assert channels.splitlines()[0] == "width      32 -> 24 channels by 'norm_activation'"
+    assert channels.splitlines()[0] == "width      32 -> 24 channels by mean |norm output| ('norm_activation')"
     assert choice_text(planned(target={"num_experts": 6})).splitlines() == [
         f"outliers   {ITS_BLOCK}: expert {SUPER}, outputs far larger than the others'"
     ]

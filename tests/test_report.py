@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -489,10 +488,10 @@ def test_out_names_the_page(full_run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "criterion"),
-    [("depth", name) for name in get_args(DepthCriterion)]
-    + [("width", name) for name in get_args(WidthCriterion)]
-    + [("importance", name) for name in get_args(ExpertImportance)]
-    + [("compression", name) for name in get_args(ExpertCompression)],
+    [("depth", name) for name in DepthCriterion]
+    + [("width", name) for name in WidthCriterion]
+    + [("importance", name) for name in ExpertImportance]
+    + [("compression", name) for name in ExpertCompression],
 )
 def test_every_criterion_has_its_words(tmp_path: Path, field: str, criterion: str) -> None:
     """A plan by each criterion that a recipe can name is told, and a rotation's directions are not called channels."""

@@ -1,9 +1,8 @@
 """From sums to what is kept: scores, then layers, channels and experts."""
 
-import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -19,7 +18,15 @@ from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.planning.rotation import Basis, choose_basis
 from slimqwen.planning.units import Units, kept_units
 from slimqwen.planning.width import kept_channels
-from slimqwen.recipe import ExpertImportance, ExpertRecipe, ExpertSimilarity, PruningRecipe, Target
+from slimqwen.recipe import (
+    ExpertCompression,
+    ExpertImportance,
+    ExpertRecipe,
+    ExpertSimilarity,
+    PruningRecipe,
+    Target,
+    WidthCriterion,
+)
 from slimqwen.shapes.target import size_of, target_sizes
 
 # Mean output norm of a super expert over its layer's median: 24 measured in a pretrained model, where the largest of the built-in
@@ -66,7 +73,7 @@ def choose(
 
     Reads one block's sums at a time.
     """
-    scores = importance_scores(source, sums, pruning.experts)
+    scores = importance_scores(source, sums, pruning)
     layers = kept_layers(
         pruning.depth,
         source.config["num_hidden_layers"],
@@ -78,9 +85,7 @@ def choose(
         must_keep_one_of=source.family.attention_layers(source.config),
     )
     keep, basis = size_of(target.hidden_size), None
-    if pruning.width in ("weight_magnitude", "random"):
-        scores = scores.model_copy(update={"hidden": compared_width(source, sums, pruning.width).tolist()})
-    if pruning.width == "rotation" and keep < source.config["hidden_size"]:
+    if pruning.width == WidthCriterion.ROTATION and keep < source.config["hidden_size"]:
         basis, shares = choose_basis(
             source, sums, layers, keep, compensate=pruning.compensate, repair=pruning.repair, folds=folds
         )
@@ -100,69 +105,73 @@ def choose(
     return Choice(layers, {source.family.hidden.name: channels, **units}, groups, scores, basis, standing_out)
 
 
-def importance_scores(source: Checkpoint, sums: Sums, recipe: ExpertRecipe) -> Scores:
-    """Every score, from the sums.
-
-    The width score averages over the backbone's norms; the MTP module, a drafting head with five norms of its own,
-    follows the backbone's choice (ours: the paper says "the RMSNorms").
-    """
-    tokens = sums.tokens["main"]
-    norms = [
-        sums[f"norm/{tensor}/abs_sums"]
-        for block, tensor in source.family.residual_norms(source.config)
-        if not block.is_mtp
-    ]
+def importance_scores(source: Checkpoint, sums: Sums, pruning: PruningRecipe) -> Scores:
+    """Return every score: of the layers by each statistic, of channels and experts by the recipe's criteria."""
+    measurements = channel_measurements(source, sums)
     return Scores(
         layer_similarity=importance.similarity(sums["layers/hidden_sums"]).tolist(),
-        layer_block_influence=importance.block_influence(sums["layers/cosine_sums"], tokens).tolist(),
-        hidden=importance.norm_activation(norms, [tokens] * len(norms)).tolist(),
+        layer_block_influence=importance.block_influence(sums["layers/cosine_sums"], sums.tokens["main"]).tolist(),
+        hidden=importance.WIDTH.compute(pruning.width, lambda name: measurements[name]()).tolist(),
         experts={
-            block.name: expert_importance(sums, block, recipe.importance).tolist()
+            block.name: expert_importance(sums, block, pruning.experts.importance).tolist()
             for block in source.family.moe_blocks(source.config)
         },
     )
 
 
-def compared_width(source: Checkpoint, sums: Sums, criterion: Literal["weight_magnitude", "random"]) -> torch.Tensor:
-    """Scores of the channels, [hidden], by criteria that are there to be compared with. Reads one tensor at a time."""
-    family = source.family
-    if criterion == "random":  # drawn anew for other calibration text
-        seed = int.from_bytes(hashlib.sha256(sums["layers/hidden_sums"].numpy().tobytes()).digest()[:7])
-        hidden = source.config["hidden_size"]
-        return torch.rand(hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    matrices = []
+def channel_measurements(source: Checkpoint, sums: Sums) -> dict[str, Callable[[], Any]]:
+    """Return what width criteria take, by the names of their parameters; each is read where it is called.
+
+    abs_sums, counts: a norm's sums over tokens of |output|, [hidden], and its tokens, for each norm of the backbone. The MTP module, a
+        drafting head with five norms of its own, follows the backbone's choice (ours: the paper says "the RMSNorms").
+    square_sums: of each matrix of the residual stream the sums of its squared weights, [hidden], over the other side.
+    hidden_sums: [layers + 1, hidden], sums over tokens of the hidden state before and after each layer.
+    """
+    norms = [
+        f"norm/{tensor}/abs_sums" for block, tensor in source.family.residual_norms(source.config) if not block.is_mtp
+    ]
+    return {
+        "abs_sums": lambda: [sums[name] for name in norms],
+        "counts": lambda: [sums.tokens["main"]] * len(norms),
+        "square_sums": lambda: _square_sums(source),
+        "hidden_sums": lambda: sums["layers/hidden_sums"],
+    }
+
+
+def _square_sums(source: Checkpoint) -> list[torch.Tensor]:
+    """Sum the squared weights of every matrix with one side in the residual stream, per channel. Reads one tensor at a time."""
+    hidden = source.family.hidden
+    square_sums = []
     for name, spec in source.specs.items():
-        along = [dim for dim, term in enumerate(spec.dims) if family.hidden in axes_of(term)]
+        along = [dim for dim, term in enumerate(spec.dims) if hidden in axes_of(term)]
         if len(spec.dims) == 2 and len(along) == 1 and spec.shape[along[0]] == source.config["hidden_size"]:
-            matrices.append(source.read(name).double().pow(2).sum(dim=1 - along[0]))
-    return importance.weight_magnitude(matrices)
+            square_sums.append(source.read(name).double().pow(2).sum(dim=1 - along[0]))
+    return square_sums
 
 
 def expert_importance(sums: Sums, block: Block, criterion: ExpertImportance) -> torch.Tensor:
-    """One score per expert of a block, [experts]."""
-    experts = f"experts/{block.name}/"
-    tokens = sums.tokens["mtp" if block.is_mtp else "main"]
-    match criterion:
-        case "frequency":
-            return importance.frequency(sums[experts + "assignments"], tokens)
-        case "soft_logits":
-            return importance.soft_logits(sums[experts + "gate_sums"], tokens)
-        case "output_norm":
-            return importance.output_norm(sums[experts + "gated_norm_sums"], tokens)
-        case "reap":
-            return importance.reap(sums[experts + "gated_norm_sums"], sums[experts + "assignments"])
+    """Return one score per expert of a block, [experts]."""
+    scores: torch.Tensor = importance.EXPERT_IMPORTANCE.compute(criterion, _expert_sums(sums, block))
+    return scores
 
 
 def expert_similarity(source: Checkpoint, sums: Sums, block: Block, criterion: ExpertSimilarity) -> torch.Tensor:
-    """Cosine between the experts of a block, [experts, experts]. The one criterion that reads weights: router rows."""
-    experts = f"experts/{block.name}/"
-    match criterion:
-        case "router_logits":
-            return importance.router_logits_similarity(sums[experts + "logit_gram"])
-        case "router_weights":
-            return importance.router_weights_similarity(source.read(block.prefix + source.family.router).double())
-        case "expert_output":
-            return importance.expert_output_similarity(sums[experts + "output_sums"], sums[experts + "assignments"])
+    """Return the cosine between the experts of a block, [experts, experts]. Of weights at most the router's rows are read."""
+    of_block = _expert_sums(sums, block)
+
+    def value_of(parameter: str) -> Any:
+        if parameter == "router_rows":
+            return source.read(block.prefix + source.family.router).double()
+        return of_block(parameter)
+
+    cosines: torch.Tensor = importance.EXPERT_SIMILARITY.compute(criterion, value_of)
+    return cosines
+
+
+def _expert_sums(sums: Sums, block: Block) -> Callable[[str], Any]:
+    """Return the look-up of a block's sums by name, and of its number of tokens."""
+    tokens = sums.tokens["mtp" if block.is_mtp else "main"]
+    return lambda name: tokens if name == "tokens" else sums[f"experts/{block.name}/{name}"]
 
 
 def expert_outliers(sums: Sums, block: Block) -> list[int]:
@@ -181,7 +190,7 @@ def expert_groups(
 ) -> list[ExpertGroup]:
     """Which experts of a block stay, and which are averaged into them; outliers stay as they are where the recipe says so."""
     scores = expert_importance(sums, block, recipe.importance)
-    merges = recipe.compression != "prune"
+    merges = recipe.compression != ExpertCompression.PRUNE
     similarity = expert_similarity(source, sums, block, recipe.similarity) if merges else None
     protected = outliers if recipe.keep_outliers else ()
     return group_experts(recipe.compression, scores, similarity, keep, protected)

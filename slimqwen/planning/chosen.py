@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from slimqwen.planning.experts import Role, expert_roles
 from slimqwen.planning.norm_readers import strengths_in_words
+from slimqwen.recipe import DepthCriterion
 
 if TYPE_CHECKING:
     from slimqwen.planning.plan import Plan
@@ -29,7 +30,7 @@ def plan_warnings(plan: "Plan") -> Iterator[str]:
         if times > FAR_ABOVE_LAYERS:
             better = (
                 ""
-                if plan.pruning.depth == "measured"
+                if plan.pruning.depth == DepthCriterion.MEASURED
                 else " (pruning.depth: measured drops those that are missed least)"
             )
             yield (
@@ -52,7 +53,7 @@ def _layers(plan: "Plan") -> Iterator[str]:
         influence = plan.scores.layer_block_influence
         said = ", ".join(f"{layer} ({influence[layer]:.3f})" for layer in dropped)
         yield (
-            f"layers     {len(influence)} -> {len(plan.kept_layers)} by '{plan.pruning.depth}'; dropped, with their block influence: {said} "
+            f"layers     {len(influence)} -> {len(plan.kept_layers)} by {plan.pruning.depth.in_words}; dropped, with their block influence: {said} "
             f"(median {median(influence):.3f})"
         )
 
@@ -70,7 +71,7 @@ def _width(plan: "Plan") -> Iterator[str]:
                 "where the model is for several, calibrate on a source of each (--tokens given several times, calibration.sources in a recipe)"
             )
     elif 0 < kept < len(plan.scores.hidden):
-        yield f"width      {len(plan.scores.hidden)} -> {kept} channels by '{plan.pruning.width}'"
+        yield f"width      {len(plan.scores.hidden)} -> {kept} channels by {plan.pruning.width.in_words}"
 
 
 def _experts(plan: "Plan") -> Iterator[str]:
@@ -80,7 +81,7 @@ def _experts(plan: "Plan") -> Iterator[str]:
             block: expert_roles(groups, len(plan.scores.experts[block])) for block, groups in plan.expert_groups.items()
         }
         before, after = next((len(roles[block]), len(groups)) for block, groups in plan.expert_groups.items())
-        yield f"experts    {before} -> {after} in each of {len(roles)} blocks by '{criteria.importance}', '{criteria.compression}'"
+        yield f"experts    {before} -> {after} in each of {len(roles)} blocks by {criteria.importance.in_words}, {criteria.compression.in_words}"
         for block, found in roles.items():
             yield f"           {block}: {_roles_in_words(found)}"
     for block, experts in plan.outliers.items():

@@ -1,7 +1,7 @@
 """Which experts stay, and which absorb which of the others (method.md section 4)."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Role = Literal["kept", "base", "absorbed", "dropped"]
+
+UNTOUCHED: Mapping[ExpertCompression, Callable[[int], int]] = {
+    ExpertCompression.PRUNE: lambda keep: keep,
+    ExpertCompression.MERGE: lambda keep: 0,
+    ExpertCompression.PARTIAL: lambda keep: keep // 2,
+}
+"""How many of the experts kept stay as they are; the others are bases."""
 
 
 class ExpertGroup(BaseModel):
@@ -63,7 +70,7 @@ def group_experts(
     assert 1 <= keep <= len(scores) and min(scores) >= 0
     order = sorted(range(len(scores)), key=lambda expert: -scores[expert])  # stable: the lower expert wins a tie
     ranked = sorted(order, key=lambda expert: expert not in protected)
-    untouched = max({"prune": keep, "merge": 0, "partial": keep // 2}[compression], min(len(protected), keep))
+    untouched = max(UNTOUCHED[compression](keep), min(len(protected), keep))
     bases, others = ranked[untouched:keep], ranked[keep:]
 
     members = {expert: [expert] for expert in sorted(ranked[:keep])}

@@ -1,29 +1,46 @@
 """Importance and similarity: one pure function per criterion, from calibration sums to scores.
 
+Each function is entered under the criterion's name. Its parameters are named after what it takes, which `planning/choose.py`
+looks up:
+
+- of an expert criterion the sums of its block (`Statistics`: `experts/{block}/NAME`), `tokens`, the number of tokens that the
+  block saw, and `router_rows`, the router's weight;
+- of a width criterion the sums, weights and counts of `choose.channel_measurements`.
+
 Inputs are sums and counts over all calibration tokens, in float64 on the CPU: each function divides, once. Where
 sources are weighted, counts need not be whole.
 Nothing divides by zero: what was never seen scores 0, and a zero vector has similarity 0 to everything.
 Sections are method.md's; SlimQwen is arXiv 2605.08738.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from slimqwen.core.registry import Registry
+from slimqwen.recipe import ExpertImportance, ExpertSimilarity, WidthCriterion
 
+WIDTH: Registry[WidthCriterion, Callable[..., Tensor]] = Registry(WidthCriterion)
+EXPERT_IMPORTANCE: Registry[ExpertImportance, Callable[..., Tensor]] = Registry(ExpertImportance)
+EXPERT_SIMILARITY: Registry[ExpertSimilarity, Callable[..., Tensor]] = Registry(ExpertSimilarity)
+
+
+@WIDTH.entry(WidthCriterion.NORM_ACTIVATION, WidthCriterion.ROTATION)
 def norm_activation(abs_sums: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
     """Importance of each residual channel, `[hidden]`: the mean over norms of the mean size of the norm's output.
 
     score_k = 1/n_norms * sum over norms of (sum over tokens |RMSNorm(x)_k|) / tokens      (SlimQwen, section 3)
 
     `abs_sums[n]`, `[hidden]`, and `counts[n]`, tokens, belong to the n-th RMSNorm; its output includes its gain.
-    Every norm weighs the same, however many tokens it saw.
+    Every norm weighs the same, however many tokens it saw. Of a rotation these are the scores before it.
     """
     means = [abs_sum / tokens for abs_sum, tokens in zip(abs_sums, counts, strict=True)]
     return torch.stack(means).mean(dim=0)
 
 
+@WIDTH.entry(WidthCriterion.WEIGHT_MAGNITUDE)
 def weight_magnitude(square_sums: Sequence[Tensor]) -> Tensor:
     """Importance of each residual channel, `[hidden]`: its mean share of the matrices' squared weights; sums to 1.
 
@@ -33,6 +50,17 @@ def weight_magnitude(square_sums: Sequence[Tensor]) -> Tensor:
     return torch.stack([sums / _nonzero(sums.sum()) for sums in square_sums]).mean(dim=0)
 
 
+@WIDTH.entry(WidthCriterion.RANDOM)
+def random_scores(hidden_sums: Tensor) -> Tensor:
+    """Return random numbers for the channels, `[hidden]`, to compare the other criteria with.
+
+    `hidden_sums`, `[layers + 1, hidden]`, seed them: other calibration text draws other numbers.
+    """
+    seed = int.from_bytes(hashlib.sha256(hidden_sums.numpy().tobytes()).digest()[:7])
+    return torch.rand(hidden_sums.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@EXPERT_IMPORTANCE.entry(ExpertImportance.FREQUENCY)
 def frequency(assignments: Tensor, tokens: float) -> Tensor:
     """Importance of each expert, `[experts]`: the share of tokens routed to it; sums to top-k.
 
@@ -41,6 +69,7 @@ def frequency(assignments: Tensor, tokens: float) -> Tensor:
     return assignments / tokens
 
 
+@EXPERT_IMPORTANCE.entry(ExpertImportance.SOFT_LOGITS)
 def soft_logits(gate_sums: Tensor, tokens: float) -> Tensor:
     """Importance of each expert, `[experts]`: its mean gate weight over ALL tokens, 0 where not selected; sums to 1.
 
@@ -51,6 +80,7 @@ def soft_logits(gate_sums: Tensor, tokens: float) -> Tensor:
     return gate_sums / tokens
 
 
+@EXPERT_IMPORTANCE.entry(ExpertImportance.REAP)
 def reap(gated_norm_sums: Tensor, assignments: Tensor) -> Tensor:
     """Importance of each expert, `[experts]`: its mean gated output norm over the tokens ROUTED to it.
 
@@ -61,6 +91,7 @@ def reap(gated_norm_sums: Tensor, assignments: Tensor) -> Tensor:
     return gated_norm_sums / _nonzero(assignments)
 
 
+@EXPERT_IMPORTANCE.entry(ExpertImportance.OUTPUT_NORM)
 def output_norm(gated_norm_sums: Tensor, tokens: float) -> Tensor:
     """Importance of each expert, `[experts]`: what it adds to the stream, the mean gated output norm over ALL tokens.
 
@@ -105,21 +136,24 @@ def block_influence(cosine_sums: Tensor, tokens: float) -> Tensor:
     return 1.0 - cosine_sums / tokens
 
 
-def router_logits_similarity(gram: Tensor) -> Tensor:
+@EXPERT_SIMILARITY.entry(ExpertSimilarity.ROUTER_LOGITS)
+def router_logits_similarity(logit_gram: Tensor) -> Tensor:
     """Cosine, `[experts, experts]`, of the experts' router logits seen as vectors over the calibration tokens.
 
     cos_ij = gram_ij / sqrt(gram_ii gram_jj), gram_ij = sum over tokens of logit_i logit_j      (SlimQwen, section 4)
     """
-    lengths = _nonzero(gram.diagonal().sqrt())
-    return (gram / lengths[:, None] / lengths[None, :]).clamp(-1.0, 1.0)
+    lengths = _nonzero(logit_gram.diagonal().sqrt())
+    return (logit_gram / lengths[:, None] / lengths[None, :]).clamp(-1.0, 1.0)
 
 
-def router_weights_similarity(rows: Tensor) -> Tensor:
-    """Cosine, `[experts, experts]`, of the router's rows, `[experts, hidden]`      (SlimQwen, section 4)"""
-    directions = _directions(rows)
+@EXPERT_SIMILARITY.entry(ExpertSimilarity.ROUTER_WEIGHTS)
+def router_weights_similarity(router_rows: Tensor) -> Tensor:
+    """Return the cosine, `[experts, experts]`, of the router's rows, `[experts, hidden]`      (SlimQwen, section 4)."""
+    directions = _directions(router_rows)
     return (directions @ directions.T).clamp(-1.0, 1.0)
 
 
+@EXPERT_SIMILARITY.entry(ExpertSimilarity.EXPERT_OUTPUT)
 def expert_output_similarity(output_sums: Tensor, assignments: Tensor) -> Tensor:
     """Cosine, `[experts, experts]`, of the experts' mean outputs on the tokens routed to them      (section 4; ours)
 

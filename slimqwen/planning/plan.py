@@ -18,7 +18,7 @@ from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.planning.stability import Agreement, measure_stability
 from slimqwen.planning.units import Units
-from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.recipe import DepthCriterion, PruningRecipe, Target, WidthCriterion
 from slimqwen.shapes.target import completed, target_config
 
 
@@ -112,7 +112,7 @@ def plan(
     measured on another checkpoint, and for source weights that do not name their sources.
     """
     basis_file = out.with_name(f"{out.stem}.basis.safetensors")
-    if pruning.width == "rotation":
+    if pruning.width == WidthCriterion.ROTATION:
         check_file_replaceable(basis_file)
     source = Checkpoint(checkpoint)
     measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
@@ -164,7 +164,7 @@ def _measured_depth(
     source: Checkpoint, target: Target, pruning: PruningRecipe, depth: Path | MeasuredDepth | None
 ) -> MeasuredDepth | None:
     """What dropping layers does, where the criterion asks for it. Raises UserError where it is not given, or another checkpoint's."""
-    if pruning.depth != "measured" or target.num_hidden_layers == source.config["num_hidden_layers"]:
+    if pruning.depth != DepthCriterion.MEASURED or target.num_hidden_layers == source.config["num_hidden_layers"]:
         return None
     if depth is None:
         raise UserError(

@@ -4,12 +4,19 @@ A recipe is YAML. Every key is a field of a class here and every field has a des
 a suggestion. `load_recipe` reads the file, applies `--set key=value` overrides and reports all problems together.
 """
 
+from slimqwen.recipe.criteria import (
+    DepthCriterion,
+    DivergenceName,
+    ExpertCompression,
+    ExpertImportance,
+    ExpertSimilarity,
+    WidthCriterion,
+)
 from slimqwen.recipe.data import BuiltinSource, DataRecipe, DocumentBoundaries, Source, TextFormat
 from slimqwen.recipe.distil import (
     AUTO_REFERENCE,
     BatchSizeRamp,
     DistilRecipe,
-    DivergenceName,
     LossTerm,
     OptimizerName,
     Ramp,
@@ -19,16 +26,11 @@ from slimqwen.recipe.distil import (
 from slimqwen.recipe.execution import BadSteps, Execution, LoggerName, OnBadStep
 from slimqwen.recipe.pruning import (
     CalibrationRecipe,
-    DepthCriterion,
-    ExpertCompression,
-    ExpertImportance,
     ExpertRecipe,
-    ExpertSimilarity,
     HealingRecipe,
     PruningMethod,
     PruningRecipe,
     Target,
-    WidthCriterion,
 )
 from slimqwen.recipe.run import (
     BUILTIN_TEACHER,

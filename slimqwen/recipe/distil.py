@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, WrapValidator, model_validator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
+from slimqwen.recipe.criteria import DivergenceName, described
 from slimqwen.recipe.section import (
     Fraction,
     NonNegativeFloat,
@@ -15,7 +16,6 @@ from slimqwen.recipe.section import (
 )
 
 LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
 OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
 TrainedPart = Literal[
     "embedding",
@@ -145,9 +145,9 @@ class DistilRecipe(Section):
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW's second moment decay.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this global norm.")
     divergence: DivergenceName = Field(
-        "forward_kl",
-        description="What the KD terms minimise: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon "
-        "divergence. The reported kd is KL(teacher || student) in each case.",
+        DivergenceName.FORWARD_KL,
+        description=described("What the KD terms minimise.", DivergenceName)
+        + " The reported kd is KL(teacher || student) in each case.",
     )
     temperature: PositiveFloat = Field(
         1.0, description="Of teacher and student in the KD terms, which are multiplied by its square."

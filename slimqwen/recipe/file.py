@@ -8,6 +8,7 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
@@ -223,7 +224,7 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
             text = f"unknown key{_nearest_key(declared, list(fields))}"
         case "value_error":  # from a validator of the model: its own sentence
             text = str(context["error"])
-        case "literal_error":
+        case "literal_error" | "enum":
             text = problem["msg"].replace("Input should", "must") + found
             text += did_you_mean(str(problem["input"]), re.findall(r"'([^']+)'", context["expected"]))
         case "too_short":
@@ -286,6 +287,8 @@ def _section_in(annotation: Any, index: str = "") -> tuple[str, type[BaseModel]]
 def _type_in_words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(str(choice) for choice in get_args(annotation))
+    if inspect.isclass(annotation) and issubclass(annotation, StrEnum):
+        return " | ".join(annotation)
     if get_origin(annotation) is dict:
         return "key: value pairs"
     if get_origin(annotation) is list:

@@ -4,14 +4,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from slimqwen.recipe.criteria import (
+    DepthCriterion,
+    ExpertCompression,
+    ExpertImportance,
+    ExpertSimilarity,
+    WidthCriterion,
+    described,
+)
 from slimqwen.recipe.distil import LearningRate
 from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveInt, Section
 
-DepthCriterion = Literal["last", "similarity", "block_influence", "measured"]
-WidthCriterion = Literal["norm_activation", "rotation", "weight_magnitude", "random"]
-ExpertImportance = Literal["frequency", "soft_logits", "reap", "output_norm"]
-ExpertCompression = Literal["prune", "merge", "partial"]
-ExpertSimilarity = Literal["router_logits", "router_weights", "expert_output"]
 PruningMethod = Literal["slimqwen", "slimqwen-paper"]
 
 PAPER: dict[str, Any] = {
@@ -75,16 +78,16 @@ class ExpertRecipe(Section):
     """Which experts stay and what becomes of the others (method.md section 4)."""
 
     importance: ExpertImportance = Field(
-        "soft_logits",
-        description="How an expert is scored: by how often it is chosen, by its mean gate, by its mean gated output norm over its own tokens "
-        "(the paper: reap), or over all tokens (output_norm).",
+        ExpertImportance.SOFT_LOGITS, description=described("How an expert is scored.", ExpertImportance)
     )
     compression: ExpertCompression = Field(
-        "prune",
-        description="'prune': drop the others; 'merge': average each into its most similar kept expert; "
-        "'partial': the top half stays untouched, the next half are bases that absorb the others (the paper's choice).",
+        ExpertCompression.PRUNE,
+        description=described("What becomes of the experts that are not the best.", ExpertCompression),
     )
-    similarity: ExpertSimilarity = Field("expert_output", description="What merging compares, by cosine.")
+    similarity: ExpertSimilarity = Field(
+        ExpertSimilarity.EXPERT_OUTPUT,
+        description=described("What merging compares of two experts, by cosine.", ExpertSimilarity),
+    )
     keep_outliers: bool = Field(
         True,
         description="Keep experts whose mean output is more than 5 times their layer's median, whatever their importance: some write the "
@@ -119,17 +122,9 @@ class PruningRecipe(Section):
         description="What the other fields are where they are left out. 'slimqwen': as written here, what left the smallest error. "
         "'slimqwen-paper': the published method, that is norm_activation, reap and partial merging, and no closed-form repair.",
     )
-    depth: DepthCriterion = Field(
-        "measured",
-        description="Which layers go: the last ones (the paper's choice), by a score, or by the KL without them (measured: layers with little "
-        "block influence are really left out, one more or one whole period more in each round, and the best sets are refitted, on "
-        "`calibration.depth_samples` sequences).",
-    )
+    depth: DepthCriterion = Field(DepthCriterion.MEASURED, description=described("Which layers go.", DepthCriterion))
     width: WidthCriterion = Field(
-        "rotation",
-        description="What stays of the residual stream: after one rotation of the whole model its principal directions, which needs "
-        "statistics with second moments; or the channels with the largest norm outputs as they stand (norm_activation, the paper's "
-        "choice). For comparison: the channels with the largest weights, and random ones.",
+        WidthCriterion.ROTATION, description=described("What stays of the residual stream.", WidthCriterion)
     )
     compensate: bool = Field(
         True,

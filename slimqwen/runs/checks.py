@@ -26,7 +26,7 @@ from slimqwen.model.native import check_buildable
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.mtp_rotation import stretches
 from slimqwen.planning.progressive import stage_steps, stage_targets
-from slimqwen.recipe import BUILTIN_TEACHER, Recipe, Target
+from slimqwen.recipe import BUILTIN_TEACHER, DepthCriterion, Recipe, Target
 from slimqwen.runs.places import check_apart, inputs_of
 from slimqwen.serving.loadable import loadable, refusals_in_words
 from slimqwen.shapes.target import completed, shape_of, size_of, target_config
@@ -162,7 +162,9 @@ def check_depth(source: Checkpoint, targets: list[Target]) -> None:
     attends = source.family.attention_layers(source.config)
     for target in targets:
         remaining = [layer for layer in attends if layer < len(kept)]
-        kept = kept_layers("last", len(kept), size_of(target.num_hidden_layers), must_keep_one_of=remaining)
+        kept = kept_layers(
+            DepthCriterion.LAST, len(kept), size_of(target.num_hidden_layers), must_keep_one_of=remaining
+        )
 
 
 def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:

@@ -1,44 +1,12 @@
-"""What was kept and why, axis by axis.
-
-Each criterion of the recipe has its words here; `tests/test_report.py` fails for one that has none.
-"""
-
-from collections.abc import Mapping
+"""What was kept and why, axis by axis, in the words that each criterion has in `recipe/criteria.py`."""
 
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import DepthCriterion, ExpertCompression, ExpertImportance, WidthCriterion
+from slimqwen.recipe import DepthCriterion
 from slimqwen.reporting.charts.choices import layer_scores, width_scores
 from slimqwen.reporting.charts.experts import expert_fates, expert_importance, merge_groups
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections.amounts import percent
 from slimqwen.reporting.sections.chart import Chart
-
-# Which layers went.
-DEPTH: Mapping[DepthCriterion, str] = {
-    "last": "The last layers went, whatever their score; the score says how much each turns the hidden state.",
-    "similarity": "A run of layers went that starts at the highest cosine: where the mean hidden state turns least.",
-    "block_influence": "The lowest bars went: the layers that turn the hidden state least.",
-    "measured": "Layers were left out to see, one more in each round, among those with low bars; those went without which the KL "
-    "to the whole model is smallest.",
-}
-# What the residual stream is counted in, a score of it, and what the scores add up to.
-WIDTH: Mapping[WidthCriterion, tuple[str, str, str]] = {
-    "norm_activation": ("channels", "mean |norm output|", "all activation"),
-    "rotation": ("directions", "share of the second moments of the norms' inputs", "these moments"),
-    "weight_magnitude": ("channels", "mean share of the squared weights", "all squared weights"),
-    "random": ("channels", "a random number", "the sum of these numbers, which mean nothing"),
-}
-IMPORTANCE: Mapping[ExpertImportance, str] = {
-    "frequency": "Share of tokens",
-    "soft_logits": "Mean gate weight",
-    "reap": "REAP score",
-    "output_norm": "Mean gated output norm",
-}
-COMPRESSION: Mapping[ExpertCompression, str] = {
-    "prune": "The least important experts were dropped.",
-    "merge": "Every expert that left was averaged into the survivor most like it, its base.",
-    "partial": "The better half of the survivors stayed as they were (kept); the others are bases, which absorbed the rest.",
-}
 
 
 def choices(run: Run) -> list[list[Chart]]:
@@ -56,9 +24,9 @@ def _layer_choice(plan: Plan, where: str) -> list[Chart]:
     if len(plan.kept_layers) == len(scores.layer_block_influence):
         return []
     criterion = plan.pruning.depth
-    quantity = "cosine of input and output" if criterion == "similarity" else "block influence, 1 − cosine"
-    values = scores.layer_similarity if criterion == "similarity" else scores.layer_block_influence
-    return [Chart.of(f"Layers{where}", layer_scores(values, plan.kept_layers, quantity), DEPTH[criterion])]
+    quantity = "cosine of input and output" if criterion == DepthCriterion.SIMILARITY else "block influence, 1 − cosine"
+    values = scores.layer_similarity if criterion == DepthCriterion.SIMILARITY else scores.layer_block_influence
+    return [Chart.of(f"Layers{where}", layer_scores(values, plan.kept_layers, quantity), criterion.outcome)]
 
 
 def _width_choice(plan: Plan, where: str) -> list[Chart]:
@@ -67,12 +35,12 @@ def _width_choice(plan: Plan, where: str) -> list[Chart]:
     if len(kept) == len(scores):
         return []
     carried = sum(scores[channel] for channel in kept) / (sum(scores) or 1.0)
-    unit, quantity, total = WIDTH[plan.pruning.width]
+    width = plan.pruning.width
     caption = (
-        f"The {len(kept):,} {unit} left of the line stay, {percent(len(kept) / len(scores))} of them with "
-        f"{percent(carried)} of {total}; a steep fall before the line means an easy choice."
+        f"The {len(kept):,} {width.unit} left of the line stay, {percent(len(kept) / len(scores))} of them with "
+        f"{percent(carried)} of {width.total}; a steep fall before the line means an easy choice."
     )
-    return [Chart.of(f"Width{where}", width_scores(scores, kept, unit, quantity), caption)]
+    return [Chart.of(f"Width{where}", width_scores(scores, kept, width.unit, width.label), caption)]
 
 
 def _expert_choice(plan: Plan, where: str) -> list[Chart]:
@@ -87,13 +55,13 @@ def _expert_choice(plan: Plan, where: str) -> list[Chart]:
         Chart.of(
             f"Expert importance{where}",
             expert_importance(scores),
-            f"{IMPORTANCE[recipe.importance]}, as multiples of the layer’s mean; the survivors carry "
+            f"{recipe.importance.heading}, as multiples of the layer’s mean; the survivors carry "
             f"{percent(survivors)} of it. Look for layers that are pale: there the choice hardly matters.",
         ),
         Chart.of(
             f"What became of each expert{where}",
             expert_fates(scores, plan.expert_groups),
-            f"{COMPRESSION[recipe.compression]} Same order as the importance; a base that absorbed nobody counts as kept.",
+            f"{recipe.compression.outcome} Same order as the importance; a base that absorbed nobody counts as kept.",
         ),
     ]
     if any(len(group.members) > 1 for groups in plan.expert_groups.values() for group in groups):
