@@ -27,7 +27,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.core.errors import UserError
-from slimqwen.families import ARCHITECTURES, FAMILIES, family_of
+from slimqwen.families import FAMILIES, family_of
 from slimqwen.model.model import load, save
 from slimqwen.model.native import native_config
 from slimqwen.pruning.prune import prune
@@ -540,7 +540,9 @@ def test_a_model_type_that_is_not_supported(config: dict[str, Any], words: str) 
 
 
 def test_the_architectures_are_those_of_the_families() -> None:
-    assert {native["architectures"][0]: family for family, native in FAMILIES_NATIVE.items()} == ARCHITECTURES
+    assert {native["architectures"][0]: family for family, native in FAMILIES_NATIVE.items()} == {
+        family.architecture: model_type for model_type, family in FAMILIES.items()
+    }
 
 
 # --- what check reads -------------------------------------------------------------------------------------------------

@@ -13,17 +13,6 @@ from slimqwen.families.qwen3_next import QWEN3_NEXT
 
 __all__ = ["FAMILIES", "Config", "Family", "family_of"]
 
-ARCHITECTURES = {
-    "Qwen3NextForCausalLM": "qwen3_next",
-    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
-    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "OlmoeForCausalLM": "olmoe",
-    "MixtralForCausalLM": "mixtral",
-    "Glm4MoeForCausalLM": "glm4_moe",
-}
-"""Word of a config.json's architectures -> model_type."""
-
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (QWEN3_NEXT, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_MOE, OLMOE, MIXTRAL, GLM4_MOE)
@@ -50,9 +39,10 @@ def _meant(config: Config) -> str:
     if isinstance(model_type, str) and _is_known_to_transformers(model_type):
         return f" (it is another architecture{_nearest(model_type)})"
     named = config.get("architectures")
+    by_architecture = {family.architecture: family.model_type for family in FAMILIES.values()}
     for architecture in named if isinstance(named, list) else []:
-        if isinstance(architecture, str) and architecture in ARCHITECTURES:
-            return f" (did you mean '{ARCHITECTURES[architecture]}', the model_type of its {architecture}?)"
+        if isinstance(architecture, str) and architecture in by_architecture:
+            return f" (did you mean '{by_architecture[architecture]}', the model_type of its {architecture}?)"
     return did_you_mean(model_type, FAMILIES) if isinstance(model_type, str) else ""
 
 

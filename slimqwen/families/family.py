@@ -136,6 +136,8 @@ class Family:
     """
 
     model_type: str
+    architecture: str
+    """The word for its causal language model in a config.json's `architectures`."""
     vocab: Axis
     hidden: Axis
     expert: Axis
@@ -168,6 +170,8 @@ class Family:
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     norm_offset: float = 0.0
     """A norm over the residual stream multiplies by this + its weight: 1 where weights begin at 0."""
+    published_active: tuple[str, ...] = ()
+    """What its papers print of active parameters and how that was counted: lines of the footnote to a count."""
 
     def sizes(self, config: Config) -> dict[Axis, int]:
         """Size of every axis according to a config. Raises UserError where a field does not divide as it must."""

@@ -191,6 +191,7 @@ def mtp_names(config: Config, names: Collection[str]) -> set[str]:
 
 GLM4_MOE = Family(
     model_type="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
     vocab=VOCAB,
     hidden=HIDDEN,
     expert=EXPERT,

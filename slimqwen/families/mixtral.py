@@ -59,6 +59,7 @@ def module_name(name: str, config: Config) -> str:
 
 MIXTRAL = Family(
     model_type="mixtral",
+    architecture="MixtralForCausalLM",
     vocab=VOCAB,
     hidden=HIDDEN,
     expert=EXPERT,

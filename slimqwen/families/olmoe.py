@@ -70,6 +70,7 @@ def to_disk(config: Config) -> Config:
 
 OLMOE = Family(
     model_type="olmoe",
+    architecture="OlmoeForCausalLM",
     vocab=VOCAB,
     hidden=HIDDEN,
     expert=EXPERT,

@@ -197,6 +197,7 @@ MTP_CONFIG = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
 
 QWEN3_5_MOE_TEXT = Family(
     model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
     vocab=VOCAB,
     hidden=HIDDEN,
     expert=EXPERT,
@@ -215,6 +216,7 @@ QWEN3_5_MOE_TEXT = Family(
 
 QWEN3_5_MOE = Family(
     model_type="qwen3_5_moe",
+    architecture="Qwen3_5MoeForConditionalGeneration",
     vocab=VOCAB,
     hidden=HIDDEN,
     expert=EXPERT,

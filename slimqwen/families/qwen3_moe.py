@@ -60,6 +60,7 @@ def to_disk(config: Config) -> Config:
 
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
     vocab=VOCAB,
     hidden=HIDDEN,
     expert=EXPERT,

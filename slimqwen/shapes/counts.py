@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.terminal import DataTable
-from slimqwen.families import Config, Family
+from slimqwen.families import FAMILIES, Config, Family
 from slimqwen.families.count import Counts, count
 from slimqwen.families.family import Layout
 from slimqwen.recipe import Target
@@ -116,17 +116,7 @@ def footnotes(comparison: Comparison) -> str:
     settings = costs.training.settings
     has_mtp, has_state = bool(comparison.before.mtp_parameters), bool(costs.state_bytes)
     without_mtp = "; without MTP" * has_mtp
-    papers = (
-        (
-            "[2] What a token meets: all but the routed experts that were not chosen, with input embedding and lm_head. For",
-            "    Qwen3-Next-80B-A3B and SlimQwen-23A2B the paper prints 3.8B and 2.0B, and no convention gives both: with the",
-            "    input embedding 3.87B and 2.11B (nearer), without 3.56B and 1.88B, without either table 3.25B and 1.65B.",
-        )
-        if comparison.model_type == "qwen3_next"
-        else (
-            "[2] What a token meets: all but the routed experts that were not chosen, with input embedding and lm_head.",
-        )
-    )
+    published = FAMILIES[comparison.model_type].published_active
     state = ", but DeltaNet's recurrent state in float32, as Transformers keeps it" * has_state
     recurrent = (
         ("    attention with the past, and 4 multiply-adds per element of the recurrent state" + without_mtp + ".",)
@@ -138,7 +128,8 @@ def footnotes(comparison: Comparison) -> str:
             "[1] The main model, as names like 80B-A3B count it; the MTP module is counted apart."
             if has_mtp
             else "[1] Every tensor of the checkpoint.",
-            *papers,
+            "[2] What a token meets: all but the routed experts that were not chosen, with input embedding and lm_head.",
+            *(f"    {line}" for line in published),
             f"[3] One sequence; {costs.dtype}{state}{without_mtp}.",
             "[4] Mean over a prefill of that length: 2 per multiply-add of a matrix with a token (embedding looked up), of",
             *recurrent,
