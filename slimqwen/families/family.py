@@ -58,6 +58,16 @@ class ExpertTable:
             stacked[name] = (Stack(self.axis), rows, self.per_expert[joined[0]][1])
         return stacked
 
+    def holder(self, pattern: str) -> str:
+        """Return the stacked tensor that a matrix of `per_expert` is a part of."""
+        return next(name for name, joined in self.fused.items() if pattern in joined)
+
+    def rows(self, pattern: str, sizes: Sizes) -> slice:
+        """Return the rows that a matrix of `per_expert` has of an expert in its stacked tensor."""
+        joined = self.fused[self.holder(pattern)]
+        start = sum(size(self.per_expert[part][0], sizes) for part in joined[: joined.index(pattern)])
+        return slice(start, start + size(self.per_expert[pattern][0], sizes))
+
 
 @dataclass(frozen=True)
 class Recall:

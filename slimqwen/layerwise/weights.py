@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.checkpoint.source import ExpertReader
 from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families.axes import size
 from slimqwen.families.family import Block
@@ -81,9 +82,8 @@ class ExpertsOnDisk:
     def __init__(self, checkpoint: Checkpoint, block: Block, fused: str, dtype: torch.dtype, watch: Stopwatch) -> None:
         assert block.experts is not None
         sizes = checkpoint.family.sizes(checkpoint.config)
-        self._checkpoint, self._watch = checkpoint, watch
-        self._fused = block.prefix + fused
-        self._joined = [block.prefix + part for part in block.experts.fused[fused]]
+        self._reader, self._watch = ExpertReader(checkpoint, block), watch
+        self._fused = fused
         experts, rows, columns = (size(term, sizes) for term in block.experts.table("fused")[fused])
         self._experts = experts
         self._buffer = torch.empty(rows, columns, dtype=dtype)
@@ -91,7 +91,7 @@ class ExpertsOnDisk:
     def __getitem__(self, expert: int) -> Tensor:
         with self._watch:
             row = 0
-            for tensor in self._stored(expert):
+            for tensor in self._reader.read_joined(self._fused, expert):
                 self._buffer[row : row + len(tensor)].copy_(tensor)
                 row += len(tensor)
         return self._buffer
@@ -102,8 +102,3 @@ class ExpertsOnDisk:
         for expert in range(self._experts):
             stacked[expert].copy_(self[expert])
         return stacked
-
-    def _stored(self, expert: int) -> list[Tensor]:
-        if self._fused in self._checkpoint.specs:
-            return [self._checkpoint.read_slice(self._fused, expert)]
-        return [self._checkpoint.read(name.format(expert=expert)) for name in self._joined]

@@ -12,11 +12,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
+from slimqwen.checkpoint.source import ExpertReader
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.core.errors import UserError
 from slimqwen.core.warning import warn
 from slimqwen.families import Config, Family, family_of
-from slimqwen.families.axes import Sizes, size
+from slimqwen.families.axes import Sizes
 from slimqwen.families.family import Block, Layout, TensorSpec
 from slimqwen.model.kernels import check_rows
 from slimqwen.model.mtp import MTP_PREFIX, MtpModule
@@ -177,10 +178,9 @@ def _fill_rows(rows: torch.Tensor, first: int, checkpoint: Checkpoint, block: Bl
     if name in checkpoint.specs:
         rows.copy_(checkpoint.read_slice(name, slice(first, first + len(rows))))
         return
-    assert block.experts is not None
-    joined = block.experts.fused[name.removeprefix(block.prefix)]
+    experts = ExpertReader(checkpoint, block)
     for row, expert in zip(rows, range(first, first + len(rows)), strict=True):
-        row.copy_(torch.cat([checkpoint.read(block.prefix + part.format(expert=expert)) for part in joined]))
+        row.copy_(torch.cat(experts.read_joined(name.removeprefix(block.prefix), expert)))
 
 
 def generation_config(folder: Path, backbone: PreTrainedModel) -> GenerationConfig:
@@ -245,8 +245,5 @@ def disk_tensor(
     experts = spec.block.experts
     if experts is None or spec.expert is None:
         raise UserError(f"the model holds no tensor '{spec.name}', which its config asks for.")
-    fused, joined = next((name, parts) for name, parts in experts.fused.items() if spec.pattern in parts)
-    before = joined[: joined.index(spec.pattern)]
-    start = sum(size(experts.per_expert[part][0], sizes) for part in before)
-    own = family.module_name(spec.block.prefix + fused, config)
-    return held[own][spec.expert, start : start + spec.shape[0]]
+    own = family.module_name(spec.block.prefix + experts.holder(spec.pattern), config)
+    return held[own][spec.expert, experts.rows(spec.pattern, sizes)]

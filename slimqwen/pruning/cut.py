@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES, TensorInfo
+from slimqwen.checkpoint.source import ExpertReader, TensorSource
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.core.errors import UserError
 from slimqwen.families.axes import Axis, Term, axes_of, size
-from slimqwen.families.family import Block, Config, Layout, TensorSpec
+from slimqwen.families.family import Config, Layout, TensorSpec
 from slimqwen.families.slicing import kept_indices
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.units import Units
 from slimqwen.pruning.residual import Residual
-from slimqwen.pruning.rows import merged, shrunk, taken
+from slimqwen.pruning.rows import All, Kept, Project, Select, merge
 from slimqwen.pruning.stream import Matrix, Piece, batches_of, stream
 
 MERGED_AT_ONCE = 1 << 18  # elements, whose float32 sums stay in a core's cache: a third faster than a whole expert
@@ -41,7 +41,7 @@ class Cut:
 
     def __init__(
         self,
-        source: Checkpoint,
+        source: TensorSource,
         kept_layers: list[int],
         kept: Mapping[str, Units],
         expert_groups: Mapping[str, list[ExpertGroup]],
@@ -64,6 +64,9 @@ class Cut:
         }
         self._kept_in = cache(self._kept_in_block)
         self._groups = cache(self._groups_of_block)
+        self._experts = {
+            block.name: ExpertReader(source, block) for block in self._sources.values() if block.experts is not None
+        }
         self.specs = {spec.name: spec for spec in self.family.tensors(self.config, self.layouts)}
         self.tensors = [TensorInfo(spec.name, self._dtype(spec), spec.shape) for spec in self.specs.values()]
 
@@ -84,7 +87,7 @@ class Cut:
         return torch.cat(rows).reshape(self.specs[name].shape)
 
     def rows(self, piece: Piece) -> torch.Tensor:
-        """Some rows of a matrix of the result, `[stop - start, ...]`, pulled out of the source.
+        """Make some rows of a matrix of the result, `[stop - start, ...]`, from the source.
 
         Experts are merged where their group has several members: E~ = sum_i w_i E_i per weight tensor, in float32
         (method.md section 4), cast once. All else, router rows included, is selected. Where the residual stream is
@@ -96,33 +99,30 @@ class Cut:
         weights = [1.0] if matrix.group is None else matrix.group.weights
         sources = self._sources_of(matrix)
         kept_rows, *kept_others = (self._kept_of(term, matrix, sources[0].dtype) for term in matrix.dims)
+        projects_rows = isinstance(kept_rows, Project)  # then a row of the result is made of all rows of the sources
 
-        def made(start: int, stop: int) -> torch.Tensor:
-            if kept_rows is None:
-                rows = [tensor[start:stop] for tensor in sources]
-            elif kept_rows.dim() == 1:
-                rows = [taken(tensor, 0, kept_rows[start:stop]) for tensor in sources]
-            else:
-                rows = sources  # a row of the result is made of all of theirs
-            result = rows[0] if len(rows) == 1 else merged(rows, weights)
+        def make(start: int, stop: int) -> torch.Tensor:
+            rows = kept_rows.part(start, stop)
+            tensors = sources if projects_rows else [rows.apply(tensor, 0) for tensor in sources]
+            result = tensors[0] if len(tensors) == 1 else merge(tensors, weights)
             for dim, kept in enumerate(kept_others, start=1):
-                if kept is not None:
-                    result = shrunk(result, dim, kept)
-            if kept_rows is not None and kept_rows.dim() == 2:
-                result = shrunk(result, 0, kept_rows[:, start:stop])
+                result = kept.apply(result, dim)
+            if projects_rows:
+                result = rows.apply(result, 0)
             return result.to(sources[0].dtype)
 
-        if len(sources) == 1 or (kept_rows is not None and kept_rows.dim() == 2):
-            return made(piece.start, piece.stop)
+        if len(sources) == 1 or projects_rows:
+            return make(piece.start, piece.stop)
         step = max(1, MERGED_AT_ONCE // sources[0][0].numel())
-        return torch.cat([made(at, min(at + step, piece.stop)) for at in range(piece.start, piece.stop, step)])
+        return torch.cat([make(at, min(at + step, piece.stop)) for at in range(piece.start, piece.stop, step)])
 
-    def _kept_of(self, term: Term, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor | None:
-        """Of a dimension: the indices that stay, `[k]`; what it is multiplied by, `[size, k]`; None where all stays."""
+    def _kept_of(self, term: Term, matrix: Matrix, dtype: torch.dtype) -> Kept:
+        """Return what becomes of a dimension: products where the residual stream is rotated, the units that stay elsewhere."""
         if self.residual is not None and self.residual.is_rotated and self.family.hidden in axes_of(term):
-            return self.residual.matrix(term, matrix.block, self.specs[matrix.name].part, dtype)
+            return Project(self.residual.matrix(term, matrix.block, self.specs[matrix.name].part, dtype))
         unit = None if matrix.group is None else matrix.group.base
-        return kept_indices(term, self.sizes, self._kept_in(matrix.block.name), unit)
+        indices = kept_indices(term, self.sizes, self._kept_in(matrix.block.name), unit)
+        return All() if indices is None else Select(indices)
 
     def _is_residual_norm(self, matrix: Matrix) -> bool:
         return self.specs[matrix.name].part == "norm" and matrix.dims == (self.family.hidden,)
@@ -158,12 +158,12 @@ class Cut:
         block = self._sources[spec.block.name]
         if spec.part != "routed_experts":
             return self.source.dtype(block.prefix + spec.pattern)
-        groups = self._groups(block.name)
+        groups, experts = self._groups(block.name), self._experts[block.name]
         if spec.expert is not None:
-            return self.source.dtype(self._source_name(block, spec.pattern, groups[spec.expert].base))
+            return self.source.dtype(experts.stored_name(spec.pattern, groups[spec.expert].base))
         assert block.experts is not None
         joined = block.experts.fused[spec.pattern]
-        stacked = [self._source_name(block, part, group.base) for part in joined for group in groups]
+        stacked = [experts.stored_name(part, group.base) for part in joined for group in groups]
         by_dtype = {self.source.dtype(name): name for name in stacked}
         if len(by_dtype) > 1:
             differing = " and ".join(f"'{name}' is {dtype}" for dtype, name in by_dtype.items())
@@ -178,24 +178,7 @@ class Cut:
         block, pattern = matrix.block, matrix.pattern
         if matrix.group is None:
             return [self.source.read(block.prefix + pattern)]
-        members = matrix.group.members
-        tensors = [self.source.read(self._source_name(block, pattern, expert)) for expert in members]
-        if self.source.layouts[block.name] == "per_expert":
-            return tensors
-        assert block.experts is not None
-        joined = next(joined for joined in block.experts.fused.values() if pattern in joined)
-        row_counts = [size(block.experts.per_expert[part][0], self.sizes) for part in joined]
-        return [
-            tensor[expert].split(row_counts)[joined.index(pattern)]
-            for tensor, expert in zip(tensors, members, strict=True)
-        ]
-
-    def _source_name(self, block: Block, pattern: str, expert: int) -> str:
-        """The source's tensor that holds an expert's matrix."""
-        if self.source.layouts[block.name] == "fused":
-            assert block.experts is not None
-            pattern = next(name for name, joined in block.experts.fused.items() if pattern in joined)
-        return block.prefix + pattern.format(expert=expert)
+        return [self._experts[block.name].read(pattern, expert) for expert in matrix.group.members]
 
     def _new_config(self, kept_layers: list[int], num_experts_per_tok: int) -> Config:
         sizes = dict(self.sizes)

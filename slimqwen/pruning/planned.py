@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.checkpoint.source import TensorSource
 from slimqwen.core.errors import UserError, did_you_mean
 from slimqwen.families.axes import Axis, axes_of
 from slimqwen.families.family import Block, Family, Layout
@@ -14,8 +15,10 @@ from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.residual import Residual
 
 
-def planned_cut(source: Checkpoint, plan: Plan, layout: Layout | None = None, residual: Residual | None = None) -> Cut:
-    """The cut that a plan describes. Raises UserError where the plan names what the checkpoint does not have.
+def planned_cut(
+    source: TensorSource, plan: Plan, layout: Layout | None = None, residual: Residual | None = None
+) -> Cut:
+    """Return the cut that a plan describes. Raises UserError where the plan names what the checkpoint does not have.
 
     residual: `planned_residual`, for weights. An optimiser's moments are cut without: they have no norms to make up
     for, and squares do not follow a rotation, which raises UserError.
@@ -66,7 +69,7 @@ def planned_residual(source: Checkpoint, plan: Plan, file: Path | None) -> Resid
     return Residual(source, kept, compensate=plan.pruning.compensate, basis=basis)
 
 
-def _misfit(source: Checkpoint, problem: str) -> UserError:
+def _misfit(source: TensorSource, problem: str) -> UserError:
     return UserError(f"the plan does not fit {source.folder}: {problem}. Make it again with `slimqwen plan`.")
 
 
@@ -74,12 +77,12 @@ def _within(indices: list[int], size: int) -> bool:
     return bool(indices) and len(set(indices)) == len(indices) and all(0 <= index < size for index in indices)
 
 
-def _kept_blocks(source: Checkpoint, plan: Plan) -> list[Block]:
+def _kept_blocks(source: TensorSource, plan: Plan) -> list[Block]:
     blocks = source.family.blocks(source.config)
     return [block for block in blocks if block.layer is None or block.layer in plan.kept_layers]
 
 
-def _wrong_units(source: Checkpoint, plan: Plan) -> Iterator[str]:
+def _wrong_units(source: TensorSource, plan: Plan) -> Iterator[str]:
     """What is wrong with `kept`: unknown axes and blocks, units that are not there, sets of unequal sizes."""
     sizes = source.family.sizes(source.config)
     axes = {axis.name: axis for axis in sizes if axis != source.family.expert}  # experts go by expert_groups
@@ -131,7 +134,7 @@ def _around(family: Family, axis: Axis) -> Axis | None:
     return next((axes[-2] for axes in family.fields.values() if len(axes) > 1 and axes[-1] == axis), None)
 
 
-def _wrong_groups(source: Checkpoint, plan: Plan) -> Iterator[str]:
+def _wrong_groups(source: TensorSource, plan: Plan) -> Iterator[str]:
     """What is wrong with `expert_groups`: blocks too many or too few, experts that are not there, unequal numbers."""
     experts = source.family.sizes(source.config)[source.family.expert]
     wanted = {block.name for block in _kept_blocks(source, plan) if block.experts}

@@ -20,7 +20,7 @@ from slimqwen.artifacts import atomic_folder, makes_folder, write_json
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint, open_weights
 from slimqwen.core.errors import UserError
-from slimqwen.families.family import Layout
+from slimqwen.families.family import Config, Family, Layout, TensorSpec
 from slimqwen.parallel.sharded_checkpoint import fill_own
 from slimqwen.planning.plan import Plan
 from slimqwen.pruning.planned import planned_cut
@@ -31,10 +31,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STEPS_FILE = "steps.json"
 
 
-class Moments(Checkpoint):
-    """One of the moments in a saved training state, read like a checkpoint: float32, experts stacked.
+class Moments:
+    """One moment of a saved training state, a `TensorSource` that a cut reads as it reads a checkpoint: float32, experts stacked.
 
-    Tensors that were not trained (a frozen part, a vision tower, a buffer) have no moment and read as zeros.
+    What was not trained (a frozen part, a vision tower, a buffer) has no moment and reads as zeros. A tensor may lie in the files of
+    many ranks.
 
     Args:
         state: the folder of one state, `.NAME.state/step-N`.
@@ -42,12 +43,12 @@ class Moments(Checkpoint):
     """
 
     def __init__(self, state: Path, moment: str, trained: Checkpoint) -> None:
-        # Checkpoint's constructor does not apply: names are the module's, and a tensor may lie in the files of many ranks.
         self.folder = state
         self.moment = moment
-        self.family, self.config = trained.family, trained.config
-        self.layouts = dict.fromkeys(trained.layouts, "fused")
-        self.specs = {spec.name: spec for spec in self.family.tensors(self.config, self.layouts)}
+        self.family: Family = trained.family
+        self.config: Config = trained.config
+        self.layouts: dict[str, Layout] = dict.fromkeys(trained.layouts, "fused")
+        self.specs: dict[str, TensorSpec] = {spec.name: spec for spec in self.family.tensors(self.config, self.layouts)}
         self._pieces: dict[str, list[tuple[int, Path]]] = {}
         for index, where in dcp.HuggingFaceStorageReader(str(state)).read_metadata().storage_data.items():
             first_row = index.offset[0] if index.offset else 0
