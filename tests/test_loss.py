@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimqwen.losses import head
+from slimqwen.losses import blocks
 from slimqwen.losses.divergence import FORWARD_KL, Distribution, Divergence
 from slimqwen.losses.loss import LossSums, LossWeights, align, chunked_loss, count_targets
 from slimqwen.losses.signal import LiveSignal
@@ -181,7 +181,7 @@ def test_blocks_of_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch, block
     case = Case()
     expected_loss, expected_sums = case.chunked(chunk_tokens=5)
     expected = torch.autograd.grad(expected_loss, case.leaves)
-    monkeypatch.setattr(head, "CPU_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(blocks, "CPU_BLOCK_ELEMENTS", block_elements)
     loss, sums = case.chunked(chunk_tokens=5)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     assert sums.means() == pytest.approx(expected_sums.means(), rel=1e-12)

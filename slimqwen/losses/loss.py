@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from slimqwen.losses.divergence import FORWARD_KL, Divergence, softmax_dtype
-from slimqwen.losses.head import HeadSums, Logits
+from slimqwen.losses.head import Chunk, HeadTerm, Logits
 from slimqwen.losses.signal import TeacherSignal
 from slimqwen.recipe import LossTerm
 
@@ -165,14 +165,22 @@ def chunked_loss(
     divergence: Divergence = FORWARD_KL,
     chunk_tokens: int,
 ) -> tuple[Tensor, LossSums]:
-    """The weighted sum of the four terms over the predictions that count, and the unweighted sums.
+    """Compute the weighted sum of the four terms over the predictions that count, and the unweighted sums.
 
         loss = lm * sum CE(labels, student) + kd * sum divergence(teacher, student) + the same two of the MTP head
 
-    Only `chunk_tokens` rows of a model's logits exist at one time, and their gradient is taken while they do and in
-    their place, so no [N, vocab] tensor is ever made. With the forward KL it is, per row,
-    lm (softmax(student) - onehot(label)) + kd (softmax(student) - softmax(teacher)).
-    A live teacher's logits serve both heads. Matrix products are in the weights' dtype, or in autocast's where that is on;
+    1. Cast the heads to autocast's dtype, where that is on; all that follows is outside autograd.
+    2. Take the next `chunk_tokens` of the predictions that count. Compute the teacher's logits (or look its most likely tokens up),
+       which serve both heads unless the teacher's own MTP head is the target.
+    3. For the main head, then for the MTP head:
+       a. logits of the chunk, from its hidden states: one product.
+       b. block by block of the chunk: softmax, cross entropy and divergence, and in place of the logits their gradient. With the
+          forward KL it is, per row, lm (softmax(student) - onehot(label)) + kd (softmax(student) - softmax(teacher)).
+       c. gradients of the chunk's hidden states and of the head, from that of the logits: two products.
+    4. After the last chunk: sum up the loss.
+    5. Hand loss and gradients to autograd, whose backward pass scales them (`_WithGradients`).
+
+    So only `chunk_tokens` rows of a model's logits exist at one time, and no [N, vocab] tensor is ever made. Matrix products are in the weights' dtype, or in autocast's where that is on;
     softmax and the accumulated gradient of the head are in float32 (float64 where the head is float64), sums in float64.
 
     Args:
@@ -233,43 +241,46 @@ def _sum_chunks(
     chunk_tokens: int,
     needs_gradient: list[bool],
 ) -> tuple[Tensor, LossSums, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Loss, sums, and the gradients of hidden, mtp_hidden and head (None where not needed)."""
+    """Compute loss, sums, and the gradients of hidden, mtp_hidden and head (None where not needed): steps 2 to 4."""
     main_needs, mtp_needs, head_needs = needs_gradient
     counted = predictions.main_mask.nonzero().squeeze(1)
     chunk_tokens = max(min(chunk_tokens, counted.numel()), 1)
     student = Logits(head, chunk_tokens)
     taught = None if teacher is None else teacher.chunks(student)
-
     grad_head = torch.zeros_like(head, dtype=softmax_dtype(head)) if head_needs else None
-    shared = (student, taught, divergence, grad_head)
-    main = HeadSums(*shared, predictions.hidden, weights.lm, weights.kd, main_needs, measures_top1=True)
+
+    def term(hidden: Tensor, lm: float, kd: float, needs: bool, measures_top1: bool) -> HeadTerm:
+        grad_hidden = torch.zeros_like(hidden) if needs else None
+        scratch = torch.empty_like(student.block.probs)
+        return HeadTerm(hidden, lm, kd, divergence, measures_top1, grad_hidden, grad_head, scratch)
+
+    main = term(predictions.hidden, weights.lm, weights.kd, main_needs, measures_top1=True)
     mtp = None
     if predictions.mtp_hidden is not None:
-        mtp = HeadSums(*shared, predictions.mtp_hidden, weights.mtp_lm, weights.mtp_kd, mtp_needs, measures_top1=False)
+        mtp = term(predictions.mtp_hidden, weights.mtp_lm, weights.mtp_kd, mtp_needs, measures_top1=False)
 
+    main_sums, mtp_sums = torch.zeros(2, 4, dtype=torch.float64, device=head.device)
     for rows in counted.split(chunk_tokens):
         labels = predictions.labels[rows]
-        if taught is not None:
-            taught.turn_to(rows)
-        main.add(rows, predictions.main_mask[rows], labels)
+        targets = None if taught is None else taught.main(rows)
+        main_sums += main.add(student, Chunk(rows, predictions.main_mask[rows], labels, targets))
         if mtp is not None:
             counts = predictions.mtp_mask[rows]
-            if taught is not None:
-                taught.turn_to_mtp(rows, counts)
-            mtp.add(rows, counts, labels)
+            mtp_targets = None if taught is None or targets is None else taught.mtp(rows, counts, targets)
+            mtp_sums += mtp.add(student, Chunk(rows, counts, labels, mtp_targets))
 
     has_teacher = teacher is not None
-    lm, kd, _, top1_agreement = main.sums
-    mtp_lm, mtp_kd, _, _ = (None,) * 4 if mtp is None else mtp.sums
+    lm, kd, _, top1_agreement = main_sums
+    mtp_lm, mtp_kd, _, _ = (None,) * 4 if mtp is None else mtp_sums
     sums = LossSums(
         lm=lm,
         kd=kd if has_teacher else None,
         mtp_lm=mtp_lm,
         mtp_kd=mtp_kd if has_teacher else None,
         top1_agreement=top1_agreement if has_teacher else None,
-        main_tokens=main.tokens,
-        mtp_tokens=None if mtp is None else mtp.tokens,
+        main_tokens=predictions.main_mask.sum(dtype=torch.float64),
+        mtp_tokens=None if mtp is None else predictions.mtp_mask.sum(dtype=torch.float64),
     )
-    loss = main.loss() if mtp is None else main.loss() + mtp.loss()
+    loss = main.loss(main_sums) if mtp is None else main.loss(main_sums) + mtp.loss(mtp_sums)
     gradients = (main.grad_hidden, None if mtp is None else mtp.grad_hidden, grad_head)
     return loss.to(softmax_dtype(head)), sums, gradients

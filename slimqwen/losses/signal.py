@@ -1,6 +1,6 @@
-"""What a teacher says about a batch: hidden states and a head to be multiplied, or its most likely tokens from disk.
+"""A teacher's predictions on a batch: hidden states and a head to multiply, or its most likely tokens from disk.
 
-The loss asks either for the teacher's distribution over the vocabulary, a block of predictions at a time.
+Of either the loss takes the teacher's distribution over the vocabulary, a block of predictions at a time.
 """
 
 from abc import ABC, abstractmethod
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from slimqwen.losses.divergence import Distribution
-from slimqwen.losses.head import Logits, TeacherChunk, zero_where_not
+from slimqwen.losses.head import ChunkedTeacher, Logits, Targets, zero_where_not
 
 
 class TeacherSignal(ABC):
-    """What a teacher says about the same N predictions as the student's `Predictions` (lined up with `align` too)."""
+    """A teacher's part of the N predictions of the student's `Predictions` (lined up with `align` too)."""
 
     @abstractmethod
     def cast(self, dtype: torch.dtype) -> "TeacherSignal":
-        """The same with matrix products in `dtype`."""
+        """Return the same with matrix products in `dtype`."""
 
     @abstractmethod
-    def chunks(self, student: Logits) -> TeacherChunk:
-        """Its distributions over chunks and blocks of the size of the student's."""
+    def chunks(self, student: Logits) -> ChunkedTeacher:
+        """Return its distributions over chunks and blocks of the size of the student's."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +37,32 @@ class LiveSignal(TeacherSignal):
     def cast(self, dtype: torch.dtype) -> "LiveSignal":
         return replace(self, head=self.head.to(dtype))
 
-    def chunks(self, student: Logits) -> TeacherChunk:
+    def chunks(self, student: Logits) -> ChunkedTeacher:
         assert self.head.shape[0] == student.head.shape[0], "student and teacher must share a vocabulary"
         return _Projected(self, student.chunk.shape[0])
 
 
-class _Projected(TeacherChunk):
+class _Projected(ChunkedTeacher, Targets):
     """The teacher's logits of one chunk, computed once for both heads where both learn from its main head."""
 
     def __init__(self, signal: LiveSignal, chunk_tokens: int) -> None:
         self._signal = signal
         self._logits = Logits(signal.head, chunk_tokens)
 
-    def turn_to(self, rows: Tensor) -> None:
+    def main(self, rows: Tensor) -> Targets:
         self._logits.project(self._signal.hidden[rows])
+        return self
 
-    def turn_to_mtp(self, rows: Tensor, counts: Tensor) -> None:
-        if self._signal.mtp_hidden is not None:
-            self._logits.project(zero_where_not(counts, self._signal.mtp_hidden[rows]))
+    def mtp(self, rows: Tensor, counts: Tensor, main: Targets) -> Targets:
+        if self._signal.mtp_hidden is None:
+            return main
+        self._logits.project(zero_where_not(counts, self._signal.mtp_hidden[rows]))
+        return self
 
     def distribution(self, block: slice, student: Distribution) -> Distribution:
         return self._logits.softmax(block)
 
-    def favourites(self, block: slice, distribution: Distribution) -> Tensor:
+    def most_likely(self, block: slice, distribution: Distribution) -> Tensor:
         return distribution.log_probs.argmax(1, keepdim=True)
 
 
@@ -75,15 +78,16 @@ class TopTokens(NamedTuple):
 
     @classmethod
     def of(cls, distribution: Distribution, k: int) -> "TopTokens":
-        """Of [rows, vocab], whose `probs` are overwritten."""
+        """Find them in [rows, vocab], whose `probs` are overwritten."""
         log_probs, ids = distribution.log_probs.topk(k, dim=1)
         return cls(ids, log_probs, _log_of_the_rest(distribution.probs, ids))
 
     def rows(self, rows: Tensor | slice) -> "TopTokens":
+        """Return those of some of the distributions."""
         return TopTokens(self.ids[rows], self.log_probs[rows], self.log_tail[rows])
 
     def spread_like(self, student: Distribution, out: Distribution) -> Distribution:
-        """The whole distribution whose tail has the student's proportions, [rows, vocab]; `out` is overwritten.
+        """Return the whole distribution whose tail has the student's proportions, [rows, vocab]; `out` is overwritten.
 
         With p~ = p on the top tokens and p_tail q_j / q_tail on every other token j, any f-divergence of p~ and q is that of
         the coarse partition {each top token, the tail}: p~ / q is the same all over the tail. Its gradient by the student's
@@ -103,7 +107,7 @@ class TopTokens(NamedTuple):
 
 
 def _log_of_the_rest(probs: Tensor, ids: Tensor) -> Tensor:
-    """Logarithm of what is left beside the tokens `ids` [rows, k], whose entries of `probs` [rows, vocab] become 0; [rows].
+    """Return the logarithm of what is left beside the tokens `ids` [rows, k], whose entries of `probs` [rows, vocab] become 0; [rows].
 
     Summed up and not 1 minus the others, which in float32 has no digit left where the tail is 1e-7. Of nothing it is -87,
     and not minus infinity: 0 times that would be NaN.
@@ -122,27 +126,34 @@ class StoredSignal(TeacherSignal):
     def cast(self, dtype: torch.dtype) -> "StoredSignal":
         return self  # there is no product
 
-    def chunks(self, student: Logits) -> TeacherChunk:
-        return _Looked(self, student.block)
+    def chunks(self, student: Logits) -> ChunkedTeacher:
+        return _LookedUp(self, student.block)
 
 
-class _Looked(TeacherChunk):
+class _LookedUp(ChunkedTeacher):
     """The stored rows of one chunk, spread over the vocabulary a block at a time in memory used again."""
 
     def __init__(self, signal: StoredSignal, like: Distribution) -> None:
         self._signal = signal
         self._room = Distribution(torch.empty_like(like.log_probs), torch.empty_like(like.probs))
 
-    def turn_to(self, rows: Tensor) -> None:
-        self._chunk = self._signal.main.rows(rows)
+    def main(self, rows: Tensor) -> Targets:
+        return _Spread(self._signal.main.rows(rows), self._room)
 
-    def turn_to_mtp(self, rows: Tensor, counts: Tensor) -> None:
-        if self._signal.mtp is not None:
-            self._chunk = self._signal.mtp.rows(rows)
+    def mtp(self, rows: Tensor, counts: Tensor, main: Targets) -> Targets:
+        return main if self._signal.mtp is None else _Spread(self._signal.mtp.rows(rows), self._room)
+
+
+@dataclass(frozen=True)
+class _Spread(Targets):
+    """The stored rows of one chunk; room: [block, vocab], overwritten by each block."""
+
+    chunk: TopTokens
+    room: Distribution
 
     def distribution(self, block: slice, student: Distribution) -> Distribution:
-        top = self._chunk.rows(block)
-        return top.spread_like(student, self._room.rows(len(top.ids)))
+        top = self.chunk.rows(block)
+        return top.spread_like(student, self.room.rows(len(top.ids)))
 
-    def favourites(self, block: slice, distribution: Distribution) -> Tensor:
-        return self._chunk.ids[block, :1]  # a token of the tail could look more likely where the student insists on it
+    def most_likely(self, block: slice, distribution: Distribution) -> Tensor:
+        return self.chunk.ids[block, :1]  # a token of the tail could look more likely where the student insists on it

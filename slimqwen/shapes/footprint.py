@@ -15,14 +15,12 @@ from slimqwen.families import Config, Family
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.count import active, count, parameters
 from slimqwen.families.family import Block
+from slimqwen.losses.blocks import BLOCKS, block_rows
 from slimqwen.recipe import Execution
 from slimqwen.shapes.activations import CPU, GPU, Precision, saved_bytes
 
 BYTES_OF = {"bfloat16": 2, "float16": 2, "float32": 4}
 BFLOAT16, FLOAT32 = BYTES_OF["bfloat16"], BYTES_OF["float32"]
-# Rows of a chunk that loss.py works on at one time (losses/head.py, which needs torch, has the same numbers).
-CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS = 2**21, 2**24
-LOSS_BLOCKS = 6  # of them: a log-softmax and a softmax of each model, a scratch tensor of each head
 LAYER_SCRATCH = 0.15  # measured on the reference DeltaNet layer, by far the largest
 
 
@@ -59,7 +57,7 @@ class TrainingMemory(BaseModel):
         one is on its way: twice the largest block, and in the student its gradient too; teacher and student take turns, so
         the larger of the two. On one GPU autocast's copies of the student live until the backward pass, 2 bytes x
         parameters; with recomputation those of the largest block. On a CPU none.
-    loss_bytes: what loss.py holds at once: a chunk of student's and of teacher's logits, LOSS_BLOCKS blocks of it in
+    loss_bytes: what loss.py holds at once: a chunk of student's and of teacher's logits, BLOCKS blocks of it (losses/blocks.py) in
         float32, the gradient of lm_head in float32 (on a GPU both heads cast and one product more), of both final hidden
         states, and these, teacher's included.
     activation_bytes_per_token: what a forward pass keeps of a token for its backward pass: the sum of
@@ -186,6 +184,16 @@ def forward_flops(family: Family, config: Config, context_length: int) -> int:
     return 2 * met + read * context_length + 2 * 4 * state_elements(blocks, sizes).get("recurrent", 0)
 
 
+def training_flops(student: int, teacher: int = 0) -> int:
+    """Return the FLOPs of one training token, from those of each model's forward pass; teacher: 0 where none runs.
+
+    Three times the student's, as its backward pass takes two products per weight where the forward takes one, and the teacher's.
+    Recomputed activations (as PaLM counts, arXiv 2204.02311, appendix B) and the pass that counts expert assignments are left out:
+    what is done beyond this is no progress.
+    """
+    return 3 * student + teacher
+
+
 def training_memory(
     family: Family, student: Config, teacher: Config | None, settings: TrainingSettings
 ) -> TrainingMemory:
@@ -249,8 +257,8 @@ def _loss(family: Family, sizes: Sizes, teacher: Sizes | None, settings: Trainin
     on_gpu = settings.device == "cuda"
     models, width = (1, 0) if teacher is None else (2, teacher[family.hidden])
     chunk = min(settings.loss_chunk_tokens, settings.tokens)
-    block = min(max((GPU_BLOCK_ELEMENTS if on_gpu else CPU_BLOCK_ELEMENTS) // vocab, 1), chunk)
+    block = block_rows(vocab, chunk, on_cpu=not on_gpu)
     compute = BFLOAT16 if on_gpu else FLOAT32
-    logits = vocab * (models * compute * chunk + FLOAT32 * (LOSS_BLOCKS - 2 * (models == 1)) * block)
+    logits = vocab * (models * compute * chunk + FLOAT32 * (BLOCKS - 2 * (models == 1)) * block)
     heads = vocab * (FLOAT32 * hidden + (BFLOAT16 * (2 * hidden) if on_gpu else 0))
     return logits + heads + settings.tokens * (FLOAT32 * 4 * hidden + compute * width)
