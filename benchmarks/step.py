@@ -41,7 +41,7 @@ from slimqwen.recipe import DistilRecipe, Execution, Target
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.target import completed, target_config
 from slimqwen.training import trainer as trainer_module
-from slimqwen.training.speed import training_flops
+from slimqwen.training.speed import flops_per_token
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
@@ -226,7 +226,7 @@ def main() -> None:
     }
     peak = dense_bf16_flops(device)
     if peak is not None:
-        result["mfu"] = result["tokens_per_second"] * training_flops(trainer) / peak
+        result["mfu"] = result["tokens_per_second"] * flops_per_token(trainer) / peak
     for key, value in result.items():
         print(f"{key:18} {value:.4g}")
     if options.json:

@@ -18,6 +18,7 @@ from slimqwen.recipe import Recipe
 from slimqwen.recipe.file import load_recipe
 from slimqwen.reporting.charts.curves import Column, Steps
 from slimqwen.reporting.titles import MAIN_RUN
+from slimqwen.shapes.footprint import training_flops
 from slimqwen.training.learning_rate import FILE as LEARNING_RATE_FILE
 from slimqwen.training.learning_rate import RateChoice
 
@@ -240,7 +241,7 @@ def _steps(run: str, entries: list[StepMetrics], recipe: Recipe, plans: list[Pla
         return np.array([getattr(entry, name) for entry in entries], dtype=np.float64)  # None becomes NaN
 
     tokens = column("tokens")
-    flops = np.array([training_flops(recipe, plans, run, entry.stage) for entry in entries], dtype=np.float64)
+    flops = np.array([flops_per_token(recipe, plans, run, entry.stage) for entry in entries], dtype=np.float64)
     return Steps(
         stage=column("stage"),
         along={
@@ -252,19 +253,18 @@ def _steps(run: str, entries: list[StepMetrics], recipe: Recipe, plans: list[Pla
     )
 
 
-def training_flops(recipe: Recipe, plans: list[Plan], run: str, stage: int) -> int | None:
-    """An estimate of a training token's FLOPs, None where no plan says how large the models are.
+def flops_per_token(recipe: Recipe, plans: list[Plan], run: str, stage: int) -> int | None:
+    """Estimate a training token's FLOPs (`training_flops`); None where no plan says how large the models are.
 
-    2 per active parameter and pass (Kaplan et al., 2001.08361, section 2.1): three passes of the student, four where
-    activations are computed again, and one of a live teacher. Attention's products with one another are left out.
+    A forward pass is 2 per active parameter (Kaplan et al., 2001.08361, section 2.1), which is what a plan has; attention's products
+    with one another are left out.
     """
     if not plans:
         return None
     student = plans[-1 if run == "random_init" else min(stage, len(plans)) - 1].after
-    passes = 4 if recipe.execution.recompute_activations else 3
     has_teacher = run != "lm_only" and {"kd", "mtp_kd"} & set(recipe.distil.terms) and recipe.distil.teacher == "live"
     teacher = plans[0].before.active_without_input_embedding if has_teacher else 0
-    return 2 * (passes * student.active_without_input_embedding + teacher)
+    return training_flops(2 * student.active_without_input_embedding, 2 * teacher)
 
 
 def _last_times(lines: list[StepTime]) -> list[StepTime]:

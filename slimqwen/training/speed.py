@@ -6,7 +6,7 @@ import sys
 import torch
 
 from slimqwen.model.peaks import dense_bf16_flops
-from slimqwen.shapes.footprint import forward_flops
+from slimqwen.shapes.footprint import forward_flops, training_flops
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Trainer
 
@@ -14,13 +14,13 @@ from slimqwen.training.trainer import Trainer
 class Speed:
     """Speed of one training's steps.
 
-    mfu, model FLOPs utilisation: `training_flops` x tokens / (seconds x peak of all ranks' devices); only where the
+    mfu, model FLOPs utilisation: `flops_per_token` x tokens / (seconds x peak of all ranks' devices); only where the
     device's peak is known.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._device = trainer.device
-        self._flops = training_flops(trainer)
+        self._flops = flops_per_token(trainer)
         peak = dense_bf16_flops(trainer.device)
         self._peak = None if peak is None else peak * trainer.ranks.size
 
@@ -32,18 +32,13 @@ class Speed:
         return values
 
 
-def training_flops(trainer: Trainer) -> int:
-    """Return the FLOPs per token: the teacher's forward pass and three times the student's.
-
-    The backward pass has two products per weight where the forward pass has one. MTP modules are left out (as in
-    `forward_flops`), and so are recomputed activations (as PaLM counts, arXiv 2204.02311, appendix B) and the pass that
-    counts expert assignments: MFU counts only work that the training needs.
-    """
+def flops_per_token(trainer: Trainer) -> int:
+    """Return the `training_flops` of one token of this training; MTP modules are left out, as in `forward_flops`."""
     student, teacher, length = trainer.student, trainer.teacher, trainer.stream.sequence_length
-    flops = 3 * forward_flops(student.family, student.config, length)
-    if isinstance(teacher, LiveTeacher):
-        flops += forward_flops(teacher.model.family, teacher.model.config, length)
-    return flops
+    taught = (
+        forward_flops(teacher.model.family, teacher.model.config, length) if isinstance(teacher, LiveTeacher) else 0
+    )
+    return training_flops(forward_flops(student.family, student.config, length), taught)
 
 
 def peak_memory(device: torch.device) -> int:
