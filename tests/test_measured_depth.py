@@ -269,7 +269,7 @@ class Unchanged:
         self, course: Any, hidden: Tensor, target: Any, folder: Path, before: Path | None, progress: Any
     ) -> None:
         with self._stream.weights_of(course.student):
-            self._stream.advance(course.student, hidden, progress)
+            self._stream.advance(course.student, hidden, progress.advance)
 
 
 @pytest.mark.parametrize("dropped", [(1, 2), (3, 4)])

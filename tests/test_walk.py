@@ -26,7 +26,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES
-from slimqwen.layerwise import memory, weights
+from slimqwen.layerwise import memory, stream, weights
 from slimqwen.layerwise.memory import allot
 from slimqwen.model.device import ALIGNMENT_BYTES
 from slimqwen.model.live_bytes import measured_peak
@@ -130,7 +130,7 @@ def test_weights_come_and_go(checkpoint: Path, texts: Texts, tmp_path: Path, mon
         assert not any(weight.data_ptr() % ALIGNMENT_BYTES for weight in lent if weight is not None)
         add_layer_sums(*arguments)
 
-    monkeypatch.setattr(walk, "without_weights", seen)
+    monkeypatch.setattr(stream, "without_weights", seen)
     monkeypatch.setattr(walk, "add_layer_sums", held)
     measured(checkpoint, tmp_path / "s", texts, streaming=True)
     (model,) = models

@@ -52,6 +52,7 @@ class CalibrationText:
             manifests[name] = manifest.model_dump(mode="json")
             self._streams[name] = training_stream(folder, sequence_length, seed)
             self._rows[name] = samples // len(sources) + (number < samples % len(sources))
+        self._sequence_length = sequence_length
         self.fingerprint = fingerprint_value([manifests, self._rows, sequence_length, seed])
         self.tokens = {
             Part(name, half): len(range(half, rows, 2)) * sequence_length
@@ -60,13 +61,41 @@ class CalibrationText:
             if half < rows
         }
 
+    @property
+    def sections(self) -> list[int]:
+        """Rows of each part, in the order of `tokens`."""
+        return [count // self._sequence_length for count in self.tokens.values()]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of all parts together, and tokens of a row."""
+        return sum(self.sections), self._sequence_length + 1
+
+    def part_at(self, row: int) -> Part:
+        """Return the part of a row, where the parts lie one after another."""
+        return self._locate(row)[0]
+
+    def __getitem__(self, rows: slice) -> "torch.Tensor":
+        """Read some rows of one part, int64 [rows, sequence_length + 1], where the parts lie one after another."""
+        part, number = self._locate(rows.start)
+        stream = self._streams[part.source]
+        return stream.batch(part.half + 2 * number, rows.stop - rows.start, step=2).tokens
+
+    def _locate(self, row: int) -> tuple[Part, int]:
+        """Return the part of a row, and the row's number in it."""
+        for part, count in zip(self.tokens, self.sections, strict=True):
+            if row < count:
+                return part, row
+            row -= count
+        raise IndexError(row)
+
     def batches(self, batch_size: int) -> Iterator[tuple[Part, "torch.Tensor"]]:
-        """Every row once, `batch_size` rows of one part at a time, int64 [rows, sequence_length + 1]."""
-        for part in self.tokens:
-            rows = range(part.half, self._rows[part.source], 2)
-            for first in range(0, len(rows), batch_size):
-                count = min(batch_size, len(rows) - first)
-                yield part, self._streams[part.source].batch(rows[first], count, step=2).tokens
+        """Yield every row once, `batch_size` rows of one part at a time, int64 [rows, sequence_length + 1]."""
+        first = 0
+        for part, count in zip(self.tokens, self.sections, strict=True):
+            for start in range(0, count, batch_size):
+                yield part, self[first + start : first + min(start + batch_size, count)]
+            first += count
 
     def say_what_is_short(self) -> None:
         """Tell the user where a source has fewer sequences than are measured."""

@@ -1,21 +1,20 @@
 """Streaming calibration: the layers one after another, each on all of the text, for models that do not fit into memory.
 
-Between two layers the hidden states of the whole text lie in a file. Within a layer a chunk of rows goes through in two
-strides: the token mixer in passes of a few sequences, because its activations are large; then the experts on the whole
-chunk at once, because each of them has to be read for it.
-
-An interrupted walk continues with the layer under way: what is finished lies in a folder per layer, beside the result.
+Between two layers the hidden states of the whole text lie in a file (`layerwise`). An interrupted walk continues with the layer
+under way: what is finished lies in a folder per layer, beside the result.
 """
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from slimqwen.artifacts import atomic_folder, fingerprint_value, scratch_folder
+from slimqwen.artifacts import fingerprint_value, scratch_folder
 from slimqwen.calibration.observe import add_layer_sums, observe_blocks
 from slimqwen.calibration.statistics import FORMAT, Statistics
 from slimqwen.calibration.text import CalibrationText
@@ -25,8 +24,9 @@ from slimqwen.core.errors import StageFailed
 from slimqwen.core.progress import Progress, say
 from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.layerwise.memory import Allotment
-from slimqwen.layerwise.step import Step, embeddings, steps_of
-from slimqwen.layerwise.weights import weights_of, without_weights
+from slimqwen.layerwise.step import Step
+from slimqwen.layerwise.stream import Stream, Visitor
+from slimqwen.layerwise.walk import walk_layers
 
 # In the folder of each layer that is finished:
 BLOCK_SUMS = "statistics.safetensors"  # what was measured inside the layer
@@ -41,6 +41,42 @@ def is_unfinished(out: Path) -> bool:
 
 def _scratch(out: Path) -> Path:
     return out.with_name(f"{out.name}.layers")
+
+
+class LayerSums(Visitor):
+    """Adds up what each layer changes in the residual stream, and assigns the sums of every chunk to its part of the text.
+
+    inside: the sums that hooks in the layer add to; between: those over the hidden states before and after the
+    layer, of `layers`, `rows_per_pass` rows at a time.
+    """
+
+    def __init__(
+        self,
+        text: CalibrationText,
+        inside: Statistics,
+        between: Statistics,
+        watch: Stopwatch,
+        *,
+        layers: int,
+        rows_per_pass: int,
+    ) -> None:
+        self._text, self._inside, self._between, self._watch = text, inside, between, watch
+        self._layers, self._rows_per_pass = layers, rows_per_pass
+
+    @contextmanager
+    def chunk(self, rows: slice) -> Iterator[None]:
+        """Open the part that these rows are of."""
+        part = self._text.part_at(rows.start)
+        with self._inside.part(part), self._between.part(part):
+            yield
+
+    def receive(self, step: Step, before: Tensor, after: Tensor) -> None:
+        """Add a decoder layer's sums."""
+        if step.number is None:
+            return
+        with self._watch:
+            for rows in zip(before.split(self._rows_per_pass), after.split(self._rows_per_pass), strict=True):
+                add_layer_sums(self._between, step.number, self._layers, *rows)
 
 
 class Walk:
@@ -59,18 +95,19 @@ class Walk:
         device: torch.device,
         second_moments: bool,
     ) -> None:
-        self._checkpoint, self._text, self._allotment = checkpoint, text, allotment
-        self._second_moments = second_moments
-        self._dtype, self._device = dtype, device
-        self._model = without_weights(checkpoint, dtype, device)
-        self._steps = steps_of(self._model)
+        self._text, self._allotment, self._second_moments = text, allotment, second_moments
+        self._stream = Stream(checkpoint, text, allotment, dtype, device, hidden_dtype=dtype, sections=text.sections)
         self._tokens = sum(text.tokens.values())
-        self._hidden_size = checkpoint.config["hidden_size"]
-        self._measuring, self._reading, self._writing = Stopwatch(), Stopwatch(), Stopwatch()
+        self._measuring = Stopwatch()
 
     def run(self, blank: Statistics, out: Path, title: str) -> None:
         """Write to `out` the statistics that `blank` announces. Continues where the same walk was interrupted."""
-        settings = [self._allotment.rows_per_pass, self._allotment.rows_per_chunk, str(self._dtype), self._device.type]
+        settings = [
+            self._allotment.rows_per_pass,
+            self._allotment.rows_per_chunk,
+            str(self._stream.dtype),
+            self._stream.device.type,
+        ]
         key = fingerprint_value([FORMAT, blank.checkpoint, blank.data, *settings, self._second_moments])
         with scratch_folder(_scratch(out), key) as folder:
             self._announce(folder, title)
@@ -79,9 +116,9 @@ class Walk:
             Statistics.joined([layers, *(Statistics.load(path / BLOCK_SUMS) for path in finished)]).save(out)
 
     def _announce(self, folder: Path, title: str) -> None:
-        """Say what the work will take. Raises StageFailed where the disk is too small."""
-        of_text = self._tokens * self._hidden_size * self._dtype.itemsize
-        sums = len(self._steps) * self._allotment.sums_bytes
+        """Print what the work will take. Raises StageFailed where the disk is too small."""
+        of_text = self._tokens * self._stream.shape[2] * self._stream.dtype.itemsize
+        sums = len(self._stream.steps) * self._allotment.sums_bytes
         needed = 2 * (of_text + sums)  # the text before and after a layer; the sums by layer and together
         free = shutil.disk_usage(folder).free
         say(
@@ -96,69 +133,55 @@ class Walk:
             )
 
     def _walk(self, folder: Path, blank: Statistics, title: str) -> list[Path]:
-        """The folder of every layer, each finished."""
-        finished = [folder / f"{number:03d}" for number in range(len(self._steps))]
-        found = next((number for number, path in enumerate(finished) if not path.exists()), len(finished))
-        total = self._tokens * len(self._steps)
+        """Take the text through every layer; return the folders of all of them."""
+        layers_here = 0
+
+        def take(number: int, before: Path | None, after: Path, progress: Progress) -> None:
+            nonlocal layers_here
+            self._take(self._stream.steps[number], before, after, blank, progress)
+            layers_here += 1
+
         started = time.perf_counter()
-        with Progress(title, total=total, unit="token-layers", start=self._tokens * found) as progress:
-            for number in range(found, len(self._steps)):
-                before = finished[number - 1] if number else None
-                with atomic_folder(finished[number]) as partial:
-                    self._take(self._steps[number], before, partial, blank, progress)
-                for path in finished[:number]:
-                    (path / HIDDEN_STATES).unlink(missing_ok=True)
-        if found < len(self._steps):
-            self._report(title, (total - self._tokens * found) / len(self._steps), time.perf_counter() - started)
+        finished = walk_layers(
+            folder,
+            len(self._stream.steps),
+            take,
+            tokens=self._tokens,
+            title=title,
+            hidden_states=(HIDDEN_STATES,),
+        )
+        if layers_here:
+            tokens = self._tokens * layers_here / len(finished)
+            self._report(title, tokens, time.perf_counter() - started)
         return finished
 
     def _take(self, step: Step, before: Path | None, after: Path, blank: Statistics, progress: Progress) -> None:
-        """One step on all of the text: from the folder of the step before, if there is one, to the folder of this one."""
-        sums = replace(blank, sums={})
-        layers = replace(blank, sums={} if before is None else dict(Statistics.load(before / LAYER_SUMS).sums))
-        with (
-            weights_of(step.blocks, self._model, self._checkpoint, self._dtype, self._device, self._reading),
-            observe_blocks(self._model, step.blocks, sums, self._measuring, self._second_moments),
-            (after / HIDDEN_STATES).open("wb") as file,
-        ):
-            row = 0
-            for part, tokens in self._text.batches(self._allotment.rows_per_chunk):
-                hidden = self._embedded(tokens) if before is None else self._stored(before, row, tokens)
-                row += len(tokens)
-                with sums.part(part), layers.part(part):
-                    result = self._through(step, hidden, tokens, layers)
-                with self._writing:
-                    file.write(result.cpu().contiguous().view(torch.uint8).numpy().data)
-                progress.advance(tokens[:, 1:].numel(), layer=f"{self._steps.index(step) + 1}/{len(self._steps)}")
-        with self._writing:
-            sums.save(after / BLOCK_SUMS)
-            layers.save(after / LAYER_SUMS)
-
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        """What goes into the first layer, [rows, seq, hidden]."""
-        return embeddings(self._model, tokens[:, :-1], self._dtype, self._device)
-
-    def _stored(self, folder: Path, first_row: int, tokens: Tensor) -> Tensor:
-        """What goes into a later layer: some rows of the file that the layer before has written, memory-mapped."""
-        row = (tokens.shape[1] - 1, self._hidden_size)
-        everything = torch.from_file(
-            str(folder / HIDDEN_STATES), shared=False, size=self._tokens * self._hidden_size, dtype=self._dtype
+        """Take all of the text through one step: from the folder of the step before, if there is one, to this step's."""
+        stream = self._stream
+        inside = replace(blank, sums={})
+        between = replace(blank, sums={} if before is None else dict(Statistics.load(before / LAYER_SUMS).sums))
+        out = stream.create(after / HIDDEN_STATES)
+        hidden = stream.embed(out) if before is None else stream.open(before / HIDDEN_STATES)
+        visitor = LayerSums(
+            self._text,
+            inside,
+            between,
+            self._measuring,
+            layers=stream.checkpoint.config["num_hidden_layers"],
+            rows_per_pass=self._allotment.rows_per_pass,
         )
-        return everything.view(-1, *row)[first_row : first_row + len(tokens)].to(self._device)
-
-    def _through(self, step: Step, hidden: Tensor, tokens: Tensor, layers: Statistics) -> Tensor:
-        """A chunk's hidden states [rows, seq, hidden] after the step; `tokens` are its rows, [rows, seq + 1]."""
-        rows_per_pass = self._allotment.rows_per_pass
-        result = step.through(hidden, tokens, rows_per_pass)
-        if step.number is not None:
-            with self._measuring:
-                number_of_layers = self._checkpoint.config["num_hidden_layers"]
-                for before, after in zip(hidden.split(rows_per_pass), result.split(rows_per_pass), strict=True):
-                    add_layer_sums(layers, step.number, number_of_layers, before, after)
-        return result if step.norm is None else torch.cat([step.norm(rows) for rows in result.split(rows_per_pass)])
+        with (
+            stream.weights_of(step),
+            observe_blocks(stream.model, step.blocks, inside, self._measuring, self._second_moments),
+        ):
+            stream.advance(step, hidden, progress.advance, out=out, visitor=visitor, with_norm=True)
+        with stream.writing:
+            inside.save(after / BLOCK_SUMS)
+            between.save(after / LAYER_SUMS)
 
     def _report(self, title: str, tokens: float, seconds: float) -> None:
-        measuring, reading, writing = (watch.seconds for watch in (self._measuring, self._reading, self._writing))
+        watches = (self._measuring, self._stream.reading, self._stream.writing)
+        measuring, reading, writing = (watch.seconds for watch in watches)
         own = seconds - measuring - reading - writing
         say(
             f"{title}: {tokens / seconds:,.0f} tokens/s through all layers; {own / seconds:.0%} of the time in the model's own "

@@ -10,6 +10,7 @@ What is missed least is not what the refit makes up for best. So the best sets o
 each as `slimqwen repair` would, and the KL on the other half decides.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -258,18 +259,18 @@ class Walk:
 
     def _measured(self, sets: Sequence[Dropped], name: str) -> dict[str, list[float]]:
         everything = [(), *sets]
-        tokens = self._stream.tokens[:, 1:].numel()
+        tokens = math.prod(self._stream.shape[:2])
         total = tokens * (passes_of(everything, len(self._steps)) + 1)
         with Progress(f"{self._title}, {name}", total=total, unit="tokens") as progress:
-            streams: dict[Dropped, Tensor] = {(): self._stream.embed(self._file(()))}
+            streams: dict[Dropped, Tensor] = {(): self._stream.embed(self._stream.create(self._file(())))}
             for layer, step in enumerate(self._steps):
                 streams = self._forked(streams, layer, everything)
                 with self._stream.weights_of(step):
                     for dropped, hidden in streams.items():
                         if layer not in dropped:
-                            self._stream.advance(step, hidden, progress)
+                            self._stream.advance(step, hidden, progress.advance)
             for hidden in streams.values():
-                self._stream.normed(self._steps[-1], hidden)
+                self._stream.apply_norm(self._steps[-1], hidden)
             kl = self._divergences(streams.pop(()), [streams[drop] for drop in sets], progress)
         for path in self._folder.glob(".stream*"):
             path.unlink()
@@ -283,7 +284,7 @@ class Walk:
         result = {}
         for dropped in lacking:
             if layer in dropped:
-                result[dropped] = self._stream.open(self._file(dropped)).copy_(streams[dropped[:-1]])
+                result[dropped] = self._stream.create(self._file(dropped)).copy_(streams[dropped[:-1]])
             else:
                 result[dropped] = streams[dropped]
         return result
@@ -296,7 +297,7 @@ class Walk:
 
         Two models' log-probabilities of CHUNK_TOKENS positions exist at one time, however many are compared.
         """
-        head = self._stream.head()
+        head = self._stream.read_head()
         totals = [0.0] * len(others)
 
         def log_probabilities(hidden: Tensor, start: int) -> Tensor:

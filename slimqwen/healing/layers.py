@@ -76,6 +76,8 @@ class Healing:
         rows_per_pass: int,
     ) -> None:
         self._student, self._teacher, self._recipe, self._seed = student, teacher, recipe, seed
+        assert isinstance(student.tokens, Tensor), "rows are taken out of order"
+        self._tokens = student.tokens
         self._rows_per_pass = rows_per_pass
         self._rounding = max(UNCHANGED, torch.finfo(student.dtype).eps)
         self._seq: int = student.shape[1]
@@ -160,11 +162,11 @@ class Healing:
         assert teacher_norm is not None
 
         def teacher_hidden(rows: Tensor) -> Tensor:
-            hidden: Tensor = teacher_norm(teacher.ready(target.teacher_stream[rows]))
+            hidden: Tensor = teacher_norm(teacher.prepare(target.teacher_stream[rows]))
             return hidden
 
         with teacher.weights_after(course.teacher[-1]):
-            yield PredictionError(norm, self._student.head(), teacher_hidden, teacher.head())
+            yield PredictionError(norm, self._student.read_head(), teacher_hidden, teacher.read_head())
 
     def _train(
         self, training: "_Training", batches: Sequence[Tensor], rate: float, progress: LayerProgress | None
@@ -203,7 +205,7 @@ class Healing:
     def _through(self, step: Step, hidden: Tensor, rows: Tensor) -> Tensor:
         """The layer's output for some rows, [rows, seq, hidden]."""
         with self._mixed_precision():
-            result: Tensor = step.run(hidden[rows].to(self._student.device), self._student.tokens[rows])
+            result: Tensor = step.run(hidden[rows].to(self._student.device), self._tokens[rows])
         return result
 
     def _mixed_precision(self) -> AbstractContextManager[Any]:

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families.family import Block
 from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Stream
-from slimqwen.layerwise.weights import ExpertsOnDisk, dense_tensors, weights_of
+from slimqwen.layerwise.weights import ExpertsOnDisk, dense_tensors
 
 
 @contextmanager
@@ -21,8 +20,8 @@ def trainable_weights(stream: Stream, step: Step) -> Iterator[dict[str, Tensor]]
     Yields them by their names: a checkpoint's, but for routed experts, which are stacked, [experts, rows, columns]. Norms
     and heads around the layer are there too, and do not train; buffers (a router's correction bias) do not either.
     """
-    model, checkpoint, device = stream.model, stream.checkpoint, stream.device
-    with weights_of(step.blocks, model, checkpoint, torch.float32, device, Stopwatch()):
+    model, device = stream.model, stream.device
+    with stream.weights_of(step, torch.float32):
         leaves: dict[str, Tensor] = {}
         for block in trained_blocks(step):
             for name in [*dense_tensors(block), *stacked_experts(block)]:

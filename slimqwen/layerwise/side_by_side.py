@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slimqwen.artifacts import atomic_folder
 from slimqwen.core.progress import Progress
 from slimqwen.families.family import Block
 from slimqwen.layerwise.courses import Course, courses
 from slimqwen.layerwise.stream import Stream
+from slimqwen.layerwise.walk import walk_layers
 
 # In the folder of each layer that is finished; the hidden states [rows, seq, hidden] in the last finished layer's only:
 CHANGED = "changed.safetensors"  # the changed tensors by their names in the checkpoint
@@ -91,38 +91,34 @@ class SideBySide:
         self._courses = courses(student.steps, teacher.steps, kept_layers)
 
     def run(self, change: LayerChange, folder: Path, title: str) -> list[Path]:
-        """The files with the changed tensors of each layer. What is finished in `folder` already is kept."""
-        finished = [folder / f"{number:03d}" for number in range(len(self._courses))]
-        found = next((number for number, path in enumerate(finished) if not path.exists()), len(finished))
-        total, done = (self._tokens * layers for layers in (len(finished), found))
-        with Progress(title, total=total, unit="token-layers", start=done) as progress, torch.no_grad():
-            for number, course in enumerate(self._courses[found:], start=found):
-                of_layer = LayerProgress(progress, len(course.teacher) + change.passes(course))
-                of_layer.advance(0, layer=f"{number + 1}/{len(finished)}")
-                with atomic_folder(finished[number]) as partial:
-                    self._take(course, change, finished[number - 1] if number else None, partial, of_layer)
-                for path in finished[:number]:
-                    for stream in (STUDENT, TEACHER):
-                        (path / stream).unlink(missing_ok=True)
+        """Change every layer; return the files with the changed tensors of each. What is finished in `folder` already is kept."""
+
+        def take(number: int, before: Path | None, after: Path, progress: Progress) -> None:
+            course = self._courses[number]
+            of_layer = LayerProgress(progress, len(course.teacher) + change.passes(course))
+            self._take(course, change, before, after, of_layer)
+
+        with torch.no_grad():
+            finished = walk_layers(
+                folder, len(self._courses), take, tokens=self._tokens, title=title, hidden_states=(STUDENT, TEACHER)
+            )
         return [path / CHANGED for path in finished]
 
     def _take(
         self, course: Course, change: LayerChange, before: Path | None, after: Path, progress: LayerProgress
     ) -> None:
-        """One step of the student, from the folder of the step before, if there is one, to the folder of this one."""
+        """Take both streams through one step of the student, from the folder of the step before, if any, to this one's."""
         theirs = self._begin(self._teacher, before, after, TEACHER)
         for step in course.teacher:
             with self._teacher.weights_of(step):
-                self._teacher.advance(step, theirs, progress)
-            if step is not course.teacher[-1]:
-                self._teacher.normed(step, theirs)
+                is_last = step is course.teacher[-1]  # the target is the stream before the norm
+                self._teacher.advance(step, theirs, progress.advance, with_norm=not is_last)
         ours = self._begin(self._student, before, after, STUDENT)
         change(course, ours, Target(theirs, self._projection(course.teacher_block)), after, before, progress)
-        self._student.normed(course.student, ours)
-        self._teacher.normed(course.teacher[-1], theirs)
+        self._student.apply_norm(course.student, ours)
+        self._teacher.apply_norm(course.teacher[-1], theirs)
 
     def _begin(self, stream: Stream, before: Path | None, after: Path, name: str) -> Tensor:
-        """What goes into a step, in the file where its output will be."""
-        if before is None:
-            return stream.embed(after / name)
-        return stream.open(after / name).copy_(stream.open(before / name))
+        """Return what goes into a step, in the file where its output will be."""
+        hidden = stream.create(after / name)
+        return stream.embed(hidden) if before is None else hidden.copy_(stream.open(before / name))

@@ -1,9 +1,12 @@
-"""A model walked layer by layer, and the text's hidden states on their way through it, which lie in a file."""
+"""One model on one text: the weights of its layers come and go, and the text's hidden states go through layer after layer."""
 
-from collections.abc import Collection, Iterator
+import errno
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,44 +16,97 @@ from torch import Tensor
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families.family import Block
-from slimqwen.layerwise.experts import experts_on_disk
 from slimqwen.layerwise.memory import Allotment
 from slimqwen.layerwise.step import Step, embeddings, steps_of
 from slimqwen.layerwise.weights import weights_of, without_weights
+from slimqwen.model.experts import STREAMED_EXPERTS
 from slimqwen.model.model import head_name
 
+NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL)  # what a file system answers that cannot reserve space
 
-def file_backed(path: Path, *shape: int) -> Tensor:
-    """A float32 tensor of zeros that lies in a file: page cache, which the system takes back as it needs, and no memory."""
+
+def file_backed(path: Path, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor of zeros that lies in a new file: page cache, which the system takes back as it needs, and no memory.
+
+    Raises OSError where the disk has no room for it: a mapped page without one would kill the process by SIGBUS.
+    """
     count = int(torch.Size(shape).numel())
-    return torch.from_file(str(path), shared=True, size=count, dtype=torch.float32).view(*shape)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        if count:
+            os.posix_fallocate(descriptor, 0, count * dtype.itemsize)
+    except OSError as error:
+        if error.errno not in NO_FALLOCATE:
+            raise
+    finally:
+        os.close(descriptor)
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
 
 
-class Counts(Protocol):
-    """Progress that a walk reports to."""
+class Rows(Protocol):
+    """The rows of a text, int64 [rows, seq + 1]: a tensor, or an object that reads them when they are needed."""
 
-    def advance(self, amount: int) -> None:
-        """`amount` tokens more have gone through a layer."""
+    @property
+    def shape(self) -> Sequence[int]:
+        """Rows, and tokens of a row."""
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return some of them, which never span two sections of the stream's text."""
+
+
+class Visitor:
+    """What happens beside the forward pass while a text goes through a layer. This one does nothing."""
+
+    def chunk(self, rows: slice) -> AbstractContextManager[None]:
+        """Return a context that stays open while these rows go through the layer and the norm that may follow."""
+        return nullcontext()
+
+    def receive(self, step: Step, before: Tensor, after: Tensor) -> None:
+        """Receive a chunk's hidden states before and after the layer, [rows, seq, hidden], without the norm that may follow."""
 
 
 class Stream:
-    """One of the two models.
+    """One model, without weights but for the layer under way, and the rows of one text.
 
-    Hidden states are float32 [rows, seq, hidden] on the CPU, file-backed; layers compute in `dtype` on `device`, a few
-    rows at a time.
+    Hidden states are tensors [rows, seq, hidden] in `hidden_dtype` on the CPU, in memory or file-backed; layers compute in
+    `dtype` on `device`, a few rows at a time. `reading` and `writing` count the seconds spent on weights and on hidden states.
+
+    sections: the numbers of rows, one after another, that go through a layer apart from each other. Default: all rows together.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, tokens: Tensor, allotment: Allotment, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        tokens: Rows,
+        allotment: Allotment,
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden_dtype: torch.dtype = torch.float32,
+        sections: Sequence[int] | None = None,
     ) -> None:
-        self.checkpoint, self.tokens = checkpoint, tokens
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.model = without_weights(checkpoint, dtype, device)
+        self.model.set_experts_implementation(STREAMED_EXPERTS)  # Transformers' own reads all of a layer's at once
         self.steps = steps_of(self.model)
-        self.shape = (len(tokens), tokens.shape[1] - 1, checkpoint.config["hidden_size"])
-        self._allotment, self.dtype, self.device = allotment, dtype, device
+        self.reading, self.writing = Stopwatch(), Stopwatch()
+        self._allotment, self._hidden_dtype = allotment, hidden_dtype
+        self._set_text(tokens, sections)
+
+    def _set_text(self, tokens: Rows, sections: Sequence[int] | None = None) -> None:
+        rows, length = tokens.shape
+        self.tokens = tokens
+        self.shape = (rows, length - 1, self.checkpoint.config["hidden_size"])
+        self._sections = [rows] if sections is None else sections
+        assert sum(self._sections) == rows
+
+    def on(self, tokens: Rows) -> "Stream":
+        """Return the same model on another text."""
+        other = copy(self)
+        other._set_text(tokens)
+        return other
 
     def without(self, layers: Collection[int]) -> "Stream":
-        """The same model without some of its decoder layers, and without its MTP module."""
+        """Return the same model without some of its decoder layers, and without its MTP module."""
         other = copy(self)
         decoder = [step for step in self.steps if step.number is not None]
         other.steps = [step for step in decoder if step.number not in layers]
@@ -60,61 +116,93 @@ class Stream:
             other.steps[-1] = replace(last, blocks=[*last.blocks, *after], norm=decoder[-1].norm)
         return other
 
-    def weights_of(self, step: Step) -> AbstractContextManager[None]:
-        return weights_of(step.blocks, self.model, self.checkpoint, self.dtype, self.device, Stopwatch())
+    def weights_of(self, step: Step, dtype: torch.dtype | None = None) -> AbstractContextManager[None]:
+        """Return a context in which the step has its weights, in `dtype` or else the stream's."""
+        return self._weights(step.blocks, dtype)
 
     def weights_after(self, step: Step) -> AbstractContextManager[None]:
-        """The norm that follows the last decoder layer, alone."""
-        after = [block for block in step.blocks if block.layer is None and not block.is_mtp]
-        return weights_of(after, self.model, self.checkpoint, self.dtype, self.device, Stopwatch())
+        """Return a context in which the norm that follows the last decoder layer has its weights, and the layer has none."""
+        return self._weights([block for block in step.blocks if block.layer is None and not block.is_mtp])
 
-    def head(self) -> Tensor:
-        """lm_head's weight, or the embedding that it is tied to, float32 [vocab, hidden] on the device."""
-        return self.checkpoint.read(head_name(self.checkpoint, self.model)).to(self.device, torch.float32)
+    def _weights(self, blocks: Collection[Block], dtype: torch.dtype | None = None) -> AbstractContextManager[None]:
+        return weights_of(blocks, self.model, self.checkpoint, dtype or self.dtype, self.device, self.reading)
+
+    def read_head(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Read lm_head's weight, or the embedding that it is tied to, [vocab, hidden] on the device."""
+        return self.checkpoint.read(head_name(self.checkpoint, self.model)).to(self.device, dtype)
+
+    def create(self, path: Path) -> Tensor:
+        """Create a file for hidden states, and return them, zeros."""
+        return file_backed(path, *self.shape, dtype=self._hidden_dtype)
 
     def open(self, path: Path) -> Tensor:
-        """The hidden states in a file."""
-        return file_backed(path, *self.shape)
+        """Map the hidden states in a file, for reading: what is written to them does not reach it."""
+        count = int(torch.Size(self.shape).numel())
+        return torch.from_file(str(path), shared=False, size=count, dtype=self._hidden_dtype).view(*self.shape)
 
-    def embed(self, path: Path) -> Tensor:
-        """What goes into the first layer, written to a file."""
-        hidden = self.open(path)
+    def embed(self, hidden: Tensor) -> Tensor:
+        """Write what goes into the first layer to `hidden`, and return it."""
         for rows in self.passes():
-            hidden[rows] = embeddings(self.model, self.tokens[rows, :-1], self.dtype, self.device).cpu().float()
+            hidden[rows] = embeddings(self.model, self.tokens[rows][:, :-1], self.dtype, hidden.device).to(hidden.dtype)
         return hidden
 
-    def advance(self, step: Step, hidden: Tensor, progress: Counts) -> None:
-        """Through a layer as it is, in place, without the norm that may follow. The step's weights must be there."""
-        block = moe_block(step)
-        with nullcontext() if block is None else experts_on_disk(self.experts_of(block)):
-            for rows in self._slices(self._allotment.rows_per_chunk):
-                result = step.through(self.ready(hidden[rows]), self.tokens[rows], self._allotment.rows_per_pass)
-                hidden[rows] = result.cpu().float()
-                progress.advance(hidden[rows, :, 0].numel())
+    def advance(
+        self,
+        step: Step,
+        hidden: Tensor,
+        count: Callable[[int], None],
+        *,
+        out: Tensor | None = None,
+        visitor: Visitor | None = None,
+        with_norm: bool = False,
+    ) -> None:
+        """Take the text through one layer, whose weights must be there: from `hidden` to `out`, or in place.
 
-    def normed(self, step: Step, hidden: Tensor) -> None:
-        """Through the norm that follows a layer, in place, if there is one."""
+        Args:
+            count: called with the number of tokens that went through the layer.
+            with_norm: through the norm that may follow, too.
+        """
+        out = hidden if out is None else out
+        visitor = visitor or Visitor()
+        rows_per_pass = self._allotment.rows_per_pass
+        for rows in self._slices(self._allotment.rows_per_chunk):
+            with visitor.chunk(rows):
+                before = self.prepare(hidden[rows])
+                after = step.through(before, self.tokens[rows], rows_per_pass)
+                visitor.receive(step, before, after)
+                if with_norm and step.norm is not None:
+                    for some in after.split(rows_per_pass):
+                        some.copy_(step.norm(some))
+            with self.writing:
+                out[rows] = after.to(out.device, out.dtype)
+            count(after.shape[0] * after.shape[1])
+
+    def apply_norm(self, step: Step, hidden: Tensor) -> None:
+        """Take the text through the norm that follows a layer, in place, if there is one."""
         if step.norm is not None:
             with self.weights_of(step):
                 for rows in self.passes():
-                    hidden[rows] = step.norm(self.ready(hidden[rows])).cpu().float()
+                    hidden[rows] = step.norm(self.prepare(hidden[rows])).to(hidden.device, hidden.dtype)
 
     def passes(self) -> Iterator[slice]:
+        """Yield the rows that go through a token mixer at once, over the whole text."""
         return self._slices(self._allotment.rows_per_pass)
 
     def _slices(self, size: int) -> Iterator[slice]:
-        return (slice(first, first + size) for first in range(0, len(self.tokens), size))
+        for first, end in pairwise(accumulate(self._sections, initial=0)):
+            for start in range(first, end, size):
+                yield slice(start, min(start + size, end))
 
     def experts_of(self, block: Block) -> Any:
-        """The module of a block's routed experts."""
+        """Return the module of a block's routed experts."""
         assert block.experts is not None
         return self.model.module_of(block.prefix + next(iter(block.experts.fused)))
 
-    def ready(self, hidden: Tensor) -> Tensor:
-        """Hidden states as the layers compute with them."""
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """Convert hidden states to the device and dtype that the layers compute with."""
         return hidden.to(self.device, self.dtype)
 
 
 def moe_block(step: Step) -> Block | None:
-    """The block of a step that routes to experts, if there is one."""
+    """Return the block of a step that routes to experts, if there is one."""
     return next((block for block in step.blocks if block.experts is not None), None)

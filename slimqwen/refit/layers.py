@@ -80,7 +80,7 @@ class Refit:
     ) -> str:
         """Change `matrices`; the file-backed target becomes what they leave of it. Returns the share missing, before and after."""
         target, start = target.flatten(0, 1), [matrix.clone() for matrix in matrices]
-        scratch = self._student.open(folder / SCRATCH).flatten(0, 1).copy_(target)
+        scratch = self._student.create(folder / SCRATCH).flatten(0, 1).copy_(target)
         wanted = squared_norm(target)
         subtract_answers(networks, matrices, scratch)
         missing = squared_norm(scratch)

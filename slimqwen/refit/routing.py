@@ -65,10 +65,10 @@ def ask(
     networks = [stream.model.module_of(name.removesuffix(".weight")) for name in dense]
     block = moe_block(step)
     experts = None if block is None else stream.experts_of(block)
-    questions = Questions(stream.open(asked).flatten(0, 1))
+    questions = Questions(stream.create(asked).flatten(0, 1))
     with silent(networks[0] if step.moe is None else step.moe, networks, experts, questions):
         for rows in stream.passes():
-            hidden[rows] = step.run(stream.ready(hidden[rows]), stream.tokens[rows]).cpu().float()
+            hidden[rows] = step.run(stream.prepare(hidden[rows]), stream.tokens[rows]).cpu().float()
             progress.advance(hidden[rows, :, 0].numel())
     result = [
         questions.to_dense(number, network, stream.model.module_of(name))

@@ -11,14 +11,11 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.free_memory import available_bytes
 from slimqwen.core.progress import say
-from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.data.stream import Batch
 from slimqwen.layerwise.memory import allot
-from slimqwen.layerwise.step import Step, embeddings, steps_of
-from slimqwen.layerwise.weights import weights_of, without_weights
+from slimqwen.layerwise.stream import Stream
 from slimqwen.model.device import aligned
-from slimqwen.model.experts import STREAMED_EXPERTS
-from slimqwen.model.model import HiddenStates, head_name, load
+from slimqwen.model.model import HiddenStates, load
 
 Advance = Callable[[int], None]
 
@@ -74,13 +71,9 @@ class LayerByLayer(Predictor):
         device: torch.device,
     ) -> None:
         """sequences: of a shard. budget_bytes: memory for activations beside the hidden states."""
-        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
-        self._model = without_weights(checkpoint, dtype, device)
-        self._steps = [step for step in steps_of(self._model) if with_mtp or step.number is not None]
-        self.passes = len(self._steps)
         self._batch_size = batch_size
         held = (1 + with_mtp) * sequences * sequence_length * checkpoint.config["hidden_size"] * dtype.itemsize
-        self._allotment = allot(
+        allotment = allot(
             checkpoint,
             parts=0,
             rows=sequences,
@@ -91,36 +84,30 @@ class LayerByLayer(Predictor):
             device=device,
             beside_bytes=held,
         )
-        self.head = aligned(checkpoint.read(head_name(checkpoint, self._model)).to(device, dtype))
-        self._model.set_experts_implementation(STREAMED_EXPERTS)  # Transformers' own wants all of a layer at once
+        no_text = torch.empty(0, sequence_length + 1, dtype=torch.int64)
+        stream = Stream(checkpoint, no_text, allotment, dtype, device, hidden_dtype=dtype)
+        self._stream = stream if with_mtp else stream.without(())
+        self.passes = len(self._stream.steps)
+        self.head = aligned(stream.read_head(dtype))
         say(
             f"layer by layer: the checkpoint is read once for every {sequences:,} sequences; it takes "
-            f"{bytes_in_words(self._allotment.total_bytes + held)} of memory, {bytes_in_words(held)} of it for hidden states"
+            f"{bytes_in_words(allotment.total_bytes + held)} of memory, {bytes_in_words(held)} of it for hidden states"
         )
 
     def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
-        hidden = embeddings(self._model, shard.tokens[:, :-1], self._dtype, torch.device("cpu"))
+        """Take the whole shard through every layer, then yield it batch by batch."""
+        stream = self._stream.on(shard.tokens)
+        hidden = stream.embed(torch.empty(stream.shape, dtype=stream.dtype))
         mtp = None
-        for step in self._steps:
+        for step in stream.steps:
             if step.number is None:
-                mtp = hidden.clone()
-                self._take(step, mtp, shard.tokens, advance)
-            else:
-                self._take(step, hidden, shard.tokens, advance)
+                mtp = torch.empty_like(hidden)
+            with stream.weights_of(step):
+                stream.advance(step, hidden, advance, out=mtp, with_norm=True)
         main = hidden.split(self._batch_size)
         drafts = [None] * len(main) if mtp is None else mtp.split(self._batch_size)
         for batch, states, draft in zip(shard.split(self._batch_size), main, drafts, strict=True):
-            yield batch, HiddenStates(states.to(self._device), None if draft is None else draft.to(self._device))
-
-    def _take(self, step: Step, hidden: Tensor, tokens: Tensor, advance: Advance) -> None:
-        """All sequences through one layer, in place: `hidden` is [sequences, seq, hidden], `tokens` [sequences, seq + 1]."""
-        rows_per_pass, rows_per_chunk = self._allotment.rows_per_pass, self._allotment.rows_per_chunk
-        with weights_of(step.blocks, self._model, self._checkpoint, self._dtype, self._device, Stopwatch()):
-            for states, ids in zip(hidden.split(rows_per_chunk), tokens.split(rows_per_chunk), strict=True):
-                after = step.through(states.to(self._device), ids, rows_per_pass)
-                for done, rows in zip(states.split(rows_per_pass), after.split(rows_per_pass), strict=True):
-                    done.copy_(rows if step.norm is None else step.norm(rows))
-                advance(ids[:, 1:].numel())
+            yield batch, HiddenStates(states.to(stream.device), None if draft is None else draft.to(stream.device))
 
 
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> bool:
