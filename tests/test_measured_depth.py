@@ -18,18 +18,10 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.core.errors import UserError
 from slimqwen.data.store import training_stream
-from slimqwen.depth import measure
-from slimqwen.depth.measure import (
-    REFITTED,
-    Search,
-    Walk,
-    _as_it_is,
-    folds_of_seen,
-    layers_at_once,
-    measure_depth,
-    measured_after_refit,
-    passes_of,
-)
+from slimqwen.depth import drops
+from slimqwen.depth.drops import LayerDrops, count_passes, keep_coordinates, seen_folds, unseen_rows
+from slimqwen.depth.measure import layers_at_once, measure_depth
+from slimqwen.depth.search import REFITTED, Search
 from slimqwen.families.canonical import full_attention_interval
 from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.side_by_side import STUDENT, TEACHER, SideBySide
@@ -125,8 +117,8 @@ def test_slices_of_the_text_make_no_difference(tmp_path: Path) -> None:
 
 
 def test_passes_by_hand() -> None:
-    assert passes_of([(), (1,), (1, 3)], layers=4) == 4 + 2
-    assert passes_of([(), (0,)], layers=3) == 3 + 2
+    assert count_passes([(), (1,), (1, 3)], layers=4) == 4 + 2
+    assert count_passes([(), (0,)], layers=3) == 3 + 2
 
 
 # The search
@@ -138,7 +130,7 @@ class Table:
     def __init__(self, kl: dict[Dropped, float]) -> None:
         self._kl, self.asked = kl, list[list[Dropped]]()
 
-    def kl(self, sets: list[Dropped], name: str) -> list[MeasuredDrop]:
+    def measure(self, sets: list[Dropped], name: str) -> list[MeasuredDrop]:
         self.asked.append(sets)
         return [MeasuredDrop(dropped=drop, kl=self._kl.get(drop, 9.0)) for drop in sets]
 
@@ -147,7 +139,7 @@ def test_one_more_layer_in_each_round_and_runs_in_the_last() -> None:
     """Influence shortlists 1, 3 and 0 of 0 to 4; without 3 the KL is smaller; the run 0, 1 wins in the end."""
     influence = [0.3, 0.1, 0.5, 0.2, 0.9]
     table = Table({(1,): 0.5, (3,): 0.4, (0,): 0.6, (1, 3): 0.9, (0, 3): 1.1, (0, 1): 0.8})
-    found = Search(influence, 2, 3, []).run(table)  # type: ignore[arg-type]
+    found = Search(influence, 2, 3, []).run(table)
     assert table.asked == [[(1,), (3,), (0,)], [(1, 3), (0, 3), (2, 3), (0, 1)]]
     result = MeasuredDepth(checkpoint="", data="", tokens=1, measured=found)
     assert result.best(2) == (0, 1) and result.best(1) == (3,)
@@ -156,7 +148,7 @@ def test_one_more_layer_in_each_round_and_runs_in_the_last() -> None:
 def test_a_round_grows_what_the_round_before_chose() -> None:
     """A run that beats it at the end is a candidate, and never a beginning."""
     table = Table({(0,): 0.1, (0, 2): 0.2, (0, 2, 3): 0.3})
-    found = Search([0.1, 0.9, 0.2, 0.3, 0.8], 3, 2, []).run(table)  # type: ignore[arg-type]
+    found = Search([0.1, 0.9, 0.2, 0.3, 0.8], 3, 2, []).run(table)
     assert table.asked[:2] == [[(0,), (2,)], [(0, 2), (0, 3)]]
     assert min(found, key=lambda drop: (-len(drop.dropped), drop.kl)).dropped == (0, 2, 3)
 
@@ -164,14 +156,14 @@ def test_a_round_grows_what_the_round_before_chose() -> None:
 def test_neighbours_that_cannot_go_together_go_one_by_one() -> None:
     """Of linear, full, linear either pair of neighbours has the attention."""
     table = Table({(0,): 0.1, (0, 2): 0.2})
-    found = Search([0.1, 0.2, 0.3], 2, 8, [1], at_once=2).run(table)  # type: ignore[arg-type]
+    found = Search([0.1, 0.2, 0.3], 2, 8, [1], at_once=2).run(table)
     assert [drop.dropped for drop in found] == [(0,), (2,), (0, 2)]
 
 
 def test_one_full_attention_layer_stays() -> None:
     search = Search([0.1, 0.2, 0.3], 2, 3, [0, 1])
-    assert search.one_more((0,)) == [(0, 2)]
-    assert search.runs() == [(1, 2)]
+    assert search.grow((0,)) == [(0, 2)]
+    assert search.contiguous_runs() == [(1, 2)]
 
 
 # As a stage
@@ -180,7 +172,7 @@ def test_one_full_attention_layer_stays() -> None:
 def test_interrupted_and_continued_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = measurable(tmp_path)
     whole = measured(model, tmp_path / "whole.json", keep=3)
-    usual = measure.Walk._measured
+    usual = LayerDrops._measure_round
     rounds: list[str] = []
 
     def counted(self: Any, sets: list[Dropped], name: str, last: int) -> Any:
@@ -190,10 +182,10 @@ def test_interrupted_and_continued_is_uninterrupted(tmp_path: Path, monkeypatch:
         return usual(self, sets, name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(measure.Walk, "_measured", lambda self, sets, name: counted(self, sets, name, 1))
+        patch.setattr(LayerDrops, "_measure_round", lambda self, sets, name: counted(self, sets, name, 1))
         measured(model, tmp_path / "out.json", keep=3)
     assert not (tmp_path / "out.json").exists()
-    monkeypatch.setattr(measure.Walk, "_measured", lambda self, sets, name: counted(self, sets, name, 9))
+    monkeypatch.setattr(LayerDrops, "_measure_round", lambda self, sets, name: counted(self, sets, name, 9))
     assert measured(model, tmp_path / "out.json", keep=3) == whole
     assert rounds == ["round 1 of 2", "round 2 of 2"]
 
@@ -281,12 +273,12 @@ def test_a_stream_without_layers_is_the_pruned_model(tmp_path: Path, dropped: Dr
     kept = [step.number for step in left.steps if step.number is not None]
     layers = tmp_path / "layers"
     layers.mkdir()
-    *_, last = SideBySide(left, whole, kept, lambda _block: lambda stream: stream).run(Unchanged(left), layers, "walk")
-    (kl,) = walk._divergences(whole.open(last.with_name(TEACHER)), [left.open(last.with_name(STUDENT))])
+    *_, last = SideBySide(left, whole, kept, keep_coordinates).run(Unchanged(left), layers, "walk")
+    (kl,) = walk._compute_divergences(whole.open(last.with_name(TEACHER)), [left.open(last.with_name(STUDENT))])
     assert kl == pytest.approx(referee(model, dropped, tmp_path / "pruned"), rel=1e-3, abs=1e-5)
 
 
-def walk_of(model: Measurable, folder: Path, rows: Tensor | None = None) -> Walk:
+def walk_of(model: Measurable, folder: Path, rows: Tensor | None = None) -> LayerDrops:
     folder.mkdir()
     source = Checkpoint(model.checkpoint)
     rows = training_stream(model.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens if rows is None else rows
@@ -301,7 +293,7 @@ def walk_of(model: Measurable, folder: Path, rows: Tensor | None = None) -> Walk
         **settings,
     )
     parts = [Part("text", row % 2) for row in range(SAMPLES)]
-    return Walk(Stream(source, rows, allotment, **settings), parts, folder, "walk")
+    return LayerDrops(Stream(source, rows, allotment, **settings), parts, folder, "walk")
 
 
 def test_the_refit_sees_even_rows_alone(tmp_path: Path) -> None:
@@ -314,10 +306,10 @@ def test_the_refit_sees_even_rows_alone(tmp_path: Path) -> None:
     for name, text in (("one", rows), ("other", other)):
         walk = walk_of(model, tmp_path / name, text)
         left = walk._stream.without((IDLE, 3))
-        refit = Refit(left, folds_of_seen(walk._parts), torch.tensor([row % 2 == 1 for row in range(SAMPLES)]))
+        refit = Refit(left, seen_folds(walk._parts), torch.tensor([row % 2 == 1 for row in range(SAMPLES)]))
         layers = tmp_path / f"{name}-layers"
         layers.mkdir()
-        files = SideBySide(left, walk._stream.without(()), [0, 2, 4], _as_it_is).run(refit, layers, "walk")
+        files = SideBySide(left, walk._stream.without(()), [0, 2, 4], keep_coordinates).run(refit, layers, "walk")
         found.append([load_file(file) for file in files])
     source = Checkpoint(model.checkpoint)
     changed = 0
@@ -345,7 +337,7 @@ def test_no_row_is_both_refitted_on_and_measured() -> None:
     """Of a text with fewer sequences than samples some come twice."""
     rows = torch.tensor([[1, 2], [3, 4], [5, 6], [1, 2], [3, 4], [7, 8]])
     parts = [Part("a", half) for half in (0, 0, 0, 1, 1, 1)]
-    assert measured_after_refit(rows, parts).tolist() == [False] * 5 + [True]
+    assert unseen_rows(rows, parts).tolist() == [False] * 5 + [True]
 
 
 def test_sources_of_one_sequence_each_are_measured_without_a_refit(
@@ -369,13 +361,13 @@ def test_the_best_by_hand() -> None:
 
 def test_folds_of_what_the_refit_sees() -> None:
     one = [Part("a", half) for half in (0, 0, 0, 1, 1)]
-    assert [fold.tolist() for fold in folds_of_seen(one)] == [
+    assert [fold.tolist() for fold in seen_folds(one)] == [
         [True, False, True, False, False],
         [False, True, False, False, False],
     ]
     two = [Part("a", 0), Part("a", 1), Part("b", 0)]
-    assert [fold.tolist() for fold in folds_of_seen(two)] == [[True, False, False], [False, False, True]]
-    assert folds_of_seen([Part("a", 0), Part("a", 1)]) == []
+    assert [fold.tolist() for fold in seen_folds(two)] == [[True, False, False], [False, False, True]]
+    assert seen_folds([Part("a", 0), Part("a", 1)]) == []
 
 
 # Whole periods
@@ -391,7 +383,7 @@ def test_whole_periods_go_where_the_target_is_some_of_them_fewer() -> None:
 
     influence = [0.5, 0.4, 0.1, 0.2, 0.1, 0.3, 0.9, 0.9, 0.8, 0.2, 0.2, 0.3, 0.2, 0.9, 0.9, 0.9]
     table = Table({(2, 3, 4, 5): 0.1, (2, 3, 4, 5, 9, 10, 11, 12): 0.3})
-    found = Search(influence, 8, 2, [3, 7, 11, 15], at_once=4).run(table)  # type: ignore[arg-type]
+    found = Search(influence, 8, 2, [3, 7, 11, 15], at_once=4).run(table)
     assert table.asked[0] == [(2, 3, 4, 5), (1, 2, 3, 4)]
     assert len(table.asked) == 2
     for drop in found:
@@ -411,6 +403,6 @@ def test_killed_while_a_refit_is_cleared_away(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(measure.shutil, "rmtree", killed)
+        patch.setattr(drops.shutil, "rmtree", killed)
         measured(model, tmp_path / "out.json", keep=3)
     assert measured(model, tmp_path / "out.json", keep=3) == whole
