@@ -1,4 +1,4 @@
-"""What the networks of a layer should add to the student's stream, and refitting them to that."""
+"""The refit of one layer: what its networks should add to the student's stream, and their matrices solved for it."""
 
 import math
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from torch import Tensor
 from slimqwen.layerwise.courses import Course
 from slimqwen.layerwise.side_by_side import CHANGED, LayerProgress, Target
 from slimqwen.layerwise.stream import Stream
-from slimqwen.refit.matrices import Network, agreement, refit, squared_norm, subtract_answers, take_share, trusted_share
+from slimqwen.refit.matrices import Network, agreement, refit, squared_norm, subtract_outputs, take_share, trusted_share
 from slimqwen.refit.outputs import matrices_of, output_specs
-from slimqwen.refit.routing import ask
+from slimqwen.refit.record import record_networks
 
 # Measured on the built-in teacher, 32 -> 16 experts (docs/repair.md).
 RIDGE = 1e-2
 SWEEPS = 2
-UNCHANGED = 1e-3  # of what a layer's networks should say: less that is missing is rounding, and the layer stays
+UNCHANGED = 1e-3  # of what a layer's networks should add: less that is missing is rounding, and the layer stays
 
 # Files in the folder of the layer under way:
 SCRATCH = "scratch"  # a copy of what is to be explained
-ASKED = "asked"  # what the layer under way asks its networks
+INPUTS = "inputs"  # of the networks of the layer under way
 
 
 class Refit:
-    """Refits the networks of a layer that is not where the teacher is.
+    """Refits the networks of a layer whose output is not the teacher's.
 
-    folds: what is left out, bool [rows], to see how far a refit is to be trusted on text that it has not seen
-    (`refit.trusted_share`). unseen: rows that nothing is fitted on and no fold has, bool [rows], to measure the result on.
+    folds: what is left out, bool [rows], to measure how far to take a refit on text that it was not fitted on
+    (`matrices.trusted_share`). unseen: rows that nothing is fitted on and no fold has, bool [rows], to measure the result on.
     """
 
     def __init__(self, student: Stream, folds: Sequence[Tensor] = (), unseen: Tensor | None = None) -> None:
@@ -38,7 +38,7 @@ class Refit:
         self._tokens = math.prod(student.shape[:2])
 
     def passes(self, _course: Course) -> int:
-        """By the layer, and by its networks in each sweep and for each fold."""
+        """Return how often: by the layer, and by its networks in each sweep and for each fold."""
         return 1 + SWEEPS + len(self._folds)
 
     def __call__(
@@ -60,15 +60,15 @@ class Refit:
 
         outputs = output_specs(self._student.checkpoint, course.block)
         stored = {spec.name: self._student.checkpoint.read(spec.name).clone() for spec in outputs}
-        networks = ask(self._student, course.student, outputs, hidden, folder / ASKED, progress)
+        networks = record_networks(self._student, course.student, outputs, hidden, folder / INPUTS, progress)
         for rows in self._student.passes():
-            subtract_from_target(rows)  # what the networks should say is left
-        said = self._refit_networks(networks, matrices_of(stored.values()), hidden, folder, progress)
-        progress.advance(0, block=course.block.name, error=said)
+            subtract_from_target(rows)  # what the networks should add is left
+        error = self._refit_networks(networks, matrices_of(stored.values()), hidden, folder, progress)
+        progress.advance(0, block=course.block.name, error=error)
         for rows in self._student.passes():
             subtract_from_target(rows)
         save_file(stored, folder / CHANGED)
-        (folder / ASKED).unlink()
+        (folder / INPUTS).unlink()
 
     def _refit_networks(
         self,
@@ -78,11 +78,11 @@ class Refit:
         folder: Path,
         progress: LayerProgress,
     ) -> str:
-        """Change `matrices`; the file-backed target becomes what they leave of it. Returns the share missing, before and after."""
+        """Change `matrices`; the file-backed target becomes what they leave of it. Return the share missing, before and after."""
         target, start = target.flatten(0, 1), [matrix.clone() for matrix in matrices]
         scratch = self._student.create(folder / SCRATCH).flatten(0, 1).copy_(target)
         wanted = squared_norm(target)
-        subtract_answers(networks, matrices, scratch)
+        subtract_outputs(networks, matrices, scratch)
         missing = squared_norm(scratch)
         if missing <= UNCHANGED**2 * wanted:
             target.copy_(scratch)
@@ -101,7 +101,7 @@ class Refit:
         if share < 1:
             take_share(seen, matrices, start, residual, share)
         if residual is scratch:
-            subtract_answers(networks, matrices, target)
+            subtract_outputs(networks, matrices, target)
         (folder / SCRATCH).unlink()
         before, after = (math.sqrt(error / wanted) if wanted else 0.0 for error in (missing, squared_norm(target)))
         return f"{before:.3f} to {after:.3f}" + (f" ({share:.2f} of the refit)" if share < 1 else "")

@@ -14,9 +14,9 @@ NUMBERS_AT_ONCE = 1 << 24  # of a network's neurons, or outputs, in the making: 
 class Network:
     """What the output matrix of one network (a routed expert, the shared expert, a dense MLP) reads on a text.
 
-    neurons: from what the network is asked, [n, hidden], to what its output matrix multiplies, [n, neurons]. hidden_states:
-    what the layer's networks are asked, [text, hidden]. tokens: those that this one answers, int64 [n]. gates: the weight
-    of each answer, float32 [n]. All may lie on another device than the network's weights.
+    neurons: from the network's input, [n, hidden], to what its output matrix multiplies, [n, neurons]. hidden_states: the
+    input of the layer's networks, [text, hidden]. tokens: those that this one computes on, int64 [n]. gates: the weight
+    of each output, float32 [n]. All may lie on another device than the network's weights.
     """
 
     neurons: Callable[[Tensor], Tensor]
@@ -25,12 +25,12 @@ class Network:
     gates: Tensor
 
     def on(self, chosen: Tensor) -> "Network":
-        """The same network on some of the text's tokens alone; chosen: bool [text]."""
+        """Return the same network on some of the text's tokens alone; chosen: bool [text]."""
         here = chosen[self.tokens]
         return replace(self, tokens=self.tokens[here], gates=self.gates[here])
 
     def parts(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The network's tokens, up to `size` at once, int64 [n], and its gated neurons there, float32 [n, neurons].
+        """Yield the network's tokens, up to `size` at once, int64 [n], and its gated neurons there, float32 [n, neurons].
 
         The output matrix W is linear, gate (W a) = W (gate a): the network's share of the output is F W' with these F.
         """
@@ -55,18 +55,18 @@ def refit(
     system of neurons x neurons, in float64. The penalty is `ridge` times the mean, over all neurons, of a neuron's sum of
     squares: one number for all networks, so that one with few tokens stays nearer to where it was.
     """
-    asked = [(network, matrix) for network, matrix in zip(networks, matrices, strict=True) if len(network.tokens)]
+    used = [(network, matrix) for network, matrix in zip(networks, matrices, strict=True) if len(network.tokens)]
     squares, neurons = 0.0, 0
-    for network, matrix in asked:
+    for network, matrix in used:
         for tokens, features in network.parts(_at_once(max(matrix.shape))):
             squares += float(features.double().square().sum())
             _subtract(tokens, features, matrix, residual)
         neurons += matrix.shape[1]
     yield squared_norm(residual)
     penalty = ridge * squares / max(neurons, 1)
-    start = [matrix.clone() for _, matrix in asked]
+    start = [matrix.clone() for _, matrix in used]
     for _ in range(sweeps):
-        for (network, matrix), origin in zip(asked, start, strict=True) if penalty > 0 else ():
+        for (network, matrix), origin in zip(used, start, strict=True) if penalty > 0 else ():
             _refit_one(network, matrix, origin, residual, penalty)
         yield squared_norm(residual)
 
@@ -81,7 +81,7 @@ def agreement(
     ridge: float,
     sweeps: int,
 ) -> tuple[float, float]:
-    """<r, D> and <D, D> on tokens that a refit has not seen: what had been missing there, and what the refit changes there.
+    """Return <r, D> and <D, D> on tokens left out of a refit: r is what had been missing there, D what the refit changes there.
 
     The matrices are refitted to the other tokens of the target [tokens, hidden]; left_out: bool [tokens]. `scratch`, as large as
     the target, is overwritten; `matrices` and `target` stay.
@@ -93,17 +93,17 @@ def agreement(
     elsewhere = [one.on(left_out) for one in networks]
     steps = [new.float() - old.float() for new, old in zip(refitted, matrices, strict=True)]
     scratch.copy_(target)
-    subtract_answers(elsewhere, matrices, scratch)
+    subtract_outputs(elsewhere, matrices, scratch)
     errors = [squared_norm(scratch, left_out)]  # |r - a D|^2 of a = 0, 1 and 2: a parabola, and D need not be kept
     for _ in range(2):
-        subtract_answers(elsewhere, steps, scratch)
+        subtract_outputs(elsewhere, steps, scratch)
         errors.append(squared_norm(scratch, left_out))
     changed = (errors[0] - 2 * errors[1] + errors[2]) / 2
     return (errors[0] - errors[1] + changed) / 2, changed
 
 
 def trusted_share(agreements: Sequence[tuple[float, float]]) -> float:
-    """How much of a refit is to be taken, 0 to 1, by the `agreement` on each fold that was left out; without folds all of it.
+    """Return how much of a refit to take, 0 to 1, by the `agreement` on each fold that was left out; without folds all of it.
 
     The a that makes |r - a D|^2, summed over the folds, smallest is <r, D> / <D, D>; within 0 and 1 it is never worse there than
     leaving the matrices as they are.
@@ -117,13 +117,13 @@ def take_share(
 ) -> None:
     """Move `matrices` back, to start + share x (matrices - start); they and the residual change in place and stay consistent."""
     for network, matrix, origin in zip(networks, matrices, start, strict=True):
-        taken = (origin.double() + share * (matrix.double() - origin.double())).to(matrix.dtype)
-        subtract_answers([network], [taken.float() - matrix.float()], residual)
-        matrix.copy_(taken)
+        shortened = (origin.double() + share * (matrix.double() - origin.double())).to(matrix.dtype)
+        subtract_outputs([network], [shortened.float() - matrix.float()], residual)
+        matrix.copy_(shortened)
 
 
 def squared_norm(rows: Tensor, chosen: Tensor | None = None) -> float:
-    """The sum of all squares of [tokens, hidden], or of the chosen tokens' (bool [tokens]), in float64."""
+    """Return the sum of all squares of [tokens, hidden], or of the chosen tokens' (bool [tokens]), in float64."""
     size = _at_once(rows.shape[1])
     if chosen is None:
         return float(sum(part.double().square().sum() for part in rows.split(size)))
@@ -132,7 +132,7 @@ def squared_norm(rows: Tensor, chosen: Tensor | None = None) -> float:
 
 
 def _refit_one(network: Network, matrix: Tensor, start: Tensor, residual: Tensor, penalty: float) -> None:
-    """The best `matrix` [hidden, neurons] where all others stay as they are; it and `residual` change in place."""
+    """Solve for the best `matrix` [hidden, neurons] where all others stay as they are; it and `residual` change in place."""
     sums = RidgeSums()
     for tokens, features in network.parts(_at_once(max(matrix.shape))):
         sums.add(features, residual[tokens].to(features))
@@ -144,18 +144,18 @@ def _refit_one(network: Network, matrix: Tensor, start: Tensor, residual: Tensor
     matrix.copy_(refitted)
 
 
-def subtract_answers(networks: Sequence[Network], matrices: Sequence[Tensor], rows: Tensor) -> None:
-    """What all the networks answer, from the rows [tokens, hidden]."""
+def subtract_outputs(networks: Sequence[Network], matrices: Sequence[Tensor], rows: Tensor) -> None:
+    """Subtract the outputs of all the networks from the rows [tokens, hidden], in place."""
     for network, matrix in zip(networks, matrices, strict=True):
         for tokens, features in network.parts(_at_once(max(matrix.shape))):
             _subtract(tokens, features, matrix, rows)
 
 
 def _subtract(tokens: Tensor, features: Tensor, matrix: Tensor, rows: Tensor) -> None:
-    """What the matrix [hidden, neurons] makes of some tokens' features, from these tokens' rows."""
+    """Subtract the product of some tokens' features with the matrix [hidden, neurons] from these tokens' rows, in place."""
     rows.index_add_(0, tokens, (features @ matrix.to(features).T).to(rows.device), alpha=-1)
 
 
 def _at_once(numbers: int) -> int:
-    """Tokens in a part, of so many numbers each."""
+    """Return the tokens of a part, of so many numbers each."""
     return max(1, NUMBERS_AT_ONCE // numbers)

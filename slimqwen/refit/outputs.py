@@ -10,7 +10,7 @@ from slimqwen.families.family import Block, TensorSpec
 
 
 def output_specs(checkpoint: Checkpoint, block: Block) -> list[TensorSpec]:
-    """The tensors of a block whose rows are the residual channels and whose columns are neurons; the experts' come last.
+    """Return the tensors of a block whose rows are the residual channels and whose columns are neurons; the experts' come last.
 
     A token mixer's output projection is none of them: its columns are units within units.
     """
@@ -25,5 +25,5 @@ def output_specs(checkpoint: Checkpoint, block: Block) -> list[TensorSpec]:
 
 
 def matrices_of(stored: Iterable[Tensor]) -> list[Tensor]:
-    """Views of the matrices [hidden, neurons] in tensors as they are stored, of which some stack experts."""
+    """Return views of the matrices [hidden, neurons] in tensors as they are stored, of which some stack experts."""
     return [matrix for tensor in stored for matrix in (tensor.unbind() if tensor.ndim == 3 else [tensor])]

@@ -1,4 +1,4 @@
-"""A cut model and what it was cut from, with the text that both walk through."""
+"""A cut model and the one that it was cut from, with the text that goes through both."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -48,7 +48,10 @@ class Pair:
         execution: Execution,
         dtype: str,
     ) -> None:
-        """Raises UserError where plan, student and teacher do not belong together, and where the student was trained since."""
+        """Read both models, the plan and the text.
+
+        Raises UserError where plan, student and teacher do not belong together, and where the student was trained since.
+        """
         self.student, self.teacher = Checkpoint(student), Checkpoint(teacher)
         check_companions(student)
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -98,7 +101,7 @@ class Pair:
         return self._allotments[0].rows_per_pass
 
     def side_by_side(self) -> tuple[Stream, Stream, SideBySide]:
-        """The student's stream, the teacher's, and the walk."""
+        """Return the student's stream, the teacher's, and the walk over both."""
         student, teacher = (
             Stream(checkpoint, self.rows, allotment, self.dtype, self.device)
             for checkpoint, allotment in zip((self.student, self.teacher), self._allotments, strict=True)
@@ -106,7 +109,7 @@ class Pair:
         return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection.after)
 
     def announce(self, folder: Path, title: str, scratch_sizes: int = 0) -> None:
-        """Say what the work will take. Raises StageFailed where the disk is too small.
+        """Print what the work will take. Raises StageFailed where the disk is too small.
 
         scratch_sizes: the student's hidden states that a layer keeps in files beside the streams before and after it.
         """
@@ -147,7 +150,7 @@ def check_belong_together(student: Checkpoint, teacher: Checkpoint, plan: Plan) 
 
 
 def write_changed(student: Checkpoint, changed: Iterable[Path], folder: Path) -> None:
-    """The student with some of its tensors replaced, into an existing (temporary) folder.
+    """Write the student with some of its tensors replaced into an existing (temporary) folder.
 
     changed: the files that hold these, under their own names.
     """

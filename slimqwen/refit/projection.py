@@ -12,7 +12,7 @@ from slimqwen.families.family import Block
 from slimqwen.planning.plan import Plan
 from slimqwen.pruning.planned import planned_residual
 
-SAME_STREAM = 0.02  # largest |student - teacher| / |teacher| of embeddings that only rounding tells apart
+SAME_STREAM = 0.02  # largest |student - teacher| / |teacher| of embeddings that differ by rounding alone
 COMPARED_EMBEDDINGS = 256
 
 
@@ -33,7 +33,7 @@ class Projection:
         return self._residual is not None and self._residual.is_rotated
 
     def after(self, block: Block) -> Callable[[Tensor], Tensor]:
-        """What makes of the teacher's stream after one of its blocks, float32 [..., hidden], the student's, [..., kept]."""
+        """Return the map from the teacher's stream after one of its blocks, float32 [..., hidden], to the student's, [..., kept]."""
         channels = self._channels
         if self._is_rotated:
             assert self._residual is not None
@@ -42,7 +42,7 @@ class Projection:
         return (lambda stream: stream) if channels is None else (lambda stream: stream[..., channels])
 
     def check(self, student: Checkpoint, teacher: Checkpoint) -> None:
-        """Raise UserError where the student's stream is another: its embeddings tell."""
+        """Raise UserError where the student's embeddings are not those that the plan leaves: its stream is another."""
         name = next(name for name, spec in teacher.specs.items() if spec.part == "embedding")
         theirs = self.after(teacher.specs[name].block)(_first_rows(teacher, name))
         ours = _first_rows(student, name)

@@ -40,7 +40,7 @@ def repair(
     Args:
         student: what `prune` made of `teacher` by `plan`, not trained since.
         tokens: folder written by `tokenize`, or several by the names of their sources; the first `samples` sequences of their training
-            orders of `seed` are used. How far a layer's refit is taken is what text left out says: each source in turn, or of
+            orders of `seed` are used. How far a layer's refit is taken is measured on text left out: each source in turn, or of
             one each half.
         execution: its batch_size is how many sequences a token mixer takes at once, at most.
 
@@ -61,7 +61,7 @@ def repair(
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value([version("slimqwen"), *pair.made_from, RIDGE, SWEEPS])
     with scratch_folder(layers, key) as folder, reproducible(pair.device), torch.inference_mode():
-        pair.announce(folder, title, scratch_sizes=2)  # what is asked, and what is to be explained
+        pair.announce(folder, title, scratch_sizes=2)  # the networks' inputs, and what is to be explained
         stream, _, side_by_side = pair.side_by_side()
         refitted = side_by_side.run(Refit(stream, folds_of(pair.parts)), folder, title)
         with atomic_folder(out) as partial:
@@ -71,7 +71,7 @@ def repair(
 
 
 def folds_of(parts: Sequence[Part]) -> list[torch.Tensor]:
-    """What is left out in turn, bool [rows], of rows that lie in these parts: every source, or of one source each half."""
+    """Return what is left out in turn, bool [rows], of rows that lie in these parts: every source, or of one source each half."""
     sources = dict.fromkeys(part.source for part in parts)
     kinds: list[str | int] = [part.source if len(sources) > 1 else part.half for part in parts]
     distinct = dict.fromkeys(kinds)

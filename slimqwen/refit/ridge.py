@@ -1,4 +1,4 @@
-"""Ridge regression from sums: rows pass by in chunks, and only what the solution needs is kept."""
+"""Ridge regression from sums: rows are added in chunks, and only what the solution needs is kept."""
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ class RidgeSums:
         self._moment: Tensor | None = None
 
     def add(self, features: Tensor, residual: Tensor) -> None:
-        """Some more rows, [rows, features] and [rows, outputs]."""
+        """Add some rows, [rows, features] and [rows, outputs]."""
         features = features.double()
         gram, moment = features.T @ features, features.T @ residual.double()
         self._gram = gram if self._gram is None else self._gram.add_(gram)
         self._moment = moment if self._moment is None else self._moment.add_(moment)
 
     def solve(self, change: Tensor, penalty: float) -> Tensor:
-        """The D [outputs, features], float64, that minimises |R + F C' - F D'|^2 + penalty |D|^2.
+        """Return the D [outputs, features], float64, that minimises |R + F C' - F D'|^2 + penalty |D|^2.
 
         C is the `change`, of the same shape, that had been made when R was measured: what it explains is given back before
         D is chosen. With C = 0 this is ridge regression, D' = (F'F + penalty)^-1 F'R.

@@ -1,4 +1,4 @@
-"""What the networks of a layer are asked on a text, and what each makes of it up to its output matrix."""
+"""The inputs of a layer's networks on a text, recorded, and each network up to its output matrix as a `Network`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +14,11 @@ from slimqwen.model.experts import Pairs
 from slimqwen.refit.matrices import Network
 
 
-class Questions:
-    """Gathered pass by pass, on the CPU. hidden_states: the file-backed [tokens, hidden] that the inputs are written to."""
+class RecordedInputs:
+    """Inputs and gates of a layer's networks, recorded pass by pass on the CPU.
+
+    hidden_states: the file-backed [tokens, hidden] that the inputs are written to.
+    """
 
     def __init__(self, hidden_states: Tensor) -> None:
         self._hidden_states = hidden_states
@@ -24,30 +27,30 @@ class Questions:
         self._chosen: list[Tensor] = []  # routed experts, [tokens, k]
         self._chosen_gates: list[Tensor] = []
 
-    def add(self, asked: Tensor, gates: Tensor) -> None:
-        """What all are asked, [..., hidden], and the weights of the dense networks' answers, [..., networks]."""
-        asked = asked.flatten(0, -2)
-        self._hidden_states[self._written : self._written + len(asked)] = asked.cpu().float()
-        self._written += len(asked)
+    def add(self, inputs: Tensor, gates: Tensor) -> None:
+        """Record the input of all networks, [..., hidden], and the gates of the dense ones' outputs, [..., networks]."""
+        inputs = inputs.flatten(0, -2)
+        self._hidden_states[self._written : self._written + len(inputs)] = inputs.cpu().float()
+        self._written += len(inputs)
         self._gates.append(gates.flatten(0, -2).cpu().float())
 
     def add_choice(self, chosen: Tensor, gates: Tensor) -> None:
-        """Which routed experts answer, and the weights of their answers, both [tokens, k]."""
+        """Record the chosen experts, and the gates of their outputs, both [tokens, k]."""
         self._chosen.append(chosen.cpu())
         self._chosen_gates.append(gates.cpu().float())
 
     def to_dense(self, number: int, network: Any, writer: Any) -> Network:
-        """One of the dense networks; `writer` is the module in it that holds its output matrix."""
+        """Return one of the dense networks; `writer` is the module in it that holds its output matrix."""
         gates = torch.cat([part[:, number] for part in self._gates])
-        return Network(partial(_neurons, network, writer), self._hidden_states, torch.arange(len(gates)), gates)
+        return Network(partial(_compute_neurons, network, writer), self._hidden_states, torch.arange(len(gates)), gates)
 
     def to_experts(self, experts: Any) -> list[Network]:
-        """Each expert of Transformers' module, of which `gate_up_proj[expert]` and the activation are used."""
+        """Return each expert of Transformers' module, of which `gate_up_proj[expert]` and the activation are used."""
         pairs = Pairs.of(torch.cat(self._chosen), torch.cat(self._chosen_gates), experts.num_experts)
         ends = pairs.counts.cumsum(0).tolist()
         return [
             Network(
-                partial(_expert_neurons, experts, expert),
+                partial(_compute_expert_neurons, experts, expert),
                 self._hidden_states,
                 pairs.tokens[start:end],
                 pairs.gates[start:end],
@@ -57,8 +60,8 @@ class Questions:
 
 
 @contextmanager
-def answering(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, this module computes something else."""
+def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a module compute `forward` instead of its own while it is open."""
     module.forward = forward
     try:
         yield
@@ -66,17 +69,17 @@ def answering(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterato
         del module.forward
 
 
-def _neurons(network: Any, writer: Any, hidden_states: Tensor) -> Tensor:
-    with answering(writer, _itself):
+def _compute_neurons(network: Any, writer: Any, hidden_states: Tensor) -> Tensor:
+    with replaced_forward(writer, _identity):
         neurons: Tensor = network(hidden_states.to(writer.weight))
         return neurons
 
 
-def _itself(neurons: Tensor) -> Tensor:
+def _identity(neurons: Tensor) -> Tensor:
     return neurons
 
 
-def _expert_neurons(experts: Any, expert: int, hidden_states: Tensor) -> Tensor:
+def _compute_expert_neurons(experts: Any, expert: int, hidden_states: Tensor) -> Tensor:
     weight = experts.gate_up_proj[expert]
     neurons: Tensor = experts._apply_gate(F.linear(hidden_states.to(weight), weight))
     return neurons
