@@ -1,19 +1,19 @@
-"""What measuring costs beside a plain forward pass, and layer by layer, on layers of Qwen3-Next-80B-A3B's true shapes.
+"""The cost of calibration beside a plain forward pass, and layer by layer, on layers of Qwen3-Next-80B-A3B's true shapes.
 
     python benchmarks/calibrate.py [--rows 8] [--dir DIR] [--json]
 
 Makes a synthetic checkpoint of two layers (DeltaNet, full attention; bfloat16, one tensor per expert, real vocabulary).
 
 First each layer by itself, its weights resident in float32 (6.6 GB, the other layer's on disk), on the same hidden
-states, in turns:
+states, alternating between:
 - plain: Transformers' forward with its grouped_mm experts;
-- ours: the same forward, everything observed that `slimqwen calibrate` observes;
-- all experts, on fewer rows, beside ours on as many: the forward, and then every expert on every token as REAP's observer
-  does it, for the same sums over the routed tokens.
-The ratios are of sums, over the two layers, of median times.
+- ours: the same forward with all statistics of `slimqwen calibrate`;
+- all experts, on fewer rows, compared with ours on equally many: the forward, and then every expert on every token as in
+  REAP's observer, for the same sums over the routed tokens.
+Ratios are of the median times, summed over the two layers.
 
 Then `slimqwen calibrate --streaming` on both layers, in a process of its own: tokens/s, and its anonymous memory (RssAnon of
-/proc/PID/status, sampled every 50 ms) beside what it predicted.
+/proc/PID/status, sampled every 50 ms) beside its prediction.
 """
 
 import argparse
@@ -57,7 +57,7 @@ SAMPLE_EVERY_SECONDS = 0.05
 
 @contextmanager
 def resident(step: Step, model: MtpCausalLM, checkpoint: Checkpoint) -> Iterator[None]:
-    """While open, a layer's weights are in memory in float32, its experts stacked as Transformers wants them."""
+    """Keep a layer's weights in memory in float32, its experts stacked as Transformers expects them."""
     block = step.blocks[0]
     assert block.experts is not None
     with weights_of(step.blocks, model, checkpoint, torch.float32, CPU, Stopwatch()):
@@ -67,8 +67,8 @@ def resident(step: Step, model: MtpCausalLM, checkpoint: Checkpoint) -> Iterator
         yield
 
 
-def observed(step: Step, model: MtpCausalLM, hidden: Tensor, tokens: Tensor) -> None:
-    """The layer, and the sums of one batch."""
+def run_observed(step: Step, model: MtpCausalLM, hidden: Tensor, tokens: Tensor) -> None:
+    """Run the layer, and add up the statistics of the batch."""
     sums = Statistics("checkpoint", "data", {PART: {"main": tokens[:, 1:].numel(), "mtp": 0}})
     with observe_blocks(model, step.blocks, sums, Stopwatch()), sums.part(PART):
         after = step.run(hidden, tokens)
@@ -76,8 +76,8 @@ def observed(step: Step, model: MtpCausalLM, hidden: Tensor, tokens: Tensor) -> 
         add_layer_sums(sums, step.number, 2, hidden, after)
 
 
-def all_experts(step: Step, hidden: Tensor, tokens: Tensor) -> None:
-    """The layer, and then every expert on every token: what an observer does that only knows modules."""
+def run_all_experts(step: Step, hidden: Tensor, tokens: Tensor) -> None:
+    """Run the layer, and then every expert on every token, as an observer with access to modules only must."""
     moe: Any = step.moe
 
     def observe(_module: Any, inputs: Any, _output: Any) -> None:
@@ -96,14 +96,17 @@ def all_experts(step: Step, hidden: Tensor, tokens: Tensor) -> None:
 
 
 def seconds(action: Callable[[], object]) -> float:
+    """Time `action`."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 @torch.inference_mode()
-def by_layer(checkpoint: Checkpoint, rows: int, few_rows: int, sequence_length: int, repeats: int) -> dict[str, float]:
-    """Sums over the layers of the median seconds of each way, by name."""
+def time_layers(
+    checkpoint: Checkpoint, rows: int, few_rows: int, sequence_length: int, repeats: int
+) -> dict[str, float]:
+    """Return the median seconds of each variant by name, summed over the layers."""
     model = without_weights(checkpoint, torch.float32, CPU)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, sequence_length, checkpoint.config["hidden_size"], generator=generator)
@@ -113,13 +116,13 @@ def by_layer(checkpoint: Checkpoint, rows: int, few_rows: int, sequence_length: 
     for step in steps_of(model):
         ways = {
             "plain": lambda step=step: step.run(hidden, tokens),
-            "ours": lambda step=step: observed(step, model, hidden, tokens),
-            "ours, few rows": lambda step=step: observed(step, model, few, few_tokens),
-            "all experts, few rows": lambda step=step: all_experts(step, few, few_tokens),
+            "ours": lambda step=step: run_observed(step, model, hidden, tokens),
+            "ours, few rows": lambda step=step: run_observed(step, model, few, few_tokens),
+            "all experts, few rows": lambda step=step: run_all_experts(step, few, few_tokens),
         }
         with resident(step, model, checkpoint), reproducible(CPU):
             for way in list(ways.values())[:3]:
-                way()  # the first time touches the weights
+                way()  # the first run reads the weights
             times = [{name: seconds(way) for name, way in ways.items()} for _ in range(repeats)]
         for name in ways:
             median = statistics.median(turn[name] for turn in times)
@@ -133,8 +136,8 @@ def by_layer(checkpoint: Checkpoint, rows: int, few_rows: int, sequence_length: 
 # --- layer by layer, from disk ----------------------------------------------------------------------------------------
 
 
-def streamed(checkpoint: Path, folder: Path, samples: int, sequence_length: int, budget: str) -> dict[str, float]:
-    """Runs `slimqwen calibrate --streaming` and reads what it says."""
+def run_streaming(checkpoint: Path, folder: Path, samples: int, sequence_length: int, budget: str) -> dict[str, float]:
+    """Run `slimqwen calibrate --streaming`, and return its speed, its peak memory and its prediction of that."""
     text, out = folder / "tokens", folder / "statistics.safetensors"
     slimqwen = [sys.executable, "-m", "slimqwen"]
     tokenize = [*slimqwen, "tokens", "python-stdlib", "--tokenizer", "builtin", "--out", str(text)]
@@ -145,14 +148,14 @@ def streamed(checkpoint: Path, folder: Path, samples: int, sequence_length: int,
         [*slimqwen, *command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    peak, said = 0, ""
+    peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
         time.sleep(SAMPLE_EVERY_SECONDS)
-    said = process.stderr.read()
-    print(said, file=sys.stderr)
+    printed = process.stderr.read()
+    print(printed, file=sys.stderr)
     predicted, speed, own = (
-        re.search(pattern, said)
+        re.search(pattern, printed)
         for pattern in (
             r"it takes ([\d.]+ \w+) of memory",
             r"([\d,]+) tokens/s through all layers",
@@ -170,6 +173,7 @@ def streamed(checkpoint: Path, folder: Path, samples: int, sequence_length: int,
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Run both parts in `folder`."""
     config = read_json(CONFIG) | {
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "full_attention"],
@@ -181,11 +185,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     spent = seconds(lambda: write_synthetic(source, config))
     checkpoint = Checkpoint(source)
     print(f"synthetic checkpoint: {bytes_in_words(checkpoint.bytes())} in {spent:.0f} s", file=sys.stderr)
-    totals = by_layer(checkpoint, options.rows, options.few_rows, options.sequence_length, options.repeats)
+    totals = time_layers(checkpoint, options.rows, options.few_rows, options.sequence_length, options.repeats)
     return {
         "time_over_forward": round(totals["ours"] / totals["plain"], 3),
         "all_experts_over_ours": round(totals["all experts, few rows"] / totals["ours, few rows"], 3),
-        **streamed(source, folder, options.samples, options.sequence_length, options.memory_budget),
+        **run_streaming(source, folder, options.samples, options.sequence_length, options.memory_budget),
     }
 
 

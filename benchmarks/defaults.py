@@ -1,14 +1,14 @@
-"""Measure what pruning's defaults are chosen by: ways to cut x cuts x text at home and away x calibration draws, one teacher.
+"""Measure pruning's candidate defaults on one teacher: ways to cut x cuts x calibration draws, on text at home and away.
 
     python benchmarks/defaults.py OUT --teacher FOLDER --home TOKENS --away TOKENS [--cuts depth experts width all]
                                   [--ways paper today ...] [--draws 3] [--samples 64] [--measured-tokens 8192]
                                   [--training-tokens 40960 --learning-rates 3e-4 1e-3]
 
 TOKENS are folders written by `slimqwen tokens`. Calibration and refit read the training part of --home (of both with
---mixed), a draw is a seed of its order; the KL to the teacher, before any training, is on the held-out part of each. With
---training-tokens every way is also distilled on the home text, at each of the learning rates. Every result is a line of
-OUT/results.jsonl as soon as it is there, and what is there is not measured again; `--table` prints the means and standard
-deviations over the draws, of what is trained at the rate that is best at home. Nothing runs beside it in OUT.
+--mixed); a draw is a seed of its order. The KL to the teacher, before any training, is measured on the held-out part of each
+text. With --training-tokens every way is also distilled on the home text, at each of the learning rates. Every result is
+written to OUT/results.jsonl at once and not measured again; `--table` prints means and standard deviations over the draws, of
+trained students at the rate that is best at home. Only one process may work in OUT.
 """
 
 import argparse
@@ -69,12 +69,12 @@ WAYS = {
     "reap, healed": pruning({"importance": "reap"}, **HEALED),
     "measured, reap, healed": pruning({"importance": "reap"}, depth="measured", **HEALED),
 }
-"""Ways to cut, by name. Of a way only what its cut asks for matters: a cut of experts knows no depth."""
+"""Ways to cut, by name. A cut uses only some settings of a way: one of experts does not use the depth criterion."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One teacher, the texts, and where the work lies."""
+    """Teacher, texts and folder of the measurements."""
 
     out: Path
     teacher: Path
@@ -86,7 +86,7 @@ class Bench:
 
     @property
     def sources(self) -> dict[str, Path]:
-        """What is calibrated and refitted on."""
+        """Texts for calibration and refit."""
         return self.texts if self.mixed else {"home": self.texts["home"]}
 
     @property
@@ -94,6 +94,7 @@ class Bench:
         return f"{'mixed' if self.mixed else 'home'}-{self.samples}"
 
     def statistics(self, draw: int) -> Path:
+        """Calibrate with the draw's seed, unless that is done; return the statistics."""
         path = self.out / f"statistics-{self.name}-{draw}.safetensors"
         if not path.exists():
             recipe = CalibrationRecipe(samples=self.samples, sources=self.sources)
@@ -102,6 +103,7 @@ class Bench:
         return path
 
     def depth(self, target: Target, draw: int) -> Path:
+        """Measure the depth with the draw's seed, unless that is done; return the measurement."""
         path = self.out / f"depth-{self.name}-{self.depth_samples}-{draw}.json"
         if not path.exists():
             measure_depth(
@@ -117,6 +119,7 @@ class Bench:
         return path
 
     def target(self, cut: str) -> Target:
+        """Return the target of a cut by name."""
         config = Checkpoint(self.teacher).config
         sizes: dict[str, dict[str, int]] = {
             "depth": {"num_hidden_layers": config["num_hidden_layers"] - max(2, config["num_hidden_layers"] // 7)},
@@ -129,8 +132,8 @@ class Bench:
             fields["num_experts_per_tok"] = min(config["num_experts_per_tok"], fields["num_experts"])
         return Target(**fields)
 
-    def student(self, way: str, cut: str, draw: int, work: Path) -> Path:
-        """The cut model; `work` is an empty folder."""
+    def make_student(self, way: str, cut: str, draw: int, work: Path) -> Path:
+        """Make the cut model in `work`, an empty folder."""
         criteria = WAYS[way]
         file = work / "plan.json"
         target = self.target(cut)
@@ -152,8 +155,8 @@ class Bench:
             made = heal(made, work / "healed", recipe=criteria.healing, **settings)
         return made
 
-    def trained(self, student: Path, tokens: int, learning_rate: float, draw: int, work: Path) -> Path:
-        """The student distilled on the home text, at a learning rate that falls to a tenth; `work` holds nothing of it yet."""
+    def train(self, student: Path, tokens: int, learning_rate: float, draw: int, work: Path) -> Path:
+        """Distil the student on the home text into `work`, at a learning rate that falls to a tenth."""
         recipe = DistilRecipe(
             tokens=tokens,
             batch_size=4,
@@ -169,16 +172,14 @@ class Bench:
         )
 
     def measure(self, student: Path) -> dict[str, float]:
-        """Text -> KL to the teacher, nats per token."""
-        return {
-            text: compare(self._recorded(student, text), teacher)["kd"] for text, teacher in self._teachers().items()
-        }
+        """Measure the KL to the teacher by text, nats per token."""
+        return {text: compare(self._record(student, text), teacher)["kd"] for text, teacher in self._teachers().items()}
 
     @cache  # noqa: B019 - one bench per process
     def _teachers(self) -> dict[str, Recording]:
-        return {text: self._recorded(self.teacher, text) for text in self.texts}
+        return {text: self._record(self.teacher, text) for text in self.texts}
 
-    def _recorded(self, folder: Path, text: str) -> Recording:
+    def _record(self, folder: Path, text: str) -> Recording:
         checkpoint = Checkpoint(folder)
         rows = heldout_rows(self.texts[text], SEQUENCE_LENGTH, self.measured_tokens)
         model = load(folder)
@@ -189,7 +190,7 @@ class Bench:
 
 
 def matters(way: str, cut: str) -> bool:
-    """Whether a way differs from `today` in what a cut asks for: a cut of experts knows no depth."""
+    """Return whether a way differs from `today` in settings that the cut uses."""
     ours, usual = WAYS[way], WAYS["today"]
     if way in ("paper", "today"):
         return True
@@ -204,16 +205,18 @@ def matters(way: str, cut: str) -> bool:
 
 
 def results(file: Path) -> Iterator[dict[str, Any]]:
+    """Read the results so far."""
     if file.exists():
         yield from map(json.loads, file.read_text().splitlines())
 
 
-def alike(file: Path, key: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The results that are of a trained student exactly where `key` is."""
+def results_of_kind(file: Path, key: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Read the results of trained students where `key` is of one, else those of untrained students."""
     return (line for line in results(file) if ("learning_rate" in line) == ("learning_rate" in key))
 
 
 def run(bench: Bench, cuts: list[str], ways: list[str], draws: int, tokens: int, rates: list[float]) -> None:
+    """Measure what results.jsonl lacks, and add it there."""
     file = bench.out / "results.jsonl"
     shared = {"samples": bench.samples, "mixed": bench.mixed, "measured_tokens": bench.measured_tokens}
     for draw in range(draws):
@@ -224,17 +227,19 @@ def run(bench: Bench, cuts: list[str], ways: list[str], draws: int, tokens: int,
                 key = {"way": way, "criteria": WAYS[way].model_dump(mode="json"), "cut": cut, "draw": draw, **shared}
                 keys = [key] + [{**key, "training_tokens": tokens, "learning_rate": rate} for rate in rates if tokens]
                 missing = [
-                    key for key in keys if not any({n: line.get(n) for n in key} == key for line in alike(file, key))
+                    key
+                    for key in keys
+                    if not any({n: line.get(n) for n in key} == key for line in results_of_kind(file, key))
                 ]
                 if not missing:
                     continue
                 work, started = bench.out / "work", time.perf_counter()
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
-                student = bench.student(way, cut, draw, work)
+                student = bench.make_student(way, cut, draw, work)
                 for key in missing:
                     rate = key.get("learning_rate")
-                    kl = bench.measure(student if rate is None else bench.trained(student, tokens, rate, draw, work))
+                    kl = bench.measure(student if rate is None else bench.train(student, tokens, rate, draw, work))
                     line = {**key, "kl": kl, "seconds": round(time.perf_counter() - started, 1)}
                     with file.open("a") as stream:
                         stream.write(json.dumps(line) + "\n")
@@ -243,9 +248,9 @@ def run(bench: Bench, cuts: list[str], ways: list[str], draws: int, tokens: int,
 
 
 def table(file: Path) -> str:
-    """Markdown: one row per cut and way, mean (standard deviation) over the draws of each text.
+    """Format a Markdown table: one row per cut and way, mean (standard deviation) over the draws of each text.
 
-    What was trained has a row of its own, at the learning rate whose mean at home is the lowest.
+    Trained students have rows of their own, at the learning rate whose mean at home is the lowest.
     """
     cells: dict[tuple[str, str, str, int], dict[float, dict[str, list[float]]]] = {}
     for line in results(file):
@@ -277,9 +282,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--depth-samples", type=int, default=16)
     parser.add_argument("--measured-tokens", type=int, default=8192)
-    parser.add_argument("--training-tokens", type=int, default=0, help="also distil every way on so many tokens")
+    parser.add_argument("--training-tokens", type=int, default=0, help="also distil every way on this many tokens")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
-    parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    parser.add_argument("--table", action="store_true", help="only print the table of the results so far")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.table:

