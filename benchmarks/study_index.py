@@ -18,7 +18,7 @@ def main(folder: Path) -> None:
     """Update `folder`/README.md."""
     results = {path.parent.name: Study.load(path) for path in sorted(folder.glob("*/results.json"))}
     by_study = {name: {key: study for key, study in results.items() if study.name == name} for name in STUDIES}
-    lines = ["| study | asks | run so far |", "|---|---|---|"]
+    lines = ["| study | question | runs so far |", "|---|---|---|"]
     for name, definition in STUDIES.items():
         runs = "; ".join(run_of(key, study) for key, study in by_study[name].items()) or "not run"
         lines.append(f"| {name} | {definition.title} ({definition.paper_source}) | {runs} |")
