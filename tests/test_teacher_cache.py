@@ -493,8 +493,8 @@ def small(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sequence_length": 32}, "sequences of 16 tokens, and this run has 32"),
-        ({"documents": "isolated"}, "'packed' documents, and this run has 'isolated'"),
+        ({"sequence_length": 32}, "sequences of 16 tokens, and this run trains on sequences of 32"),
+        ({"documents": "isolated"}, "'packed' documents, and this run trains on 'isolated'"),
         ({"teacher": "student"}, "another teacher than"),
         ({"tokens": "other_tokens"}, "other token ids than"),
         ({"mtp_target": "mtp"}, "holds no MTP head"),
