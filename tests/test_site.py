@@ -9,14 +9,15 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 import typer
+import yaml
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
 import slimqwen
 from slimqwen.cli import app
-from slimqwen.recipe import PretrainRecipe, Recipe
-from slimqwen.recipe.file import describe
+from slimqwen.recipe import DistilRecipe, PretrainRecipe, PruningRecipe, Recipe, Target
+from slimqwen.recipe.file import describe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 GROUP: Any = typer.main.get_command(app)
@@ -159,6 +160,30 @@ def test_every_public_name_has_its_docstring(site: Path, pages: dict[Path, Page]
         assert name.lower() in page.anchors
         first = (getattr(slimqwen, name).__doc__ or "").strip().split("\n\n")[0]
         assert shown(first) in page.text, name
+
+
+EXAMPLES = [
+    pytest.param(block, id=f"{file.relative_to(ROOT)}:{number}")
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for number, block in enumerate(
+        re.findall(r"^```yaml\n(.*?)^```", file.read_text(encoding="utf-8"), flags=re.M | re.S)
+    )
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_example_in_yaml_can_be_read(example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a recipe, or some sections of one, or a target, or a section in a file of its own; without a warning."""
+    values = yaml.safe_load(example)
+    model = next(
+        model for model in (Recipe, Target, DistilRecipe, PruningRecipe) if set(values) <= set(model.model_fields)
+    )
+    if model is Recipe:
+        values = {"run_dir": "run", "target": {"num_hidden_layers": 2}, "distil": {"tokens": 1_000_000}} | values
+    file = tmp_path / "example.yaml"
+    file.write_text(yaml.safe_dump(values))
+    load_recipe(file, model=model)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,8 @@ def row_of(names: str, meaning: str) -> str:
 
 def functions() -> str:
     """Return every public name of the library: functions with signature and docstring, then the sections of a recipe."""
-    names = {name: getattr(slimqwen, name) for name in slimqwen.__all__}
-    classes = {name: found for name, found in names.items() if inspect.isclass(found)}
+    names: dict[str, Any] = {name: getattr(slimqwen, name) for name in slimqwen.__all__}
+    classes: dict[str, Any] = {name: found for name, found in names.items() if inspect.isclass(found)}
     parts = [of_function(name, found) for name, found in names.items() if name not in classes]
     return "\n\n".join([*parts, *(of_section(name, found) for name, found in classes.items())])
 
