@@ -20,7 +20,7 @@ from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily
 from slimqwen.generation.sampling import GREEDY, Sampling, accept, draw
 from slimqwen.generation.speculative import Drafter, speculate
-from slimqwen.generation.state import MOST_TOKENS_AGAIN, Reader
+from slimqwen.generation.state import MOST_RECOMPUTED_TOKENS, CachedBackbone
 from slimqwen.model.model import MtpCausalLM, load
 
 pytestmark = pytest.mark.rounding
@@ -118,7 +118,7 @@ def test_greedy_of_the_builtin_teacher(teacher: MtpCausalLM) -> None:
 # Rolling back
 
 
-def states(reader: Reader) -> list[Tensor]:
+def states(reader: CachedBackbone) -> list[Tensor]:
     """Everything the cache holds."""
     tensors: list[Tensor] = []
     for layer in reader.cache.layers:
@@ -138,9 +138,9 @@ def test_forgotten_tokens_leave_no_trace(tiny: MtpCausalLM) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     forgotten = [2, 1, 3, 2, 1, 2, 3, 1, 2, 0, 3, 1]
-    assert sum(4 - count for count in forgotten[:8]) > MOST_TOKENS_AGAIN
+    assert sum(4 - count for count in forgotten[:8]) > MOST_RECOMPUTED_TOKENS
     kept = torch.randint(300, (5 + sum(4 - count for count in forgotten),), generator=generator)
-    straight, reader = Reader(tiny.backbone), Reader(tiny.backbone)
+    straight, reader = CachedBackbone(tiny.backbone), CachedBackbone(tiny.backbone)
     expected = straight.read(kept[None])
     position = 5
     reader.read(kept[None, :position])
@@ -162,14 +162,14 @@ def test_forgotten_tokens_leave_no_trace(tiny: MtpCausalLM) -> None:
 @torch.inference_mode()
 def test_without_rolling_back_the_test_above_would_fail(hybrid: MtpCausalLM) -> None:
     """Cropping keys and values alone leaves the forgotten tokens in the DeltaNet state, and it shows."""
-    reader = Reader(hybrid.backbone)
+    reader = CachedBackbone(hybrid.backbone)
     reader.read(PROMPT[None])
     reader.read_revocably(torch.tensor([[9, 11, 12]]))
     for layer in reader.cache.layers:
         if layer.__class__.__name__ == "DynamicLayer":
             layer.crop(-2)
     left = reader.read(torch.tensor([[40]]))
-    right = Reader(hybrid.backbone).read(torch.cat([PROMPT, torch.tensor([9, 40])])[None])[:, -1:]
+    right = CachedBackbone(hybrid.backbone).read(torch.cat([PROMPT, torch.tensor([9, 40])])[None])[:, -1:]
     assert (left - right).abs().max() > 1e-2
 
 

@@ -1,3 +1,3 @@
-"""Text from a checkpoint: plain decoding, and speculative decoding with the checkpoint's own MTP module."""
+"""Generation of text: plain decoding, and speculative decoding with the checkpoint's own MTP module."""
 
-DEFAULT_DRAFT = 3  # tokens drafted per verification, where nothing else is asked for
+DEFAULT_DRAFT = 3  # tokens drafted per verification by default

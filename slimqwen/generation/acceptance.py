@@ -1,4 +1,4 @@
-"""How far drafts get in real speculative decoding, over several prompts."""
+"""Acceptance of drafts in actual speculative decoding, over several prompts."""
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from slimqwen.model.model import MtpCausalLM
 def speculative_acceptance(
     model: MtpCausalLM, prompts: Tensor, *, draft: int, new_tokens: int, title: str
 ) -> dict[str, float]:
-    """Greedy decoding of each prompt with `draft` drafts at a time.
+    """Decode each prompt greedily with `draft` drafts at a time, and measure how many are accepted.
 
     Args:
         prompts: int64 [prompts, prompt], on the model's device.
     Returns:
-        draft_k: share of verifications that accepted the first k + 1 drafts, of those that had so many; and
-        tokens_per_verification: tokens that a forward pass of the backbone yields, 1 without drafting.
+        draft_k: share of verifications that accepted the first k + 1 drafts, of those with at least as many drafts; and
+        tokens_per_verification: tokens per forward pass of the backbone, 1 without drafting.
     """
     accepted, proposed, tokens, verifications = [0] * draft, [0] * draft, 0, 0
     with Progress(title, total=len(prompts) * new_tokens, unit="tokens") as progress:
@@ -26,7 +26,7 @@ def speculative_acceptance(
             made = speculate(model, prompt, draft=draft, max_new_tokens=new_tokens)
             accepted = [a + b for a, b in zip(accepted, made.accepted_by_depth, strict=True)]
             proposed = [a + b for a, b in zip(proposed, made.proposed_by_depth, strict=True)]
-            tokens += len(made.tokens) - 1  # the first comes with the prompt
+            tokens += len(made.tokens) - 1  # the first is from the prompt's own forward pass
             verifications += made.verifications
             progress.advance(len(made.tokens))
     shares = {f"draft_{k}": a / p for k, (a, p) in enumerate(zip(accepted, proposed, strict=True)) if p}

@@ -1,4 +1,4 @@
-"""What `slimqwen generate` does: a prompt in, text and the numbers of its making out."""
+"""The command `slimqwen generate`: continue a prompt, and measure speed and acceptance."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +16,19 @@ from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.generation.sampling import GREEDY, Sampling
 from slimqwen.generation.speculative import Generation, speculate
 from slimqwen.model.device import resolve_device, resolve_dtype
-from slimqwen.model.model import load
+from slimqwen.model.model import MtpCausalLM, load
 
-COMPARED_ROUNDS = 3  # after the run whose text is shown, which warms up
+COMPARED_ROUNDS = 3  # after the run whose text is shown, which serves as the warm-up
+MEASUREMENTS = (  # fields that GenerationResult has in common with `speculative.Generation`
+    *("tokens", "stopped", "verifications", "tokens_per_verification", "proposed_by_depth", "accepted_by_depth"),
+    *("cumulative_acceptance", "conditional_acceptance", "prompt_seconds", "seconds", "tokens_per_second"),
+)
 
 
 class Comparison(BaseModel):
-    """Speculative and plain decoding of the same prompt, in turns in one process; medians over the rounds.
+    """Speculative and plain decoding of the same prompt, alternating in one process; medians over the rounds.
 
-    identical: whether the tokens are the same; None when sampling, where only their distribution is.
+    identical: whether the tokens are the same; None when sampling, where only their distribution is the same.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,7 +41,7 @@ class Comparison(BaseModel):
 
 
 class GenerationResult(BaseModel):
-    """The text and the numbers, as `--json` prints them; the words are those of `speculative.Generation`."""
+    """The text and its measurements, as printed by `--json`; the fields are those of `speculative.Generation`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,10 +84,10 @@ def generate(
 
     Args:
         draft: tokens that the MTP module drafts per verification; None: 3 where there is one, else 0.
-        compare: also decode plainly, and say how much faster drafting is.
-        write: is given the text piece by piece as it comes.
+        compare: also decode plainly, and report the speed-up of drafting.
+        write: called with each piece of text as it is generated.
     Raises:
-        UserError: drafts asked of a checkpoint without MTP; a prompt that is empty or longer than the context.
+        UserError: for drafts without an MTP module; for a prompt that is empty or longer than the context.
         StageFailed: logits that are not finite.
     """
     tokenizer = load_tokenizer(folder)
@@ -92,30 +96,13 @@ def generate(
     model = load(folder, resolve_dtype(dtype, torch_device), torch_device)
     if max(ids, default=0) >= len(model.head):
         raise UserError(
-            f"{folder}: the tokenizer makes token {max(ids)} of the prompt, the model's vocabulary has {len(model.head)}: "
-            "give the checkpoint its own tokenizer."
+            f"{folder}: the prompt has token {max(ids)} and the model only {len(model.head)} tokens: use the tokenizer that "
+            "belongs to the checkpoint."
         )
-    if draft is None:
-        draft = DEFAULT_DRAFT if model.mtp is not None else 0
-    elif draft > 0 and model.mtp is None:
-        raise UserError(f"{folder} has no MTP module to draft with: leave out --draft, or give a checkpoint with MTP.")
-    if compare and draft == 0:
-        raise UserError(
-            "--compare compares drafting with plain decoding: it takes an MTP module and a --draft above 0."
-        )
-
+    draft = _choose_draft(model, folder, draft, compare)
     tokens = torch.tensor(ids, dtype=torch.long, device=torch_device)
     ends = _end_of_text(model.backbone.generation_config, tokenizer)
-    stream = DecodeStream(skip_special_tokens=True)
-    pieces: list[str] = []
-
-    def show(new: list[int]) -> None:
-        for token in new:
-            piece = stream.step(tokenizer.backend_tokenizer, token)
-            if piece is not None:  # None: the token ends within a character
-                pieces.append(piece)
-                if write is not None:
-                    write(piece)
+    text = _TextStream(tokenizer, write)
 
     def decode(drafts: int, emit: Callable[[list[int]], None] | None = None) -> Generation:
         return speculate(
@@ -129,7 +116,7 @@ def generate(
             emit=emit,
         )
 
-    made = decode(draft, show)
+    made = decode(draft, text.add)
     comparison = None
     if compare and made.verifications:
         comparison = _compare([(decode(draft), decode(0)) for _ in range(COMPARED_ROUNDS)], sampling)
@@ -141,20 +128,42 @@ def generate(
         top_p=sampling.top_p,
         seed=seed,
         prompt_tokens=len(ids),
-        text="".join(pieces),
-        tokens=made.tokens,
-        stopped=made.stopped,
-        verifications=made.verifications,
-        tokens_per_verification=made.tokens_per_verification,
-        proposed_by_depth=made.proposed_by_depth,
-        accepted_by_depth=made.accepted_by_depth,
-        cumulative_acceptance=made.cumulative_acceptance,
-        conditional_acceptance=made.conditional_acceptance,
-        prompt_seconds=made.prompt_seconds,
-        seconds=made.seconds,
-        tokens_per_second=made.tokens_per_second,
+        text="".join(text.pieces),
         comparison=comparison,
+        **{name: getattr(made, name) for name in MEASUREMENTS},
     )
+
+
+def _choose_draft(model: MtpCausalLM, folder: Path, draft: int | None, compare: bool) -> int:
+    """Return the number of drafts, by default DEFAULT_DRAFT with an MTP module. Raises UserError for drafts without one."""
+    if draft is None:
+        draft = DEFAULT_DRAFT if model.mtp is not None else 0
+    elif draft > 0 and model.mtp is None:
+        raise UserError(f"{folder} has no MTP module to draft with: leave out --draft, or give a checkpoint with MTP.")
+    if compare and draft == 0:
+        raise UserError(
+            "--compare compares drafting with plain decoding: it requires an MTP module and a --draft above 0."
+        )
+    return draft
+
+
+class _TextStream:
+    """A decoder of tokens to text, piece by piece; `pieces` collects them, and `write` is called with each."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, write: Callable[[str], None] | None) -> None:
+        self.pieces: list[str] = []
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._write = write
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, tokens: list[int]) -> None:
+        """Decode further tokens."""
+        for token in tokens:
+            piece = self._stream.step(self._tokenizer, token)
+            if piece is not None:  # None: the token ends within a character
+                self.pieces.append(piece)
+                if self._write is not None:
+                    self._write(piece)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -167,7 +176,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 
 
 def _end_of_text(config: GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """What the checkpoint's generation_config.json stops at, or else the tokenizer's end-of-text; may be empty."""
+    """Return the end-of-text ids of generation_config.json, or else of the tokenizer; may be empty."""
     ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
     if ends is None:
         return set()
@@ -175,7 +184,7 @@ def _end_of_text(config: GenerationConfig, tokenizer: PreTrainedTokenizerFast) -
 
 
 def _compare(rounds: list[tuple[Generation, Generation]], sampling: Sampling) -> Comparison | None:
-    """rounds: speculative and plain. The speed-up is the median of the rounds' own, since a machine's speed drifts."""
+    """Compare the speeds of (speculative, plain) rounds. The speed-up is the median per round, since speed drifts."""
     speeds = [(s.tokens_per_second, p.tokens_per_second) for s, p in rounds]
     known = [(s, p) for s, p in speeds if s is not None and p is not None]
     if not known:
@@ -190,14 +199,14 @@ def _compare(rounds: list[tuple[Generation, Generation]], sampling: Sampling) ->
 
 
 STOPPED = {
-    "end_of_text": "ended by the model",
+    "end_of_text": "ended at end-of-text",
     "max_new_tokens": "cut at --max-new-tokens",
     "context": "cut at the end of the model's context",
 }
 
 
 def describe(result: GenerationResult) -> str:
-    """The numbers in a few lines."""
+    """Describe the measurements in a few lines."""
     speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
     count = len(result.tokens)
     lines = [
@@ -214,7 +223,7 @@ def describe(result: GenerationResult) -> str:
         lines.append(f"{'':<44}{names}")
         for title, shares in (
             ("accepted with all before (cumulative)", result.cumulative_acceptance),
-            ("accepted where all before were (conditional)", result.conditional_acceptance),
+            ("accepted if all before were (conditional)", result.conditional_acceptance),
         ):
             lines.append(f"{title:<44}" + "".join(f"{share:>8.1%}" for share in shares))
     if result.comparison is not None:
@@ -222,10 +231,10 @@ def describe(result: GenerationResult) -> str:
         same = {
             True: "the tokens are identical",
             False: "the tokens DIFFER",
-            None: "sampled: the tokens need not agree",
+            None: "sampled, so the tokens may differ",
         }
         lines.append(
-            f"in turns, {compared.rounds} rounds: drafting {compared.speculative_tokens_per_second:.1f} tokens/s, plain "
+            f"{compared.rounds} alternating rounds: drafting {compared.speculative_tokens_per_second:.1f} tokens/s, plain "
             f"{compared.plain_tokens_per_second:.1f}: {compared.speedup:.2f} times as fast; {same[compared.identical]}"
         )
     return "\n".join(lines)

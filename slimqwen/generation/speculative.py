@@ -1,4 +1,8 @@
-"""Self-speculative decoding: the MTP module drafts a few tokens, the backbone verifies them in one forward pass."""
+"""Self-speculative decoding: the MTP module drafts a few tokens, the backbone verifies them in one forward pass.
+
+It is exact up to rounding: a forward pass of several tokens sums in another order than one of a single token, and
+where two logits differ by less than that (below 1e-4 in float32, far more in bfloat16) the greedy choice can flip.
+"""
 
 import time
 from collections.abc import Callable, Collection
@@ -11,19 +15,19 @@ from transformers import DynamicCache
 
 from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.generation.sampling import GREEDY, Sampling, accept, draw
-from slimqwen.generation.state import Reader
+from slimqwen.generation.state import CachedBackbone
 from slimqwen.model.model import MtpCausalLM
 
 
 @dataclass(frozen=True)
 class Generation:
-    """New tokens, and how they came about. Lists by depth have one entry for each draft in a row, the first first.
+    """Generated tokens and statistics. Lists by depth have one entry for each draft in a row, the first at index 0.
 
-    tokens: what follows the prompt; the last is an end-of-text token if `stopped` says so. verifications: forward
+    tokens: the continuation; the last is an end-of-text token if `stopped` is "end_of_text". verifications: forward
     passes of the backbone after the prompt's. proposed_by_depth: verifications in which the MTP module drafted that
     far. reached_by_depth: those in which all earlier drafts were accepted. accepted_by_depth: those in which this one
-    was, too. prompt_seconds: until the first token. seconds: from the first token to the last, drafting included, the
-    MTP module's own pass over the prompt too.
+    was accepted too. prompt_seconds: until the first token. seconds: from the first token to the last, including
+    drafting and the MTP module's own pass over the prompt.
     """
 
     tokens: list[int]
@@ -37,27 +41,27 @@ class Generation:
 
     @property
     def cumulative_acceptance(self) -> list[float]:
-        """acc_k: share of verifications that accepted the first k + 1 drafts, of those that had so many."""
+        """acc_k: share of verifications that accepted the first k + 1 drafts, of those with at least as many drafts."""
         return _shares(self.accepted_by_depth, self.proposed_by_depth)
 
     @property
     def conditional_acceptance(self) -> list[float]:
-        """Share of drafts accepted at depth k, of those whose earlier drafts all were."""
+        """Share of drafts accepted at depth k, of those whose earlier drafts were all accepted."""
         return _shares(self.accepted_by_depth, self.reached_by_depth)
 
     @property
     def tokens_per_verification(self) -> float | None:
-        """Tokens that a forward pass of the backbone yields: 1 in plain decoding. None where the prompt's was enough."""
+        """Tokens per forward pass of the backbone, 1 in plain decoding; None where there was only the prompt's pass."""
         return (len(self.tokens) - 1) / self.verifications if self.verifications else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """After the first token. None where there is only that."""
+        """Speed after the first token; None where there is no other."""
         return (len(self.tokens) - 1) / self.seconds if self.verifications else None
 
 
 def _shares(counts: list[int], of: list[int]) -> list[float]:
-    """Up to the first depth that never came about."""
+    """Divide up to the first depth that never occurred."""
     return [count / total for count, total in zip(counts, of, strict=True) if total]
 
 
@@ -73,43 +77,26 @@ def speculate(
     end_of_text: Collection[int] = (),
     emit: Callable[[list[int]], None] | None = None,
 ) -> Generation:
-    """Continue one prompt; with the same distribution, and greedily the same tokens, whatever `draft` is.
-
-    Each round, with the tokens up to t_n chosen and those before t_n read: the MTP module drafts d_1 .. d_draft, the
-    backbone reads t_n d_1 .. d_draft at once, the first drafts that `accept` lets pass are kept, with one more token
-    from the backbone itself, and everything behind is forgotten. draft 0 is plain decoding, one token per pass.
-
-    Exact but for rounding: a forward pass of several tokens sums in another order than one of a single token, and
-    where two logits differ by less than that (below 1e-4 in float32, far more in bfloat16) the greedy choice can flip.
+    """Continue one prompt, with the same distribution, and greedily the same tokens, for every `draft`.
 
     Args:
         prompt: int64 [prompt], on the model's device.
-        draft: tokens to draft before each verification; 0 without an MTP module.
-        max_new_tokens: how many to generate at most; fewer where the context ends, or at end-of-text.
-        seed: of the random numbers, which temperature 0 does without.
+        draft: tokens to draft before each verification; 0, also without an MTP module, is plain decoding.
+        max_new_tokens: the most to generate; fewer where the context ends, or at end-of-text.
+        seed: of the random numbers, unused at temperature 0.
         end_of_text: ids after which generation stops.
-        emit: is given the new tokens as soon as they are certain.
+        emit: called with the new tokens as soon as they are final.
     Raises:
-        UserError: a prompt that is empty or leaves no room in the context; drafts asked of a model without MTP.
+        UserError: for a prompt that is empty or leaves no room in the context; for drafts without an MTP module.
         StageFailed: logits that are not finite.
     """
     room = min(max_new_tokens, _context_left(model, prompt))
     if draft > 0 and model.mtp is None:
         raise UserError("this checkpoint has no MTP module to draft with: use a draft of 0, which is plain decoding.")
-    generator = Generator(prompt.device).manual_seed(seed)
-    drafter = Drafter(model, sampling, generator)
-    reader = Reader(model.backbone)
-    proposed, reached, accepted_at = [0] * draft, [0] * draft, [0] * draft
+    rounds = _Rounds(model, draft, sampling, Generator(prompt.device).manual_seed(seed))
     tokens: list[int] = []
-    verifications = 0
-
     started = time.perf_counter()
-    hidden = reader.read(prompt[None])
-    logits = hidden[0, -1] @ model.head.T
-    if not logits.isfinite().all():
-        raise StageFailed("the model's logits after the prompt are not finite: its weights are broken.")
-    new = [int(draw(sampling.probabilities(logits), generator))]
-    following = torch.cat([prompt[1:], prompt.new_tensor(new)])
+    new = rounds.read_prompt(prompt)
     first_token = time.perf_counter()
     while True:
         new = _up_to_end(new, end_of_text)
@@ -118,47 +105,82 @@ def speculate(
             emit(new)
         if new[-1] in end_of_text or len(tokens) == room:
             break
-
-        depth = min(draft, room - len(tokens) - 1)  # the backbone always adds one token of its own
-        drafts, drafted = drafter.draft(hidden, following, depth)
-        piece = torch.cat([following[-1:], drafts])[None]
-        hidden = reader.read_revocably(piece) if draft else reader.read(piece)
-        accepted, own = accept(sampling.probabilities(hidden[0] @ model.head.T), drafted, drafts, generator)
-        if draft:
-            reader.forget(depth - accepted)
-        hidden = hidden[:, : accepted + 1]
-        following = torch.cat([drafts[:accepted], drafts.new_tensor([own])])
-        new = following.tolist()
-
-        verifications += 1
-        for k in range(depth):
-            proposed[k] += 1
-            reached[k] += k <= accepted
-            accepted_at[k] += k < accepted
+        new = rounds.verify(min(draft, room - len(tokens) - 1))  # the backbone always adds one token of its own
     ended = time.perf_counter()
     return Generation(
         tokens=tokens,
-        stopped=_reason(tokens, end_of_text, max_new_tokens),
-        verifications=verifications,
-        proposed_by_depth=proposed,
-        reached_by_depth=reached,
-        accepted_by_depth=accepted_at,
+        stopped=_stop_reason(tokens, end_of_text, max_new_tokens),
+        verifications=rounds.verifications,
+        proposed_by_depth=rounds.proposed,
+        reached_by_depth=rounds.reached,
+        accepted_by_depth=rounds.accepted,
         prompt_seconds=first_token - started,
         seconds=ended - first_token,
     )
 
 
-class Drafter:
-    """The MTP module with its own key-value cache, so that a draft costs one step of one layer.
+class _Rounds:
+    """The rounds of drafting and verification for one prompt, and counts of the drafts by depth."""
 
-    The recursion is that of serving engines (vLLM, SGLang). The cache holds what the module makes of the backbone's own
-    hidden states: entry i of (h_i, t_{i+1}), with which depth 0 drafts t_{i+2}. Deeper drafts run the newest token alone
-    through it, with the module's own last output in place of h:
+    def __init__(self, model: MtpCausalLM, draft: int, sampling: Sampling, generator: Generator) -> None:
+        self.verifications = 0
+        self.proposed, self.reached, self.accepted = [0] * draft, [0] * draft, [0] * draft
+        self._head = model.head
+        self._sampling = sampling
+        self._generator = generator
+        self._drafter = Drafter(model, sampling, generator)
+        self._backbone = CachedBackbone(model.backbone)
+        self._uses_drafts = draft > 0
+
+    def read_prompt(self, prompt: Tensor) -> list[int]:
+        """Read the prompt, int64 [prompt]. Returns the first new token."""
+        self._hidden = self._backbone.read(prompt[None])
+        logits = self._hidden[0, -1] @ self._head.T
+        if not logits.isfinite().all():
+            raise StageFailed("the model's logits after the prompt are not finite: its weights are broken.")
+        new = [int(draw(self._sampling.probabilities(logits), self._generator))]
+        self._following = torch.cat([prompt[1:], prompt.new_tensor(new)])
+        return new
+
+    def verify(self, depth: int) -> list[int]:
+        """Draft and verify `depth` tokens. Returns the new tokens.
+
+        With the tokens up to t_n chosen and those before t_n read, the MTP module drafts d_1 .. d_depth and the backbone
+        reads t_n d_1 .. d_depth in one pass. The drafts accepted by `accept` and one more token from the backbone itself
+        are the new tokens; the backbone's state after them is rolled back.
+        """
+        drafts, drafted = self._drafter.draft(self._hidden, self._following, depth)
+        piece = torch.cat([self._following[-1:], drafts])[None]
+        hidden = self._backbone.read_revocably(piece) if self._uses_drafts else self._backbone.read(piece)
+        target = self._sampling.probabilities(hidden[0] @ self._head.T)
+        accepted, own = accept(target, drafted, drafts, self._generator)
+        if self._uses_drafts:
+            self._backbone.forget(depth - accepted)
+        self._hidden = hidden[:, : accepted + 1]
+        self._following = torch.cat([drafts[:accepted], drafts.new_tensor([own])])
+        self._count(depth, accepted)
+        new: list[int] = self._following.tolist()
+        return new
+
+    def _count(self, depth: int, accepted: int) -> None:
+        self.verifications += 1
+        for k in range(depth):
+            self.proposed[k] += 1
+            self.reached[k] += k <= accepted
+            self.accepted[k] += k < accepted
+
+
+class Drafter:
+    """The MTP module with its own KV cache, so that a draft costs one forward pass of one layer.
+
+    The recursion is that of serving engines (vLLM, SGLang). The cache holds the module's keys and values for the
+    backbone's own hidden states: entry i is of (h_i, t_{i+1}), from which depth 0 drafts t_{i+2}. Deeper drafts run only
+    the newest token, with the module's own last output in place of h:
 
         m^0 = mtp(h_i, Emb(t_{i+1})),  m^k = mtp(m^{k-1}, Emb(d_k)) at position i + k  ->  d_{k+1}
 
-    The entries of deeper drafts are dropped again: the next round makes these positions from the backbone's hidden
-    states. acceptance.accepted_drafts differs at depth 1 and beyond, where it attends to depth k's own outputs at all
+    The entries of deeper drafts are dropped again: the next round computes these positions from the backbone's hidden
+    states. acceptance.accepted_drafts differs from depth 1 on, where it attends to depth k's own outputs at all
     earlier positions; depth 0 is the same.
     """
 
@@ -169,9 +191,9 @@ class Drafter:
         self._cache = DynamicCache()
 
     def draft(self, hidden: Tensor, following: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The next `count` drafts, int64 [count], and the distributions they were drawn from, [count, vocab].
+        """Return the next `count` drafts, int64 [count], and the distributions they were drawn from, [count, vocab].
 
-        hidden: the backbone's hidden states that were not given before, [1, seq, hidden]; following: the token after
+        hidden: the backbone's hidden states since the last call, [1, seq, hidden]; following: the token after
         each of them, int64 [seq].
         """
         head = self._model.head
@@ -207,7 +229,7 @@ def _up_to_end(new: list[int], end_of_text: Collection[int]) -> list[int]:
     return new[: next(ends, len(new)) + 1]
 
 
-def _reason(
+def _stop_reason(
     tokens: list[int], end_of_text: Collection[int], max_new_tokens: int
 ) -> Literal["end_of_text", "max_new_tokens", "context"]:
     if tokens[-1] in end_of_text:
