@@ -136,7 +136,7 @@ def test_an_mtp_module_that_config_promises(folder: Path, key: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["num_nextn_predict_layers"], config["num_mtp_layers"], config["mtp_layer_types"]
     (folder / "config.json").write_text(json.dumps(config | {key: 1}))
-    assert f"says {key} 1, and the checkpoint's tensors make 0" in sentence(folder)
+    assert f"has {key} 1, but the checkpoint's tensors are for 0" in sentence(folder)
     (folder / "config.json").write_text(json.dumps(config))
     assert "num_nextn_predict_layers 0" in one_warning(folder, "MTP")
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
@@ -145,7 +145,7 @@ def test_an_mtp_module_that_config_promises(folder: Path, key: str) -> None:
 
 def test_mtp_keys_that_disagree(folder: Path) -> None:
     with_config(folder, num_mtp_layers=2)
-    assert "says num_mtp_layers 2, and the checkpoint's tensors make 1" in sentence(folder)
+    assert "has num_mtp_layers 2, but the checkpoint's tensors are for 1" in sentence(folder)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_layers_that_do_not_alternate(tmp_path: Path) -> None:
 
 def test_no_attention_at_all(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path / "checkpoint", layer_types=["linear_attention"] * 4)
-    assert one_warning(folder, "no layer attends in full")
+    assert one_warning(folder, "no layer has full attention")
 
 
 def test_a_total_that_is_none(original: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_total_that_is_none(original: Path, tmp_path: Path) -> None:
 
 def test_a_dtype_that_config_does_not_name(folder: Path) -> None:
     with_config(folder, dtype="bfloat16")
-    assert "'bfloat16', the weights are mostly float32" in one_warning(folder, "dtype")
+    assert "'bfloat16', but the weights are mostly float32" in one_warning(folder, "dtype")
 
 
 def test_a_config_without_architectures(folder: Path) -> None:

@@ -16,7 +16,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES
 from slimqwen.serving.check import CheckResult, check_checkpoint, describe
 from slimqwen.serving.engines import ENGINES
-from slimqwen.serving.requirements import Verdict, verdict
+from slimqwen.serving.requirements import LoadResult, check_loader
 
 # What the tiny configs have and some engines do not take: checked one by one below.
 PLAIN: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def plain(folder: Path, family: str = "qwen3_next", **overrides: Any) -> Path:
     return write_tiny_checkpoint(folder / "checkpoint", native=FAMILIES_NATIVE[family], **overrides)
 
 
-def verdicts(folder: Path) -> dict[str, Verdict]:
+def verdicts(folder: Path) -> dict[str, LoadResult]:
     return check_checkpoint(folder, engines=["all"]).engines
 
 
@@ -79,7 +79,7 @@ def test_every_engine_takes_a_plain_checkpoint_of_every_family(tmp_path: Path, f
     assert not [problem for result in found.values() for problem in result.problems]
     drafting = {name for name, result in found.items() if result.drafts}
     assert drafting == ({"vllm", "sglang", "llama.cpp"} if family in WITH_MTP else set())
-    assert any("leaves out the MTP module" in note for note in found["transformers"].notes) == (family in WITH_MTP)
+    assert any("ignores the MTP module" in note for note in found["transformers"].notes) == (family in WITH_MTP)
 
 
 def test_without_engines_nothing_is_said_of_them(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_without_engines_nothing_is_said_of_them(tmp_path: Path) -> None:
 
 def test_a_family_that_an_engine_does_not_know(tmp_path: Path) -> None:
     older = dataclasses.replace(ENGINES["vllm"], loaders={})
-    found = verdict(older, Checkpoint(plain(tmp_path)))
-    assert found.problems == ["it does not know model_type qwen3_next"] and not found.drafts
+    found = check_loader(older, Checkpoint(plain(tmp_path)))
+    assert found.problems == ["it does not support model_type qwen3_next"] and not found.drafts
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
@@ -120,7 +120,7 @@ def test_architectures_that_name_another_model(tmp_path: Path, architectures: li
     with_config(folder, architectures=architectures)
     found = refusing(folder)
     assert found.keys() == {"vllm", "sglang", "llama.cpp"}
-    assert "must have 'Qwen3NextForCausalLM'" in found["vllm"]
+    assert "must include 'Qwen3NextForCausalLM'" in found["vllm"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_sizes_that_must_agree(tmp_path: Path, family: str, overrides: dict[str,
 
 def test_tied_embeddings(tmp_path: Path) -> None:
     found = refusing(plain(tmp_path / "next", tie_word_embeddings=True))
-    assert found == dict.fromkeys(("vllm", "sglang"), "it needs 'lm_head.weight', which tied embeddings leave out")
+    assert found == dict.fromkeys(("vllm", "sglang"), "it needs 'lm_head.weight', which tied embeddings omit")
     assert refusing(plain(tmp_path / "text", "qwen3_5_moe_text", tie_word_embeddings=True)) == {}
 
 

@@ -566,7 +566,7 @@ def test_a_number_that_is_not_finite_is_found_anywhere(tmp_path: Path, value: fl
     assert f"'{name}' holds NaN or infinity" in sentence(lambda: check_checkpoint(folder))
     quick = check_checkpoint(folder, quick=True)
     assert quick.read_tensors == len(quick.sampled) == 16
-    assert f"16 of {quick.tensors} tensors" in describe(quick) and "were not looked at" in describe(quick)
+    assert f"16 of {quick.tensors} tensors" in describe(quick) and "were not read" in describe(quick)
 
 
 def test_no_more_than_a_chunk_is_looked_at_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +616,7 @@ def test_a_vocabulary_that_the_embedding_lacks(tmp_path: Path) -> None:
     assert check_checkpoint(folder).has_tokenizer
     assert not [warning for warning in check_checkpoint(folder).warnings if "tokenizer" in warning]
     small = write_tiny_checkpoint(tmp_path / "small", tokenizer=tokenizer, vocab_size=200)
-    assert [warning for warning in check_checkpoint(small).warnings if "the embedding has 200 rows" in warning]
+    assert [warning for warning in check_checkpoint(small).warnings if "the embedding only 200 rows" in warning]
 
 
 # --- what is known before the work ------------------------------------------------------------------------------------

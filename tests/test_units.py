@@ -86,7 +86,10 @@ def test_a_target_that_names_the_outer_heads_keeps_the_ratio() -> None:
 WRONG = {
     "no dense layer": (Target(intermediate_size=8), "intermediate_size, which no layer of this qwen3_next has"),
     "not a multiple": (Target(num_attention_heads=3), "num_attention_heads 3 is not a multiple of 2"),
-    "inner grows": (Target(linear_num_key_heads=1, linear_num_value_heads=4), "4 value_heads to each unit around them"),
+    "inner grows": (
+        Target(linear_num_key_heads=1, linear_num_value_heads=4),
+        "4 value_heads per unit of the outer axis",
+    ),
     "more than there is": (Target(moe_intermediate_size=17), "moe_intermediate_size 17 is more than the source's 16"),
 }
 

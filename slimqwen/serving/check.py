@@ -1,4 +1,4 @@
-"""The gate that a checkpoint passes before it counts as done, and the command `slimqwen check`, for any folder."""
+"""Verification of checkpoints: after each write, and by the command `slimqwen check` for any folder."""
 
 import hashlib
 from collections import Counter
@@ -16,35 +16,35 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError, shown
 from slimqwen.core.progress import Progress
 from slimqwen.core.terminal import visible
-from slimqwen.serving.caveats import warnings_of, word_of
+from slimqwen.serving.caveats import dtype_name, find_warnings
 from slimqwen.serving.requirements import (
+    LoadResult,
     Obstacles,
-    Verdict,
-    chosen_engines,
+    check_loader,
+    describe_load,
     expert_parallel,
-    in_words,
+    find_engines,
     replicated_kv_heads,
     tensor_parallel,
-    verdict,
 )
 
 SAMPLED_TENSORS = 16
 SAMPLED_BYTES = 1 << 30  # in all: a fused tensor of an 80B checkpoint alone has 2 GB
-BYTES_WITH_PROGRESS = 1 << 30  # less takes a second
-CHUNK_BYTES = 1 << 24  # read at once: the gate must not need the memory that streaming saved
+BYTES_WITH_PROGRESS = 1 << 30  # fewer take about a second
+CHUNK_BYTES = 1 << 24  # read at once, so that the check needs no more memory than the streaming that wrote the weights
 BITS_OF = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}  # by bytes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 class CheckResult(BaseModel):
-    """A checkpoint that loads: what is in it, and what its user should know.
+    """The content of a checkpoint that loads, with warnings.
 
-    `tensor_parallel`, `expert_parallel`: number of ranks -> the sizes that do not divide by it (empty: it works);
-    `replicated_kv_heads`: the numbers of ranks at which several hold the same KV head, and cache it several times.
-    `sampled`: tensor -> SHA-256 of its bytes, of a sample. `read_tensors`, `read_bytes`: of how many tensors and bytes it
-    is known that they are finite. `dtypes`: dtype -> tensors. `has_tokenizer`: there is one, and it loads.
-    `engines`: what each engine that was asked about makes of it.
+    `tensor_parallel`, `expert_parallel`: number of ranks -> the sizes that it does not divide (empty: it works);
+    `replicated_kv_heads`: the numbers of ranks at which several hold, and cache, the same KV head.
+    `sampled`: tensor -> SHA-256 of its bytes, of a sample. `read_tensors`, `read_bytes`: the tensors and bytes that were
+    checked to be finite. `dtypes`: dtype -> number of tensors. `has_tokenizer`: there is one, and it loads.
+    `engines`: whether it loads in each of the requested engines.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,10 +65,10 @@ class CheckResult(BaseModel):
     read_bytes: int
     has_tokenizer: bool
     warnings: list[str]
-    engines: dict[str, Verdict] = {}
+    engines: dict[str, LoadResult] = {}
 
     def refusing(self) -> list[str]:
-        """The engines that cannot load it, of those that were asked about."""
+        """List the engines that cannot load it, among those requested."""
         return [name for name, result in self.engines.items() if result.problems]
 
 
@@ -79,38 +79,31 @@ def check_checkpoint(
     engines: Iterable[str] = (),
     quick: bool = False,
 ) -> CheckResult:
-    """Whether a checkpoint folder is whole and loads in Transformers, vLLM and SGLang, and in every stage here.
+    """Check that a checkpoint folder is complete and loads in Transformers, vLLM and SGLang, and in every stage here.
 
-    Every tensor that config.json implies must be there with its shape and nothing else, where the index says; the
-    config must agree with itself and with the MTP tensors; Transformers must be able to build the model, and a tokenizer
-    that is there to load; what is read of the tensors must be finite.
+    The folder must have exactly the tensors that config.json implies, with their shapes, in the files of the index; the
+    config must be consistent with itself and with the MTP tensors; Transformers must be able to build the model, and a
+    tokenizer, if any, must load; the tensors that are read must be finite.
 
     Args:
-        expected: tensor name -> `tensor_hash` of what was written: these tensors are the sample, and must be the same.
-            The gate after writing: no model is built, and no tokenizer loaded, which was only copied.
-        engines: names of engines (or 'all') to ask about: whether their loaders take it is told, not raised.
-        quick: read a sample of the tensors and not all of them.
+        expected: tensor name -> `tensor_hash` of what was written: these tensors are the sample, and must match.
+            For the check after writing: no model is built, and the tokenizer, a copy, is not loaded.
+        engines: names of engines, or 'all'. Whether their loaders accept it is in the result, not raised.
+        quick: read only a sample of the tensors.
 
-    Raises UserError for what is broken; what merely narrows how the model can be served is in `warnings`.
+    Raises UserError for a broken checkpoint; limits on how the model can be served are in `warnings`.
     """
     from slimqwen.model.native import check_buildable, native_config  # seconds to import
 
-    asked = chosen_engines(engines)
-    checkpoint = Checkpoint(folder, on_note=lambda note: None)  # in `warnings`
+    requested = find_engines(engines)
+    checkpoint = Checkpoint(folder, on_note=lambda note: None)  # its notes are in `warnings`
     native_config(drop_runtime_keys(read_json(folder / "config.json")), str(folder))
     if expected is None:
         check_buildable(checkpoint.family, checkpoint.config, str(folder))
     _check_orphans(checkpoint)
     _check_mtp(checkpoint)
-    tokens = _tokens_of(folder) if expected is None else None
-    names = _sample(checkpoint) if expected is None else list(expected)
-    sampled = {name: _hash_on_disk(checkpoint, name) for name in names}
-    for name, digest in (expected or {}).items():
-        if sampled[name] != digest:
-            raise UserError(
-                f"{folder}: {shown(name)} is not what was written (SHA-256 {sampled[name][:16]}, expected {digest[:16]}): "
-                "check the disk and write it again."
-            )
+    tokens = _vocabulary_size(folder) if expected is None else None
+    sampled = _hash_sample(checkpoint, expected)
     read = list(sampled)
     if expected is None and not quick:
         read += (others := [name for name in checkpoint.specs if name not in sampled])
@@ -122,7 +115,7 @@ def check_checkpoint(
         files=len(checkpoint.files),
         tensors=len(checkpoint.specs),
         weight_bytes=sum(map(checkpoint.nbytes, checkpoint.specs)),
-        dtypes=dict(Counter(word_of(checkpoint.dtype(name)) for name in checkpoint.specs).most_common()),
+        dtypes=dict(Counter(dtype_name(checkpoint.dtype(name)) for name in checkpoint.specs).most_common()),
         layouts=dict(Counter(checkpoint.layouts.values())),
         has_mtp=checkpoint.has_mtp,
         tensor_parallel=tensor_parallel(family, config),
@@ -132,13 +125,26 @@ def check_checkpoint(
         read_tensors=len(read),
         read_bytes=sum(map(checkpoint.nbytes, read)),
         has_tokenizer=tokens is not None,
-        warnings=[*checkpoint.notes, *warnings_of(checkpoint, tokens)],
-        engines={engine.name: verdict(engine, checkpoint) for engine in asked},
+        warnings=[*checkpoint.notes, *find_warnings(checkpoint, tokens)],
+        engines={engine.name: check_loader(engine, checkpoint) for engine in requested},
     )
 
 
-def _tokens_of(folder: Path) -> int | None:
-    """Size of the tokenizer's vocabulary; None where there is no tokenizer. Raises UserError for one that does not load."""
+def _hash_sample(checkpoint: Checkpoint, expected: Mapping[str, str] | None) -> dict[str, str]:
+    """Hash a sample of the tensors, or the `expected` ones. Raises UserError where one is not finite or has another hash."""
+    names = _sample(checkpoint) if expected is None else list(expected)
+    sampled = {name: _hash_on_disk(checkpoint, name) for name in names}
+    for name, digest in (expected or {}).items():
+        if sampled[name] != digest:
+            raise UserError(
+                f"{checkpoint.folder}: {shown(name)} is not what was written (SHA-256 {sampled[name][:16]}, expected "
+                f"{digest[:16]}): check the disk and write it again."
+            )
+    return sampled
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    """Load the tokenizer and return its number of tokens; None where there is none. Raises UserError for a broken one."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     from slimqwen.data.tokenizer import load_tokenizer
@@ -158,22 +164,21 @@ def _check_finite(checkpoint: Checkpoint, names: list[str]) -> None:
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes as safetensors writes them (contiguous, little-endian)."""
+    """Return the SHA-256 of a tensor's bytes as safetensors writes them (contiguous, little-endian)."""
     return _digest(_chunks(tensor))
 
 
 def _hash_on_disk(checkpoint: Checkpoint, name: str) -> str:
-    """The hash of a tensor that is there and finite."""
+    """Hash a stored tensor. Raises UserError where it is missing or not finite."""
     if name not in checkpoint.specs:
         raise UserError(
             f"{checkpoint.folder} lacks {shown(name)}, which was written: check the disk and write it again."
         )
-
     return _digest(_finite_chunks(checkpoint, name))
 
 
 def _finite_chunks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    """A tensor in pieces of CHUNK_BYTES, each looked through before it is given."""
+    """Yield a tensor in chunks of CHUNK_BYTES. Raises UserError for one that is not finite."""
     for chunk in _chunks(checkpoint.read(name)):
         if not _is_finite(chunk):
             raise UserError(
@@ -184,9 +189,9 @@ def _finite_chunks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
 
 
 def _is_finite(chunk: torch.Tensor) -> bool:
-    """`chunk.isfinite().all()`, by the bits: without its sign a number below infinity's bits is finite.
+    """Compute `chunk.isfinite().all()` on the bits: a number is finite if its bits, without the sign, are below infinity's.
 
-    On a core of a Xeon 1.2 GB/s, torch's own in bfloat16 0.15 GB/s.
+    1.2 GB/s on one core of a Xeon, where torch's own has 0.15 GB/s in bfloat16.
     """
     if not chunk.numel():
         return True
@@ -209,7 +214,7 @@ def _digest(chunks: Iterable[torch.Tensor]) -> str:
 
 
 def _sample(checkpoint: Checkpoint) -> list[str]:
-    """Up to 16 tensors and 1 GiB, from as many files as there are; the same ones for the same names."""
+    """Choose up to 16 tensors and 1 GiB, over all files in turn; deterministic for the same names."""
     by_file: dict[Path, list[str]] = {}
     for name in sorted(checkpoint.specs, key=lambda name: hashlib.sha256(name.encode()).digest()):
         by_file.setdefault(checkpoint.file_of(name), []).append(name)
@@ -224,7 +229,7 @@ def _sample(checkpoint: Checkpoint) -> list[str]:
 
 
 def _check_orphans(checkpoint: Checkpoint) -> None:
-    """Some engines load every *.safetensors of a folder."""
+    """Raise UserError for a safetensors file outside the checkpoint: some engines load every *.safetensors of a folder."""
     known = {file.name for file in checkpoint.files}
     orphans = sorted(path.name for path in checkpoint.folder.glob("*.safetensors") if path.name not in known)
     if orphans:
@@ -235,20 +240,20 @@ def _check_orphans(checkpoint: Checkpoint) -> None:
 
 
 def _check_mtp(checkpoint: Checkpoint) -> None:
-    """What config.json says of the MTP module, in whichever words, must be true of the tensors."""
+    """Raise UserError where config.json, under any of its keys, disagrees with the tensors about the MTP module."""
     on_disk = read_json(checkpoint.folder / "config.json")
     present = checkpoint.config["num_nextn_predict_layers"]
     for section in sections(on_disk):
         for key in MTP_KEYS:
             if section.get(key) is not None and section[key] != present:
                 raise UserError(
-                    f"{checkpoint.folder}: config.json says {key} {shown(section[key])}, and the checkpoint's tensors "
-                    f"make {present}: add the MTP module's tensors or write {present}."
+                    f"{checkpoint.folder}: config.json has {key} {shown(section[key])}, but the checkpoint's tensors are for "
+                    f"{present}: add the MTP module's tensors, or set it to {present}."
                 )
 
 
 def describe(result: CheckResult) -> str:
-    """The result as a short list for a terminal."""
+    """Format the result as a list for a terminal."""
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in result.dtypes.items())
     layouts = ", ".join(f"{layout} in {count} blocks" for layout, count in result.layouts.items())
     files = f"{result.files} file" + "s" * (result.files > 1)
@@ -266,21 +271,21 @@ def describe(result: CheckResult) -> str:
     width = max(map(len, rows))
     lines = [visible(f"{name.ljust(width)}  {value}") for name, value in rows.items()]
     lines += [visible(f"warning: {warning}") for warning in result.warnings]
-    lines += [in_words(name, found) for name, found in result.engines.items()]
+    lines += [describe_load(name, found) for name, found in result.engines.items()]
     refusing = result.refusing()
     return "\n".join([*lines, f"not loadable in {', '.join(refusing)}" if refusing else "loadable"])
 
 
 def _read_share(result: CheckResult) -> str:
-    """`all 1,234 tensors, all finite`, or how much of them."""
+    """Describe what was read: `all 1,234 tensors, all finite`, or the share."""
     if result.read_tensors == result.tensors:
         return f"all {result.tensors:,} tensors, all finite"
     share = result.read_bytes / result.weight_bytes
-    return f"{result.read_tensors:,} of {result.tensors:,} tensors ({share:.1%} of the bytes), all finite; the others were not looked at"
+    return f"{result.read_tensors:,} of {result.tensors:,} tensors ({share:.1%} of the bytes), all finite; the others were not read"
 
 
 def _divides(obstacles: Obstacles, replicated: Iterable[int] = ()) -> str:
-    """`1, 2, 4 divide (4: KV heads replicated); 3, 5, 6, 7, 8 do not`"""
+    """Describe which numbers of ranks work: `1, 2, 4 divide (4: KV heads replicated); 3, 5, 6, 7, 8 do not`."""
     even = [ranks for ranks, sizes in obstacles.items() if not sizes]
     uneven = [ranks for ranks, sizes in obstacles.items() if sizes]
     copies = [ranks for ranks in replicated if ranks in even]

@@ -1,8 +1,8 @@
-"""What the loaders of Transformers, vLLM, SGLang and llama.cpp take, as data: read from their released source.
+"""Tables of what the loaders of Transformers, vLLM, SGLang and llama.cpp accept, from their released source.
 
-Read, by hand: the files in `Engine.source`, at `Engine.version`. Run: Transformers (tests/test_every_family.py) and
+Read by hand: the files in `Engine.source`, at `Engine.version`. Run: Transformers (tests/test_every_family.py) and
 llama.cpp's converter, on tiny checkpoints of every family and layout. Not run: vLLM, SGLang and llama.cpp's C++ loader,
-which need hardware or a build. Older and newer versions may differ. `serving.verdict` walks these tables.
+which need hardware or a build. Older and newer versions may differ. `requirements.check_loader` uses these tables.
 """
 
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Names = frozenset[str]
-"""Tensor names as they are on disk, with `*` for every number between dots."""
+"""Tensor names on disk, with `*` for every number between dots."""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """What an engine takes of one model_type. Sizes are in canonical words, `keys` and `fixed` in config.json's.
+    """The requirements of an engine's loader for one model_type. Sizes have canonical names, `keys` and `fixed` config.json's.
 
-    `architecture`: the word in config.json by which the engine chooses its code; None: it goes by model_type.
-    `names`: the backbone's tensors; `mtp`: the MTP module's, empty where the engine has no use for it.
-    `unchecked`: prefix -> what is said of tensors below it, whose names were not compared.
-    `needs`: tensors that tied embeddings leave out and that the engine wants all the same.
-    `keys`: keys that config.json must have -> what the engine does without.
-    `counts_layers`: it derives the layers' types from full_attention_interval and never looks at layer_types.
-    `equal`: products of sizes that must be the same. `fixed`: key -> the value taken whatever config.json says.
-    `mtp_like_first_layer`: it decides by layer 0's place in mlp_only_layers whether the MTP layer has experts.
-    `without_mtp`: what a user must know who has no MTP module.
+    `architecture`: the entry of config.json's architectures that selects the code; None: model_type does.
+    `names`: the backbone's tensors; `mtp`: the MTP module's, empty where the engine does not use it.
+    `unchecked`: prefix of tensors whose names were not compared -> a note about them.
+    `needs`: tensors that the engine requires although tied embeddings omit them.
+    `keys`: required keys of config.json -> what the engine does if one is missing.
+    `counts_layers`: it derives the layers' types from full_attention_interval and ignores layer_types.
+    `equal`: products of sizes that must be equal. `fixed`: key -> the value used in place of config.json's.
+    `mtp_like_first_layer`: the MTP layer is dense if layer 0 is in mlp_only_layers.
+    `without_mtp`: a note for checkpoints without an MTP module.
     """
 
     architecture: str | None
@@ -43,7 +43,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine, the version whose source was read, where, and its loaders by model_type; `note`: of every checkpoint."""
+    """An engine: the version and files whose source was read, and its loaders by model_type. `note`: for every checkpoint."""
 
     name: str
     version: str
@@ -78,7 +78,7 @@ SHARED = (
 
 
 def _model(layer: str, root: str = "model.") -> Names:
-    """The names of a backbone whose layers hold these."""
+    """Return the names of a backbone from those of a layer."""
     around = {"lm_head.weight", f"{root}embed_tokens.weight", f"{root}norm.weight"}
     return frozenset(around | {f"{root}layers.*.{name}" for name in layer.split()})
 
@@ -179,10 +179,10 @@ VLLM = Engine(
     },
 )
 
-COUNTED = {"full_attention_interval": "it derives the type of every layer from it and fails without"}
+COUNTED = {"full_attention_interval": "it derives the type of every layer from it and fails without it"}
 
-# Names without a place fail with a KeyError in some of its loaders and are skipped without a word in others (qwen3_moe,
-# glm4_moe), which leaves the parameters uninitialised: neither loads the model.
+# Unknown names raise a KeyError in some of its loaders and are skipped without a message in others (qwen3_moe,
+# glm4_moe), which leaves parameters uninitialised: either way the model does not load.
 SGLANG = Engine(
     name="sglang",
     version="0.5.23",
@@ -224,7 +224,7 @@ SGLANG = Engine(
             equal=OLMOE_SPAN,
             fixed={"clip_qkv": None, **OLMOE_EPS},
         ),
-        # MixtralAttention computes the size of a head and never reads head_dim.
+        # MixtralAttention computes the size of a head and ignores head_dim.
         "mixtral": Loader("MixtralForCausalLM", _model(MIXTRAL + MIXTRAL_EACH), needs=UNTIED, equal=OLMOE_SPAN),
         "glm4_moe": Loader(
             "Glm4MoeForCausalLM", _model(GLM_MIXER + GLM_MOE + EACH + DENSE), GLM_MTP_NAMES, needs=UNTIED
@@ -238,7 +238,7 @@ NO_MTP = "convert with --no-mtp: without an MTP module the converter stops (an a
 LLAMA_CPP = Engine(
     name="llama.cpp",
     version="0c1e57098",
-    note="its converter knows a tokenizer by a hash, which was not compared",
+    note="its converter recognises a tokenizer by a hash, which was not compared",
     source="run: conversion/{base,qwen,olmo,llama,glm}.py (convert_hf_to_gguf.py); read: src/models/{qwen3next,qwen35moe,"
     "qwen3moe,olmoe,llama,glm4-moe}.cpp; the commit that llama-cpp-python 0.3.36 carries",
     loaders={

@@ -1,4 +1,4 @@
-"""Where a cut will load, told before it is made: what `slimqwen check` would find of it, from its config."""
+"""Prediction of the engines in which a cut will load, from its config alone: as `slimqwen check` would find afterwards."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -7,11 +7,11 @@ from pydantic import BaseModel, ConfigDict
 from slimqwen.families import Config, Family
 from slimqwen.families.family import Layout
 from slimqwen.serving.engines import ENGINES
-from slimqwen.serving.requirements import Unwritten, size_caveats, verdict
+from slimqwen.serving.requirements import PlannedCheckpoint, check_loader, size_caveats
 
 
 class Refusal(BaseModel):
-    """An engine whose loader would not take the cut. `new`: it takes the model that is cut."""
+    """An engine whose loader would not accept the cut. `new`: it accepts the model before the cut."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,9 +22,9 @@ class Refusal(BaseModel):
 
 
 class Loadable(BaseModel):
-    """What is known of serving a cut, by the tables of `checkpoint.engines`.
+    """The prospects of serving a cut, by the tables of `serving.engines`.
 
-    refusals: the engines that would not load it. caveats: what its sizes rule out or make slow and the source's do not.
+    refusals: the engines that would not load it. caveats: uses that its sizes, unlike the source's, rule out or make slow.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,21 +36,21 @@ class Loadable(BaseModel):
 def loadable(
     family: Family, source: Config, cut: Config, layouts: Mapping[str, Layout] | None = None, *, layers: list[int]
 ) -> Loadable:
-    """Compare a cut with what each engine's loader takes. No weights, no torch.
+    """Compare a cut with the requirements of each engine's loader. No weights, no torch.
 
     Args:
-        layouts: how the experts of the source's blocks lie on disk; None: as the family's releases have them.
-        layers: of the source, that stay.
+        layouts: of the experts of the source's blocks on disk; None: as in the family's releases.
+        layers: of the source, that are kept.
     """
-    after = Unwritten.of(family, cut, layouts_of_cut(family, source, cut, layouts, layers))
-    refusing = [(engine, found) for engine in ENGINES.values() if (found := verdict(engine, after)).problems]
-    before = Unwritten.of(family, source, layouts) if refusing else None
+    after = PlannedCheckpoint.of(family, cut, layouts_of_cut(family, source, cut, layouts, layers))
+    refusing = [(engine, found) for engine in ENGINES.values() if (found := check_loader(engine, after)).problems]
+    before = PlannedCheckpoint.of(family, source, layouts) if refusing else None
     refusals = [
         Refusal(
             engine=engine.name,
             version=engine.version,
             problems=found.problems,
-            new=before is not None and not verdict(engine, before).problems,
+            new=before is not None and not check_loader(engine, before).problems,
         )
         for engine, found in refusing
     ]
@@ -61,7 +61,7 @@ def loadable(
 def layouts_of_cut(
     family: Family, source: Config, cut: Config, layouts: Mapping[str, Layout] | None, layers: list[int]
 ) -> dict[str, Layout] | None:
-    """Each block of the cut as the block that it comes from, which is how `prune` writes it."""
+    """Return the layout of each block of the cut, that of the block it comes from, which `prune` keeps."""
     if layouts is None:
         return None
     sources = family.sources(source, cut, layers)
@@ -69,16 +69,16 @@ def layouts_of_cut(
 
 
 def refusals_in_words(refusals: Iterable[Refusal]) -> Iterator[str]:
-    """`does not load in sglang 0.5.23: it wants ...`"""
+    """Yield lines such as `does not load in sglang 0.5.23: it wants ...`."""
     for refusal in refusals:
         also = "" if refusal.new else " (nor does the model before)"
         yield f"does not load in {refusal.engine} {refusal.version}{also}: {'; '.join(refusal.problems)}"
 
 
-def in_words(serving: Loadable) -> Iterator[str]:
-    """What `slimqwen plan` says of serving the cut, a line each."""
+def describe(serving: Loadable) -> Iterator[str]:
+    """Yield the lines of `slimqwen plan` about serving the cut."""
     refused = {refusal.engine for refusal in serving.refusals}
-    taken = [f"{engine.name} {engine.version}" for engine in ENGINES.values() if engine.name not in refused]
-    yield f"loads in {', '.join(taken)}" if taken else "loads in no engine whose loader is known"
+    loading = [f"{engine.name} {engine.version}" for engine in ENGINES.values() if engine.name not in refused]
+    yield f"loads in {', '.join(loading)}" if loading else "loads in no engine whose loader is known"
     yield from refusals_in_words(serving.refusals)
     yield from serving.caveats

@@ -1,4 +1,4 @@
-"""What serving engines ask of a model: sizes that ranks share evenly and kernels like; names, shapes and keys they know."""
+"""Requirements of serving engines: sizes that divide over ranks and suit kernels; tensor names, shapes and config keys."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,11 +30,11 @@ KERNEL_FIELDS = (
 KV_FIELD = "num_key_value_heads"
 
 Obstacles = dict[int, list[str]]
-"""Number of ranks -> the sizes that they cannot share evenly; empty where it works."""
+"""Number of ranks -> the sizes that it does not divide; empty where it works."""
 
 
 def tensor_parallel(family: Family, config: Config) -> Obstacles:
-    """The sizes that tensor-parallel ranks split (heads and neurons) against 1 to 8 ranks.
+    """Check the sizes that tensor-parallel ranks split (heads and neurons) against 1 to 8 ranks.
 
     The axes that differ from block to block are split; those of the whole model (the residual stream, the dims of a
     head) stay whole on every rank, and the vocabulary is padded. Fewer KV heads than ranks are replicated.
@@ -45,49 +45,49 @@ def tensor_parallel(family: Family, config: Config) -> Obstacles:
         if all(axis.scope != "model" for axis in axes) and family.expert not in axes
     }
     return {
-        ranks: [f"{field} {size}" for field, size in split.items() if not _shared_evenly(field, size, ranks)]
+        ranks: [f"{field} {size}" for field, size in split.items() if not _divides(field, size, ranks)]
         for ranks in PARALLEL_SIZES
     }
 
 
 def expert_parallel(family: Family, config: Config) -> Obstacles:
-    """The number of experts against 1 to 8 expert-parallel ranks."""
+    """Check the number of experts against 1 to 8 expert-parallel ranks."""
     experts = config["num_experts"]
     return {ranks: [f"num_experts {experts}"] * (experts % ranks != 0) for ranks in PARALLEL_SIZES}
 
 
 def replicated_kv_heads(config: Config) -> list[int]:
-    """Numbers of ranks at which several hold the same KV head."""
+    """List the numbers of ranks at which several hold the same KV head."""
     return [ranks for ranks in PARALLEL_SIZES if ranks > config[KV_FIELD] and ranks % config[KV_FIELD] == 0]
 
 
 def slow_sizes(family: Family, config: Config) -> list[str]:
-    """Sizes that are not a multiple of 128."""
+    """List the sizes that are not a multiple of KERNEL_MULTIPLE."""
     used = _used_fields(family, config)
     return [f"{field} {config[field]}" for field in KERNEL_FIELDS if field in used and config[field] % KERNEL_MULTIPLE]
 
 
 def size_caveats(family: Family, config: Config) -> list[str]:
-    """What the sizes rule out, or make slow, one sentence each."""
+    """List what the sizes rule out or make slow, one sentence each."""
     caveats = []
     parallel = {"tensor": tensor_parallel(family, config), "expert": expert_parallel(family, config)}
     for kind, obstacles in parallel.items():
-        for ranks in (2, 4, 8):  # what people have; the other numbers are in the table
+        for ranks in (2, 4, 8):  # the usual numbers; the others are in the table
             if obstacles[ranks]:
                 caveats.append(f"{kind} parallel {ranks} does not divide {', '.join(obstacles[ranks])}.")
     if slow := slow_sizes(family, config):
         caveats.append(
-            f"{', '.join(slow)}: not a multiple of {KERNEL_MULTIPLE}, which fast kernels and FP8 blocks want."
+            f"{', '.join(slow)}: not a multiple of {KERNEL_MULTIPLE}, which fast kernels and FP8 blocks require."
         )
     return caveats
 
 
-def _shared_evenly(field: str, size: int, ranks: int) -> bool:
+def _divides(field: str, size: int, ranks: int) -> bool:
     return size % ranks == 0 or (field == KV_FIELD and ranks % size == 0)
 
 
 def _used_fields(family: Family, config: Config) -> dict[str, tuple[Axis, ...]]:
-    """The fields that size a tensor of this very model: its config may carry others (a model without dense layers)."""
+    """Return the config fields that size a tensor of this model; its config may have others (of dense layers, say)."""
     used: set[Axis] = set()
     for block in family.blocks(config):
         tables = [*block.tables.values(), *([block.experts.per_expert] if block.experts else [])]
@@ -98,8 +98,8 @@ def _used_fields(family: Family, config: Config) -> dict[str, tuple[Axis, ...]]:
 # --- one engine at a time ---------------------------------------------------------------------------------------------
 
 
-class Described(Protocol):
-    """What a loader goes by: a `Checkpoint`, or one that is not there yet (`Unwritten`)."""
+class CheckpointLike(Protocol):
+    """The parts of a checkpoint that a loader depends on: a `Checkpoint`, or one not yet written (`PlannedCheckpoint`)."""
 
     @property
     def family(self) -> Family: ...
@@ -112,16 +112,16 @@ class Described(Protocol):
 
 
 @dataclass(frozen=True)
-class Unwritten:
-    """The checkpoint that a config would have, as a loader would find it."""
+class PlannedCheckpoint:
+    """The checkpoint that would be written for a config, as a loader would see it."""
 
     family: Family
     config: Config
     specs: Mapping[str, TensorSpec]
 
     @classmethod
-    def of(cls, family: Family, config: Config, layouts: Mapping[str, Layout] | None = None) -> "Unwritten":
-        """layouts: block name -> how its experts lie; None: as the family's releases have them."""
+    def of(cls, family: Family, config: Config, layouts: Mapping[str, Layout] | None = None) -> "PlannedCheckpoint":
+        """Derive it from a config. layouts: of the experts by block name; None: as in the family's releases."""
         written = family.normalise(family.to_disk(config))
         return cls(family, written, {spec.name: spec for spec in family.tensors(config, layouts)})
 
@@ -130,10 +130,10 @@ class Unwritten:
         return bool(self.config["num_nextn_predict_layers"])
 
 
-class Verdict(BaseModel):
-    """Whether an engine's loader, as far as engines.py knows it, takes a checkpoint.
+class LoadResult(BaseModel):
+    """Whether an engine's loader, according to engines.py, accepts a checkpoint.
 
-    `problems`: why it does not (empty: it does). `notes`: what it does otherwise than Transformers, or leaves out.
+    `problems`: why it does not (empty: it does). `notes`: differences from Transformers, and parts that it ignores.
     `drafts`: whether it can draft with the checkpoint's MTP module.
     """
 
@@ -145,8 +145,8 @@ class Verdict(BaseModel):
     drafts: bool
 
 
-def chosen_engines(names: Iterable[str]) -> list[Engine]:
-    """The engines of these names, or every one for 'all'. Raises UserError for another name."""
+def find_engines(names: Iterable[str]) -> list[Engine]:
+    """Return the engines with these names, or all for 'all'. Raises UserError for an unknown name."""
     chosen: dict[str, Engine] = {}
     for name in names:
         if name != "all" and name not in ENGINES:
@@ -158,29 +158,25 @@ def chosen_engines(names: Iterable[str]) -> list[Engine]:
     return list(chosen.values())
 
 
-def verdict(engine: Engine, checkpoint: Described) -> Verdict:
-    """Compare a checkpoint's tensors, sizes and config.json with what one engine's loader takes."""
+def check_loader(engine: Engine, checkpoint: CheckpointLike) -> LoadResult:
+    """Compare a checkpoint's tensors, sizes and config.json with the requirements of one engine's loader."""
     model_type, config = checkpoint.family.model_type, checkpoint.config
     if model_type not in engine.loaders:
-        problem = f"it does not know model_type {model_type}"
-        return Verdict(version=engine.version, problems=[problem], notes=[], drafts=False)
+        problem = f"it does not support model_type {model_type}"
+        return LoadResult(version=engine.version, problems=[problem], notes=[], drafts=False)
     loader = engine.loaders[model_type]
     backbone = [spec for spec in checkpoint.specs.values() if not spec.block.is_mtp]
     problems = [
         *_wrong_config(loader, config),
         *_wrong_sizes(loader, config),
         *_without_place(loader.names, backbone, loader.unchecked),
-        *(
-            f"it needs '{name}', which tied embeddings leave out"
-            for name in loader.needs
-            if name not in checkpoint.specs
-        ),
+        *(f"it needs '{name}', which tied embeddings omit" for name in loader.needs if name not in checkpoint.specs),
     ]
     not_drafting = _mtp_problems(loader, checkpoint)
     unchecked = [
         note for prefix, note in loader.unchecked.items() if any(spec.name.startswith(prefix) for spec in backbone)
     ]
-    return Verdict(
+    return LoadResult(
         version=engine.version,
         problems=problems,
         notes=[*not_drafting, *_ignored_keys(loader, config), *unchecked, *([engine.note] if engine.note else [])],
@@ -188,22 +184,22 @@ def verdict(engine: Engine, checkpoint: Described) -> Verdict:
     )
 
 
-def in_words(name: str, result: Verdict) -> str:
-    """`sglang 0.5.23: does not load: ...`, one line."""
+def describe_load(name: str, result: LoadResult) -> str:
+    """Describe a result on one line, such as `sglang 0.5.23: does not load: ...`."""
     if result.problems:
-        said = f"does not load: {'; '.join(result.problems)}"
+        text = f"does not load: {'; '.join(result.problems)}"
     else:
-        said = "loads, and drafts with the MTP module" if result.drafts else "loads"
-        said += f", but {'; '.join(result.notes)}" if result.notes else ""
-    return f"{name} {result.version}: {said}"
+        text = "loads, and drafts with the MTP module" if result.drafts else "loads"
+        text += f", but {'; '.join(result.notes)}" if result.notes else ""
+    return f"{name} {result.version}: {text}"
 
 
 def _wrong_config(loader: Loader, config: Config) -> Iterator[str]:
-    """The words by which an engine chooses its code, and those it cannot do without, or takes a default for."""
+    """Yield problems of the keys by which an engine chooses its code, or for which it would use a default."""
     architectures = config.get("architectures") or []
     if loader.architecture is not None and loader.architecture not in architectures:
         yield (
-            f"it goes by config.json's architectures, which are {shown(architectures)} and must have "
+            f"it chooses its code by config.json's architectures, which are {shown(architectures)} and must include "
             f"'{loader.architecture}'"
         )
     if loader.counts_layers and full_attention_interval(config) is None:
@@ -232,12 +228,12 @@ def _wrong_sizes(loader: Loader, config: Config) -> Iterator[str]:
             yield f"it wants {words[0]} to be {words[1]}"
 
 
-def _mtp_problems(loader: Loader, checkpoint: Described) -> list[str]:
-    """Why the engine cannot draft with a module that is there; what to know where there is none."""
+def _mtp_problems(loader: Loader, checkpoint: CheckpointLike) -> list[str]:
+    """List why the engine cannot draft with the MTP module; where there is none, its note on that."""
     if not checkpoint.has_mtp:
         return [loader.without_mtp] if loader.without_mtp else []
     if not loader.mtp:
-        return ["it leaves out the MTP module"]
+        return ["it ignores the MTP module"]
     if loader.mtp_like_first_layer and checkpoint.config["mlp_layer_types"][0] == "dense":
         return ["the MTP module does not load: it is made dense, as layer 0 is"]
     specs = (spec for spec in checkpoint.specs.values() if spec.block.is_mtp)
@@ -245,7 +241,7 @@ def _mtp_problems(loader: Loader, checkpoint: Described) -> list[str]:
 
 
 def _without_place(names: Names, specs: Iterable[TensorSpec], unchecked: Mapping[str, str]) -> list[str]:
-    """The tensors that a loader has no place for: the first, and how many more."""
+    """Describe the tensors that a loader has no place for: the first, and how many more."""
     known = tuple(unchecked)
     lost = [s for s in specs if _starred(s.block.prefix, s.pattern) not in names and not s.name.startswith(known)]
     if not lost:
@@ -259,5 +255,5 @@ def _without_place(names: Names, specs: Iterable[TensorSpec], unchecked: Mapping
 
 @cache
 def _starred(prefix: str, pattern: str) -> str:
-    """A tensor's name with `*` for every number. By block and pattern: an 80B checkpoint has 75,944 names."""
+    """Replace every number in a tensor's name by `*`. Cached by block and pattern: an 80B checkpoint has 75,944 names."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", prefix + pattern.format(expert=0))

@@ -1,7 +1,7 @@
-"""What the backward pass needs of one token in one block, from the axis table: bytes that autograd keeps.
+"""Activation memory per token and block, from the axis table: the bytes that autograd saves for the backward pass.
 
-Counted after what PyTorch saves of Transformers' layers (5.23), operation by operation; tests/test_training_memory.py
-holds the sums to the tensors that are really alive.
+Counted operation by operation after what PyTorch saves of Transformers' layers (5.23); tests/test_training_memory.py
+compares the sums with the tensors that are actually alive.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ CHUNK_TOKENS = 64  # of the chunked delta rule, in Transformers' reference and i
 
 @dataclass(frozen=True)
 class Precision:
-    """How a device computes.
+    """The arithmetic of a device.
 
-    compute_bytes: of a matrix product's operands. casts: each product gets a copy of its input in that dtype (autocast
-    over a float32 residual stream); without it the products of one input share it. fused_deltanet: the delta rule runs
-    in flash-linear-attention's kernels, which keep their inputs, and not in the reference, which keeps float32 chunks.
+    compute_bytes: per element of a matrix product's operands. casts: each product copies its input to that dtype (autocast
+    over a float32 residual stream); otherwise the products of one input share it. fused_deltanet: the delta rule runs
+    in flash-linear-attention's kernels, which save their inputs, not in the reference, which saves float32 chunks.
     """
 
     compute_bytes: int
@@ -32,7 +32,7 @@ GPU = Precision(compute_bytes=2, casts=True, fused_deltanet=True)
 
 
 def saved_bytes(block: Block, sizes: Sizes, hidden: Axis, num_experts_per_tok: int, precision: Precision) -> int:
-    """Bytes of one token that a block keeps for its backward pass, in order of its parts:
+    """Return the bytes that a block saves per token for its backward pass: the sum over its parts.
 
     norms over the residual stream: input and normalised input in float32; output once, or cast for each matrix that reads it
     the token mixer: `_attention` or `_deltanet`
@@ -54,7 +54,7 @@ def saved_bytes(block: Block, sizes: Sizes, hidden: Axis, num_experts_per_tok: i
     for part in ("dense_mlp", "shared_experts"):
         total += c * _swiglu(tables.get(part, {}), sizes, hidden)
     if any(dims[0] == 1 for dims in tables.get("shared_experts", {}).values()):
-        total += c * h  # what the shared expert says, before its gate
+        total += c * h  # the shared expert's output, before its gate
     if block.experts is not None:
         total += FLOAT32 * sizes[block.experts.axis] + 40 * num_experts_per_tok
         total += c * num_experts_per_tok * (2 * h + _swiglu(block.experts.per_expert, sizes, hidden))
@@ -62,20 +62,22 @@ def saved_bytes(block: Block, sizes: Sizes, hidden: Axis, num_experts_per_tok: i
 
 
 def _reads(columns: Term) -> bool:
-    """Whether a matrix of these columns reads the residual stream by way of a norm."""
+    """Return whether a matrix with these columns reads the residual stream through a norm."""
     return isinstance(columns, Read)
 
 
 def _swiglu(table: Table, sizes: Sizes, hidden: Axis) -> int:
-    """Elements: rows of the matrices that read the residual stream, twice the columns of the one that writes to it."""
+    """Count elements: rows of the matrices that read the residual stream, twice the columns of the one that writes to it."""
     reads = sum(size(dims[0], sizes) for dims in table.values() if _reads(dims[-1]))
     writes = sum(size(dims[1], sizes) for dims in table.values() if len(dims) == 2 and dims[0] == hidden)
     return reads + 2 * writes
 
 
 def _attention(block: Block, sizes: Sizes, precision: Precision) -> int:
-    """Queries, keys, values, output; with norms per head what these read and their normalised input, in float32; with an
-    output gate (more rows in q_proj than queries) the gate and the gated output.
+    """Return the bytes saved by attention: queries, keys, values, output.
+
+    With norms per head also their input and normalised input, in float32; with an output gate (more rows in q_proj than
+    queries) the gate and the gated output.
     """
     assert block.recall is not None
     table, c = block.tables["attention"], precision.compute_bytes
@@ -92,11 +94,11 @@ def _attention(block: Block, sizes: Sizes, precision: Precision) -> int:
 
 
 def _deltanet(block: Block, sizes: Sizes, precision: Precision) -> int:
-    """The convolution's input and output, what the delta rule keeps, and the gated norm's five stages.
+    """Return the bytes saved by DeltaNet: the convolution's input and output, the delta rule, and the gated norm's five stages.
 
-    With H value heads, their keys and values K and V wide together, and chunks of C tokens, the reference keeps in float32,
-    per token: 12 K (queries and keys: as they come, normalised, scaled, decayed, solved), 3 V, 5 C x C matrices per head and
-    chunk (5 C H), one state per chunk. The fused kernel keeps normalised queries and keys, values, and one C x C matrix.
+    With H value heads, K and V elements of all heads' keys and values, and chunks of C tokens, the reference saves in float32,
+    per token: 12 K (queries and keys: raw, normalised, scaled, decayed, solved), 3 V, 5 C x C matrices per head and
+    chunk (5 C H), one state per chunk. The fused kernel saves normalised queries and keys, values, and one C x C matrix.
     """
     assert block.recall is not None
     heads, key_dim, value_dim = (size(term, sizes) for term in block.recall.state["recurrent"])

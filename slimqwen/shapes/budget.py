@@ -1,4 +1,4 @@
-"""What `slimqwen plan --fit` is given: budgets to meet and sizes to keep to."""
+"""The argument of `slimqwen plan --fit`: budgets to meet and pinned sizes."""
 
 import re
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class Budget:
-    """A wanted amount of one of QUANTITIES, and the range that meets it.
+    """A requested amount of one of QUANTITIES, and the range that meets it.
 
-    Parameters: within TOLERANCE, or whatever rounds to the amount as it is written, as model names do: "2B" is 1.5B to
-    2.5B, "2.0B" 1.94B to 2.06B. Bytes are room on a disk or a device: within TOLERANCE below, never above.
+    Parameters: within TOLERANCE, or anything that rounds to the amount as written, as in model names: "2B" is 1.5B to
+    2.5B, "2.0B" 1.94B to 2.06B. Bytes are a limit of a disk or device: within TOLERANCE below, never above.
     """
 
     quantity: str
@@ -34,12 +34,12 @@ class Budget:
         return f"{self.quantity}={self.written}"
 
     def met_by(self, number: Any) -> Any:
-        """Elementwise, where `number` is an array."""
+        """Return whether a number meets the budget; elementwise for an array."""
         return (self.lowest <= number) & (number <= self.highest)
 
 
 def parse(wanted: str) -> tuple[list[Budget], Target]:
-    """Budgets and pinned sizes out of "total=23B,checkpoint=40GB,num_hidden_layers=36". Raises UserError."""
+    """Parse budgets and pinned sizes, such as "total=23B,checkpoint=40GB,num_hidden_layers=36". Raises UserError."""
     budgets: list[Budget] = []
     pinned: dict[str, str] = {}
     known = (*QUANTITIES, *Target.model_fields)

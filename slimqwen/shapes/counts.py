@@ -1,4 +1,4 @@
-"""A model before and after a target, from config.json alone: parameters and footprint, as data and as a table."""
+"""Comparison of a model before and after a cut, from config.json alone: parameters and footprint, as data and as a table."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,12 +10,14 @@ from slimqwen.families import FAMILIES, Config, Family
 from slimqwen.families.count import Counts, count
 from slimqwen.families.family import Layout
 from slimqwen.recipe import Target
-from slimqwen.serving.loadable import Loadable, in_words, loadable
+from slimqwen.serving.loadable import Loadable, describe, loadable
 from slimqwen.shapes.footprint import Footprint, TrainingSettings, footprint
 from slimqwen.shapes.target import completed, size_of, target_config
 
 
 class Footprints(BaseModel):
+    """The footprints of a model before and after a cut."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     before: Footprint
@@ -23,7 +25,7 @@ class Footprints(BaseModel):
 
 
 class Comparison(BaseModel):
-    """What `slimqwen plan` prints. The footprint's training is distillation from the model before."""
+    """The output of `slimqwen plan`. The footprint's training is distillation from the model before the cut."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,10 +46,10 @@ def compare(
     training: TrainingSettings | None = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Comparison:
-    """The model and what a target leaves of it: the first layers, where none are named.
+    """Compare a model before and after a cut to `target`, which keeps `layers`, by default the first ones.
 
-    training: None for `TrainingSettings` as they are. layouts: how the experts of each block lie on disk, by its name; None: as
-    the family's releases have them. Raises UserError for a target larger than the source.
+    training: None for the defaults of `TrainingSettings`. layouts: the layout of the experts on disk by block name; None: that
+    of the family's releases. Raises UserError for a target larger than the source.
     """
     training = training or TrainingSettings()
     target = completed(family, target, config)
@@ -66,7 +68,7 @@ def compare(
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """The comparison side by side, and what each number means, as text."""
+    """Render the comparison side by side, with footnotes on each number."""
     before, after = comparison.before, comparison.after
     table = DataTable("", "before", "after", "after/before")
 
@@ -106,12 +108,12 @@ def comparison_table(comparison: Comparison) -> str:
         row(f"  {name}", getattr(train, field), getattr(trained, field), bytes_in_words)
     peaks = (old.checkpointed_training.peak_bytes, new.checkpointed_training.peak_bytes)
     row("  with recompute_activations", *peaks, bytes_in_words)
-    serving = "\n".join(f"  {line}" for line in in_words(comparison.serving))
+    serving = "\n".join(f"  {line}" for line in describe(comparison.serving))
     return f"{table.as_text(120)}\n\n{footnotes(comparison)}\n\nServing, by each engine's source (docs/serving.md):\n{serving}"
 
 
 def footnotes(comparison: Comparison) -> str:
-    """The convention behind each number, a line or two each; nothing of what this model does not have."""
+    """Explain the convention behind each number, for the parts that this model has."""
     costs = comparison.footprint.before
     settings = costs.training.settings
     has_mtp, has_state = bool(comparison.before.mtp_parameters), bool(costs.state_bytes)
@@ -143,7 +145,7 @@ def footnotes(comparison: Comparison) -> str:
 
 
 def in_parameters(number: int) -> str:
-    """`23.18B`"""
+    """Format a number of parameters, such as `23.18B`."""
     return _in_unit(number, {"B": 1e9, "M": 1e6, "K": 1e3, "": 1})
 
 
@@ -152,6 +154,6 @@ def _in_flops(number: int) -> str:
 
 
 def _in_unit(number: int, units: dict[str, float]) -> str:
-    """`number` in the largest unit that it has one of; `units` from largest to smallest."""
+    """Format `number` in the largest unit that it reaches; `units` from largest to smallest."""
     unit, amount = next(((unit, amount) for unit, amount in units.items() if number >= amount), list(units.items())[-1])
     return f"{number / amount:,.2f}{unit}" if amount > 1 else f"{number}{unit}"

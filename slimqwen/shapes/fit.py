@@ -1,7 +1,7 @@
-"""Which shapes meet a budget: `slimqwen plan CONFIG --fit total=23B,active=2B`. No weights, no torch.
+"""Shapes that meet a budget: `slimqwen plan CONFIG --fit total=23B,active=2B`. No weights, no torch.
 
-Every shape of a grid is counted (`families.count.tally` takes whole grids), those within the budgets are ranked, the
-best are listed. Sizes that are neither searched nor pinned stay the source's.
+Every shape of a grid is counted (`families.count.tally` is vectorised), and those within the budgets are ranked.
+Sizes that are neither searched nor pinned stay the source's.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,8 +30,8 @@ from slimqwen.shapes.target import completed, target_config
 Array = NDArray[Any]
 
 SEARCHED = ("num_hidden_layers", "hidden_size", "num_experts", "moe_intermediate_size", "num_experts_per_tok")
-EXPERTS_MULTIPLE = 8  # experts spread evenly over expert-parallel sizes 1, 2, 4 and 8
-UNEVEN_EXPERTS = 0.05  # added to a shape's distance if its experts do not spread over 16, and again over 32
+EXPERTS_MULTIPLE = 8  # experts divide evenly over 1, 2, 4 and 8 expert-parallel ranks
+UNEVEN_EXPERTS = 0.05  # added to a shape's distance if its experts do not divide over 16 ranks, and again over 32
 
 # The paper's two cuts (method.md section 1), after / before in the order of SEARCHED.
 PAPER_CUTS = ((36 / 48, 1536 / 2048, 256 / 512, 1.0, 8 / 10), (20 / 28, 1280 / 2048, 128 / 256, 1.0, 8 / 8))
@@ -45,14 +45,14 @@ FOOTNOTE = (
 
 @dataclass(frozen=True)
 class Grid:
-    """Every shape that is searched: `shapes` [n, SEARCHED], `quantities` name -> [n]; `source` [SEARCHED]."""
+    """All shapes that are searched: `shapes` [n, SEARCHED], `quantities` name -> [n]; `source` [SEARCHED]."""
 
     shapes: Array
     source: Array
     quantities: dict[str, Array]
 
     def describe(self, index: int, quantities: Sequence[str]) -> str:
-        """One shape in words: these quantities, then its sizes."""
+        """Describe one shape: the given quantities, then its sizes."""
         numbers = [
             f"{name} {self.quantities[name][index]:,}" + " bytes" * (name == "checkpoint") for name in quantities
         ]
@@ -78,10 +78,10 @@ class Candidate(BaseModel):
 
 @dataclass(frozen=True)
 class Feasible:
-    """Every shape that meets the budgets, best first by arithmetic: whole periods of layers, then the least `distances`.
+    """All shapes that meet the budgets, ranked: whole periods of layers first, then by `distances`.
 
     `shapes` [n, SEARCHED], `distance` [n], `is_whole` [n] (whole periods of layer_types), `checkpoint_bytes` [n],
-    `deviations`: quantity -> actual / budget - 1, [n]. `pinned` holds the sizes that all of them share.
+    `deviations`: quantity -> actual / budget - 1, [n]. `pinned`: the sizes common to all.
     """
 
     family: Family
@@ -94,7 +94,7 @@ class Feasible:
     deviations: dict[str, Array]
 
     def of_whole_blocks(self) -> "Feasible":
-        """Only the shapes of whole periods of layers, where there are any."""
+        """Keep only the shapes of whole periods of layers, where there are any."""
         if not self.is_whole.any():
             return self
         kept = self.is_whole
@@ -108,9 +108,9 @@ class Feasible:
         )
 
     def candidates(self, order: Iterable[int], limit: int) -> dict[int, Candidate]:
-        """The first `limit` of the shapes in `order` (indices), counted. Raises UserError where there is none.
+        """Count the first `limit` of the shapes in `order` (indices). Raises UserError where there is none.
 
-        A family may refuse sizes together that are good one by one: such shapes are left out.
+        A family may refuse a combination of sizes that are valid one by one: such shapes are left out.
         """
         counted: dict[int, Candidate] = {}
         for index in order:
@@ -139,17 +139,17 @@ class Feasible:
 
 
 def fit(family: Family, config: Config, wanted: str, *, align: int = 128, limit: int = 10) -> list[Candidate]:
-    """The `limit` best shapes for `wanted`: budgets and pinned sizes such as "total=23B,active=2B,hidden_size=1536".
+    """Find the `limit` best shapes for `wanted`: budgets and pinned sizes such as "total=23B,active=2B,hidden_size=1536".
 
-    Shapes of whole periods of layer_types (3:1 blocks) come first; among equals the least `distances`. Raises UserError
-    for what cannot be read, for a budget outside what the grid can reach, and where no shape meets all budgets.
+    Shapes of whole periods of layer_types (3:1 blocks) come first, each kind by `distances`. Raises UserError
+    where `wanted` cannot be parsed, for a budget outside the range of the grid, and where no shape meets all budgets.
     """
     found = feasible(family, config, wanted, align=align)
     return list(found.candidates(range(len(found.shapes)), limit).values())
 
 
 def feasible(family: Family, config: Config, wanted: str, *, align: int = 128) -> Feasible:
-    """All the shapes that `fit` lists the best of. Raises UserError as it does."""
+    """Find all shapes that meet the budgets, ranked as in `fit`. Raises UserError likewise."""
     budgets, pinned = parse(wanted)
     grid = count_grid(family, config, pinned, align)
     for budget in budgets:
@@ -180,16 +180,18 @@ def feasible(family: Family, config: Config, wanted: str, *, align: int = 128) -
 def count_grid(family: Family, config: Config, pinned: Target, align: int) -> Grid:
     """Count every shape that can be cut from `config` with the pinned sizes.
 
-    Layers: any number of the first, at least one of which attends in full and one has experts. Hidden and expert size:
-    multiples of `align`. Experts: multiples of EXPERTS_MULTIPLE. Top-k: from half of the source's. The source's own
-    size is always among them. Raises UserError for pinned sizes that cannot be cut out of the source.
+    Layers: any number of the first, including at least one with full attention and one with experts. Hidden and expert
+    size: multiples of `align`. Experts: multiples of EXPERTS_MULTIPLE. Top-k: from half of the source's. The source's own
+    size is always included. Raises UserError for pinned sizes that cannot be cut from the source.
     """
-    given = pinned.model_dump(exclude_none=True)
-    base = completed(family, Target(**({"num_experts_per_tok": 1} | given)), config)
-    choices = _choices(config, align) | {field: [given[field]] for field in SEARCHED if field in given}
+    fixed = pinned.model_dump(exclude_none=True)
+    base = completed(family, Target(**({"num_experts_per_tok": 1} | fixed)), config)
+    choices = _choices(config, align) | {field: [fixed[field]] for field in SEARCHED if field in fixed}
     layer_choices, *others = (np.array(choices[field], dtype=np.int64) for field in SEARCHED)
-    others[-1] = np.unique(np.minimum(others[-1], others[1].max()))  # no more chosen experts than there are
-    hidden, experts, neurons, chosen = np.ix_(*others)  # one dimension each: they multiply only where the table does
+    others[-1] = np.unique(np.minimum(others[-1], others[1].max()))  # top-k is at most the number of experts
+    hidden, experts, neurons, chosen = np.ix_(
+        *others
+    )  # one dimension each, broadcast only where the table multiplies them
     possible = np.broadcast_to(chosen <= experts, [len(values) for values in others])
 
     shapes: list[Array] = []
@@ -227,18 +229,18 @@ def check_reachable(budget: Budget, grid: Grid) -> None:
         )
     if numbers.max() < budget.lowest:
         raise UserError(
-            f"--fit {budget} is more than there is: the largest shape has "
+            f"--fit {budget} is out of reach: the largest shape has "
             f"{grid.describe(int(numbers.argmax()), [budget.quantity])}."
         )
 
 
 def distances(shapes: Array, source: Array, off: Array) -> Array:
-    """How far shapes [n, SEARCHED] are from the paper's way of cutting and from the budgets, [n]; 0 is best.
+    """Return the distances of shapes [n, SEARCHED] from the paper's proportions and from the budgets, [n]; 0 is best.
 
-    All sizes are taken as logarithms of before / after. A shape's cut of layers, hidden, experts and expert size together
-    is shared out as one of PAPER_CUTS shares out its own, and the top-k cut alike; the distance is Euclidean, to
-    the nearer of the two, with `off` [budgets, n], log(actual / budget), as further coordinates. 0.1 is about 10 % off
-    in one size. UNEVEN_EXPERTS comes on top.
+    A cut is the vector of log(before / after) of the sizes. The reference for a shape is one of PAPER_CUTS, scaled so that
+    its cuts of layers, hidden, experts and expert size have the same sum as the shape's. The distance is Euclidean, to
+    the nearer reference, with `off` [budgets, n], log(actual / budget), as further coordinates. 0.1 is about 10 % off
+    in one size. UNEVEN_EXPERTS is added.
     """
     cuts = np.log(source / shapes)  # [n, SEARCHED]
     together = cuts[:, :4].sum(axis=1, keepdims=True)
@@ -251,13 +253,13 @@ def distances(shapes: Array, source: Array, off: Array) -> Array:
 
 
 def period(layer_types: Sequence[str]) -> int:
-    """Length of the pattern that the layers repeat: 4 for linear, linear, linear, full, ...; 1 where all are alike."""
+    """Return the period of the layers' types: 4 for linear, linear, linear, full, ...; 1 where all are the same."""
     kinds = list(layer_types)
     return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
 
 
 def candidates_table(candidates: Sequence[Candidate]) -> str:
-    """The candidates, best first, as text."""
+    """Render the candidates as a table, best first."""
     columns = ("", "layers", "hidden", "experts", "top-k", "expert size", "total", "active", "checkpoint")
     deviations = [f"{quantity.replace('_', ' ')} vs budget" for quantity in candidates[0].deviations]
     refused = refused_by(candidates)
@@ -283,13 +285,13 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
 
 
 def refused_by(candidates: Sequence[Candidate]) -> list[str]:
-    """A column's title and a cell for each candidate, the engines that would not load it; empty where every engine loads them all."""
+    """Return a column of the engines that would not load each candidate, its title first; empty where all load."""
     cells = [", ".join(refusal.engine for refusal in candidate.refusals) or "-" for candidate in candidates]
     return ["does not load in", *cells] if any(candidate.refusals for candidate in candidates) else []
 
 
 def why_refused(candidates: Sequence[Candidate]) -> str:
-    """For below the table: of the first shape that an engine would not load, why; a line for each engine."""
+    """Explain, for each engine, why it would not load the first shape that it refuses; a line each, for below the table."""
     first: dict[str, str] = {}
     for number, candidate in enumerate(candidates, start=1):
         for refusal, words in zip(candidate.refusals, refusals_in_words(candidate.refusals), strict=True):
@@ -298,7 +300,7 @@ def why_refused(candidates: Sequence[Candidate]) -> str:
 
 
 def write_target(candidate: Candidate, path: Path) -> None:
-    """The candidate's shape as a TARGET.yaml for `slimqwen plan --target`."""
+    """Write the candidate's shape as a TARGET.yaml for `slimqwen plan --target`."""
     sizes = candidate.target.model_dump(exclude_none=True)
     write_text(path, TEXT_MARK + "\n" + "".join(f"{field}: {size}\n" for field, size in sizes.items()))
 
@@ -317,5 +319,5 @@ def _choices(config: Config, align: int) -> dict[str, Sequence[int]]:
 
 
 def _multiples(unit: int, largest: int) -> list[int]:
-    """The multiples of `unit` up to `largest`, and `largest` itself."""
+    """Return the multiples of `unit` up to `largest`, and `largest` itself."""
     return sorted({*range(unit, largest, unit), largest})

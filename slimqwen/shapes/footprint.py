@@ -1,7 +1,6 @@
-"""What a shape costs on disk, in serving and in training: from its config and the axis table alone, no weights, no torch.
+"""Costs of a shape on disk, in serving and in training, from its config and the axis table. No weights, no torch.
 
-Bytes are exact where they are tensors (checkpoint, cache); FLOPs follow the conventions below; training memory is a
-prediction.
+Bytes of tensors (checkpoint, cache) are exact; FLOPs follow the conventions below; training memory is predicted.
 """
 
 import math
@@ -25,7 +24,7 @@ LAYER_SCRATCH = 0.15  # measured on the reference DeltaNet layer, by far the lar
 
 
 class TrainingSettings(BaseModel):
-    """What the memory of training depends on beside the models.
+    """The settings, beside the models, that the memory of training depends on.
 
     micro_batches: forward passes per optimiser step. device: 'cuda' has bfloat16 products and fused kernels
     (activations.GPU), 'cpu' float32 and the reference kernels. gpus: more than one shards everything (FSDP2).
@@ -43,31 +42,30 @@ class TrainingSettings(BaseModel):
 
     @property
     def tokens(self) -> int:
-        """Of one forward pass."""
+        """The tokens of one forward pass."""
         return self.micro_batch_size * self.sequence_length
 
 
 class TrainingMemory(BaseModel):
-    """Bytes per device while distilling, predicted; on a CPU within 15 % of what is measured (docs/training-speed.md).
+    """The predicted memory of distillation, in bytes per device; on a CPU within 15 % of measurements (docs/training-speed.md).
 
     student_bytes: (weights 4 + AdamW's two moments 8 bytes) x parameters with MTP / gpus, in float32.
     gradient_bytes: 4 bytes x parameters with MTP / gpus.
     teacher_bytes: (2 bytes on a GPU, 4 on a CPU) x parameters with MTP / gpus.
-    gathered_bytes: weights in bfloat16 beside the float32 ones. Sharded, a layer is put together to run while the next
-        one is on its way: twice the largest block, and in the student its gradient too; teacher and student take turns, so
-        the larger of the two. On one GPU autocast's copies of the student live until the backward pass, 2 bytes x
-        parameters; with recomputation those of the largest block. On a CPU none.
-    loss_bytes: what loss.py holds at once: a chunk of student's and of teacher's logits, BLOCKS blocks of it (losses/blocks.py) in
+    gathered_bytes: weights in bfloat16 beside the float32 ones. When sharded, one layer is gathered for its computation
+        while the next is being prefetched: twice the largest block, plus its gradient in the student; teacher and student
+        alternate, so the larger of the two. On one GPU autocast's copies of the student live until the backward pass, 2
+        bytes x parameters; with recomputation those of the largest block. On a CPU none.
+    loss_bytes: all that loss.py holds at once: a chunk of student's and of teacher's logits, BLOCKS blocks of it (losses/blocks.py) in
         float32, the gradient of lm_head in float32 (on a GPU both heads cast and one product more), of both final hidden
         states, and these, teacher's included.
-    activation_bytes_per_token: what a forward pass keeps of a token for its backward pass: the sum of
-        `activations.saved_bytes` over all blocks; with recomputation the layers' inputs, and all of the MTP module, which is
-        not recomputed.
+    activation_bytes_per_token: saved by a forward pass for its backward pass: the sum of `activations.saved_bytes` over
+        all blocks; with recomputation the layers' inputs, and all of the MTP module, which is not recomputed.
     layer_inputs_bytes: the layers' inputs alone, of all tokens of a forward pass, with recomputation; else 0.
-    layer_bytes: of the largest layer, the teacher's included, while it runs or runs backward: what it keeps of all tokens,
-        and LAYER_SCRATCH of that for gradients on their way.
-    peak_bytes: student, teacher, gathered weights, and the larger of two moments: the loss (activations, loss, the gradients
-        of the micro-batches before) and the backward pass (layers' inputs, all gradients, a layer).
+    layer_bytes: of the largest layer, the teacher's included, in its forward or backward pass: what it saves of all tokens,
+        and LAYER_SCRATCH of that for intermediate gradients.
+    peak_bytes: student, teacher, gathered weights, and the larger of two peaks: at the loss (activations, loss, the gradients
+        of earlier micro-batches) and in the backward pass (layers' inputs, all gradients, a layer).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,11 +95,11 @@ class TrainingMemory(BaseModel):
 
 
 class Footprint(BaseModel):
-    """Costs of one model. The MTP module is in the checkpoint and in training; cache and FLOPs are the main model's.
+    """The costs of one model. Checkpoint and training include the MTP module; cache and FLOPs are the main model's.
 
     checkpoint_bytes: every parameter in `dtype`, config.json's (file headers add about 0.01 %).
-    kv_cache_bytes: of one sequence of context_length tokens, in `dtype`; every layer keeps all of them (no windows).
-    state_bytes: of one sequence of any length. As Transformers keeps it (modeling_qwen3_next.py, cache_utils.py of
+    kv_cache_bytes: of one sequence of context_length tokens, in `dtype`, without sliding windows.
+    state_bytes: of one sequence of any length, as in Transformers (modeling_qwen3_next.py, cache_utils.py of
         5.23): DeltaNet's recurrent state in float32, its last conv_kernel inputs of the convolution in `dtype`.
     forward_flops_per_token: mean over the tokens of a prefill of context_length; see `forward_flops`.
     training, checkpointed_training: without and with recompute_activations.
@@ -122,7 +120,7 @@ class Footprint(BaseModel):
 def footprint(
     family: Family, config: Config, teacher: Config, context_length: int, settings: TrainingSettings
 ) -> Footprint:
-    """The costs of `config`; training is distillation from `teacher`. Raises UserError for an unknown dtype."""
+    """Compute the costs of `config`; training is distillation from `teacher`. Raises UserError for an unknown dtype."""
     sizes = family.sizes(config)
     blocks = [block for block in family.blocks(config) if not block.is_mtp]
     dtype, counts = dtype_of(config), count(family, config)
@@ -143,7 +141,7 @@ def footprint(
 
 
 def dtype_of(config: Config) -> str:
-    """The checkpoint's dtype as config.json gives it (`torch_dtype` in older ones); bfloat16 where it says nothing."""
+    """Return the checkpoint's dtype from config.json (`torch_dtype` in older ones); bfloat16 where it has none."""
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if dtype not in BYTES_OF:
         raise UserError(
@@ -153,12 +151,12 @@ def dtype_of(config: Config) -> str:
 
 
 def cached_elements(blocks: Iterable[Block], sizes: Sizes) -> int:
-    """Elements that the token mixers keep of each past token."""
+    """Count the elements that the token mixers cache per past token."""
     return sum(size(term, sizes) for block in blocks if block.recall for term in block.recall.cached.values())
 
 
 def state_elements(blocks: Iterable[Block], sizes: Sizes) -> dict[str, int]:
-    """Elements that the token mixers keep of a sequence however long it is, by the name of the state."""
+    """Count the elements that the token mixers keep per sequence of any length, by the name of the state."""
     elements: dict[str, int] = {}
     for block in blocks:
         for name, dims in block.recall.state.items() if block.recall else ():
@@ -167,21 +165,21 @@ def state_elements(blocks: Iterable[Block], sizes: Sizes) -> dict[str, int]:
 
 
 def forward_flops(family: Family, config: Config, context_length: int) -> int:
-    """FLOPs of one token's forward pass, mean over the tokens of a prefill of `context_length`; two per multiply-add.
+    """Return the FLOPs of one token's forward pass, mean over a prefill of `context_length`; two per multiply-add.
 
-    Multiply-adds: one per element of every matrix that the token meets (router, convolution and lm_head included; the
-    embedding is looked up, vectors are not counted), attention's `recall.read` times the mean number of past tokens,
-    context_length / 2, and four per element of the recurrent state. The delta rule touches each element four times,
-    S <- decay S; S k; S <- S + k delta^T; S q (`torch_recurrent_gated_delta_rule`); that the first only multiplies and
-    that the chunked form of a prefill does more are left aside.
+    Multiply-adds: one per element of every matrix that the token passes through (router, convolution and lm_head included;
+    the embedding is a lookup, vectors are not counted), attention's `recall.read` times the mean number of past tokens,
+    context_length / 2, and four per element of the recurrent state. The delta rule uses each element four times,
+    S <- decay S; S k; S <- S + k delta^T; S q (`torch_recurrent_gated_delta_rule`). It is ignored that the first only
+    multiplies, and that the chunked form of a prefill does more.
     """
     sizes = family.sizes(config)
     blocks = [block for block in family.blocks(config) if not block.is_mtp]
-    met: int = active(parameters(blocks, sizes, min_dims=2), sizes[family.expert], config["num_experts_per_tok"])
+    used: int = active(parameters(blocks, sizes, min_dims=2), sizes[family.expert], config["num_experts_per_tok"])
     if not config["tie_word_embeddings"]:
-        met -= sizes[family.vocab] * sizes[family.hidden]
+        used -= sizes[family.vocab] * sizes[family.hidden]
     read = sum(size(term, sizes) for block in blocks if block.recall for term in block.recall.read.values())
-    return 2 * met + read * context_length + 2 * 4 * state_elements(blocks, sizes).get("recurrent", 0)
+    return 2 * used + read * context_length + 2 * 4 * state_elements(blocks, sizes).get("recurrent", 0)
 
 
 def training_flops(student: int, teacher: int = 0) -> int:
@@ -197,25 +195,25 @@ def training_flops(student: int, teacher: int = 0) -> int:
 def training_memory(
     family: Family, student: Config, teacher: Config | None, settings: TrainingSettings
 ) -> TrainingMemory:
-    """Bytes per device of distilling `student` from `teacher` (None: of training it on data alone).
+    """Predict the bytes per device of distilling `student` from `teacher` (None: of training it on data alone).
 
-    The formulas are at `TrainingMemory`.
+    The formulas are in `TrainingMemory`.
     """
     sizes, tokens, gpus = family.sizes(student), settings.tokens, settings.gpus
     on_gpu = settings.device == "cuda"
     precision = GPU if on_gpu else CPU
     units = _parameters_of_blocks(family, student)
     teacher_units = _parameters_of_blocks(family, teacher) if teacher is not None else [0]
-    layers, around = _kept_by_token(family, student, precision)
-    teacher_layers, _ = _kept_by_token(family, teacher, precision) if teacher is not None else ([], [])
+    layers, around = _saved_per_token(family, student, precision)
+    teacher_layers, _ = _saved_per_token(family, teacher, precision) if teacher is not None else ([], [])
     inputs = FLOAT32 * sizes[family.hidden] * len(layers)
     return TrainingMemory(
         settings=settings,
         student_bytes=math.ceil(12 * sum(units) / gpus),
         gradient_bytes=math.ceil(4 * sum(units) / gpus),
         teacher_bytes=math.ceil(precision.compute_bytes * sum(teacher_units) / gpus),
-        gathered_bytes=_gathered(units, teacher_units, settings),
-        loss_bytes=_loss(family, sizes, None if teacher is None else family.sizes(teacher), settings),
+        gathered_bytes=_gathered_bytes(units, teacher_units, settings),
+        loss_bytes=_loss_bytes(family, sizes, None if teacher is None else family.sizes(teacher), settings),
         activation_bytes_per_token=sum(around) + (inputs if settings.recompute_activations else sum(layers)),
         layer_inputs_bytes=tokens * inputs if settings.recompute_activations else 0,
         layer_bytes=round((1 + LAYER_SCRATCH) * tokens * max(layers + teacher_layers)),
@@ -223,7 +221,7 @@ def training_memory(
 
 
 def _language_blocks(family: Family, config: Config) -> list[Block]:
-    """What is trained: a vision tower is carried along on disk and never loaded."""
+    """List the blocks that are trained; a vision tower is copied on disk but never loaded."""
     return [block for block in family.blocks(config) if "vision" not in block.tables]
 
 
@@ -232,18 +230,18 @@ def _parameters_of_blocks(family: Family, config: Config) -> list[int]:
     return [parameters([block], sizes).total() for block in _language_blocks(family, config)]
 
 
-def _kept_by_token(family: Family, config: Config, precision: Precision) -> tuple[list[int], list[int]]:
-    """Bytes that the layers keep of one token, one by one, and what surrounds them does: final norm, MTP module."""
+def _saved_per_token(family: Family, config: Config, precision: Precision) -> tuple[list[int], list[int]]:
+    """Return the bytes saved per token by each layer, and by each other block: final norm, MTP module."""
     sizes, top_k = family.sizes(config), config["num_experts_per_tok"]
     layers: list[int] = []
     around: list[int] = []
     for block in _language_blocks(family, config):
-        of_layer = block.recall is not None and not block.is_mtp
-        (layers if of_layer else around).append(saved_bytes(block, sizes, family.hidden, top_k, precision))
+        is_layer = block.recall is not None and not block.is_mtp
+        (layers if is_layer else around).append(saved_bytes(block, sizes, family.hidden, top_k, precision))
     return layers, around
 
 
-def _gathered(units: list[int], teacher_units: list[int], settings: TrainingSettings) -> int:
+def _gathered_bytes(units: list[int], teacher_units: list[int], settings: TrainingSettings) -> int:
     if settings.device == "cpu":
         return 0
     if settings.gpus > 1:
@@ -251,8 +249,8 @@ def _gathered(units: list[int], teacher_units: list[int], settings: TrainingSett
     return BFLOAT16 * (max(units) if settings.recompute_activations else sum(units))
 
 
-def _loss(family: Family, sizes: Sizes, teacher: Sizes | None, settings: TrainingSettings) -> int:
-    """`TrainingMemory.loss_bytes`; without a teacher half the chunks and blocks."""
+def _loss_bytes(family: Family, sizes: Sizes, teacher: Sizes | None, settings: TrainingSettings) -> int:
+    """Predict `TrainingMemory.loss_bytes`; without a teacher half the chunks and blocks."""
     vocab, hidden = sizes[family.vocab], sizes[family.hidden]
     on_gpu = settings.device == "cuda"
     models, width = (1, 0) if teacher is None else (2, teacher[family.hidden])

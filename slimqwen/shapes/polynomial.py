@@ -1,4 +1,4 @@
-"""Sizes as unknowns: counting with them gives the formula of a count instead of its value."""
+"""Symbolic sizes: counting with them gives the formula of a count instead of its value."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,19 +6,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Polynomial:
-    """A sum of products of axis sizes with whole coefficients: monomial (axis names, sorted) -> coefficient.
+    """A polynomial in axis sizes with integer coefficients: monomial (axis names, sorted) -> coefficient.
 
-    `families.count` and `planning.footprint` only add and multiply sizes, so they take these as well as numbers.
+    `families.count` and `shapes.footprint` only add and multiply sizes, so they accept polynomials as well as numbers.
     """
 
     terms: tuple[tuple[tuple[str, ...], int], ...]
 
     @classmethod
     def unknown(cls, name: str) -> "Polynomial":
+        """Return the polynomial of one unknown size."""
         return cls((((name,), 1),))
 
     @classmethod
     def of(cls, value: "int | Polynomial") -> "Polynomial":
+        """Convert a number; a polynomial is returned unchanged."""
         if isinstance(value, Polynomial):
             return value
         return cls((((), value),) if value else ())

@@ -1,4 +1,4 @@
-"""Targets and configs: which sizes can be cut, and the config.json of what remains."""
+"""Targets: the sizes that can be cut, and the config of the cut model."""
 
 from slimqwen.core.errors import UserError
 from slimqwen.families import Config, Family
@@ -9,16 +9,16 @@ UNITS_OF_NO_AXIS = ("num_hidden_layers", "num_experts_per_tok")
 
 
 def shape_of(family: Family, config: Config) -> Target:
-    """The sizes that can be cut, of a model as it is; those that its family lacks stay None."""
+    """Return a model's current sizes that can be cut; those that its family lacks are None."""
     known = {*UNITS_OF_NO_AXIS, *family.fields}
     return Target(**{field: config[field] for field in Target.model_fields if field in known})
 
 
 def completed(family: Family, target: Target, config: Config) -> Target:
-    """`target` with the source's value where it says nothing.
+    """Complete `target` with the source's sizes.
 
-    Where it names the outer of two nested sizes alone (KV heads, but not query heads), the inner one keeps its ratio.
-    Raises UserError where it asks for more than there is, or for what this family does not have.
+    Where it has only the outer of two nested sizes (KV heads, but not query heads), the inner one keeps its ratio.
+    Raises UserError for sizes above the source's, and for sizes that this family does not have.
     """
     source = shape_of(family, config)
     wanted = target.model_dump(exclude_none=True)
@@ -34,16 +34,16 @@ def completed(family: Family, target: Target, config: Config) -> Target:
     full = full.model_copy(update=inner)
     check_target(source, full)
     for axis, size in family.sizes(config).items():
-        if sizes[axis] > size:  # one outer unit would need more than it has: 4 value heads of a key head that has 2
+        if sizes[axis] > size:  # an outer unit would need more than it has: 4 value heads of a key head that has 2
             raise UserError(
-                f"the target gives {sizes[axis]} {axis.name}s to each unit around them, the source has {size}: "
-                "cut the inner heads along with the outer ones, or name the outer alone."
+                f"the target has {sizes[axis]} {axis.name}s per unit of the outer axis, the source {size}: "
+                "cut the inner heads along with the outer ones, or give only the outer size."
             )
     return full
 
 
 def check_target(source: Target, target: Target) -> None:
-    """Raise one `UserError` that names everything that keeps `target` from being cut out of `source`."""
+    """Raise one `UserError` with every reason why `target` cannot be cut out of `source`."""
     wanted, available = target.model_dump(exclude_none=True), source.model_dump(exclude_none=True)
     problems = [
         f"{field} {wanted[field]} is more than the source's {available[field]}"
@@ -58,7 +58,7 @@ def check_target(source: Target, target: Target) -> None:
 
 
 def target_sizes(family: Family, config: Config, target: Target) -> dict[Axis, int]:
-    """Size of every axis after a cut to `target`; an axis whose field is None keeps its size.
+    """Return the size of every axis after a cut to `target`; an axis whose field is None keeps its size.
 
     Raises UserError where a size is not a multiple of the axes around it (query heads of KV heads, say).
     """
@@ -76,20 +76,20 @@ def target_sizes(family: Family, config: Config, target: Target) -> dict[Axis, i
 
 
 def target_config(family: Family, config: Config, target: Target, layers: list[int] | None = None) -> Config:
-    """The config of a model cut to a completed target; the first layers are kept where none are named."""
+    """Return the config of a model cut to a completed target, which keeps `layers`, by default the first ones."""
     layers = list(range(size_of(target.num_hidden_layers))) if layers is None else layers
     sizes = target_sizes(family, config, target)
     return family.resized(config, sizes, layers, size_of(target.num_experts_per_tok))
 
 
 def size_of(value: int | None) -> int:
-    """A size of a completed target."""
+    """Return a size of a completed target, which is never None."""
     assert value is not None, "the target must be completed first"
     return value
 
 
 def _left_to_ratio(family: Family, wanted: dict[str, int]) -> dict[str, None]:
-    """Fields of nested axes that the target leaves to the ratio: the inner field None, so that its axis stays."""
+    """Return the inner fields of nested axes that the target does not give, as None, so that their axes keep their size."""
     nested = [field for field, axes in family.fields.items() if len(axes) > 1 and field in Target.model_fields]
     return {field: None for field in nested if field not in wanted}
 
