@@ -552,7 +552,7 @@ def test_what_is_kept_is_small_and_the_last_teachers(teacher, student, tokens, t
     elsewhere = tmp_path / "elsewhere" / "evaluation.json"
     run({"teacher": teacher}, elsewhere, tokens)
     assert not list(kept_folder(elsewhere).glob("*.safetensors"))
-    assert "is not kept: another call runs the teacher again" in capsys.readouterr().err
+    assert "are not kept: the next call runs the teacher again" in capsys.readouterr().err
     recorded.clear()
     run({"teacher": teacher, "student": student}, elsewhere, tokens)
     assert recorded == ["evaluate student: the teacher first", "evaluate student"]

@@ -1,4 +1,4 @@
-"""MTP acceptance: how many tokens drafted in a row are what the backbone itself generates greedily."""
+"""MTP acceptance: the share of drafts that equal the backbone's own greedy continuation."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from slimqwen.model.model import MtpCausalLM
 
 
 def heldout_prompts(tokens: Path, prompts: int, prompt_tokens: int) -> Tensor:
-    """Evenly spaced windows of the held-out stream, int64 [prompts, prompt_tokens]. Raises UserError if it is shorter."""
+    """Cut evenly spaced windows of the held-out stream, int64 [prompts, prompt_tokens]. Raises UserError if it is too short."""
     packed = PackedTokens(tokens / "heldout")
     starts = packed.total_tokens - prompt_tokens + 1
     if starts < 1:
@@ -26,42 +26,42 @@ def heldout_prompts(tokens: Path, prompts: int, prompt_tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def continue_greedily(backbone: PreTrainedModel, prompts: Tensor, new_tokens: int) -> Tensor:
-    """The prompts [batch, prompt] with what the backbone finds most likely after them, [batch, prompt + new_tokens].
+    """Continue prompts [batch, prompt] with the backbone's most likely tokens, to [batch, prompt + new_tokens].
 
-    End-of-text is a token like any other here: every row is continued to its full length.
+    End-of-text is not treated specially: every row is continued to its full length.
     """
-    # Replaced, not overridden: what generate() is not told it takes from the checkpoint's generation_config.json, whose
-    # repetition penalty or stop tokens would make it something else than the backbone's most likely continuation.
+    # Replaced, not overridden by arguments: otherwise generate() would use the repetition penalty or stop tokens of the
+    # checkpoint's generation_config.json, and the continuation would not be the most likely one.
     backbone.generation_config = GenerationConfig()
     return backbone.generate(prompts, max_new_tokens=new_tokens, do_sample=False, use_cache=True)
 
 
 @torch.inference_mode()
 def accepted_drafts(model: MtpCausalLM, sequences: Tensor, prompt_tokens: int, depth: int) -> Tensor:
-    """Where the first k + 1 drafts are all accepted, bool [batch, new_tokens - depth, depth]; acc_k is the mean of [..., k].
+    """Find where the first k + 1 drafts are all accepted, bool [batch, new_tokens - depth, depth]; acc_k is the mean of [..., k].
 
     A draft is accepted if it is the token that the backbone generates greedily (method.md section 5, Table 4). At
-    position i the backbone has read t_0 .. t_i and said t_{i+1}; then the MTP module, applied to its own output again
-    and again (arXiv 2412.19437, equations 21-25), drafts
+    position i the backbone has read t_0 .. t_i and predicted t_{i+1}; then the MTP module, applied recursively to its own
+    output (arXiv 2412.19437, equations 21-25), drafts
 
         m^0_i = mtp(h_i,       Emb(t_{i+1}))   ->  t_{i+2}
         m^k_i = mtp(m^{k-1}_i, Emb(t_{i+k+1})) ->  t_{i+k+2}
 
     where t_{i+k+1} is the draft of depth k - 1. `sequences` are greedy continuations already, so as long as all drafts
-    were accepted the draft and the token in the sequence are the same; after the first rejection nothing counts. Hence
-    one pass per depth over the whole sequences, with their own tokens as inputs, is exact.
+    were accepted the draft and the token in the sequence are the same, and after the first rejection later drafts are not
+    counted. So one forward pass per depth over the whole sequences, with their own tokens as inputs, is exact.
 
-    Example: prompt A B C, continuation D E F G H, depth 2. Positions that count have t_{i+1} .. t_{i+3} in the
-    continuation, the same for every k:
+    Example: prompt A B C, continuation D E F G H, depth 2. Only positions with t_{i+1} .. t_{i+3} in the continuation
+    are counted, the same for every k:
 
         i                   2    3    4
-        t_{i+1}             D    E    F     said by the backbone
+        t_{i+1}             D    E    F     predicted by the backbone
         depth 0 drafts      E    X    G     for E F G: 2 of 3, acc_0 = 0.667
         depth 1 drafts      F    G    Y     for F G H: only i = 2, since at i = 3 depth 0 was rejected; acc_1 = 0.333
 
-    How a serving engine differs: beyond depth 0 it runs the module on the newest token alone, with a KV cache of what
-    depth 0 left there. In the recursion above depth k attends to depth k's own inputs at all earlier positions. acc_0
-    is the same in both, deeper ones need not be.
+    A serving engine differs: beyond depth 0 it runs the module on the newest token alone, with the KV cache of depth 0.
+    In the recursion above depth k attends to depth k's own inputs at all earlier positions. acc_0 is the same in both,
+    deeper ones may differ.
 
     Args:
         model: with an MTP module.
@@ -69,7 +69,7 @@ def accepted_drafts(model: MtpCausalLM, sequences: Tensor, prompt_tokens: int, d
     """
     assert model.mtp is not None, "there is no MTP module to draft with"
     length = sequences.shape[1]
-    first, end = prompt_tokens - 1, length - 1 - depth  # positions that count: first <= i < end
+    first, end = prompt_tokens - 1, length - 1 - depth  # counted positions: first <= i < end
     assert first < end, f"{length - prompt_tokens} new tokens leave no position to draft {depth} tokens from"
 
     decoder = model.backbone.get_decoder()
@@ -78,9 +78,9 @@ def accepted_drafts(model: MtpCausalLM, sequences: Tensor, prompt_tokens: int, d
     accepted = torch.ones_like(sequences[:, first:end], dtype=torch.bool)
     by_depth = []
     for k in range(depth):
-        positions = length - 1 - k  # those whose t_{i+k+1} exists
+        positions = length - 1 - k  # those with a t_{i+k+1}
         hidden = model.mtp(hidden[:, :positions], embeddings[:, k + 1 :], decoder.rotary_emb)
-        # One sequence at a time: [positions, vocab] logits, never those of the batch.
+        # One sequence at a time, so that only [positions, vocab] logits exist, not those of the batch.
         drafts = torch.stack([(row @ model.head.T).argmax(-1) for row in hidden[:, first:end]])
         accepted = accepted & (drafts == sequences[:, first + k + 2 : end + k + 2])
         by_depth.append(accepted)

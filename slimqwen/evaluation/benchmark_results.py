@@ -1,4 +1,4 @@
-"""benchmarks.json: what the numbers are called and mean, and of which checkpoint they are."""
+"""The format of benchmarks.json: names and meaning of its values, and the checkpoints they belong to."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,10 +15,10 @@ FORMAT = "slimqwen.benchmarks/1"
 
 
 class Result(BaseModel):
-    """One number. Of a group's tasks each has its own too: `part_of` is the group that the user asked for.
+    """The value of one metric. The tasks of a group have values too, with the requested group in `part_of`.
 
     difference: value minus the teacher's. difference_stderr: of the mean of the differences by document, None where the
-    metric is no mean over documents.
+    metric is not a mean over documents.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -27,7 +27,7 @@ class Result(BaseModel):
     task: str
     part_of: str | None
     metric: str
-    filter: str  # how the answer was found in the text; "none" where nothing was generated
+    filter: str  # how the answer was extracted from the generated text; "none" where nothing was generated
     value: float
     stderr: float | None
     documents: int
@@ -36,12 +36,12 @@ class Result(BaseModel):
 
     @property
     def score(self) -> str:
-        """`0.4120 ± 0.0123`"""
+        """The value with its standard error: `0.4120 ± 0.0123`."""
         return _with_error(f"{self.value:.4f}", self.stderr)
 
     @property
     def change(self) -> str | None:
-        """`-0.0310 ± 0.0071`"""
+        """The difference with its standard error: `-0.0310 ± 0.0071`."""
         return None if self.difference is None else _with_error(f"{self.difference:+.4f}", self.difference_stderr)
 
 
@@ -50,21 +50,21 @@ def _with_error(value: str, stderr: float | None) -> str:
 
 
 class Benchmarks(BaseModel):
-    """benchmarks.json."""
+    """The content of benchmarks.json."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     format: Literal["slimqwen.benchmarks/1"]
     teacher: str | None  # a key of `models`
     models: dict[str, str]  # name -> checkpoint
-    identities: dict[str, str] = {}  # name -> `identity_of` the checkpoint when it was measured
+    identities: dict[str, str] = {}  # name -> `identity_of` the checkpoint at the time of measurement
     limit: int | None  # documents per task; None: all
-    shots: int | None  # None: as each task says
+    shots: int | None  # None: each task's own number
     results: list[Result]
 
     @classmethod
     def load(cls, path: Path) -> "Benchmarks":
-        """Raises UserError for a file that is missing or is not of benchmarks."""
+        """Load the file. Raises UserError where it is missing or not of this format."""
         try:
             return cls.model_validate_json(read_regular(path))
         except OSError as error:
@@ -77,7 +77,7 @@ class Benchmarks(BaseModel):
             raise UserError(f"{path} is not of {FORMAT} ({where or 'whole file'}: {first['msg']}).") from error
 
     def lines(self) -> dict[tuple[str, str], dict[str, Result]]:
-        """What was asked for, without the single tasks of a group: (task, metric) -> model -> result."""
+        """Return the requested results, without the single tasks of groups: (task, metric) -> model -> result."""
         found: dict[tuple[str, str], dict[str, Result]] = {}
         for result in self.results:
             if result.part_of is None:
@@ -86,7 +86,7 @@ class Benchmarks(BaseModel):
         return found
 
     def with_own(self, folder: Path, name: str) -> "Benchmarks":
-        """The same, but the model that was measured as it lies in `folder` now, if there is one, is called `name`."""
+        """Return a copy in which the model with the current identity of `folder`, if any, is called `name`."""
         identity = identity_of(folder)
         own = {model: name for model, measured in self.identities.items() if measured == identity}
         return self.model_copy(
@@ -99,9 +99,9 @@ class Benchmarks(BaseModel):
 
 
 def identity_of(folder: Path) -> str:
-    """The fingerprint of what a benchmark depends on: a checkpoint's config and weights, and what is copied along with them.
+    """Fingerprint what a benchmark depends on: a checkpoint's config, weights and companions.
 
-    The card is none of these, for it may tell the result; nor are notes and whatever else lies in the folder.
+    The model card is excluded, because it may state the result, and so are all other files in the folder.
     """
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return fingerprint_value([*map(content_fingerprint, files), companions_fingerprint(folder)])

@@ -1,15 +1,16 @@
-"""Benchmarks of several checkpoints side by side: benchmarks.json, and what each lost against the teacher, in pairs.
+"""Benchmarks of several checkpoints: benchmarks.json, with the paired difference of each from the teacher.
 
-The same questions are put to both, so the difference is taken question by question: its standard error is several
+All answer the same questions, so differences are computed per question: their standard error is several
 times smaller than that of two separate scores.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimqwen.artifacts import fingerprint_value, makes_file, write_json
@@ -31,7 +32,7 @@ SUITES = {
 
 
 class _Finished(BaseModel):
-    """What one model made of one task: a file of its own, by which an interrupted command continues."""
+    """The scores of one model on one task, in a file of their own, so that an interrupted command continues."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,19 +57,19 @@ def benchmark(
 ) -> Benchmarks:
     """Run every model on every task and write `out`, a JSON file.
 
-    One model is in memory at a time. Each finished (model, task) is kept in a folder beside `out`, called as it is
-    without its suffix, and used again where checkpoint, data and settings are the same.
+    One model is in memory at a time. Each finished (model, task) is kept in a folder beside `out`, with its name without
+    the suffix, and reused where checkpoint, data and settings are the same.
 
     Args:
         models: name -> checkpoint folder; the tokenizers may differ.
-        tasks: names that lm-evaluation-harness knows, and "evalplus".
-        tasks_dir, limit, shots: as in `Harness`; EvalPlus knows none of them.
+        tasks: names of tasks in lm-evaluation-harness, and "evalplus".
+        tasks_dir, limit, shots: as in `Harness`; ignored by EvalPlus.
         batch_size: sequences at a time.
-        teacher: the name in `models` that all are compared with; None leaves the differences out.
+        teacher: the name in `models` that all are compared with; None: no differences.
 
     Raises:
-        UserError: an unknown task, a data set that is not on this machine, a broken checkpoint.
-        StageFailed: a task that fails.
+        UserError: for an unknown task, a data set that is not on this machine, a broken checkpoint.
+        StageFailed: where a task fails.
     """
     checkpoints = {name: Checkpoint(models[name]) for name in sorted(models, key=lambda name: name != teacher)}
     harness_tasks = [task for task in tasks if task != EVALPLUS]
@@ -77,33 +78,11 @@ def benchmark(
     if EVALPLUS in tasks:
         identities[EVALPLUS] = evalplus_identity()
     torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
-    parts = out.with_suffix("")
-
+    runner = _Runner(
+        harness, identities, out.with_suffix(""), batch_size, torch_device, resolve_dtype(dtype, torch_device)
+    )
     measured = {name: identity_of(checkpoint.folder) for name, checkpoint in checkpoints.items()}
-    scores: dict[str, dict[str, Scores]] = {}
-    for name, checkpoint in checkpoints.items():
-        key = {"checkpoint": measured[name], "dtype": str(torch_dtype), "device": torch_device.type}
-        files = {}
-        for task in tasks:
-            made_from = fingerprint_value(key | identities[task])
-            files[task] = (made_from, parts / f"{task.replace('/', '_')}-{made_from[:16]}.json")
-        scores[name] = {task: found for task, wanted in files.items() if (found := _read(*wanted)) is not None}
-        left = [task for task in tasks if task not in scores[name]]
-        if len(left) < len(tasks):
-            say(f"benchmarks of {name}: {len(tasks) - len(left)} of {len(tasks)} tasks are done already")
-        if EVALPLUS in left:
-            say(f"benchmarks of {name}: {EVALPLUS}")
-            scores[name][EVALPLUS] = _keep(*files[EVALPLUS], run_evalplus(checkpoint.folder, parts, str(torch_dtype)))
-            left.remove(EVALPLUS)
-        if left:
-            assert harness is not None
-            model = load(checkpoint.folder, torch_dtype, torch_device)
-            tokenizer = load_tokenizer(checkpoint.folder)
-            for task in left:
-                say(f"benchmarks of {name}: {task}")
-                scores[name][task] = _keep(*files[task], harness.run(model, tokenizer, task, batch_size))
-            del model
+    scores = {name: runner.run(name, checkpoint.folder, measured[name]) for name, checkpoint in checkpoints.items()}
     result = Benchmarks(
         format=FORMAT,
         teacher=teacher,
@@ -122,8 +101,57 @@ def benchmark(
     return result
 
 
+class _Runner:
+    """A runner of tasks on one model after another, with each finished (model, task) in a file of `folder`.
+
+    identities: task -> what its scores depend on beside the model; all of these tasks are run.
+    """
+
+    def __init__(
+        self,
+        harness: Harness | None,
+        identities: Mapping[str, Mapping[str, Any]],
+        folder: Path,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._harness = harness
+        self._identities = identities
+        self._folder = folder
+        self._batch_size = batch_size
+        self._device = device
+        self._dtype = dtype
+
+    def run(self, name: str, checkpoint: Path, identity: str) -> dict[str, Scores]:
+        """Run every task that is not finished. name: for messages. identity: `identity_of(checkpoint)`."""
+        files = {task: self._file(task, identity) for task in self._identities}
+        scores = {task: found for task, file in files.items() if (found := _read(*file)) is not None}
+        left = [task for task in files if task not in scores]
+        if len(left) < len(files):
+            say(f"benchmarks of {name}: {len(files) - len(left)} of {len(files)} tasks are done already")
+        if EVALPLUS in left:
+            say(f"benchmarks of {name}: {EVALPLUS}")
+            scores[EVALPLUS] = _keep(*files[EVALPLUS], run_evalplus(checkpoint, self._folder, str(self._dtype)))
+            left.remove(EVALPLUS)
+        if left:
+            assert self._harness is not None
+            model = load(checkpoint, self._dtype, self._device)
+            tokenizer = load_tokenizer(checkpoint)
+            for task in left:
+                say(f"benchmarks of {name}: {task}")
+                scores[task] = _keep(*files[task], self._harness.run(model, tokenizer, task, self._batch_size))
+        return scores
+
+    def _file(self, task: str, identity: str) -> tuple[str, Path]:
+        """Return the key of a task's scores, and their file."""
+        model = {"checkpoint": identity, "dtype": str(self._dtype), "device": self._device.type}
+        key = fingerprint_value(model | dict(self._identities[task]))
+        return key, self._folder / f"{task.replace('/', '_')}-{key[:16]}.json"
+
+
 def suite_tasks(name: str) -> list[str]:
-    """The tasks of a preset. EvalPlus is left out where it is not installed, and that is said."""
+    """Return the tasks of a preset. EvalPlus is left out, with a warning, where it is not usable."""
     if name not in SUITES:
         raise UserError(f"--suite {name}{did_you_mean(name, SUITES)}: must be one of {', '.join(SUITES)}.")
     tasks = list(SUITES[name])
@@ -135,10 +163,10 @@ def suite_tasks(name: str) -> list[str]:
     return tasks
 
 
-def results_of(model: str, asked: str, scores: Scores, teacher: Scores | None) -> Iterator[Result]:
-    """The rows of what one name stands for: groups that average something, then the tasks in them."""
+def results_of(model: str, requested: str, scores: Scores, teacher: Scores | None) -> Iterator[Result]:
+    """Yield the results of a requested name: of groups with averages, then of the tasks in them."""
     averaged = {name for name, group in scores.groups.items() if group.metrics}
-    part_of = asked if asked in averaged else None
+    part_of = requested if requested in averaged else None
 
     def row(
         task: str, key: str, metric: Metric | GroupMetric, documents: int, paired: tuple[float, float | None] | None
@@ -147,7 +175,7 @@ def results_of(model: str, asked: str, scores: Scores, teacher: Scores | None) -
         return Result(
             model=model,
             task=task,
-            part_of=None if task == asked else part_of,
+            part_of=None if task == requested else part_of,
             metric=name,
             filter=filter_name,
             value=metric.value,
@@ -170,22 +198,22 @@ def results_of(model: str, asked: str, scores: Scores, teacher: Scores | None) -
 
 
 def difference(student: Metric, teacher: Metric) -> tuple[float, float | None]:
-    """(student - teacher, its standard error): sd of d_i = s_i - t_i over the documents (n - 1), over sqrt(n).
+    """Return (student - teacher, its standard error): sd of d_i = s_i - t_i over the documents (n - 1), over sqrt(n).
 
     Teacher right, right, wrong, wrong and student right, wrong, wrong, wrong: -0.25 and 0.5 / sqrt(4) = 0.25.
     """
     if student.scores is None or teacher.scores is None:
         return student.value - teacher.value, None
-    assert len(student.scores) == len(teacher.scores), "the key of a result holds its data: these were of other data"
+    assert len(student.scores) == len(teacher.scores), "a result's key includes its data, so these must be of the same"
     by_document = np.array(student.scores) - np.array(teacher.scores)
     n = len(by_document)
     return float(by_document.mean()), float(by_document.std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
 
 def group_difference(group: str, key: str, student: Scores, teacher: Scores) -> tuple[float, float | None]:
-    """Of a group sum_k w_k d_k, with the standard error sqrt(sum_k (w_k se_k)^2): its tasks are independent samples.
+    """Return a group's difference sum_k w_k d_k and standard error sqrt(sum_k (w_k se_k)^2): its tasks are independent.
 
-    w_k is the task's share of the documents, or one over the tasks where the group averages these alike.
+    w_k is the task's share of the documents, or one over the number of tasks where the group weights them equally.
     """
     members = [task for task in student.groups[group].tasks if key in student.tasks[task].metrics]
     sizes = np.array([student.tasks[task].documents for task in members], dtype=np.float64)
@@ -200,7 +228,7 @@ def group_difference(group: str, key: str, student: Scores, teacher: Scores) -> 
 
 
 def print_benchmarks(benchmarks: Benchmarks) -> None:
-    """Print what was asked for, a model to a column, to stdout; single tasks of a group are in the file."""
+    """Print the requested results to stdout, one model per column; the single tasks of groups are only in the file."""
     limit = "" if benchmarks.limit is None else f", the first {benchmarks.limit} documents of each task only"
     against = "" if benchmarks.teacher is None else f"; in brackets: minus {benchmarks.teacher}, paired"
     title = f"benchmarks ± standard error{against}{limit}"
@@ -222,7 +250,7 @@ def _keep(key: str, file: Path, scores: Scores) -> Scores:
 
 
 def _read(key: str, file: Path) -> Scores | None:
-    """What is finished already, or None: a file of something else, or a broken one, is made again."""
+    """Read finished scores; None, so that they are measured, where the file is missing, invalid or has another key."""
     try:
         finished = _Finished.model_validate_json(file.read_bytes())
     except (FileNotFoundError, ValidationError):

@@ -1,7 +1,7 @@
-"""EvalPlus (arXiv 2305.01210) through its own package: HumanEval and MBPP, with their tests and with the many added ones.
+"""EvalPlus (arXiv 2305.01210) through its own package: HumanEval and MBPP, with their original and many additional tests.
 
-It runs the code that the model wrote, in processes with limits but without a sandbox, and would download its problems.
-So it is used only where the user has installed it, says EVALPLUS_RUN_CODE=1 and names the files with the problems.
+It runs code that the model generates, in processes with limits but without a sandbox, and downloads its problems by default.
+So it is used only where the user has installed it, sets EVALPLUS_RUN_CODE=1 and names the files with the problems.
 """
 
 import importlib.metadata
@@ -28,19 +28,19 @@ MEAN = "pass@1,mean"
 
 
 def evalplus_identity() -> dict[str, Any]:
-    """What a score depends on but for the model. Raises UserError where the package, consent or a file is missing."""
+    """Return what a score depends on beside the model. Raises UserError where the package, consent or a file is missing."""
     if importlib.util.find_spec("evalplus") is None:
         raise UserError("the package evalplus is not installed: pip install evalplus.")
     if os.environ.get(CONSENT) != "1":
         raise UserError(
-            f"evalplus runs code that the model writes, without a sandbox: set {CONSENT}=1 where that is acceptable."
+            f"evalplus runs code that the model generates, without a sandbox: set {CONSENT}=1 if that is acceptable."
         )
     files = {variable: Path(os.environ.get(variable, "")) for variable in DATA_VARIABLES.values()}
     for variable, file in files.items():
         if not file.is_file():
             raise UserError(
-                f"evalplus would download its problems, and nothing is downloaded here: set {variable} to the .jsonl file "
-                "of their release, which is in evalplus's cache where it ran once with a network."
+                f"evalplus would download its problems, and slimqwen downloads nothing: set {variable} to the .jsonl file "
+                "of their release, which evalplus caches when it is run once with network access."
             )
     return {
         "task": EVALPLUS,
@@ -50,9 +50,9 @@ def evalplus_identity() -> dict[str, Any]:
 
 
 def run_evalplus(checkpoint: Path, folder: Path, dtype: str) -> Scores:
-    """Greedy pass@1 on the two sets of problems, each with both sets of tests, and the mean of the four.
+    """Measure greedy pass@1 on the two sets of problems, each with both sets of tests, and the mean of the four.
 
-    dtype: PyTorch's name. Raises StageFailed with the last line of what the package said.
+    dtype: PyTorch's name. Raises StageFailed with the last line of the package's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tasks = {}
@@ -64,8 +64,8 @@ def run_evalplus(checkpoint: Path, folder: Path, dtype: str) -> Scores:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             found = sorted(Path(root).rglob(f"{dataset}/**/*eval_results.json"))
             if done.returncode != 0 or not found:
-                said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-                raise StageFailed(f"evalplus on {dataset} failed with exit code {done.returncode} ({said[:300]}).")
+                last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+                raise StageFailed(f"evalplus on {dataset} failed with exit code {done.returncode} ({last[:300]}).")
             tasks[dataset] = read_results(found[-1])
     means = [task.metrics[MEAN] for task in tasks.values()]
     mean = GroupMetric(
@@ -77,9 +77,9 @@ def run_evalplus(checkpoint: Path, folder: Path, dtype: str) -> Scores:
 
 
 def read_results(file: Path) -> TaskScores:
-    """Out of the package's eval_results.json, of the one solution for each problem: whether it passes.
+    """Read from the package's eval_results.json whether the one solution of each problem passes.
 
-    `base` are the original tests, `plus` the added ones as well, `mean` is half of both: the same problems twice, whose
+    `base` are the original tests, `plus` the additional ones too, `mean` the mean of both per problem, since their
     errors are not independent.
     """
     solved = json.loads(file.read_bytes())["eval"]

@@ -1,4 +1,4 @@
-"""The stage `evaluate`: checkpoints and held-out tokens in, evaluation.json out."""
+"""The stage `evaluate`: from checkpoints and held-out tokens to evaluation.json."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,23 +47,23 @@ def evaluate(
 ) -> Evaluation:
     """Measure checkpoints on the same held-out text and write `out`, a JSON file (`Evaluation`).
 
-    One model is in memory at a time; of the teacher its final hidden states and lm_head stay for the comparisons. What is
-    measured of a model is written at once into a hidden folder beside `out` (`kept`), the teacher's hidden states too: given
-    again, after an interruption or with other models, only what is not there yet is measured.
+    One model is in memory at a time; the teacher's final hidden states and lm_head are kept for the comparisons. Each model's
+    results, and the teacher's hidden states, are written at once into a hidden folder beside `out` (`kept`): a repeated
+    command, after an interruption or with other models, measures only what is missing.
 
     Args:
         models: name -> checkpoint folder, all over the same vocabulary.
         tokens: folder written by `tokenize`, made with the models' tokenizer.
-        recipe: how much is measured.
+        recipe: the amounts to measure.
         sequence_length: tokens of context.
-        documents: whether a row may hold several documents, which then see each other.
-        teacher: the name in `models` that all are compared with; None leaves the comparisons out.
+        documents: whether a row may hold several documents, which then attend to each other.
+        teacher: the name in `models` that all are compared with; None: no comparisons.
         dtype: of the forward passes, for all models: 'auto' is bfloat16 on a GPU and float32 on a CPU.
         title: shown with the progress.
 
     Raises:
-        UserError: a checkpoint or token folder that is broken or does not fit the others; too little held-out text.
-        StageFailed: a model whose loss is not finite.
+        UserError: for a checkpoint or token folder that is broken or incompatible with the others; too little held-out text.
+        StageFailed: for a model whose loss is not finite.
     """
     checkpoints = _open(models, teacher, tokens)
     examination = Examination(
@@ -96,11 +96,11 @@ def evaluate(
 
 
 class Examination:
-    """The held-out text and prompts that models are measured on, one after another, and what the teacher says of them.
+    """The held-out text and prompts on which models are measured, one after another, with the teacher's predictions.
 
-    like: a checkpoint with the vocabulary and the tokenizer that all of them share. keep: a folder in which the teacher's
-    hidden states stay, so that another process need not run it (`kept.KeptRecording`). The other arguments are those of
-    `evaluate`. Raises UserError where the text does not suffice.
+    like: a checkpoint with the common vocabulary and tokenizer. keep: a folder for the teacher's hidden states, so that
+    another process need not run it again (`kept.KeptRecording`). The other arguments are those of `evaluate`. Raises
+    UserError where the text is too short.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Examination:
         self._sequence_length = sequence_length
         self._manifest = load_manifest(tokens)
         self._tokenizer = load_tokenizer(like.folder)
-        text = tokens / "train" if bin_path(tokens / "train").exists() else tokens / "heldout"  # a mixture's lie deeper
+        text = tokens / "train" if bin_path(tokens / "train").exists() else tokens / "heldout"  # else a mixture
         self._ranks = token_ranks(text, like.config["vocab_size"])
         self._device = resolve_device(execution.device)
         self._dtype = resolve_dtype(dtype, self._device)
@@ -145,7 +145,7 @@ class Examination:
 
     @torch.inference_mode()
     def of(self, name: str, checkpoint: Checkpoint, title: str) -> ModelEvaluation:
-        """The numbers of one model. Raises StageFailed where its loss is not finite."""
+        """Measure one model. Raises StageFailed where its loss is not finite."""
         is_teacher = self._teacher is not None and checkpoint.folder == self._teacher.folder
         if self._teacher is not None and self._teachers_recording is None and not is_teacher:
             self._teachers_recording = self._kept_recording(self._teacher)
@@ -168,17 +168,17 @@ class Examination:
         return _summary(checkpoint, self._manifest, means, where, recording.utilisation, acceptance, yielded, sample)
 
     def forget_other_recordings(self) -> None:
-        """Remove what was kept in the folder of another teacher, or on other text."""
+        """Remove recordings of another teacher, or on other text, from the folder."""
         if self._kept is not None:
             self._kept.forget_others()
 
     def _keep(self, recording: Recording) -> None:
-        """Write what the teacher said, for other processes."""
+        """Write the teacher's recording, for other processes."""
         if self._kept is not None:
             self._kept.keep(recording)
 
     def _kept_recording(self, teacher: Checkpoint) -> Recording | None:
-        """What an earlier process recorded of the teacher."""
+        """Read an earlier process's recording of the teacher; None where there is none."""
         if self._kept is None:
             return None
         return self._kept.find(teacher, self.rows, self._execution.batch_size, self._dtype, self._device)
@@ -190,7 +190,7 @@ class Examination:
 
 
 def _open(models: Mapping[str, Path], teacher: str | None, tokens: Path) -> dict[str, Checkpoint]:
-    """Every checkpoint by name, the teacher first, after checking that they can be compared on these tokens."""
+    """Open the checkpoints by name, the teacher first, and check that they can be compared on these tokens."""
     manifest = load_manifest(tokens)
     if manifest.heldout.documents == 0:
         raise UserError(
@@ -223,7 +223,7 @@ def _generate(
     recipe: EvaluationRecipe,
     title: str,
 ) -> tuple[list[float], Sample]:
-    """MTP acceptance (empty without an MTP module), and the first prompt with its continuation.
+    """Generate continuations. Returns MTP acceptance (empty without an MTP module), and a sample: the first prompt's.
 
     batches: of prompts, each [prompts, prompt], on the model's device.
     """
@@ -244,9 +244,9 @@ def _generate(
 
 
 def _speculate(model: MtpCausalLM, prompts: torch.Tensor, recipe: EvaluationRecipe, title: str) -> float | None:
-    """Tokens that a forward pass of the backbone yields where the MTP module drafts; None without one.
+    """Measure the tokens per forward pass of the backbone with drafts of the MTP module; None without one.
 
-    Measured by decoding greedily as `slimqwen generate` does, after every n-th of the prompts [prompts, prompt].
+    Every n-th of the prompts [prompts, prompt] is continued greedily, as by `slimqwen generate`.
     """
     if model.mtp is None:
         return None
@@ -257,7 +257,7 @@ def _speculate(model: MtpCausalLM, prompts: torch.Tensor, recipe: EvaluationReci
 
 
 def _check_loss(name: str, path: Path, loss: float) -> None:
-    """Raise StageFailed where a model says nothing that could be measured further."""
+    """Raise StageFailed where a model's loss is not finite, or too large for its perplexity to be."""
     if not loss < LARGEST_LOSS:  # false for NaN too
         raise StageFailed(
             f"'{name}' ({path}) has a loss of {loss:g} nats per token on held-out text: its weights are broken; make it again."

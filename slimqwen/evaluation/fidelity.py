@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, how near it is to its teacher there, and which experts it uses."""
+"""Fidelity of a model on held-out text: its loss, its divergence from the teacher, and its use of experts."""
 
 import operator
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ ONLY_MEASURED = LossWeights(lm=0.0, kd=0.0, mtp_lm=0.0, mtp_kd=0.0)
 
 @dataclass(frozen=True)
 class Recording:
-    """What a model said about the measured rows: all that a comparison needs, so that the model can be freed before it.
+    """A model's outputs on the measured rows: all that a comparison needs, so that the model can be freed before it.
 
-    predictions: one per batch, on the model's device. Their hidden states are tokens x hidden_size numbers, twice with
-    an MTP module: 0.5 GiB for 65,536 tokens of a bfloat16 model of hidden_size 2048.
+    predictions: one per batch, on the model's device. Their hidden states are tokens x hidden_size numbers, twice that
+    with an MTP module: 0.5 GiB for 65,536 tokens of a bfloat16 model of hidden_size 2048.
     head: lm_head's weight, [vocab, hidden].
     utilisation: per MoE block (MTP's too), the share of the token-to-expert assignments that each expert received.
     """
@@ -41,7 +41,7 @@ class Recording:
 def heldout_rows(
     tokens: Path, sequence_length: int, wanted_tokens: int, documents: DocumentBoundaries = "packed"
 ) -> Batch:
-    """Rows of held-out text for about `wanted_tokens` predictions, at least one row, at most all.
+    """Read rows of held-out text for about `wanted_tokens` predictions, at least one row, at most all.
 
     Of 10 rows, 4 are rows 0, 2, 5, 7: evenly spaced, so that each kind of document is represented.
     """
@@ -55,7 +55,7 @@ def heldout_rows(
 def record(
     model: MtpCausalLM, family: Family, config: Config, rows: Batch, *, batch_size: int, title: str
 ) -> Recording:
-    """Run `model` over `rows`, `batch_size` of them at a time."""
+    """Run `model` on `rows` in batches of `batch_size`, and record its outputs."""
     head = model.head.detach()
     blocks = family.moe_blocks(config)
     num_experts = family.sizes(config)[family.expert]
@@ -77,22 +77,23 @@ def record(
 
 @torch.inference_mode()
 def compare(model: Recording, teacher: Recording | None, *, title: str = "compare") -> dict[str, float]:
-    """Means over predictions, in nats, by the names of `LossSums`: lm, and mtp_lm with an MTP module; with a teacher
-    kd, top1_agreement and mtp_kd too.
+    """Compute means over predictions, in nats, by the names of `LossSums`.
 
+    They are lm, and mtp_lm with an MTP module; with a teacher also kd, top1_agreement and mtp_kd.
     Both recordings must be of the same rows in the same batches. The MTP head is compared with the teacher's main
     distribution for the same token (`mtp_target: main`), for the teacher itself too: `compare(teacher, teacher)` has
-    kd 0 and top1_agreement 1 exactly, while its mtp_kd says how far its own drafts are from its predictions.
+    kd 0 and top1_agreement 1 exactly, while its mtp_kd is the divergence of its own drafts from its predictions.
 
     title: shown with the progress.
     """
     signals = (
         [None] * len(model.predictions)
         if teacher is None
-        else [LiveSignal(said.hidden, teacher.head) for said in teacher.predictions]
+        else [LiveSignal(predictions.hidden, teacher.head) for predictions in teacher.predictions]
     )
     sums = []
-    with Progress(title, total=sum(len(said.labels) for said in model.predictions), unit="tokens") as progress:
+    total = sum(len(predictions.labels) for predictions in model.predictions)
+    with Progress(title, total=total, unit="tokens") as progress:
         for predictions, signal in zip(model.predictions, signals, strict=True):
             sums.append(
                 chunked_loss(predictions, model.head, ONLY_MEASURED, teacher=signal, chunk_tokens=CHUNK_TOKENS)[1]

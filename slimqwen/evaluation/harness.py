@@ -1,6 +1,6 @@
-"""lm-evaluation-harness as a function: a loaded model and the name of a task in, its scores document by document out.
+"""An interface to lm-evaluation-harness: runs a loaded model on a task, and returns its scores per document.
 
-Nothing is downloaded, and the harness's own tasks are the only code that runs, with those of a folder that the user names.
+Nothing is downloaded, and the only code run is that of the harness's own tasks and of a folder that the user names.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from slimqwen.core.errors import StageFailed, UserError, did_you_mean
 from slimqwen.core.progress import say
 from slimqwen.model.model import MtpCausalLM
 
-FEWSHOT_SEED = 1234  # the harness's own: every model gets the same examples in front of the same question
+FEWSHOT_SEED = 1234  # the harness's own: every model gets the same examples before the same question
 LARGEST_ROUNDING = 1e-9
 
 
@@ -40,7 +40,7 @@ class Metric(BaseModel):
 
 
 class TaskScores(BaseModel):
-    """A task that has documents of its own. metrics: "acc,none", i.e. metric,filter, as the harness calls them."""
+    """The scores of a task with documents of its own. metrics: by metric and filter, in the harness's form "acc,none"."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,7 +49,7 @@ class TaskScores(BaseModel):
 
 
 class GroupMetric(BaseModel):
-    """A mean over the tasks of a group: of all documents alike (by_size), or of all tasks alike."""
+    """A mean over the tasks of a group: with equal weight per document (by_size), or per task."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +59,7 @@ class GroupMetric(BaseModel):
 
 
 class GroupScores(BaseModel):
-    """A group, MMLU for instance, and the tasks in it. metrics: as in `TaskScores`, none where nothing is averaged."""
+    """The scores of a group, such as MMLU, and its tasks. metrics: as in `TaskScores`, empty where nothing is averaged."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,7 +68,7 @@ class GroupScores(BaseModel):
 
 
 class Scores(BaseModel):
-    """What one model made of one name that the user gave: a task, or a group of them. The outermost group is first."""
+    """The scores of one model for one requested name: a task, or a group of them. The outermost group is first."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -77,16 +77,16 @@ class Scores(BaseModel):
 
 
 class Harness:
-    """The tasks that this machine has.
+    """The benchmark tasks that are available on this machine.
 
     Args:
         names: of tasks, groups or tags.
-        tasks_dir: folder with more tasks in the harness's YAML, which go before its own of the same name. They may run
-            Python from that folder: it is as trusted as a program that the user starts.
+        tasks_dir: folder with more tasks in the harness's YAML, which override its own of the same name. They may run
+            Python from that folder: it is trusted like a program that the user starts.
         limit: documents per task; None is all.
-        shots: solved examples before the question; None is the task's own number, which 0 stays in any case.
+        shots: solved examples before the question; None is the task's own number. A task with 0 of its own keeps 0.
 
-    Raises UserError where the harness is not installed, and for a name that is no task, group or tag.
+    Raises UserError where the harness is not installed, and for a name that is not a task, group or tag.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class Harness:
         with _offline():
             from lm_eval.tasks import TaskManager
 
-            # The index of the harness's own tasks takes 10 to 40 seconds to build: where it is not needed, without.
+            # Built without the harness's own tasks where possible: their index takes 10 to 40 seconds.
             self._manager = TaskManager(include_path=_optional(tasks_dir), include_defaults=False)
-            if not all(_is_whole(self._manager, name) for name in names):
+            if not all(_is_complete(self._manager, name) for name in names):
                 say("benchmarks: reading the index of lm-evaluation-harness's tasks")
                 self._manager = TaskManager(include_path=_optional(tasks_dir))
         for name in names:
@@ -119,21 +119,21 @@ class Harness:
                 )
 
     def identities(self) -> dict[str, dict[str, Any]]:
-        """By name, all that a task's scores depend on but for the model. JSON-serialisable.
+        """Return, by name, all that a task's scores depend on beside the model. JSON-serialisable.
 
-        Raises UserError where data sets are not here, for all of them at once.
+        Raises one UserError for all data sets that are missing on this machine.
         """
         identities, missing = {}, {}
         for name in self.names:
             try:
                 loaded = self._load(name)
-            except (OSError, ValueError) as error:  # what `datasets` raises offline, each kind for another gap
+            except (OSError, ValueError) as error:  # raised by `datasets` offline, depending on what is missing
                 missing[name] = " ".join(str(error).split())[:200]
                 continue
             identities[name] = {
                 "task": name,
                 "harness": importlib.metadata.version("lm_eval"),
-                "tasks_dir": None if self.tasks_dir is None else _definitions(self.tasks_dir),
+                "tasks_dir": None if self.tasks_dir is None else _fingerprint_definitions(self.tasks_dir),
                 "data": fingerprint_value({task: _data_identity(loaded["tasks"][task]) for task in loaded["tasks"]}),
                 "limit": self.limit,
                 "shots": self.shots,
@@ -141,15 +141,15 @@ class Harness:
         if missing:
             manager = "TaskManager()" if self.tasks_dir is None else f"TaskManager(include_path='{self.tasks_dir}')"
             raise UserError(
-                f"data of {len(missing)} of {len(self.names)} benchmarks is not on this machine, and nothing is downloaded "
-                f"here: {'; '.join(f'{name} ({reason})' for name, reason in missing.items())}; fill the datasets cache "
-                "(HF_HOME) once where there is a network, with "
+                f"data of {len(missing)} of {len(self.names)} benchmarks is not on this machine, and slimqwen downloads "
+                f"nothing: {'; '.join(f'{name} ({reason})' for name, reason in missing.items())}; fill the datasets cache "
+                "(HF_HOME) once with network access, by "
                 f'`python -c "from lm_eval.tasks import TaskManager; {manager}.load({list(missing)})"`.'
             )
         return identities
 
     def run(self, model: MtpCausalLM, tokenizer: PreTrainedTokenizerFast, name: str, batch_size: int) -> Scores:
-        """Scores of a model, whose MTP module is not used. Raises StageFailed where the task itself fails."""
+        """Score a model, without its MTP module, on a task. Raises StageFailed where the task itself fails."""
         loaded = self._load(name)
         for task in loaded["tasks"].values():
             self._set_shots(task)
@@ -172,13 +172,13 @@ class Harness:
         )
 
     def _load(self, name: str) -> dict[str, Any]:
-        """Fresh task objects, with fresh random numbers for their examples."""
+        """Create new task objects, with reset random numbers for their examples."""
         with _offline():
             try:
                 return dict(self._manager.load([name]))
             except (OSError, ValueError):
                 raise
-            except Exception as error:  # a task is a program: YAML, Jinja and Python that others wrote
+            except Exception as error:  # a task is third-party code (YAML, Jinja, Python), and may raise anything
                 reason = " ".join(str(error).split())[:300]
                 raise UserError(
                     f"the benchmark '{name}' cannot be loaded ({type(error).__name__}: {reason})."
@@ -192,10 +192,10 @@ class Harness:
 
 
 def language_model(model: MtpCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> Any:
-    """The harness's view of a backbone: its HFLM."""
+    """Wrap a backbone for the harness, as an HFLM."""
     from lm_eval.models.huggingface import HFLM
 
-    # Replaced: a checkpoint's generation_config.json may hold a repetition penalty, and "greedy" would be something else.
+    # Replaced: with the repetition penalty of a checkpoint's generation_config.json, "greedy" would not be greedy.
     stop = model.backbone.generation_config.eos_token_id
     model.backbone.generation_config = GenerationConfig(eos_token_id=stop)
     return HFLM(pretrained=model.backbone, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
@@ -205,12 +205,12 @@ def _optional(folder: Path | None) -> str | None:
     return None if folder is None else str(folder)
 
 
-def _is_whole(manager: Any, name: str) -> bool:
-    """Whether a task is in the manager's index, with all that it consists of."""
+def _is_complete(manager: Any, name: str) -> bool:
+    """Return whether a task and all its parts are in the manager's index."""
     entry = manager.task_index.get(name)
     parts = [] if entry is None or entry.cfg is None else entry.cfg.get("task", [])
     return entry is not None and all(
-        not isinstance(part, str) or _is_whole(manager, part) for part in parts if isinstance(parts, list)
+        not isinstance(part, str) or _is_complete(manager, part) for part in parts if isinstance(parts, list)
     )
 
 
@@ -236,20 +236,20 @@ def _group_scores(results: Mapping[str, Any], group: Any) -> GroupScores:
 
 
 def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    """("acc,none", value, standard error) out of {"alias": .., "acc,none": .., "acc_stderr,none": ..}."""
+    """Yield ("acc,none", value, standard error) from {"alias": .., "acc,none": .., "acc_stderr,none": ..}."""
     for key, value in result.items():
         metric, comma, filter_name = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = result.get(f"{metric}_stderr,{filter_name}")
             if not math.isfinite(value):
-                raise StageFailed(f"the benchmark '{result['name']}' gives {metric} = {value}: it cannot be compared.")
+                raise StageFailed(f"the benchmark '{result['name']}' has {metric} = {value}: it cannot be compared.")
             if not isinstance(stderr, int | float) or not math.isfinite(stderr):
                 stderr = None  # "N/A", and NaN for a single document
             yield key, float(value), stderr
 
 
 def _data_identity(task: Any) -> Any:
-    """A task's data, recognised: `datasets` hashes what a split was made of; other documents are hashed one by one."""
+    """Identify a task's data by the hash that `datasets` keeps of each split, or by hashes of the single documents."""
     import datasets
 
     if isinstance(task.dataset, Mapping) and all(isinstance(s, datasets.Dataset) for s in task.dataset.values()):
@@ -257,8 +257,8 @@ def _data_identity(task: Any) -> Any:
     return [fingerprint_value(json.loads(json.dumps(document, default=str))) for document in task.eval_docs]
 
 
-def _definitions(tasks_dir: Path) -> str:
-    """Hash of the files that define tasks; their data has a hash of its own (`_data_identity`)."""
+def _fingerprint_definitions(tasks_dir: Path) -> str:
+    """Hash the files that define tasks; their data has a hash of its own (`_data_identity`)."""
     files = {path.relative_to(tasks_dir): path for path in sorted(tasks_dir.rglob("*")) if path.is_file()}
     defining = {
         name.as_posix(): fingerprint(path)
@@ -270,9 +270,9 @@ def _definitions(tasks_dir: Path) -> str:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """While open, the libraries take data sets from their caches or not at all, and say nothing on their own.
+    """Restrict the libraries to their caches, and silence their messages, within this block.
 
-    The variables that they read are read at import, which may be long past: hence their modules too.
+    They read the environment variables at import, which may have happened already, so their modules are changed too.
     """
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_EVALUATE_OFFLINE"] = "1"
     import datasets

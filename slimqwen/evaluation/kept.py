@@ -1,7 +1,7 @@
-"""What was measured, kept beside the result as soon as it is there: each model's numbers, and what the teacher said.
+"""Intermediate results, kept beside the final one: each model's measurements, and the teacher's hidden states.
 
-Everything is known by the content that it depends on, so an interrupted evaluation goes on where it was, and one with
-another model more measures that one only.
+They are identified by the content that they depend on, so an interrupted evaluation continues where it was, and one
+with an additional model measures only that one.
 """
 
 import os
@@ -35,25 +35,27 @@ from slimqwen.model.arithmetic import arithmetic, warn_of_other_arithmetic
 from slimqwen.model.device import aligned
 from slimqwen.model.model import head_name, weightless
 
-REVISION = 1  # raised when the same model on the same text gets other numbers: what was kept before is measured again
-LARGEST_RECORDING_BYTES = 2_000_000_000  # 0.5M tokens of a bfloat16 teacher of hidden_size 2048; more is made again
+REVISION = 1  # raised when the code changes the results of the same model and text: kept results are then invalid
+LARGEST_RECORDING_BYTES = (
+    2_000_000_000  # 0.5M tokens of a bfloat16 teacher of hidden_size 2048; larger ones are not kept
+)
 FORMAT = "slimqwen.hidden/1"
 HIDDEN = "hidden"
 
 
 class _Measured(BaseModel):
-    """One model's numbers, in a file of their own."""
+    """One model's measurements, in a file of their own."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: Literal["slimqwen.measured/1"] = "slimqwen.measured/1"
     key: str
-    arithmetic: dict[str, Any]  # that they were computed with
+    arithmetic: dict[str, Any]  # the numerical environment of the computation
     numbers: ModelEvaluation
 
 
 def kept_folder(out: Path) -> Path:
-    """The hidden folder beside a result, `.evaluation.json.measured`."""
+    """Return the hidden folder beside a result, `.evaluation.json.measured`."""
     return out.parent / f".{out.name}.measured"
 
 
@@ -64,9 +66,9 @@ def check_kept_folder(out: Path) -> None:
 
 @contextmanager
 def keep_numbers(out: Path, made_from: Mapping[str, Any]) -> Iterator["KeptNumbers"]:
-    """Hold the folder beside `out`; where nothing came to lie in it, it goes again. made_from: as in `KeptNumbers`.
+    """Create the folder beside `out`, and remove it again if it stays empty. made_from: as in `KeptNumbers`.
 
-    Raises UserError where the folder's name is taken by something that is not ours.
+    Raises UserError where something that is not ours has the folder's name.
     """
     folder = kept_folder(out)
     check_kept_folder(out)
@@ -79,9 +81,9 @@ def keep_numbers(out: Path, made_from: Mapping[str, Any]) -> Iterator["KeptNumbe
 
 
 class KeptNumbers:
-    """The numbers of the models that were measured for the result `out`, by what each depends on.
+    """The measurements kept for the result `out`.
 
-    made_from: what the numbers of every model depend on beside the checkpoint.
+    made_from: all that the measurements of every model depend on beside the checkpoint.
     """
 
     def __init__(self, out: Path, made_from: Mapping[str, Any]) -> None:
@@ -91,7 +93,7 @@ class KeptNumbers:
         self._has_compared = False
 
     def find(self, checkpoint: str) -> ModelEvaluation | None:
-        """The numbers of a checkpoint of this fingerprint; None where there are none that can be read."""
+        """Read the measurements of a checkpoint by its fingerprint; None where there are no valid ones."""
         key, file = self._place(checkpoint)
         try:
             found = _Measured.model_validate_json(file.read_bytes())
@@ -101,11 +103,11 @@ class KeptNumbers:
             return None
         if not self._has_compared and found.arithmetic != arithmetic():
             self._has_compared = True
-            warn_of_other_arithmetic(found.arithmetic, f"the measuring for {self._out}")
+            warn_of_other_arithmetic(found.arithmetic, f"the evaluation for {self._out}")
         return found.numbers
 
     def keep(self, checkpoint: str, numbers: ModelEvaluation) -> None:
-        """Write the numbers of a checkpoint of this fingerprint."""
+        """Write the measurements of a checkpoint under its fingerprint."""
         key, file = self._place(checkpoint)
         write_json(file, _Measured(key=key, arithmetic=arithmetic(), numbers=numbers).model_dump(mode="json"))
 
@@ -115,11 +117,11 @@ class KeptNumbers:
 
 
 class KeptRecording:
-    """What the KL needs of the teacher: its final hidden states, `folder/teacher-KEY.safetensors`; lm_head is the checkpoint's.
+    """The teacher's final hidden states, in `folder/teacher-KEY.safetensors`; with the checkpoint's lm_head they give the KL.
 
-    That is tokens x hidden_size numbers in the dtype that is computed with: 268 MB for 65,536 tokens of a bfloat16 teacher of
-    hidden_size 2048, where its distributions over a vocabulary of 152k would be 20 GB. More than `LARGEST_RECORDING_BYTES` is
-    not kept. made_from: what the hidden states depend on, the teacher too.
+    They are tokens x hidden_size numbers in the dtype of the computation: 268 MB for 65,536 tokens of a bfloat16 teacher of
+    hidden_size 2048, where distributions over a vocabulary of 152k would be 20 GB. Above `LARGEST_RECORDING_BYTES` they are
+    not kept. made_from: all that they depend on, including the teacher.
     """
 
     def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
@@ -130,14 +132,14 @@ class KeptRecording:
     def find(
         self, teacher: Checkpoint, rows: Batch, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> Recording | None:
-        """What was recorded, cut into batches, as far as `compare` needs it of a teacher; None where it is not kept."""
+        """Read the recording, in batches, with all that `compare` needs of a teacher; None where there is no valid one."""
         if not is_marked(self._file):
             return None
         count, length = rows.tokens[:, 1:].shape
         shape = (count * length, teacher.config["hidden_size"])
         try:
             hidden = load_file(self._file).get(HIDDEN)
-        except Exception:  # whatever safetensors raises on a damaged file: it is recorded again
+        except Exception:  # safetensors may raise anything on a damaged file, which is recorded again
             return None
         if hidden is None or hidden.shape != shape or hidden.dtype != dtype:
             return None
@@ -151,20 +153,20 @@ class KeptRecording:
         )
 
     def keep(self, recording: Recording) -> None:
-        """Write what was recorded, unless it is too large; that is said."""
-        size = sum(said.hidden.nbytes for said in recording.predictions)
+        """Write a recording, or print a message where it is too large."""
+        size = sum(predictions.hidden.nbytes for predictions in recording.predictions)
         if size > LARGEST_RECORDING_BYTES:
             say(
-                f"what the teacher said takes {bytes_in_words(size)} and is not kept: another call runs the teacher again, for "
-                "the models that are not measured yet"
+                f"the teacher's hidden states take {bytes_in_words(size)} and are not kept: the next call runs the teacher "
+                "again for models not yet measured"
             )
             return
-        hidden = torch.cat([said.hidden.cpu() for said in recording.predictions])
+        hidden = torch.cat([predictions.hidden.cpu() for predictions in recording.predictions])
         with atomic_file(self._file) as partial:
             save_file({HIDDEN: hidden}, partial, metadata={"slimqwen": FORMAT})
 
     def forget_others(self) -> None:
-        """Remove what was kept in the folder of another teacher or text: only the last is of use."""
+        """Remove the recordings of other teachers or text, which are no longer needed."""
         for file in self._folder.glob("teacher-*.safetensors"):
             if file != self._file and is_marked(file):
                 file.unlink()

@@ -1,4 +1,4 @@
-"""evaluation.json: what the numbers are called and what they mean. No torch here: the report reads it too."""
+"""The format of evaluation.json: names and meaning of its values. Without torch, because the report reads it too."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +23,7 @@ class Sample(BaseModel):
 
 
 class ModelEvaluation(BaseModel):
-    """One model's numbers. None: not measured, for want of a teacher or of an MTP module."""
+    """The measurements of one model. None: not measured, without a teacher or an MTP module."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -42,13 +42,13 @@ class ModelEvaluation(BaseModel):
     tokens_per_verification: Annotated[float, Field(ge=1.0)] | None = None  # of real speculative decoding, 1 is no gain
     loss_by_position: dict[str, float] = {}  # tokens read, "1", "2-3", .. -> nats
     loss_by_frequency: dict[str, float] = {}  # the predicted token's rank in the text -> nats
-    calibration_error: Share | None = None  # mean gap between confidence and how often it is right; 0 is honest
+    calibration_error: Share | None = None  # mean gap between confidence and accuracy; 0 is perfectly calibrated
     expert_utilisation: dict[str, list[Share]]  # MoE block -> share of assignments per expert
     sample: Sample
 
 
 class Evaluation(BaseModel):
-    """evaluation.json: every model on the same held-out tokens."""
+    """The content of evaluation.json: every model on the same held-out tokens."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -59,7 +59,7 @@ class Evaluation(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
-        """Raises UserError for a file that is missing or is not an evaluation."""
+        """Load the file. Raises UserError where it is missing or not an evaluation."""
         try:
             return cls.model_validate_json(read_regular(path))
         except OSError as error:

@@ -1,7 +1,7 @@
-"""The command `bench`: how fast checkpoints read a prompt and generate, and how much memory that takes.
+"""The command `bench`: speed of prefill and decoding, and peak memory, of several checkpoints.
 
-The protocol is the paper's (Table 11): prompts of 128 tokens, 128 generated, 10 runs after 3 for warming up. Each
-checkpoint is measured in a process of its own, so that none inherits another's memory or warm caches.
+The protocol is the paper's (Table 11): prompts of 128 tokens, 128 generated, 10 runs after 3 warm-ups. Each
+checkpoint is measured in a process of its own, so that none is affected by another's memory or caches.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ Engine = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is timed. Prompts are random tokens by `seed`: to a kernel one text is as long as another."""
+    """The settings of a benchmark. Prompts are random tokens by `seed`, since speed does not depend on the content."""
 
     prompt_tokens: int = 128
     new_tokens: int = 128
@@ -46,12 +46,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Speed:
-    """One checkpoint's numbers, a value per run.
+    """The measurements of one checkpoint, one value per run.
 
-    prefill_seconds: reading the prompts up to the first token. decode_tokens_per_second: of all sequences together,
-    after the first token. peak_memory_bytes: on a GPU what PyTorch had allocated at most, on a CPU the process's
-    largest resident memory, interpreter and libraries included; None through vLLM, which takes all the GPU memory it may,
-    in a process of its own. weight_bytes: of the checkpoint as it is computed with; through vLLM, as it is on disk.
+    prefill_seconds: from the prompts to the first token. decode_tokens_per_second: of all sequences together,
+    after the first token. peak_memory_bytes: on a GPU the most that PyTorch had allocated, on a CPU the process's
+    largest resident memory, interpreter and libraries included; None with vLLM, which reserves all the GPU memory it may,
+    in a process of its own. weight_bytes: in the dtype of the computation; with vLLM, on disk.
     """
 
     checkpoint: str
@@ -71,8 +71,8 @@ def bench(checkpoints: list[Path], protocol: Protocol) -> list[Speed]:
         limit = Checkpoint(folder).config["max_position_embeddings"]
         if protocol.prompt_tokens + protocol.new_tokens > limit:
             raise UserError(
-                f"{folder} takes {limit:,} tokens at most, prompt {protocol.prompt_tokens:,} and {protocol.new_tokens:,} new "
-                "ones are more: ask for fewer."
+                f"{folder} has a context of {limit:,} tokens, fewer than {protocol.prompt_tokens:,} of the prompt and "
+                f"{protocol.new_tokens:,} new ones: reduce them."
             )
     results = []
     for folder in checkpoints:
@@ -85,8 +85,8 @@ def bench(checkpoints: list[Path], protocol: Protocol) -> list[Speed]:
         except EOFError:
             process.join()
             raise StageFailed(
-                f"measuring {folder} ended without a result (exit code {process.exitcode}): see what it said above; out of "
-                "memory, perhaps."
+                f"measuring {folder} ended without a result (exit code {process.exitcode}), perhaps out of memory: see its "
+                "output above."
             ) from None
         process.join()
         if "error" in answer:
@@ -96,7 +96,7 @@ def bench(checkpoints: list[Path], protocol: Protocol) -> list[Speed]:
 
 
 def _measure(folder: Path, protocol: Protocol, sender: Any) -> None:
-    """In a process of its own: the numbers, or one sentence about what is wrong, as JSON."""
+    """Measure in a process of its own, and send the result, or the message of a UserError, as JSON."""
     try:
         measure = {"transformers": _with_transformers, "vllm": _with_vllm}[protocol.engine]
         sender.send(json.dumps(asdict(measure(folder, protocol))))
@@ -108,7 +108,7 @@ def _measure(folder: Path, protocol: Protocol, sender: Any) -> None:
 def _with_transformers(folder: Path, protocol: Protocol) -> Speed:
     device = resolve_device(protocol.device)
     model = load(folder, resolve_dtype(protocol.dtype, device), device).backbone
-    model.generation_config = GenerationConfig()  # nothing of the checkpoint's own: no early stop, no penalties
+    model.generation_config = GenerationConfig()  # not the checkpoint's own, which may stop early or have penalties
     prompts = _prompts(folder, protocol).to(device)
     mask = torch.ones_like(prompts)
     new_tokens = protocol.new_tokens
@@ -139,14 +139,14 @@ def _with_transformers(folder: Path, protocol: Protocol) -> Speed:
 
 
 def _with_vllm(folder: Path, protocol: Protocol) -> Speed:
-    """The same through vLLM's offline API."""
+    """Measure with vLLM's offline API."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         str(folder),
         max_model_len=protocol.prompt_tokens + protocol.new_tokens,
         dtype=protocol.dtype,
-        enable_prefix_caching=False,  # or only the first run would read the prompts
+        enable_prefix_caching=False,  # otherwise only the first run would compute the prompts
         skip_tokenizer_init=True,
         seed=protocol.seed,
     )
@@ -169,7 +169,7 @@ def _with_vllm(folder: Path, protocol: Protocol) -> Speed:
 
 
 def _prompts(folder: Path, protocol: Protocol) -> torch.Tensor:
-    """Random token ids, int64 [batch, prompt]."""
+    """Draw random token ids, int64 [batch, prompt]."""
     vocab_size = Checkpoint(folder).config["vocab_size"]
     generator = torch.Generator().manual_seed(protocol.seed)
     return torch.randint(vocab_size, (protocol.batch_size, protocol.prompt_tokens), generator=generator)
@@ -187,12 +187,12 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def print_speeds(speeds: list[Speed], protocol: Protocol) -> None:
-    """The table on stdout: mean and standard deviation over runs, and each checkpoint against the first."""
+    """Print a table of mean and standard deviation over runs, and the ratio of each checkpoint to the first."""
     title = (
         f"{_engine_in_words(protocol)}, batch {protocol.batch_size}, {protocol.prompt_tokens} tokens read and "
         f"{protocol.new_tokens} generated, {protocol.runs} runs"
     )
-    columns = ("prefill, ms", "decode, tokens/s", "decode, against the first", "peak memory", "weights")
+    columns = ("prefill, ms", "decode, tokens/s", "decode, relative to the first", "peak memory", "weights")
     table = DataTable("checkpoint", *columns, title=title)
     for speed in speeds:
         table.add(
@@ -207,8 +207,8 @@ def print_speeds(speeds: list[Speed], protocol: Protocol) -> None:
 
 
 def _engine_in_words(protocol: Protocol) -> str:
-    """`transformers, float32 on cpu`"""
-    if protocol.engine == "vllm":  # whose choices these are
+    """Describe the engine: `transformers, float32 on cpu`."""
+    if protocol.engine == "vllm":  # which chooses device and dtype itself
         return f"vllm, dtype {protocol.dtype}"
     device = resolve_device(protocol.device)
     return f"transformers, {str(resolve_dtype(protocol.dtype, device)).removeprefix('torch.')} on {device}"
