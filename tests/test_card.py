@@ -166,8 +166,8 @@ def test_odd_fields_of_a_teachers_card_do_not_matter(
         (FRONT.format("author: Andr\u00e9").encode("latin-1"), "is not UTF-8"),
         (FRONT.format("").encode("utf-16"), "is not UTF-8"),
         (FRONT.format("x: " + "[" * 2000 + "]" * 2000).encode(), "nested too deep"),
-        (FRONT.format("x: [").encode(), "no YAML"),
-        (FRONT.format("x: *nothing").encode(), "no YAML"),
+        (FRONT.format("x: [").encode(), "not valid YAML"),
+        (FRONT.format("x: *nothing").encode(), "not valid YAML"),
     ],
 )
 def test_a_teachers_card_that_cannot_be_read_costs_a_warning(

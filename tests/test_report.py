@@ -44,7 +44,7 @@ from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import cost, training
 from slimqwen.reporting.sections.experts import utilisation
 from slimqwen.reporting.sections.shapes import source_shape
-from slimqwen.reporting.sections.summary import verdict
+from slimqwen.reporting.sections.summary import assess
 
 
 class Page(HTMLParser):
@@ -137,7 +137,7 @@ def test_the_verdict_is_one_sentence_of_numbers(full_run: Path, full_page: Page)
         f"{100 * share:.0f}\u00a0% of the teacher’s parameters; held-out loss 2.99 against the teacher’s 2.71; "
         "KL to the teacher 0.21, random initialisation trained on the same tokens: 0.63."
     )
-    assert verdict(Run.read(full_run)).sentence == expected
+    assert assess(Run.read(full_run)).sentence == expected
     assert expected.replace("\u00a0", " ") in full_page.text
     assert "It worked" in full_page.text
 
@@ -157,7 +157,7 @@ def test_the_verdict_is_one_sentence_of_numbers(full_run: Path, full_page: Page)
 def test_the_verdict_follows_the_numbers(kl: dict[str, float], tone: str, tmp_path: Path) -> None:
     write_recipe(tmp_path)
     (tmp_path / "evaluation.json").write_text(json.dumps(make_results({"teacher": 0.0} | kl)))
-    assert verdict(Run.read(tmp_path)).tone == tone
+    assert assess(Run.read(tmp_path)).tone == tone
 
 
 def test_tables_hold_the_numbers(full_page: Page) -> None:
@@ -273,7 +273,7 @@ def test_numbers_that_do_not_compare_are_said_to(full_run: Path, tmp_path: Path)
     unfinished = tmp_path / "unfinished"
     write_recipe(unfinished)
     page = Page(compare([full_run, other, unfinished], tmp_path / "page.html"))
-    assert "not evaluated on as many tokens" in page.text and "Not evaluated yet: unfinished." in page.text
+    assert "not evaluated on the same number of tokens" in page.text and "Not evaluated yet: unfinished." in page.text
     with pytest.raises(UserError, match="given twice"):
         compare([full_run, full_run], tmp_path / "page.html")
 
@@ -328,7 +328,7 @@ def test_one_stage_without_baselines(tmp_path: Path) -> None:
     ]
     assert "after stage 1" in page.text and "after stage 2" not in page.text
     assert "random init" not in page.text.split("Do it again")[0]
-    assert "no baseline was asked for" in page.text
+    assert "the recipe has no baseline" in page.text
 
 
 def test_random_init_has_no_plan_to_show(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""From the artefacts of a run to pages a person reads: the HTML report, the model card, the final table."""
+"""Presentation of a run's artefacts: the HTML report, the comparison page, the model card, the final table."""

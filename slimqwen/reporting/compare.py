@@ -1,4 +1,4 @@
-"""Several runs on one page: their numbers beside the first run's, their curves together, what differs in their recipes."""
+"""The comparison page of several runs: results relative to the first run, curves, and differences of the recipes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from slimqwen.reporting.sections.cost import device_hours
 from slimqwen.reporting.sections.warnings import warnings
 from slimqwen.reporting.titles import MAIN_RUN
 
-OF_NO_INTEREST = {"name", "run_dir"}  # of a recipe: they always differ
+ALWAYS_DIFFERENT = {"name", "run_dir"}  # fields of a recipe
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A column of the table: the number of decimals, None for a count."""
+    """A value in a column of the table. decimals: None for a count."""
 
     title: str
     value: float | None
@@ -27,10 +27,10 @@ class Quantity:
 
 
 def compare(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write the page and return its path. Reads nothing outside `run_dirs`, each the folder of a run.
+    """Write the page and return its path. Reads only files in `run_dirs`, each the folder of a run.
 
-    Only the runs' own models are compared, not their baselines. Raises UserError as `report` does, and for a folder
-    given twice.
+    Only the runs' main models are compared, not their baselines. Raises UserError as `report` does, and for a
+    duplicate folder.
     """
     if len({folder.resolve() for folder in run_dirs}) < len(run_dirs):
         raise UserError("a run folder is given twice: give each once.")
@@ -55,7 +55,7 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def names(run_dirs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the folders' paths that tell them apart."""
+    """Return the shortest suffixes of the folders' paths that are distinct."""
     parts = [folder.resolve().parts for folder in run_dirs]
     for length in range(1, max(map(len, parts)) + 1):
         ends = ["/".join(path[-length:]) for path in parts]
@@ -65,7 +65,7 @@ def names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def table(runs: Mapping[str, Run]) -> tuple[list[str], list[tuple[str, str, list[Cell]]]]:
-    """The final numbers: columns, and a row per run with what it differs by from the first."""
+    """Return the columns of the table, and a row per run with its differences from the first."""
     measured = [quantities(run) for run in runs.values()]
     titles = list(dict.fromkeys(quantity.title for row in measured for quantity in row))
     shown = [
@@ -81,7 +81,7 @@ def table(runs: Mapping[str, Run]) -> tuple[list[str], list[tuple[str, str, list
 
 
 def quantities(run: Run) -> list[Quantity]:
-    """What is compared of a run's own model; None where it was not measured."""
+    """List the values of a run's main model that are compared; None where one was not measured."""
     found = []
     result = run.result
     if result is not None:
@@ -105,7 +105,7 @@ def quantities(run: Run) -> list[Quantity]:
 
 
 def benchmark_quantities(run: Run) -> list[Quantity]:
-    """What the run's own model scored, where it was measured as it is now."""
+    """List the benchmark scores of the run's main model, if the current one was measured."""
     if run.benchmarks is None:
         return []
     return [
@@ -126,12 +126,12 @@ def _cell(quantity: Quantity | None, first: float | None) -> Cell:
 
 
 def _signed(difference: str) -> str:
-    """With a minus that is as wide as the plus."""
+    """Use the minus sign that is as wide as the plus."""
     return difference.replace("-", "\N{MINUS SIGN}")
 
 
 def cautions(runs: Mapping[str, Run]) -> list[str]:
-    """Why the numbers of these runs may not be comparable."""
+    """List the reasons why the values of these runs may not be comparable."""
     evaluations = [run.evaluation for run in runs.values() if run.evaluation is not None]
     teachers = [run.teacher.loss for run in runs.values() if run.teacher is not None]
     found = []
@@ -139,29 +139,31 @@ def cautions(runs: Mapping[str, Run]) -> list[str]:
         missing = ", ".join(name for name, run in runs.items() if run.evaluation is None)
         found.append(f"Not evaluated yet: {missing}.")
     if len({(evaluation.tokens, evaluation.sequence_length) for evaluation in evaluations}) > 1:
-        found.append("The runs were not evaluated on as many tokens in sequences of the same length.")
+        found.append(
+            "The runs were not evaluated on the same number of tokens, or not in sequences of the same length."
+        )
     elif teachers and max(teachers) - min(teachers) > 1e-3:
         found.append("The teacher’s own loss differs between the runs: another teacher, or other held-out text.")
     benchmarks = [run.benchmarks for run in runs.values() if run.benchmarks is not None]
     if len({(measured.limit, measured.shots) for measured in benchmarks}) > 1:
-        found.append("The benchmarks were not run on as many questions, or not with as many examples.")
+        found.append("The benchmarks were not run on the same number of questions, or not with as many examples.")
     return found
 
 
 def differences(recipes: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The fields in which the recipes differ, each with its value in every recipe."""
+    """List the fields in which the recipes differ, each with its value in every recipe."""
     flat = [dict(_flat(recipe)) for recipe in recipes.values()]
     fields = dict.fromkeys(field for values in flat for field in values)
     rows = []
     for field in fields:
         values = [str(found.get(field, "–")) for found in flat]
-        if field not in OF_NO_INTEREST and len(set(values)) > 1:
+        if field not in ALWAYS_DIFFERENT and len(set(values)) > 1:
             rows.append((field, values))
     return rows
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """{"a": {"b": 1}} -> [("a.b", 1)]."""
+    """Flatten nested mappings: {"a": {"b": 1}} -> [("a.b", 1)]."""
     found: list[tuple[str, Any]] = []
     for key, inner in value.items():
         if isinstance(inner, Mapping) and inner:

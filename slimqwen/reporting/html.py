@@ -1,4 +1,4 @@
-"""A page from its template: one file that asks for nothing from elsewhere."""
+"""Rendering of a page from its template into one self-contained file."""
 
 import base64
 import gzip
@@ -14,13 +14,13 @@ from slimqwen.artifacts import check_file_replaceable, write_text
 
 
 def check_page(out: Path, *run_dirs: Path) -> None:
-    """Raise UserError where the page would take the place of what it tells of, or of what slimqwen did not write."""
-    told_of = [file for folder in run_dirs for file in folder.glob("*") if file.is_file() and file.suffix != ".html"]
-    check_file_replaceable(out, *told_of)
+    """Raise UserError where the page would overwrite one of its inputs, or a file that slimqwen did not write."""
+    inputs = [file for folder in run_dirs for file in folder.glob("*") if file.is_file() and file.suffix != ".html"]
+    check_file_replaceable(out, *inputs)
 
 
 def write_page(template: str, out: Path, **content: Any) -> None:
-    """Render `template` of this folder to `out`; text among `content` is escaped wherever it appears."""
+    """Render `template` of this folder to `out`; all text in `content` is escaped."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -34,9 +34,9 @@ def write_page(template: str, out: Path, **content: Any) -> None:
 
 @cache
 def plotly_library() -> tuple[Markup, str]:
-    """plotly.js from the installed package: its licence notice, and all of it as base64 of gzip.
+    """Return plotly.js from the installed package: its licence notice, and the whole as base64 of gzip.
 
-    4.8 MB of text are 2.0 MB so; every browser since 2023 unpacks it by itself.
+    This makes 2.0 MB of 4.8 MB; every browser since 2023 can decompress it.
     """
     text = get_plotlyjs()
     notice = text[: text.index("*/") + 2]

@@ -1,25 +1,25 @@
-"""Text from elsewhere, escaped for Markdown: it reads as what it is, and forms no heading, link, table cell or HTML."""
+"""Escaping of untrusted text for Markdown, so that it forms no heading, link, table cell or HTML."""
 
 import re
 
 from slimqwen.core.terminal import visible
 
-WITH_A_MEANING = re.compile(r"[\\`*\[\]<>#!|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # a_b has no emphasis
+SPECIAL = re.compile(r"[\\`*\[\]<>#!|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # a_b has no emphasis
 RUN_OF_BACKTICKS = re.compile("`+")
 
 
 def plain(text: str) -> str:
-    """`text` as running text on one line."""
-    return WITH_A_MEANING.sub(_escaped, visible(text))
+    """Escape `text` as running text on one line."""
+    return SPECIAL.sub(_escape, visible(text))
 
 
-def _escaped(found: re.Match[str]) -> str:
-    # Backslashes are not enough in HTML, which some renderers read before Markdown.
+def _escape(found: re.Match[str]) -> str:
+    # Backslashes do not escape HTML, which some renderers parse before Markdown.
     return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(found[0], "\\" + found[0])
 
 
 def code(text: str) -> str:
-    """`text` as a code span, which no backtick in it ends."""
+    """Format `text` as a code span that no backtick in it can end."""
     text = visible(text) or " "
     fence = _longer_than_any("", text)
     padding = " " if text.startswith("`") or text.endswith("`") else ""
@@ -27,7 +27,7 @@ def code(text: str) -> str:
 
 
 def block(text: str, language: str) -> str:
-    """Lines of `text` as a block of code, which no line in it ends."""
+    """Format lines of `text` as a code block that no line in it can end."""
     fence = _longer_than_any("``", text)
     return f"{fence}{language}\n{visible(text, keep=chr(10))}\n{fence}"
 

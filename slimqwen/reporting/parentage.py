@@ -1,6 +1,6 @@
-"""What the model card takes over from the teacher's: its name on the hub, licence and language.
+"""Fields that the model card inherits from the teacher: its name on the hub, licence and language.
 
-All of it is optional, and read before a run: what cannot be read costs a warning and not the run.
+All of them are optional, and read before a run: one that cannot be read causes a warning, not a failure.
 """
 
 from dataclasses import dataclass, field
@@ -22,19 +22,19 @@ NOTHING = ("", "~", "null", "Null", "NULL")  # how YAML writes that there is no 
 
 @dataclass(frozen=True)
 class Parentage:
-    """base_model: the teacher's name on the hub, None where its folder does not tell. inherited: fields of its own card."""
+    """The fields inherited from the teacher. base_model: its name on the hub, None if unknown. inherited: from its card."""
 
     base_model: str | None = None
     inherited: dict[str, Any] = field(default_factory=dict)
 
 
 def parentage_of(teacher: Path) -> Parentage:
-    """What the card of a model made from the checkpoint in `teacher` says of it; warns of what cannot be read."""
+    """Read the fields that the card of a model made from the checkpoint in `teacher` inherits; warns of invalid ones."""
     return Parentage(hub_name(teacher), inherited(teacher))
 
 
 def hub_name(teacher: Path) -> str | None:
-    """The teacher's name on the hub, if its folder tells: a snapshot in the hub's cache, or config.json's _name_or_path."""
+    """Find the teacher's name on the hub, by its path in the hub's cache or by config.json's _name_or_path."""
     cached = [part.split("--") for part in teacher.resolve().parts if part.startswith("models--")]
     if cached and len(cached[-1]) == 3:
         return "/".join(cached[-1][1:])
@@ -49,7 +49,7 @@ def hub_name(teacher: Path) -> str | None:
 
 
 def inherited(teacher: Path) -> dict[str, Any]:
-    """What the teacher's own card says of its licence and language, which hold for what is made of it."""
+    """Read the licence and language in the teacher's own card, which apply to models made from it."""
     card = teacher / "README.md"
     try:
         if not card.is_file():
@@ -59,7 +59,7 @@ def inherited(teacher: Path) -> dict[str, Any]:
         front = _front_matter(content)
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-        warn(f"note: the model card will not name the teacher's licence and language: {card} {_in_short(reason)}.")
+        warn(f"note: the model card will not name the teacher's licence and language: {card} {_shorten(reason)}.")
         return {}
     found = {key: front[key] for key in KNOWN if key in front and front[key] not in NOTHING}
     for key in [key for key, value in found.items() if not _is_value(value)]:
@@ -68,9 +68,9 @@ def inherited(teacher: Path) -> dict[str, Any]:
 
 
 def _front_matter(content: bytes) -> dict[str, Any]:
-    """The mapping between the first two lines `---`, every scalar as the text that it is (`no` is Norwegian, not false).
+    """Parse the mapping between the first two lines `---`, with every scalar as text (`no` is Norwegian, not false).
 
-    Empty without such lines. Raises ValueError for what cannot be read.
+    Empty without such lines. Raises ValueError where it is invalid.
     """
     try:
         text = content.decode("utf-8-sig", errors="strict" if len(content) < LARGEST_CARD_BYTES else "ignore")
@@ -83,16 +83,16 @@ def _front_matter(content: bytes) -> dict[str, Any]:
     if end is None:
         return {}
     try:
-        front = yaml.load("\n".join(lines[1:end]), yaml.BaseLoader)  # constructs nothing but text, lists and mappings
+        front = yaml.load("\n".join(lines[1:end]), yaml.BaseLoader)  # constructs only text, lists and mappings
     except yaml.YAMLError as error:
-        raise ValueError(f"has front matter that is no YAML ({_in_short(str(error))})") from None
+        raise ValueError(f"has front matter that is not valid YAML ({_shorten(str(error))})") from None
     except RecursionError:
         raise ValueError("has front matter that is nested too deep") from None
     return front if isinstance(front, dict) else {}
 
 
 def _is_value(value: object) -> bool:
-    """Whether it is text, or a list of texts, as these fields are."""
+    """Return whether it is text, or a list of texts, as these fields are."""
     return _is_plain(value) or (isinstance(value, list) and 0 < len(value) <= 1000 and all(map(_is_plain, value)))
 
 
@@ -100,5 +100,5 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str) and len(value) <= LONGEST_VALUE and NOT_FOR_A_TERMINAL.search(value) is None
 
 
-def _in_short(text: str) -> str:
+def _shorten(text: str) -> str:
     return " ".join(text.split())[:200]

@@ -5,7 +5,6 @@ from typing import Any
 
 import jinja2
 
-from slimqwen import reporting
 from slimqwen.artifacts import write_text
 from slimqwen.families import Config, Family
 from slimqwen.families.axes import Axis, size
@@ -16,8 +15,7 @@ from slimqwen.shapes.footprint import BYTES_OF, cached_elements, dtype_of, state
 from slimqwen.shapes.polynomial import Polynomial
 from slimqwen.shapes.target import completed, shape_of
 
-STYLE = Path(reporting.__file__).parent  # page.css, which all pages share
-SLIDERS = {  # field -> step
+SLIDERS = {  # field -> increment
     "num_hidden_layers": 1,
     "hidden_size": 64,
     "num_experts": 8,
@@ -25,7 +23,7 @@ SLIDERS = {  # field -> step
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
 }
-GPU_GB = {  # memory as the makers print it, 10^9 bytes
+GPU_GB = {  # nominal memory, 10^9 bytes
     "RTX 4090": 24,
     "L40S": 48,
     "A100 / H100": 80,
@@ -36,9 +34,9 @@ GPU_GB = {  # memory as the makers print it, 10^9 bytes
 
 
 def write_planner_page(family: Family, config: Config, target: Target, out: Path) -> None:
-    """Write `out`, a page that needs no network. The sliders start at `target`, or at the model as it is."""
+    """Write `out`, a self-contained page. The sliders start at `target`, or at the model's own sizes."""
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([Path(__file__).parent, STYLE]),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -54,16 +52,16 @@ def write_planner_page(family: Family, config: Config, target: Target, out: Path
 
 
 def start(family: Family, config: Config, target: Target) -> dict[str, int]:
-    """The sliders' first values."""
+    """Return the sliders' initial values."""
     shape: dict[str, int] = completed(family, target, config).model_dump(exclude_none=True)
     return {field: shape[field] for field in _sliders(family, config)}
 
 
 def formulas(family: Family, config: Config) -> dict[str, Any]:
-    """All that the page computes with, as JSON-serialisable data.
+    """Return the data for the page's computations, JSON-serialisable.
 
     blocks: the distinct kinds of block, each a mapping of quantities to polynomials, [[axis names], coefficient]. layers:
-    the kind of each decoder layer; the first ones stay. around and mtp: kinds of the blocks beside the layers.
+    the kind of each decoder layer; a cut keeps the first ones. around and mtp: kinds of the blocks beside the layers.
     """
     axes: dict[Axis, Any] = {axis: Polynomial.unknown(axis.name) for axis in family.sizes(config)}
     kinds: list[dict[str, Any]] = []
@@ -94,7 +92,7 @@ def formulas(family: Family, config: Config) -> dict[str, Any]:
 
 
 def _sliders(family: Family, config: Config) -> dict[str, dict[str, int]]:
-    """The sizes that can be chosen, with their bounds: what this model has, and no more than it has."""
+    """Return the sliders with their bounds, for the sizes of this model, up to its own."""
     known = shape_of(family, config).model_dump(exclude_none=True)
     in_use = family.axes_in_use(config)
     sliders = {}
@@ -107,15 +105,15 @@ def _sliders(family: Family, config: Config) -> dict[str, dict[str, int]]:
 
 
 def _block_formulas(block: Block, axes: dict[Axis, Any]) -> dict[str, Any]:
-    """A block's quantities: parameters, matrices that a token multiplies with, what is remembered (`footprint`)."""
-    parts, met = parameters([block], axes), parameters([block], axes, min_dims=2)
+    """Return a block's quantities: parameters, matrices in a token's forward pass, cache and state (`footprint`)."""
+    parts, matrices = parameters([block], axes), parameters([block], axes, min_dims=2)
     state = state_elements([block], axes)
     quantities = {
         "routed": parts.pop("routed_experts", 0),
         "vision": parts.pop("vision", 0),
         "dense": sum(parts.values()),
-        "routed_matrices": met.pop("routed_experts", 0),
-        "dense_matrices": sum(amount for part, amount in met.items() if part != "vision"),
+        "routed_matrices": matrices.pop("routed_experts", 0),
+        "dense_matrices": sum(amount for part, amount in matrices.items() if part != "vision"),
         "cached": cached_elements([block], axes),
         "read": sum(size(term, axes) for term in block.recall.read.values()) if block.recall else 0,
         "recurrent": state.pop("recurrent", 0),

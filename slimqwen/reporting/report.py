@@ -1,4 +1,4 @@
-"""The stage `report`: the artefacts of a run directory in, one self-contained HTML page out."""
+"""The stage `report`: from the artefacts of a run directory to one self-contained HTML page."""
 
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from slimqwen.reporting.sections import (
 def report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run, finished or not, and return its path (`run_dir`/report.html by default).
 
-    Reads nothing outside `run_dir`. A section whose artefact is not there is left out. Raises UserError where
-    `run_dir` is not a run's folder, or one of its artefacts is not what its name says.
+    Reads only files in `run_dir`. A section without its artefact is left out. Raises UserError where
+    `run_dir` is not a run's folder, or one of its artefacts is invalid.
     """
     out = run_dir / "report.html" if out is None else out
     check_page(out, run_dir)
@@ -35,7 +35,7 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
         provenance=run.provenance,
         has_mtp=run.has_mtp,
         subtitle=summary.subtitle(run),
-        verdict=summary.verdict(run),
+        verdict=summary.assess(run),
         tiles=summary.tiles(run),
         warnings=warnings.warnings(run),
         results=results.results(run),

@@ -1,4 +1,4 @@
-"""The artefacts of a run directory, read for the page; a run may be unfinished, and lack some of them."""
+"""Reading of the artefacts of a run directory, some of which an unfinished run lacks."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from slimqwen.training.learning_rate import RateChoice
 
 
 class Line(BaseModel):
-    """Something read from an artefact; what a later version adds to it is ignored."""
+    """A record in an artefact; unknown fields, of later versions, are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -41,7 +41,7 @@ class StepMetrics(Line):
     mtp_lm: float | None = None
     mtp_kd: float | None = None
     load_balancing: float | None = None
-    heldout_lm: float | None = None  # these where it was measured on the way
+    heldout_lm: float | None = None  # this and the next only at steps where they were measured
     heldout_kd: float | None = None
     heldout_mtp_lm: float | None = None
     heldout_mtp_kd: float | None = None
@@ -73,18 +73,20 @@ class StepTime(Line):
 
 
 class Provenance(Line):
+    """The content of provenance.json."""
+
     command: str
     version: str = ""
     started: str = ""
     machine: str = ""
-    threads: int = 0  # of the process; 0 where it was not noted
-    device: str = ""  # what the models were computed on, e.g. a GPU's name
+    threads: int = 0  # of the process; 0 where it was not recorded
+    device: str = ""  # of the computation, e.g. a GPU's name
     processes: int = 1
     torch: str = ""
     transformers: str = ""
 
 
-# What is measured at each step: its name in metrics.jsonl -> the attribute of StepMetrics.
+# The metrics of a step: name in metrics.jsonl -> attribute of StepMetrics.
 MEASURED = {
     info.alias or name: name for name, info in StepMetrics.model_fields.items() if info.annotation == float | None
 }
@@ -94,21 +96,22 @@ Artefact = TypeVar("Artefact", bound=Line)
 
 @dataclass(frozen=True)
 class Run:
-    """Every artefact of a run directory that the page shows."""
+    """All artefacts of a run directory that the page shows."""
 
     recipe: Recipe
     recipe_text: str
     plans: list[Plan] = field(default_factory=list)
     evaluation: Evaluation | None = None
-    benchmarks: Benchmarks | None = None  # the run's own model goes by MAIN_RUN, if it was measured as it is now
+    benchmarks: Benchmarks | None = None  # the run's main model is called MAIN_RUN, if the current one was measured
     steps: dict[str, Steps] = field(default_factory=dict)
-    learning_rates: dict[str, RateChoice] = field(default_factory=dict)  # as `read_learning_rates` has them
+    learning_rates: dict[str, RateChoice] = field(default_factory=dict)  # as returned by `read_learning_rates`
     warnings: list[LoggedWarning] = field(default_factory=list)
     times: list[StepTime] = field(default_factory=list)
     provenance: Provenance | None = None
 
     @classmethod
     def read(cls, run_dir: Path) -> "Run":
+        """Read a run directory. Raises UserError where it is none, or an artefact is invalid."""
         recipe_file = run_dir / "recipe.resolved.yaml"
         if not run_dir.is_dir():
             problem = f"{run_dir} is a file" if run_dir.exists() else f"there is no folder {run_dir}"
@@ -124,9 +127,9 @@ class Run:
             recipe=recipe,
             recipe_text=recipe_file.read_text(encoding="utf-8"),
             plans=plans,
-            evaluation=_evaluation(run_dir),
-            benchmarks=_benchmarks(run_dir),
-            steps=_columns(metrics, recipe, plans),
+            evaluation=_read_evaluation(run_dir),
+            benchmarks=_read_benchmarks(run_dir),
+            steps=_group_by_run(metrics, recipe, plans),
             learning_rates=read_learning_rates(run_dir),
             warnings=_read_lines(run_dir / "warnings.jsonl", LoggedWarning),
             times=_last_times(_read_lines(run_dir / "stages.jsonl", StepTime)),
@@ -135,26 +138,28 @@ class Run:
 
     @property
     def teacher(self) -> ModelEvaluation | None:
+        """The evaluation of the teacher."""
         return self.evaluation.models.get("teacher") if self.evaluation else None
 
     @property
     def has_mtp(self) -> bool:
-        """Whether one of its models has a multi-token-prediction module."""
+        """Whether one of the models has an MTP module."""
         models = self.evaluation.models.values() if self.evaluation else ()
         return any(plan.before.mtp_parameters for plan in self.plans) or any(model.mtp_parameters for model in models)
 
     def kl(self, name: str) -> float | None:
-        """KL to the teacher of a model, None where that was not measured."""
+        """Return a model's KL to the teacher; None where it was not measured."""
         model = self.evaluation.models.get(name) if self.evaluation else None
         return model.kl_to_teacher if model else None
 
     @property
     def result(self) -> ModelEvaluation | None:
+        """The evaluation of the run's main model."""
         return self.evaluation.models.get(MAIN_RUN) if self.evaluation else None
 
 
 def read_learning_rates(run_dir: Path) -> dict[str, RateChoice]:
-    """Read what `learning_rate: auto` chose for each training of a run, by its folder: `stage-1`, `paper/stage-1`.
+    """Read the choices of `learning_rate: auto` for each training of a run, by its folder: `stage-1`, `paper/stage-1`.
 
     Raises UserError for a file that is not what slimqwen writes.
     """
@@ -167,13 +172,13 @@ def read_learning_rates(run_dir: Path) -> dict[str, RateChoice]:
     }
 
 
-def _evaluation(run_dir: Path) -> Evaluation | None:
+def _read_evaluation(run_dir: Path) -> Evaluation | None:
     path = run_dir / "evaluation.json"
     return Evaluation.load(path) if path.is_file() else None
 
 
-def _benchmarks(run_dir: Path) -> Benchmarks | None:
-    """What is optional in a run's folder costs a warning where it cannot be read."""
+def _read_benchmarks(run_dir: Path) -> Benchmarks | None:
+    """Read benchmarks.json, with a warning instead of an error where it is invalid, since it is optional."""
     path, final = run_dir / "benchmarks.json", run_dir / "final"
     if not path.is_file():
         return None
@@ -186,7 +191,7 @@ def _benchmarks(run_dir: Path) -> Benchmarks | None:
 
 
 def _read_plans(run_dir: Path) -> list[Plan]:
-    """Of the stages of the run, one after another. Where it kept records, a plan without one is somebody else's."""
+    """Read the plans of the stages in order. Where the run has records, a plan without one is not the run's."""
     plans: list[Plan] = []
     made = {record.made for record in records_in(run_dir)}
     while (run_dir / (name := f"stage-{len(plans) + 1}/plan.json")).is_file() and (not made or name in made):
@@ -195,7 +200,7 @@ def _read_plans(run_dir: Path) -> list[Plan]:
 
 
 def _read(path: Path, model: type[Artefact]) -> Artefact | None:
-    """None where there is no such file (yet)."""
+    """Read a JSON artefact; None where it does not exist (yet)."""
     if not path.is_file():
         return None
     try:
@@ -205,18 +210,18 @@ def _read(path: Path, model: type[Artefact]) -> Artefact | None:
 
 
 def _read_lines(path: Path, model: type[Artefact]) -> list[Artefact]:
-    """What is not one of our lines is left out, and said: damage to what was logged must not cost the report."""
-    lines, strange = [], []
+    """Read the lines of an artefact. Invalid lines are left out with a warning, so that damage does not prevent the report."""
+    lines, invalid = [], []
     for number, line in enumerate(read_lines(path), start=1):
         try:
             lines.append(model.model_validate_json(line))
         except ValidationError:
-            if line.endswith(b"\n"):  # otherwise cut short by kill -9, or by our reading while it is written
-                strange.append(number)
-    if strange:
+            if line.endswith(b"\n"):  # otherwise incomplete, by kill -9 or because it is being written
+                invalid.append(number)
+    if invalid:
         warn(
-            f"note: {path}: {len(strange)} of {len(lines) + len(strange)} lines are not what slimqwen writes "
-            f"(line {strange[0]} is the first) and are left out of the report."
+            f"note: {path}: {len(invalid)} of {len(lines) + len(invalid)} lines are not what slimqwen writes "
+            f"(line {invalid[0]} is the first) and are left out of the report."
         )
     return lines
 
@@ -229,7 +234,7 @@ def _malformed(path: Path, error: ValidationError) -> UserError:
     )
 
 
-def _columns(lines: list[StepMetrics], recipe: Recipe, plans: list[Plan]) -> dict[str, Steps]:
+def _group_by_run(lines: list[StepMetrics], recipe: Recipe, plans: list[Plan]) -> dict[str, Steps]:
     runs: dict[str, list[StepMetrics]] = {}
     for line in lines:
         runs.setdefault(line.run, []).append(line)
@@ -268,7 +273,7 @@ def flops_per_token(recipe: Recipe, plans: list[Plan], run: str, stage: int) -> 
 
 
 def _last_times(lines: list[StepTime]) -> list[StepTime]:
-    """The last execution of each step, in the order in which the steps were first executed."""
+    """Return the last execution of each step, in the order of their first execution."""
     last: dict[str, StepTime] = {}
     for line in lines:
         if not line.skipped:

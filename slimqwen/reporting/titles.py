@@ -1,6 +1,6 @@
-"""What each model of a run is called wherever a person reads about it."""
+"""Titles of the models of a run, for tables and charts."""
 
-MAIN_RUN = "slimqwen"  # the name of the recipe's own run beside its baselines
+MAIN_RUN = "slimqwen"  # the name of the recipe's main run beside its baselines
 
 TITLES = {
     "teacher": "teacher",
@@ -14,5 +14,5 @@ TITLES = {
 
 
 def title_of(name: str) -> str:
-    """The title of a model of a run; a checkpoint evaluated by itself goes by its own name."""
+    """Return the title of a model of a run; a checkpoint evaluated by itself keeps its own name."""
     return TITLES.get(name, name)

@@ -1,4 +1,4 @@
-"""Why layers and channels stayed: their scores, coloured by what became of them."""
+"""Charts of the scores of layers and channels, coloured by whether they were kept."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ import plotly.graph_objects as go
 
 from slimqwen.reporting.charts.style import CUT, KEPT, MARK, styled
 
-LOGARITHMIC_SPREAD = 20.0  # scores whose largest is so many times their median are unreadable on a linear axis
+LOGARITHMIC_SPREAD = 20.0  # maximum over median beyond which scores are unreadable on a linear axis
 
 
 def layer_scores(scores: Sequence[float], kept: Sequence[int], quantity: str) -> go.Figure:
-    """A bar per decoder layer, coloured by whether it stayed."""
+    """Draw a bar per decoder layer, coloured by whether it was kept."""
     figure = go.Figure()
     layers = set(kept)
     for name, colour, stays in (("kept", KEPT, True), ("dropped", CUT, False)):
@@ -29,7 +29,7 @@ def layer_scores(scores: Sequence[float], kept: Sequence[int], quantity: str) ->
 
 
 def width_scores(scores: Sequence[float], kept: Sequence[int], unit: str, quantity: str) -> go.Figure:
-    """The residual stream's channels or directions (`unit`) from the most to the least important, and where the cut fell."""
+    """Draw the scores of the residual stream's channels or directions (`unit`) in descending order, and mark the cut."""
     figure = go.Figure()
     channels = sorted(range(len(scores)), key=lambda channel: (-scores[channel], channel))
     stays = set(kept)

@@ -1,4 +1,4 @@
-"""What training logged, against tokens, FLOPs or hours."""
+"""Charts of logged metrics of training over tokens, FLOPs or hours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from slimqwen.reporting.charts.style import CUT, lines, styled
 from slimqwen.reporting.titles import title_of
 
-POINTS_PER_CURVE = 800  # more than a screen can show apart; keeps the page small after a million steps
+POINTS_PER_CURVE = 800  # more than a screen can resolve; keeps the page small after a million steps
 AXES = {"tokens": "training tokens", "flops": "training FLOPs (estimate)", "hours": "hours of training"}
 
 Column = NDArray[np.float64]
@@ -21,9 +21,9 @@ Column = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Steps:
-    """What one run logged, a value per optimiser step, NaN where it logged none.
+    """The logged metrics of one run, a value per optimiser step, NaN where none was logged.
 
-    along: how far the run was at the end of each step, cumulative, by the names of AXES; "tokens" is always there.
+    along: the progress at the end of each step, cumulative, by the names of AXES; "tokens" always exists.
     """
 
     stage: Column
@@ -32,14 +32,16 @@ class Steps:
 
     @property
     def tokens(self) -> Column:
+        """Tokens trained on at the end of each step."""
         return self.along["tokens"]
 
     def has(self, field: str) -> bool:
+        """Return whether a metric was logged at any step."""
         return field in self.values and bool(np.isfinite(self.values[field]).any())
 
 
 def axes_of(runs: Mapping[str, Steps]) -> list[str]:
-    """What all of these runs can be drawn against."""
+    """List the axes over which all of these runs can be drawn."""
     return [
         axis
         for axis in AXES
@@ -50,9 +52,9 @@ def axes_of(runs: Mapping[str, Steps]) -> list[str]:
 def learning_curves(
     runs: Mapping[str, Steps], field: str, quantity: str, *, axis: str = "tokens", logarithmic: bool = False
 ) -> go.Figure:
-    """One logged quantity of every run that has it: a moving mean, the raw values faint behind it.
+    """Draw one metric of every run that has it: a moving mean, with the raw values faint behind it.
 
-    Diamonds: the same on held-out text, where it was measured during training.
+    Diamonds: the same metric on held-out text, where it was measured during training.
     """
     figure = go.Figure()
     styles = lines(list(runs))
@@ -85,13 +87,13 @@ def learning_curves(
     figure.update_yaxes(title=quantity)
     if logarithmic:
         figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
-    elif field == "tokens_per_second":  # whose noise would fill the chart otherwise
+    elif field == "tokens_per_second":  # otherwise its noise would fill the chart
         figure.update_yaxes(rangemode="tozero")
     return styled(figure, height=360, legend=True, compare=True)
 
 
 def acceptance(runs: Mapping[str, Steps], *, axis: str = "tokens") -> go.Figure:
-    """Share of MTP drafts that are accepted, at the steps where held-out text was looked at."""
+    """Draw the share of accepted MTP drafts, at the steps with held-out measurements."""
     figure = go.Figure()
     for run, line in lines(list(runs)).items():
         for depth, symbol in enumerate(("diamond", "circle-open")):
@@ -104,7 +106,7 @@ def acceptance(runs: Mapping[str, Steps], *, axis: str = "tokens") -> go.Figure:
 
 
 def schedules(runs: Mapping[str, Steps], run: str, *, axis: str = "tokens") -> go.Figure:
-    """What the training was told: the weights of the loss terms, and below them the learning rate."""
+    """Draw the weights of the loss terms and, below, the learning rate."""
     steps = runs[run]
     shown = _thinned(len(steps.tokens))
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1)
@@ -135,7 +137,7 @@ def schedules(runs: Mapping[str, Steps], run: str, *, axis: str = "tokens") -> g
 def _add_measured(
     figure: go.Figure, steps: Steps, field: str, axis: str, mode: str, line: dict[str, str], name: str, symbol: str
 ) -> None:
-    """The few steps at which `field` was measured."""
+    """Add the few steps at which `field` was measured."""
     measured = np.flatnonzero(np.isfinite(steps.values[field]))
     look: dict[str, Any] = {"marker": {"color": line["color"], "size": 6, "symbol": symbol}}
     if mode != "markers":
@@ -151,13 +153,13 @@ def _add_measured(
 
 
 def _finish(figure: go.Figure, runs: Mapping[str, Steps], axis: str) -> None:
-    """The axis, and a dashed line wherever a run went over to its next stage, i.e. where something was cut."""
+    """Label the axis, and draw a dashed line at each boundary of stages, i.e. at each cut."""
     figure.update_xaxes(title=AXES[axis], tickformat="~s" if axis == "tokens" else "~g", rangemode="tozero")
     starts: dict[float, int] = {}
     for steps in runs.values():
         for index in np.flatnonzero(np.diff(steps.stage)):
             starts[float(steps.along[axis][index])] = int(steps.stage[index + 1])
-    agree = len(set(starts.values())) == len(starts)  # else the labels would lie on one another
+    agree = len(set(starts.values())) == len(starts)  # else labels would overlap
     for place, stage in starts.items():
         figure.add_vline(x=place, line={"color": CUT, "dash": "dash", "width": 1.2})
         if not agree:
@@ -175,9 +177,9 @@ def _finish(figure: go.Figure, runs: Mapping[str, Steps], axis: str) -> None:
 
 
 def _smoothed(values: Column, stage: Column) -> Column:
-    """Centred moving mean over a 25th of the run; never across a stage boundary, where the loss jumps.
+    """Compute the centred moving mean over a 25th of the run, within each stage, since the loss jumps at a boundary.
 
-    A step without a value has none here either, and does not count in its neighbours' means.
+    A step without a value stays NaN, and is ignored in the means of its neighbours.
     """
     width = max(1, len(values) // 25)
     known = np.isfinite(values)
@@ -192,5 +194,5 @@ def _smoothed(values: Column, stage: Column) -> Column:
 
 
 def _thinned(count: int) -> NDArray[np.int64]:
-    """At most POINTS_PER_CURVE evenly spaced indices below `count`, both ends included."""
+    """Return at most POINTS_PER_CURVE evenly spaced indices below `count`, both ends included."""
     return np.unique(np.linspace(0, count - 1, min(count, POINTS_PER_CURVE)).round().astype(np.int64))

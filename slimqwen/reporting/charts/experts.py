@@ -1,4 +1,4 @@
-"""Every expert of every layer as one square: importance, what became of it, how much it is used."""
+"""Heat maps with a cell for every expert of every layer: importance, role in the cut, use."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,22 +13,22 @@ from slimqwen.reporting.charts.style import ROLE_COLOURS, styled
 
 RARELY_TO_OFTEN = [[0.0, "#9a4f0c"], [0.5, "#d9dde2"], [1.0, "#0b4f9e"]]
 FEW_TO_MANY = [[0.0, "#d9dde2"], [0.5, "#5d97d6"], [1.0, "#08396f"]]
-LARGEST_MULTIPLE = 3.0  # of the heat-maps' colours, in doublings: 1/8 x to 8 x
+LARGEST_MULTIPLE = 3.0  # range of the heat maps' colours, in doublings: 1/8 x to 8 x
 ROW_HEIGHT, LARGEST_HEIGHT = 20, 900  # pixels
 
 
 def expert_importance(scores: Mapping[str, Sequence[float]]) -> go.Figure:
-    """Importance of every expert, layer by layer, as multiples of its layer's mean; most important first."""
-    return _multiples_of_even(scores, "importance", "experts, most important first")
+    """Draw the importance of every expert by layer, as multiples of the layer's mean, in descending order."""
+    return _multiples_of_mean(scores, "importance", "experts, most important first")
 
 
 def expert_use(shares: Mapping[str, Sequence[float]]) -> go.Figure:
-    """Share of the tokens that every expert gets, as multiples of an even share; the busiest first."""
-    return _multiples_of_even(shares, "use", "experts, busiest first")
+    """Draw every expert's share of the tokens, as multiples of an even share, in descending order."""
+    return _multiples_of_mean(shares, "use", "experts, busiest first")
 
 
 def expert_fates(scores: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[ExpertGroup]]) -> go.Figure:
-    """What became of every expert, in the order of `expert_importance`."""
+    """Draw the role of every expert (kept, base, absorbed, dropped), in the order of `expert_importance`."""
     order = {block: _descending(scores[block]) for block in groups}
     roles = {block: expert_roles(groups[block], len(scores[block])) for block in groups}
     names = [role for role in ROLE_COLOURS if any(role in found for found in roles.values())]
@@ -53,7 +53,7 @@ def expert_fates(scores: Mapping[str, Sequence[float]], groups: Mapping[str, Seq
 
 
 def merge_groups(groups: Mapping[str, Sequence[ExpertGroup]]) -> go.Figure:
-    """How many experts each expert of the result was made of, the largest group first; the members on hovering."""
+    """Draw the number of members of each group, in descending order; hovering lists them."""
     largest_first = {
         block: sorted(found, key=lambda group: (-len(group.members), group.base)) for block, found in groups.items()
     }
@@ -84,7 +84,7 @@ def merge_groups(groups: Mapping[str, Sequence[ExpertGroup]]) -> go.Figure:
 
 
 def _listed(group: ExpertGroup) -> str:
-    """`17 + 3, 40`: the base, then at most eight of those that it absorbed."""
+    """Format a group: `17 + 3, 40`, the base, then at most eight of those that it absorbed."""
     absorbed = [str(expert) for expert in group.members[1:9]]
     more = len(group.members) - 9
     return (
@@ -92,13 +92,13 @@ def _listed(group: ExpertGroup) -> str:
     )
 
 
-def _multiples_of_even(shares: Mapping[str, Sequence[float]], quantity: str, axis: str) -> go.Figure:
-    """log2 of value / mean per expert, clipped, so that 'twice' and 'half' are equally far from neutral."""
+def _multiples_of_mean(shares: Mapping[str, Sequence[float]], quantity: str, axis: str) -> go.Figure:
+    """Draw log2 of value / mean per expert, clipped, so that twice and half have symmetric colours."""
     order = {block: _descending(values) for block, values in shares.items()}
 
     def doublings(block: str) -> NDArray[np.float32]:
         values = np.asarray(shares[block], dtype=np.float32)[order[block]]
-        with np.errstate(divide="ignore"):  # of an expert that was never used: clipped to the rarest colour
+        with np.errstate(divide="ignore"):  # an expert that was never used is clipped to the lowest colour
             return np.log2(values / (values.mean() or 1.0)).clip(-LARGEST_MULTIPLE, LARGEST_MULTIPLE)
 
     figure = _heatmap(
@@ -128,7 +128,7 @@ def _multiples_of_even(shares: Mapping[str, Sequence[float]], quantity: str, axi
 def _heatmap(
     order: Mapping[str, NDArray[np.int16]], values: Mapping[str, NDArray[Any]], *, axis: str, hover: str
 ) -> go.Figure:
-    """A row of `values` per block, first block on top; `order[block]` names the expert in each column."""
+    """Draw a row of `values` per block, the first on top; `order[block]` has the expert in each column."""
     columns = max(len(experts) for experts in order.values())
     figure = go.Figure(
         go.Heatmap(
@@ -150,7 +150,7 @@ def _heatmap(
 
 
 def _padded(rows: Sequence[NDArray[Any]], *, missing: float) -> NDArray[Any]:
-    """The rows under one another, `[rows, longest row]`, in their dtype, `missing` where a row is shorter."""
+    """Stack rows into `[rows, longest row]`, in their dtype, padded with `missing`."""
     lengths = [len(row) for row in rows]
     if len(set(lengths)) == 1:
         return np.stack(rows)
@@ -161,10 +161,10 @@ def _padded(rows: Sequence[NDArray[Any]], *, missing: float) -> NDArray[Any]:
 
 
 def block_label(block: str) -> str:
-    """ "model.layers.3" -> "3"; the multi-token-prediction module's blocks -> "MTP"."""
+    """Return a block's label: "model.layers.3" -> "3"; the MTP module's blocks -> "MTP"."""
     return "MTP" if block.startswith("mtp.") else escape(block.rpartition(".")[2])
 
 
 def _descending(scores: Sequence[float]) -> NDArray[np.int16]:
-    """Indices from the highest score to the lowest, the lower index first on a tie, as plans rank."""
+    """Return indices in descending order of score, the lower index first on a tie, as in plans."""
     return np.argsort(-np.asarray(scores), kind="stable").astype(np.int16)

@@ -1,4 +1,4 @@
-"""Models side by side: what their parameters are, where their loss is, how evenly they use their experts."""
+"""Charts that compare models: parameters by part, loss by group of tokens, balance of the experts."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,7 +12,7 @@ from slimqwen.reporting.titles import title_of
 
 
 def parameters(models: Mapping[str, Counts], part_names: Mapping[str, str]) -> go.Figure:
-    """A stacked bar per model, the first on top: what its parameters are made of."""
+    """Draw a stacked bar of parameters by part per model, the first on top."""
     figure = go.Figure()
     colours = part_colours(list(part_names))
     for part, name in part_names.items():
@@ -31,7 +31,7 @@ def parameters(models: Mapping[str, Counts], part_names: Mapping[str, str]) -> g
 
 
 def loss_by(models: Mapping[str, Mapping[str, float]], quantity: str) -> go.Figure:
-    """A line per model over ordered buckets, with the loss of each in nats per token."""
+    """Draw a line per model over ordered buckets, with the loss of each in nats per token."""
     figure = go.Figure()
     for name, line in lines(list(models)).items():
         figure.add_scatter(
@@ -51,9 +51,9 @@ def loss_by(models: Mapping[str, Mapping[str, float]], quantity: str) -> go.Figu
 def routing(
     entropy: Mapping[str, Sequence[float]], busiest: Mapping[str, Sequence[float]], layers: Mapping[str, Sequence[str]]
 ) -> go.Figure:
-    """Above: entropy of the experts' shares over its largest value; below: the busiest expert's load.
+    """Draw, above, the entropy of the experts' shares over its maximum and, below, the busiest expert's load.
 
-    layers: per model, where each of its blocks is, as the x axis names it.
+    layers: per model, the position of each of its blocks, as labels of the x axis.
     """
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     for name, line in lines(list(layers)).items():

@@ -1,4 +1,4 @@
-"""What all figures have in common: colours, sizes, a layout without a background of its own."""
+"""The common style of all figures: colours, sizes, a layout with a transparent background."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ MARK = {"color": CUT, "dash": "dash", "width": 1.5}  # the line of a boundary
 
 
 def lines(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The line of each model: those that a run has keep their colour on every chart, others get one each."""
+    """Return the line style of each model: the models of a run have fixed colours, others get one each."""
     found = {}
     for index, name in enumerate(names):
         colour = RUN_COLOURS.get(name, PART_COLOURS[index % len(PART_COLOURS)])
@@ -31,12 +31,12 @@ def lines(names: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def part_colours(parts: Sequence[str]) -> dict[str, str]:
-    """The colour of each part of a model, for a chart and the table beside it, which is its legend."""
+    """Return the colour of each part of a model, for a chart and the table beside it, which is its legend."""
     return {part: PART_COLOURS[index % len(PART_COLOURS)] for index, part in enumerate(parts)}
 
 
 def styled(figure: go.Figure, *, height: int, legend: bool, compare: bool = False) -> go.Figure:
-    """`compare`: one hover label for all curves at the same place."""
+    """Apply the common style. compare: one hover label for all curves at the same x."""
     figure.update_layout(
         template="none",
         height=height,

@@ -1,4 +1,4 @@
-"""What each section of the pages shows, out of the artefacts of a run; a module per theme.
+"""The content of the pages' sections, from the artefacts of a run; one module per topic.
 
-Each is None or empty where the run has nothing to show in it.
+Each is None or empty where the run has no data for it.
 """

@@ -1,4 +1,4 @@
-"""How the models do on benchmarks, where `slimqwen evaluate --tasks` has measured that."""
+"""The section on benchmarks, where `slimqwen evaluate --tasks` has measured them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from slimqwen.reporting.titles import title_of
 
 @dataclass(frozen=True)
 class BenchmarkTable:
-    """teacher: whom the differences are to; None where there are none."""
+    """The table of benchmarks. teacher: the model that differences refer to; None where there are none."""
 
     teacher: str | None
     limit: int | None
@@ -19,7 +19,7 @@ class BenchmarkTable:
 
 
 def benchmarks(run: Run) -> BenchmarkTable | None:
-    """A row per model, the teacher first, and a column per task and metric."""
+    """Make the table: a row per model, the teacher first, and a column per task and metric."""
     found = run.benchmarks
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""A chart as the page needs it."""
+"""A chart in the form that the page embeds."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with what it needs around it. `spec` is plotly's JSON: data and layout.
+    """A figure with title and caption. `spec` is plotly's JSON: data and layout.
 
-    axes: what else the same curves can be drawn against -> the x of each trace, and the layout that goes with it.
+    axes: alternative x axis -> the x of each trace, and the layout.
     """
 
     title: str
@@ -22,11 +22,12 @@ class Chart:
 
     @classmethod
     def of(cls, title: str, figure: go.Figure, caption: str) -> "Chart":
+        """Make a chart of a figure."""
         return cls(title, caption, json.loads(figure.to_json()))
 
     @classmethod
     def along(cls, title: str, draw: Callable[..., go.Figure], axes: Sequence[str], caption: str) -> "Chart":
-        """`draw(axis=...)` makes the figure for one of `axes`; the first is what the page opens with."""
+        """Make a chart with a choice of `axes`, the first shown initially. `draw(axis=...)` makes the figure for one."""
         specs = {axis: json.loads(draw(axis=axis).to_json()) for axis in axes}
         alternatives = {
             axis: {"x": [trace["x"] for trace in spec["data"]], "layout": spec["layout"]}

@@ -1,4 +1,4 @@
-"""What the run cost: time, memory, device hours and an estimate of the energy."""
+"""The section on costs: time, memory, device hours and an estimate of the energy."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from slimqwen.reporting.run_folder import Provenance, Run
 from slimqwen.reporting.sections.amounts import NOTHING, Cell, number, share
 from slimqwen.reporting.titles import title_of
 
-# Rated power, from the makers' data sheets. A device is the first line whose words are all in its name.
+# Rated power, from the manufacturers' data sheets. A device matches the first entry whose words are all in its name.
 DEVICE_WATTS = {
     "B200": 1000,
     "GH200": 900,
@@ -33,6 +33,8 @@ CORE_WATTS = 6  # a server processor of 64 cores is rated at some 350 to 400 W
 
 @dataclass(frozen=True)
 class TimeRow:
+    """A row of the table of times."""
+
     step: str
     time: str
     share: float  # of the longest step
@@ -40,7 +42,7 @@ class TimeRow:
 
 
 def times(run: Run) -> list[TimeRow]:
-    """Each step as it was last executed."""
+    """List the last execution of each step."""
     longest = max((step.seconds for step in run.times), default=0.0) or 1.0
     return [
         TimeRow(
@@ -54,7 +56,7 @@ def times(run: Run) -> list[TimeRow]:
 
 
 def training_costs(run: Run) -> list[tuple[str, str, list[Cell]]]:
-    """A row per training: tokens, device hours, tokens per second, peak memory of a process, MFU."""
+    """Make a row per training: tokens, device hours, tokens per second, peak memory of a process, MFU."""
     rows = []
     for name, steps in run.steps.items():
         hours = device_hours(run, name)
@@ -74,7 +76,7 @@ def training_costs(run: Run) -> list[tuple[str, str, list[Cell]]]:
 
 
 def device_hours(run: Run, name: str) -> float | None:
-    """Hours of a training's steps times the processes that ran, one device each; None where steps were not timed."""
+    """Return the hours of a training's steps times the number of processes, one device each; None where not timed."""
     steps = run.steps.get(name)
     if steps is None or not np.isfinite(steps.along["hours"]).all():
         return None
@@ -82,7 +84,7 @@ def device_hours(run: Run, name: str) -> float | None:
 
 
 def energy(run: Run) -> str | None:
-    """A sentence, marked as the estimate that it is, over all steps of the run; None where the device is not known."""
+    """Estimate the energy of all steps of the run, in a sentence; None where the device is unknown."""
     provenance = run.provenance
     if provenance is None or not run.times:
         return None
@@ -103,12 +105,12 @@ def _times(processes: int) -> str:
 
 
 def _watts(provenance: Provenance) -> tuple[float, str] | None:
-    """Power of one device, and in words where the number is from."""
+    """Return the power of one device, and the source of the number in words."""
     words = set(re.split(r"[^a-z0-9]+", provenance.device.lower()))
     for name, watts in DEVICE_WATTS.items():
         if set(name.lower().split()) <= words:
             return watts, f"a {name} is rated at {watts} W"
     cores = re.match(r"(\d+) cores", provenance.machine)
     if provenance.device == "cpu" and cores is not None:
-        return CORE_WATTS * int(cores[1]), f"{cores[1]} processor cores are taken to need {CORE_WATTS} W each"
+        return CORE_WATTS * int(cores[1]), f"{cores[1]} processor cores are assumed to need {CORE_WATTS} W each"
     return None

@@ -1,4 +1,4 @@
-"""How evenly the tokens are spread over the experts, before and after."""
+"""The section on the balance of tokens over experts, before and after."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from slimqwen.reporting.titles import MAIN_RUN, title_of
 
 
 def utilisation(run: Run) -> list[Chart]:
-    """Routing entropy and the busiest expert's load over depth, then every expert's use before and after."""
+    """Make charts of routing entropy and the busiest expert's load over depth, then of every expert's use."""
     models = run.evaluation.models if run.evaluation else {}
     shares = {
         name: models[name].expert_utilisation
@@ -28,7 +28,7 @@ def utilisation(run: Run) -> list[Chart]:
         Chart.of(
             "Routing before and after",
             routing(entropy, busiest, layers),
-            "Above: 1 is a router that uses all experts alike, 0 one that sends everything to one. Below: the load of the "
+            "Above: 1 means that all experts are used equally, 0 that one expert gets every token. Below: the load of the "
             "busiest expert, as a multiple of an even share. Training should bring the result near the teacher.",
         )
     ]
@@ -36,8 +36,8 @@ def utilisation(run: Run) -> list[Chart]:
         Chart.of(
             f"Expert use: {title_of(name)}",
             expert_use(shares[name]),
-            "Share of the held-out tokens, as multiples of an even share; brown on the right means experts that idle, "
-            "a short dark left means a few that do everything.",
+            "Share of the held-out tokens, as multiples of an even share; brown on the right means rarely used experts, "
+            "a short dark left means that the load concentrates on few experts.",
         )
         for name in ("teacher", MAIN_RUN)
         if name in shares
@@ -45,14 +45,14 @@ def utilisation(run: Run) -> list[Chart]:
 
 
 def _entropy(shares: Sequence[float]) -> float:
-    """-sum p log p / log(experts) of the shares of one block: 1 is even."""
+    """Return -sum p log p / log(experts) of the shares of one block: 1 is even."""
     values = np.asarray(shares, dtype=np.float64)
     used = values[values > 0] / (values.sum() or 1.0)
     return float(-(used * np.log(used)).sum() / np.log(max(len(values), 2)))
 
 
 def _layers(run: Run, name: str, blocks: Mapping[str, object]) -> list[str]:
-    """Where each block of a model is, by the layer of the teacher that it was: stages after a cut count anew."""
+    """Return the teacher's layer that each block of a model was, since layers are renumbered at each cut."""
     labels = [block_label(block) for block in blocks]
     if name == "teacher" or not run.plans:
         return labels

@@ -1,4 +1,4 @@
-"""How good each model is: the table, where its loss is, and what it writes."""
+"""The sections on results: the table of models, their loss by group of tokens, and samples."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ from slimqwen.reporting.titles import MAIN_RUN, title_of
 
 @dataclass(frozen=True)
 class ResultTable:
+    """The table of all models."""
+
     tokens: int
     sequence_length: int
     columns: list[str]
@@ -19,7 +21,7 @@ class ResultTable:
 
 
 def results(run: Run) -> ResultTable | None:
-    """The final table: a row per model, the teacher first."""
+    """Make the final table: a row per model, the teacher first."""
     if run.evaluation is None:
         return None
     models = run.evaluation.models
@@ -55,7 +57,7 @@ def results(run: Run) -> ResultTable | None:
 
 
 def where_the_loss_is(run: Run) -> list[Chart]:
-    """The loss of each model by how much text it has read, and by how rare the predicted token is."""
+    """Make charts of the loss of each model by position in the text, and by frequency of the predicted token."""
     models = run.evaluation.models if run.evaluation else {}
     found = []
     for title, quantity, buckets, caption in (
@@ -63,7 +65,8 @@ def where_the_loss_is(run: Run) -> list[Chart]:
             "Loss by position",
             "tokens read before the predicted one",
             {name: model.loss_by_position for name, model in models.items()},
-            "A line that falls to the right uses its context; one that flattens early has lost the far past.",
+            "A line that falls to the right means that the model uses its context; one that flattens early does not use distant "
+            "tokens.",
         ),
         (
             "Loss by token frequency",
@@ -79,7 +82,7 @@ def where_the_loss_is(run: Run) -> list[Chart]:
 
 
 def samples(run: Run) -> list[tuple[str, Sample]]:
-    """The same prompt continued by each model: teacher and result side by side, then the others."""
+    """List each model's continuation of the same prompt: teacher and result first, then the others."""
     models: dict[str, ModelEvaluation] = run.evaluation.models if run.evaluation else {}
     first = [name for name in ("teacher", MAIN_RUN) if name in models]
     others = [name for name in models if name not in first]

@@ -1,4 +1,4 @@
-"""What was cut, and over which stages."""
+"""The sections on what was cut, and over which stages."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,9 @@ SHAPE_NAMES = {
 
 @dataclass(frozen=True)
 class Shapes:
-    after: str  # what the smaller model is called
+    """Sizes and parameters before and after."""
+
+    after: str  # the title of the smaller model
     sizes: list[tuple[str, int, int]]  # name, before, after
     parts: list[tuple[str, str, int, int]]  # colour in the chart, name, parameters before, after
     totals: list[tuple[str, int, int]]
@@ -38,7 +40,7 @@ class Shapes:
 
 
 def shapes(run: Run) -> Shapes | None:
-    """What was cut: sizes and parameters before the first plan and after the last."""
+    """Compare sizes and parameters before the first plan and after the last."""
     if not run.plans:
         return None
     before, after = run.plans[0].before, run.plans[-1].after
@@ -62,14 +64,14 @@ def shapes(run: Run) -> Shapes | None:
         chart=Chart.of(
             "Where the parameters are",
             parameters({"teacher": before, smaller: after}, names),
-            f"{percent(share)} of the teacher’s parameters are left; look for the part that pays for most of the "
-            "cut. Colours as in the table.",
+            f"{percent(share)} of the teacher’s parameters are left; look for the part that shrinks most. Colours as in the "
+            "table.",
         ),
     )
 
 
 def source_shape(plan: Plan) -> Target:
-    """The four sizes of the model that `plan` cuts. Top-k is what makes its active parameters what they are."""
+    """Return the four sizes of the model that `plan` cuts; top-k follows from its active parameters."""
     scores, counts = plan.scores, plan.before
     experts = len(next(iter(scores.experts.values())))
     routed = counts.parts["routed_experts"]
@@ -84,13 +86,15 @@ def source_shape(plan: Plan) -> Target:
 
 
 def part_names(plan: Plan) -> dict[str, str]:
-    """The parts that the plan counts, largest first, and what the page calls them."""
+    """Return the parts counted in the plan, largest first, with their titles."""
     largest_first = sorted(plan.before.parts, key=lambda part: -plan.before.parts[part])
     return {part: PART_NAMES.get(part, part.replace("_", " ")) for part in largest_first}
 
 
 @dataclass(frozen=True)
 class StageRow:
+    """A row of the table of stages."""
+
     name: str
     sizes: list[tuple[int, bool]]  # in the order of SHAPE_NAMES; whether the stage changed it
     tokens: str
@@ -99,7 +103,7 @@ class StageRow:
 
 
 def stages(run: Run) -> list[StageRow]:
-    """How the cut was spread over the stages."""
+    """List the stages over which the cut was spread."""
     if not run.plans:
         return []
     teacher = run.plans[0].before.total_parameters

@@ -1,4 +1,4 @@
-"""The head of a run's page: what it was, whether it worked, the few numbers that sum it up."""
+"""The head of a run's page: its setup, an assessment, and the main results."""
 
 from dataclasses import dataclass
 
@@ -12,20 +12,25 @@ CLEARLY_LESS = 0.8  # a KL at most this share of a baseline's is "clearly" bette
 
 
 @dataclass(frozen=True)
-class Verdict:
-    tone: str  # "good", "mixed", "bad", or "plain" where there is nothing to judge by
+class Assessment:
+    """Whether the run succeeded, by its KL to the teacher beside its baselines'."""
+
+    tone: str  # "good", "mixed", "bad", or "plain" without a basis for judgement
     headline: str
     sentence: str
 
 
 @dataclass(frozen=True)
 class Tile:
+    """A main result, shown large."""
+
     label: str
     value: str
     context: str
 
 
 def subtitle(run: Run) -> str:
+    """Describe the run's setup in a sentence."""
     recipe = run.recipe
     teacher = "the built-in teacher" if recipe.teacher == BUILTIN_TEACHER else recipe.teacher
     how = "trained from random weights" if recipe.init == "random" else f"pruned in {_stage_words(run)}, then distilled"
@@ -35,17 +40,17 @@ def subtitle(run: Run) -> str:
 
 
 def _stage_words(run: Run) -> str:
-    """`2 stages (depth first)`; how many a schedule has is known when its last plan is made."""
+    """Describe the stages, `2 stages (depth first)`; a schedule's number is unknown until its last plan is made."""
     count = len(run.recipe.stages) if run.recipe.stages is not None else len(run.plans) if run.evaluation else 0
     stages = "one stage" if count == 1 else f"{count} stages" if count else "stages"
     return stages if run.recipe.stages is not None else f"{stages} ({run.recipe.schedule.replace('_', ' ')})"
 
 
-def verdict(run: Run) -> Verdict:
-    """What a reader in a hurry needs: was it better than starting over, and how near is it to the teacher."""
+def assess(run: Run) -> Assessment:
+    """Assess whether the run was better than training from random weights, and how close it is to the teacher."""
     teacher, result = run.teacher, run.result
     if teacher is None or result is None:
-        return Verdict("plain", "Not evaluated yet.", _progress_sentence(run))
+        return Assessment("plain", "Not evaluated yet.", _progress_sentence(run))
     sentence = (
         f"{percent(result.total_parameters / teacher.total_parameters)} of the teacher’s parameters; "
         f"held-out loss {result.loss:.2f} against the teacher’s {teacher.loss:.2f}"
@@ -53,20 +58,20 @@ def verdict(run: Run) -> Verdict:
     random, pruned = run.kl("random_init"), run.kl("pruned")
     kl = result.kl_to_teacher
     if kl is None:
-        return Verdict("plain", "Trained and evaluated.", f"{sentence}.")
+        return Assessment("plain", "Trained and evaluated.", f"{sentence}.")
     sentence += f"; KL to the teacher {kl:.2f}"
     if run.recipe.init == "random":
-        return Verdict("plain", "Trained from random weights: a baseline for a pruned run.", f"{sentence}.")
+        return Assessment("plain", "Trained from random weights: a baseline for a pruned run.", f"{sentence}.")
     if random is not None:
         sentence += f", random initialisation trained on the same tokens: {random:.2f}"
     if pruned is not None and (random is None or kl >= pruned):
         sentence += f", the same cut before any training: {pruned:.2f}"
-    tone, headline = _judgement(kl, random, pruned)
-    return Verdict(tone, headline, f"{sentence}.")
+    tone, headline = _judge(kl, random, pruned)
+    return Assessment(tone, headline, f"{sentence}.")
 
 
-def _judgement(kl: float, random: float | None, pruned: float | None) -> tuple[str, str]:
-    """Tone and headline for a pruned and trained model's KL to the teacher beside those of its baselines."""
+def _judge(kl: float, random: float | None, pruned: float | None) -> tuple[str, str]:
+    """Return tone and headline for a pruned and trained model's KL to the teacher beside those of its baselines."""
     if pruned is not None and kl >= pruned:
         return "bad", "It did not work: after training, the model is no nearer to the teacher than after the cut alone."
     if random is not None and kl >= random:
@@ -77,19 +82,19 @@ def _judgement(kl: float, random: float | None, pruned: float | None) -> tuple[s
         return "good", "It worked: pruning the teacher clearly beat starting from random weights."
     if pruned is not None:
         return "good", "Training brought the pruned model back towards the teacher."
-    return "plain", "Trained and evaluated; no baseline was asked for to compare with."
+    return "plain", "Trained and evaluated; the recipe has no baseline to compare with."
 
 
 def _progress_sentence(run: Run) -> str:
     steps = run.steps.get(MAIN_RUN)
     if steps is None:
-        return "There is no training step so far; run the recipe again to continue."
+        return "No training step is complete yet; run the recipe again to continue."
     done = min(steps.tokens[-1] / run.recipe.distil.tokens, 1.0)
     return f"Training has seen {steps.tokens[-1]:,.0f} tokens, {percent(done)} of the recipe’s; run the recipe again to continue."
 
 
 def tiles(run: Run) -> list[Tile]:
-    """The few numbers that sum the run up."""
+    """List the main results."""
     found = []
     teacher, result = run.teacher, run.result
     if teacher is not None and result is not None:

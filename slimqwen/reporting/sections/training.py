@@ -1,4 +1,4 @@
-"""Training: its curves."""
+"""The section on training: curves of the logged metrics, and chosen learning rates."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -13,29 +13,35 @@ from slimqwen.training.learning_rate import in_words
 
 # field, title, quantity, whether the axis is logarithmic, caption
 CURVES = (
-    ("lm", "Language-modelling loss", "nats per token", False, "Lower is better, and so is falling earlier."),
+    ("lm", "Language-modelling loss", "nats per token", False, "Lower is better, and so is an earlier drop."),
     (
         "kd",
         "KL to the teacher",
         "nats per token (log)",
         True,
-        "0 would be the teacher itself; the gap between two curves is what the start was worth.",
+        "0 is the teacher itself; the gap between two curves is the advantage of the better start.",
     ),
     (
         "mtp_lm",
         "Loss of the multi-token-prediction head",
         "nats per token",
         False,
-        "The drafting head’s loss on the text, of the token after next.",
+        "The MTP head’s loss on the text, for the token after next.",
     ),
     (
         "mtp_kd",
         "KL of the multi-token-prediction head",
         "nats per token (log)",
         True,
-        "The drafting head, against the teacher’s distribution for the token after next.",
+        "The MTP head, against the teacher’s distribution for the token after next.",
     ),
-    ("load_balancing", "Load balancing", "loss term", False, "1 is an even load; a rising line means busy favourites."),
+    (
+        "load_balancing",
+        "Load balancing",
+        "loss term",
+        False,
+        "1 is an even load; a rising line means that the load concentrates on few experts.",
+    ),
     (
         "tokens_per_second",
         "Throughput",
@@ -47,7 +53,7 @@ CURVES = (
 
 
 def curves_of(runs: Mapping[str, Steps]) -> list[Chart]:
-    """One chart per logged quantity, the runs together, against whatever axes they all have."""
+    """Make one chart per logged metric, with all runs together, over the axes that they have in common."""
     found = []
     axes = axes_of(runs)
     boundary = " Dashed lines: the next stage’s cut." if any(np.ptp(steps.stage) for steps in runs.values()) else ""
@@ -60,29 +66,27 @@ def curves_of(runs: Mapping[str, Steps]) -> list[Chart]:
             found.append(Chart.along(title, draw, axes, caption + note + boundary))
     drafting = {name: steps for name, steps in runs.items() if steps.has("acc_0")}
     if drafting:
-        caption = "Share of the drafting head’s tokens that the model itself would have said, on held-out prompts."
+        caption = "Share of the MTP head’s drafts that equal the model’s own next tokens, on held-out prompts."
         found.append(Chart.along("MTP acceptance", partial(acceptance, drafting), axes, caption + boundary))
     return found
 
 
 def curves(run: Run) -> list[Chart]:
-    """The run and its baselines, and what the recipe asked of the run."""
+    """Make the charts of the run and its baselines, and of the run's loss weights and learning rate."""
     found = curves_of(run.steps)
     if MAIN_RUN in run.steps:
-        caption = (
-            "What the recipe asked for: the weights of the loss terms, and one learning-rate curve over all stages."
-        )
+        caption = "As set by the recipe: the weights of the loss terms, and one learning-rate curve over all stages."
         draw = partial(schedules, run.steps, MAIN_RUN)
         found.append(Chart.along("Loss weights and learning rate", draw, axes_of(run.steps), caption))
     return found
 
 
 def learning_rates(run: Run) -> list[tuple[str, str]]:
-    """What `learning_rate: auto` chose, and by what: the training's folder and a sentence."""
+    """List the choices of `learning_rate: auto`: the training's folder, and a sentence with the reason."""
     return [(name, in_words(choice)) for name, choice in run.learning_rates.items()]
 
 
 def axis_names(runs: Mapping[str, Steps]) -> dict[str, str]:
-    """What the reader can choose to see curves against; empty where there is no choice."""
+    """Return the axes that the page offers for the curves; empty where there is no choice."""
     axes = axes_of(runs)
     return {axis: AXES[axis] for axis in axes} if len(axes) > 1 else {}
