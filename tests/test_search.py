@@ -29,7 +29,7 @@ from slimqwen.recipe import (
     Target,
 )
 from slimqwen.recipe.file import load_recipe
-from slimqwen.runs import stages as work
+from slimqwen.search import gauge
 from slimqwen.search.gauge import Gauge
 from slimqwen.search.result import SearchResult, tables
 from slimqwen.search.search import search
@@ -203,17 +203,16 @@ def test_nothing_is_measured_twice(
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "thesis.txt").write_text("the user's")
     cut: list[Target] = []
-    original = work.cut
+    original = gauge.cut
 
-    def cut_unless_interrupted(*arguments: Any) -> tuple[Path, Path]:
-        target = arguments[4]
+    def cut_unless_interrupted(*arguments: Any, target: Target, **options: Any) -> tuple[Path, Path]:
         if len(cut) == 3 and target not in cut:
             cut.append(target)
             raise KeyboardInterrupt
         cut.append(target)
-        return original(*arguments)
+        return original(*arguments, target=target, **options)
 
-    monkeypatch.setattr(work, "cut", cut_unless_interrupted)
+    monkeypatch.setattr(gauge, "cut", cut_unless_interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_search(world, tmp_path)
     assert not (tmp_path / "search.json").exists()

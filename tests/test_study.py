@@ -15,8 +15,11 @@ from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.families.count import count
 from slimqwen.recipe import PruningRecipe, Recipe, Target
 from slimqwen.runs.checks import stages_of
+from slimqwen.runs.execution import Execution
 from slimqwen.runs.recipe_run import run
-from slimqwen.runs.store import Workshop
+from slimqwen.runs.schedule import Made, follow_schedule
+from slimqwen.runs.stages import Tokenizing
+from slimqwen.runs.store import ContentStore
 from slimqwen.shapes.target import target_config
 from slimqwen.study.catalogue import STUDIES
 from slimqwen.study.catalogue.definition import at_both_rates, at_the_better_rate, lower_at_the_better_rate
@@ -152,12 +155,19 @@ def test_a_study_trains_what_a_run_trains(recipe: Recipe, tmp_path: Path, optimi
             "distil": recipe.distil.model_copy(update={"optimizer_state": optimizer_state, "teacher": teacher}),
         }
     )
-    made = Workshop(tmp_path / "study", "slimqwen study").build(published, trains=True)
+
+    def made_again() -> Made:
+        source = Checkpoint(checkpoint_folder(published.teacher))
+        store = ContentStore(tmp_path / "study", "slimqwen study", Execution.of(published))
+        tokens = store.get(Tokenizing(published.data, source.folder))
+        return follow_schedule(published, stages_of(published, source), store, tokens=tokens)
+
+    made = made_again()
     assert made.trained is not None
     assert fingerprint(made.trained) == fingerprint(run(published) / "stage-2" / "distilled")
     states = [state for state in (tmp_path / "study").rglob(".distilled.state") if any(state.glob("step-*"))]
     assert len(states) == (optimizer_state == "carry")  # of the first stage: another cut of it may need them
-    assert Workshop(tmp_path / "study", "slimqwen study").build(published, trains=True) == made
+    assert made_again() == made
 
 
 def test_moments_are_not_carried_over_a_rotation(recipe: Recipe, tmp_path: Path) -> None:

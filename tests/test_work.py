@@ -12,10 +12,13 @@ from slimqwen.core.errors import UserError
 from slimqwen.data.tokenize import tokenize
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import PruningRecipe, Recipe, Source, Target
-from slimqwen.runs import stages as work
 from slimqwen.runs.checks import check
+from slimqwen.runs.execution import Execution
 from slimqwen.runs.recipe_run import STAGE_OUTPUTS
-from slimqwen.runs.stages import Work
+from slimqwen.runs.schedule import cut
+from slimqwen.runs.stage import Stage
+from slimqwen.runs.stages import Calibrating, calibration_sources
+from slimqwen.runs.store import ScratchStore
 
 
 def recipe(folder: Path, **sections: Any) -> Recipe:
@@ -42,23 +45,28 @@ def teacher(tmp_path: Path) -> tuple[Path, Path]:
     return write_tiny_checkpoint(tmp_path / "teacher", tokenizer=tokenizer), tokens
 
 
+class Recording(ScratchStore):
+    """A folder, and the names of what was made in it."""
+
+    def __init__(self, folder: Path, execution: Execution) -> None:
+        super().__init__(folder, execution)
+        self.made: list[str] = []
+
+    def get(self, stage: Stage) -> Path:
+        self.made.append(stage.file)
+        return super().get(stage)
+
+
 def steps_of_a_cut(folder: Path, teacher: tuple[Path, Path], target: Target, **sections: Any) -> list[str]:
-    """The names of what `work.cut` makes, in order."""
+    """Return the names of what `cut` makes, in order."""
     checkpoint, tokens = teacher
-    made_names: list[str] = []
-    wanted = recipe(folder, **sections)
-
-    def made(name: str, step: Work) -> Path:
-        made_names.append(name)
-        step.make(folder / name, name)
-        return folder / name
-
-    statistics = folder / "statistics.safetensors"
-    work.calibrated(wanted, checkpoint, tokens, wanted.pruning).make(statistics, "calibrate")
-    last, plan_file = work.cut(wanted, checkpoint, statistics, tokens, target, wanted.pruning, made)
-    assert set(made_names) <= set(STAGE_OUTPUTS)  # places that a run looks at before any work
-    assert last == folder / made_names[-1] and Plan.load(plan_file).target.num_hidden_layers is not None
-    return made_names
+    wanted, store = recipe(folder, **sections), Recording(folder, Execution.of(recipe(folder)))
+    statistics = store.get(Calibrating(wanted, checkpoint, tokens))
+    store.made.clear()
+    last, plan_file = cut(wanted, checkpoint, statistics, store, tokens=tokens, target=target)
+    assert set(store.made) <= set(STAGE_OUTPUTS)  # places that a run looks at before any work
+    assert last == folder / store.made[-1] and Plan.load(plan_file).target.num_hidden_layers is not None
+    return store.made
 
 
 def test_a_cut_of_channels_alone_is_not_refitted(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
@@ -117,14 +125,14 @@ def test_a_mixture_is_calibrated_on_source_by_source(tmp_path: Path, teacher: tu
     mixed = tmp_path / "mixed"
     tokenize(sources, checkpoint, mixed, heldout_fraction=0.3)
     mixture = recipe(tmp_path, data={"sources": sources, "sequence_length": 16})
-    assert work.calibration_sources(mixture, mixed) == {"code": mixed / "code", "prose": mixed / "prose"}
+    assert calibration_sources(mixture, mixed) == {"code": mixed / "code", "prose": mixed / "prose"}
     out = tmp_path / "statistics.safetensors"
-    work.calibrated(mixture, checkpoint, mixed, mixture.pruning).make(out, "calibrate")
+    Calibrating(mixture, checkpoint, mixed).make(out, Execution.of(mixture), "calibrate")
     assert Statistics.load(out).sources == {"code": 48, "prose": 48}
 
-    assert list(work.calibration_sources(mixture, tokens).values()) == [tokens]  # no mixture
+    assert list(calibration_sources(mixture, tokens).values()) == [tokens]  # no mixture
     own = recipe(tmp_path, calibration={"sources": {"wiki": tokens}})
-    assert work.calibration_sources(own, mixed) == {"wiki": tokens}
+    assert calibration_sources(own, mixed) == {"wiki": tokens}
     weighted = recipe(
         tmp_path, data={"sources": sources, "sequence_length": 16}, pruning={"source_weights": {"code": 1, "prose": 2}}
     )

@@ -1,5 +1,6 @@
 """Before a run: what would stop it hours later is found now, and what was derived from the recipe is said."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,16 @@ from slimqwen.training.trainer import Span
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One cut and the steps that follow it."""
+class ScheduleStage:
+    """One cut of a schedule and the training steps that follow it.
+
+    folder: what a run calls the folder of its artefacts; "" for the run's own.
+    """
 
     number: int
     target: Target
     span: Span
+    folder: str
 
 
 def check(recipe: Recipe, source: Checkpoint) -> None:
@@ -119,7 +124,7 @@ def announce_text(tokens: Path, recipe: Recipe, total_steps: int) -> None:
         warn(note)
 
 
-def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
+def stages_of(recipe: Recipe, source: Checkpoint) -> list[ScheduleStage]:
     """The stages of a recipe's schedule, with their shapes and steps. Raises UserError for what cannot be cut."""
     config = source.config
     if recipe.stages is not None:
@@ -151,9 +156,15 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[Stage]:
     for number, (target, steps) in enumerate(zip(targets, stage_steps(fractions, total), strict=True), start=1):
         after = target_config(source.family, config, target)
         check_experts(recipe, after["hidden_size"], after["moe_intermediate_size"], f"after stage {number}")
-        stages.append(Stage(number, target, Span(done, done + steps, total)))
+        stages.append(ScheduleStage(number, target, Span(done, done + steps, total), f"stage-{number}"))
         done += steps
     return stages
+
+
+def in_one_stage(stages: Sequence[ScheduleStage], folder: str) -> list[ScheduleStage]:
+    """Return the schedule that reaches the last stage's shape at once, with all the steps; its artefacts lie in `folder`."""
+    last = stages[-1]
+    return [ScheduleStage(1, last.target, Span(0, last.span.total_steps, last.span.total_steps), folder)]
 
 
 def check_depth(source: Checkpoint, targets: list[Target]) -> None:
@@ -167,7 +178,7 @@ def check_depth(source: Checkpoint, targets: list[Target]) -> None:
         )
 
 
-def announce(recipe: Recipe, source: Checkpoint, stages: list[Stage]) -> None:
+def announce(recipe: Recipe, source: Checkpoint, stages: list[ScheduleStage]) -> None:
     """Say what was derived from the recipe before hours are spent on it."""
     family, config = source.family, source.config
     before = count(family, config)

@@ -1,26 +1,33 @@
 """`pretrain`: a small teacher from text alone, by the same trainer with the terms lm and mtp_lm."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from slimqwen.artifacts import alone_in, atomic_folder, fingerprint
+from slimqwen.artifacts import alone_in, atomic_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
 from slimqwen.data.division import divide
 from slimqwen.data.identity import text_contents
 from slimqwen.data.sources import check_sources, describe, documents, is_mixture
-from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT, tokenize
+from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT
 from slimqwen.data.tokenizer import train_tokenizer
 from slimqwen.families import Config, family_of
 from slimqwen.model.device import resolve_device
-from slimqwen.model.model import initialise, load, save
+from slimqwen.model.model import load, save
 from slimqwen.recipe import DataRecipe, PretrainRecipe
+from slimqwen.runs.execution import Execution, method_of
 from slimqwen.runs.places import check_apart, text_of
 from slimqwen.runs.record import Steps
-from slimqwen.training.distil import distil, remove_state
+from slimqwen.runs.stage import Stage
+from slimqwen.runs.stages import Tokenizing
+from slimqwen.runs.store import RunStore
+from slimqwen.runs.training_stages import Initialising
+from slimqwen.training.distil import distil, state_folder_of
 
 
 def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path:
@@ -34,80 +41,123 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
     vocab_size = family.sizes(config)[family.vocab]
     check_sources(data.sources, data.heldout_sources)
     check_apart("run_dir", run_dir, text_of(data))
-    resolve_device(recipe.execution.device)
+    resolve_device(recipe.device)
 
     with alone_in(run_dir):
         return _pretrain(recipe, config, vocab_size, command)
 
 
 def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: str) -> Path:
-    run_dir, data, training = recipe.run_dir, recipe.data, recipe.training
+    run_dir, data = recipe.run_dir, recipe.data
     steps = Steps(run_dir, command)
-    tokenizer, tokens, initial, trained, final = outputs = [
-        run_dir / name for name in ("tokenizer", "tokens", "initial", "trained", "final")
-    ]
-    steps.check(outputs)
+    stages = (TokenizerTraining, Tokenizing, Initialising, Pretraining, Rounding)
+    steps.check(run_dir / stage.file for stage in stages)
     steps.begin(recipe)
-    text = {
-        "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
-        "text": text_contents(data),
-        "documents": recipe.tokenizer_documents,
-    }
-    steps.step(
-        "tokenizer",
-        tokenizer,
-        {**text, "vocab_size": vocab_size},
-        lambda: train_tokenizer(islice(training_texts(data), recipe.tokenizer_documents), vocab_size, tokenizer),
-    )
-    steps.step(
-        "tokens",
-        tokens,
-        {**text, "tokenizer": companions_fingerprint(tokenizer)},
-        lambda: tokenize(
-            data.sources,
-            tokenizer,
-            tokens,
-            heldout_sources=data.heldout_sources,
-            heldout_fraction=data.heldout_fraction,
-            separator=data.separator,
-            execution=recipe.execution,
-        ),
-    )
-    steps.step(
-        "initial",
-        initial,
-        {"config": config, "seed": recipe.seed, "tokenizer": companions_fingerprint(tokenizer)},
-        lambda: write_initial(config, recipe.seed, initial, companions=tokenizer),
-    )
-    steps.step(
-        "trained",
-        trained,
-        {
-            "initial": Checkpoint(initial).fingerprint(),
-            "tokens": fingerprint(tokens),
-            "training": training.model_dump(mode="json"),
-            "sequence_length": data.sequence_length,
-            "documents": data.documents,
-            "seed": recipe.seed,
-        },
-        lambda: distil(
-            initial,
-            trained,
-            tokens=tokens,
-            recipe=training,
-            sequence_length=data.sequence_length,
-            documents=data.documents,
-            seed=recipe.seed,
-            execution=recipe.execution,
-            run=recipe.name,
-            title=recipe.name,
+    store = RunStore.of(steps, Execution.of(recipe))
+    tokenizer = store.get(TokenizerTraining(data, recipe.tokenizer_documents, vocab_size))
+    tokens = store.get(Tokenizing(data, tokenizer))
+    initial = store.get(InitialisingWithTokenizer(config, recipe.seed, tokenizer))
+    trained = store.get(Pretraining(recipe, initial, tokens))
+    return store.get(Rounding(trained, recipe.dtype))
+
+
+@dataclass(frozen=True)
+class TokenizerTraining(Stage):
+    """The tokenizer that the first documents of the training text give."""
+
+    data: DataRecipe
+    documents: int
+    vocab_size: int
+
+    file = "tokenizer"
+    revision = 1
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        return {"text": text_contents(self.data)}
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        data = self.data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT)
+        return {"data": data, "documents": self.documents, "vocab_size": self.vocab_size}
+
+    def make(self, out: Path, execution: Execution, title: str) -> None:
+        train_tokenizer(islice(training_texts(self.data), self.documents), self.vocab_size, out)
+
+
+@dataclass(frozen=True)
+class InitialisingWithTokenizer(Initialising):
+    """Random weights beside the tokenizer that was trained, which the result gets from here."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        return {"tokenizer": companions_fingerprint(self.companions)}
+
+
+@dataclass(frozen=True)
+class Pretraining(Stage):
+    """The training from random weights, without a teacher."""
+
+    recipe: PretrainRecipe
+    initial: Path
+    tokens: Path
+
+    file = "trained"
+    revision = 1
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        return {"initial": self.initial, "tokens": self.tokens}
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        return {"training": method_of(self.recipe.training), **self._settings}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        data = self.recipe.data
+        return {"sequence_length": data.sequence_length, "documents": data.documents, "seed": self.recipe.seed}
+
+    def make(self, out: Path, execution: Execution, title: str) -> None:
+        distil(
+            self.initial,
+            out,
+            tokens=self.tokens,
+            recipe=self.recipe.training,
+            device=execution.device,
+            run=self.recipe.name,
+            title=self.recipe.name,
             keep_state=True,
-        ),
-    )
-    remove_state(trained)
-    dtype = getattr(torch, recipe.dtype)
-    inputs = {"trained": Checkpoint(trained).fingerprint(), "dtype": recipe.dtype}
-    return steps.step("final", final, inputs, lambda: write_rounded(trained, final, dtype))
+            **self._settings,
+        )
+
+    def scratch_of(self, out: Path) -> Sequence[Path]:
+        return [state_folder_of(out)]
+
+
+@dataclass(frozen=True)
+class Rounding(Stage):
+    """The trained checkpoint with its weights in `dtype`."""
+
+    trained: Path
+    dtype: str
+
+    file = "final"
+    revision = 1
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        return {"trained": self.trained}
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        return {"dtype": self.dtype}
+
+    def make(self, out: Path, execution: Execution, title: str) -> None:
+        source = Checkpoint(self.trained)
+        with atomic_folder(out) as folder:
+            save(load(self.trained), folder, None, source.config, dtype=getattr(torch, self.dtype))
+            copy_companions(self.trained, folder)
 
 
 def training_texts(data: DataRecipe) -> Iterator[str]:
@@ -120,24 +170,3 @@ def training_texts(data: DataRecipe) -> Iterator[str]:
         else:
             whose = ", ".join(map(describe, sources))
             yield from (d.text for d, heldout in divide(found, data.heldout_fraction, whose) if not heldout)
-
-
-def write_initial(config: Config, seed: int, out: Path, *, companions: Path) -> Path:
-    """A checkpoint of randomly initialised float32 weights: where pretraining and the random baseline start.
-
-    The tokenizer and generation config come from the folder `companions`.
-    """
-    model = initialise(config, seed)
-    with atomic_folder(out) as folder:
-        save(model, folder, None, config, dtype=model.head.dtype)
-        copy_companions(companions, folder)
-    return out
-
-
-def write_rounded(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
-    """The same checkpoint with its weights in `dtype`."""
-    source = Checkpoint(checkpoint)
-    with atomic_folder(out) as folder:
-        save(load(checkpoint), folder, None, source.config, dtype=dtype)
-        copy_companions(checkpoint, folder)
-    return out

@@ -1,13 +1,15 @@
 """`run`: a recipe's stages one after another, each skipped where its result is there already.
 
-Progressive schedules are a loop over calibrate, plan, prune and distil in this file; the stages themselves know
-nothing of one another and meet in the artefacts of the run directory.
+The main run and its baselines follow their schedules by the same loop (`schedule.py`); the stages themselves know nothing of
+one another and meet in the artefacts of the run directory.
 """
 
 import contextlib
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slimqwen.artifacts import (
     alone_in,
@@ -30,20 +32,23 @@ from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.kept import check_kept_folder
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import LossTerm, PruningRecipe, Recipe, Target
+from slimqwen.recipe import PruningRecipe, Recipe
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.parentage import Parentage, parentage_of
 from slimqwen.reporting.report import report
 from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.reporting.titles import MAIN_RUN, TITLES
-from slimqwen.runs import stages as work
-from slimqwen.runs.checks import Stage, announce, announce_text, check, check_heldout, stages_of
+from slimqwen.runs.checks import ScheduleStage, announce, announce_text, check, check_heldout, in_one_stage, stages_of
+from slimqwen.runs.execution import Execution
 from slimqwen.runs.record import Steps
-from slimqwen.runs.stages import Work
+from slimqwen.runs.schedule import follow_schedule
+from slimqwen.runs.stage import Stage
+from slimqwen.runs.stages import Calibrating, Tokenizing
+from slimqwen.runs.store import RunStore
+from slimqwen.runs.training_stages import Evaluating
 from slimqwen.serving.check import check_checkpoint
 from slimqwen.training.distil import remove_state
 from slimqwen.training.metrics import forget_stages_after
-from slimqwen.training.trainer import Span
 
 # What lies in the run directory, and in the folder of a stage or of a baseline.
 OUTPUTS = ("tokens", "teacher_cache", "evaluation.json", "final", "report.html")
@@ -82,29 +87,9 @@ def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
         pipeline.read_what_is_optional()
     pipeline.forget_other_schedules()
     tokens = pipeline.tokens()
-    if recipe.distil.is_taught and recipe.distil.teacher == "cache":
-        pipeline.teacher_cache(tokens)
-    models = {"teacher": pipeline.teacher}
-    ours, papers = recipe.pruning, recipe.pruning.as_published()
-    unhealed = ours.model_copy(update={"healing": None})  # which is training, by a teacher
-    models[MAIN_RUN] = (
-        pipeline.initialised() if recipe.init == "random" else pipeline.progressive(MAIN_RUN, ours, recipe.distil.terms)
-    )
-    for baseline in recipe.baselines:
-        match baseline:
-            case "pruned":
-                models[baseline] = pipeline.one_shot("one_shot", unhealed)
-            case "paper_pruned":
-                models[baseline] = pipeline.one_shot("paper/one_shot", papers)
-            case "paper":
-                models[baseline] = pipeline.progressive(baseline, papers, recipe.distil.terms)
-            case "random_init":
-                models[baseline] = pipeline.random_init(baseline, pipeline.run_dir / baseline)
-            case "lm_only":
-                models[baseline] = pipeline.progressive(baseline, unhealed, ["lm", "mtp_lm"])
-    order = ("teacher", "paper_pruned", "pruned", "random_init", "lm_only", "paper", MAIN_RUN)
-    evaluation = pipeline.evaluation({name: models[name] for name in order if name in models}, tokens)
-    pipeline.final(models[MAIN_RUN], evaluation)
+    models = pipeline.models(tokens)
+    evaluated = pipeline.store.get(Evaluating(recipe, models, tokens))
+    pipeline.final(models[MAIN_RUN], tokens, Evaluation.load(evaluated))
     report(pipeline.run_dir)
     return pipeline.run_dir
 
@@ -121,6 +106,7 @@ class Pipeline:
         check(recipe, self.source)
         self.stages = stages_of(recipe, self.source)
         self.steps = Steps(recipe.run_dir, command)
+        self.store = RunStore.of(self.steps, Execution.of(recipe))
         self.parentage = Parentage()
         self.benchmarks: Benchmarks | None = None
 
@@ -175,166 +161,97 @@ class Pipeline:
                     remove_ours(made.with_name(basis.file))
         self.steps.forget(record)
 
-    def made(self, name: str, out: Path, step: Work) -> Path:
-        """`out`, made unless it is there; `name` is what people read."""
-        return self.steps.step(name, out, step.made_from, lambda: step.make(out, name))
-
     def tokens(self) -> Path:
-        tokens = self.made("tokens", self.run_dir / "tokens", work.tokenized(self.recipe))
+        """Return the token ids of the text. Raises UserError where there is too little of it, and warns where it is reread."""
+        tokens = self.store.get(Tokenizing(self.recipe.data, self.teacher))
         check_heldout(tokens, self.recipe)
         with self.steps.warned("text", fingerprint_value(self.recipe.model_dump(mode="json"))):
             announce_text(tokens, self.recipe, self.stages[-1].span.total_steps)
         return tokens
 
-    def teacher_cache(self, tokens: Path) -> Path:
-        total_steps = self.stages[-1].span.total_steps
-        step = work.teacher_cached(self.recipe, self.teacher, tokens, total_steps)
-        return self.made("teacher_cache", self.run_dir / "teacher_cache", step)
+    def models(self, tokens: Path) -> dict[str, Path]:
+        """Make the main run and its baselines, and return the teacher and all of them, in the order of the tables.
 
-    def calibrated(self, folder: Path, checkpoint: Path, pruning: PruningRecipe) -> Path:
-        name = f"{self.label(folder)}/statistics"
-        step = work.calibrated(self.recipe, checkpoint, self.run_dir / "tokens", pruning)
-        return self.made(name, folder / "statistics.safetensors", step)
-
-    def teacher_statistics(self) -> Path:
-        """Of the teacher, for the first cut of the run and of its baselines."""
-        return self.calibrated(self.run_dir / "stage-1", self.teacher, self.recipe.pruning)
-
-    def cut(self, checkpoint: Path, folder: Path, statistics: Path, target: Target, pruning: PruningRecipe) -> Path:
-        """plan.json and pruned/ in `folder`, repaired/ and healed/ where the recipe asks for them. Returns the last of them."""
-        name, tokens = self.label(folder), self.run_dir / "tokens"
-
-        def made(file: str, step: Work) -> Path:
-            return self.made(f"{name}/{Path(file).stem}", folder / file, step)
-
-        return work.cut(self.recipe, checkpoint, statistics, tokens, target, pruning, made)[0]
-
-    def distilled(
-        self,
-        folder: Path,
-        student: Path,
-        run: str,
-        stage: Stage,
-        terms: list[LossTerm],
-        *,
-        carry_from: Path | None = None,
-        keep_state: bool = False,
-    ) -> Path:
-        """carry_from: the checkpoint that `student` was cut from, whose kept state gives the optimiser its moments."""
-        settings = self.recipe.distil.model_copy(update={"terms": terms})
-        out, moments = folder / "distilled", folder / "moments"
-
-        def carried(step: Work) -> Path:
-            assert carry_from is not None
-            self.made(self.label(moments), moments, step)
-            remove_state(carry_from)  # three times the model
-            return moments
-
-        step = work.distilled(
-            self.recipe,
-            settings,
-            student,
-            teacher=self.teacher,
-            tokens=self.run_dir / "tokens",
-            stage=stage,
-            run=run,
-            metrics=self.run_dir / "metrics.jsonl",
-            teacher_cache=self.run_dir / "teacher_cache" if settings.teacher == "cache" else None,
-            carried=None if carry_from is None else work.carried(carry_from, student.parent / "plan.json"),
-            find=carried,
-        )
-        self.made(self.label(out), out, step)
-        if carry_from is not None:
-            remove_state(carry_from)
-            remove_ours(moments)
-        if not keep_state:
-            remove_state(out)
-        return out
-
-    def label(self, path: Path) -> str:
-        """What people read of a path of this run."""
-        return path.relative_to(self.run_dir).as_posix()
-
-    def progressive(self, run: str, pruning: PruningRecipe, terms: list[LossTerm]) -> Path:
-        """The schedule: measure, plan, cut and train, stage after stage. Returns the last trained checkpoint.
-
-        What a baseline has in common with the main run it shares: the teacher's statistics, and where its criteria are
-        the same the first cut.
+        A baseline is a variation of the recipe by the same schedule. What it has in common with the main run is made
+        once: the teacher's statistics, and where the criteria are the same the first cut.
         """
-        folder = self.run_dir if run == MAIN_RUN else self.run_dir / run
-        checkpoint = self.teacher
-        carries = self.recipe.distil.optimizer_state == "carry"
-        for stage in self.stages:
-            own = folder / f"stage-{stage.number}"
-            if stage.number == 1:
-                cut = self.run_dir / "stage-1" if pruning == self.recipe.pruning else own
-                statistics = self.teacher_statistics()
-            else:
-                cut = own
-                statistics = self.calibrated(cut, checkpoint, pruning)
-            checkpoint = self.distilled(
-                own,
-                self.cut(checkpoint, cut, statistics, stage.target, pruning),
-                run,
-                stage,
-                terms,
-                carry_from=checkpoint if carries and stage.number > 1 else None,
-                keep_state=carries and stage is not self.stages[-1],
-            )
-        return checkpoint
+        recipe, statistics = self.recipe, None
+        if recipe.init == "pruned" or {"pruned", "paper_pruned", "paper", "lm_only"} & set(recipe.baselines):
+            statistics = self.store.within("stage-1").get(Calibrating(recipe, self.teacher, tokens))
 
-    def one_shot(self, name: str, pruning: PruningRecipe) -> Path:
-        """The final shape in one cut of the teacher, without any training."""
-        target = self.stages[-1].target
-        return self.cut(self.teacher, self.run_dir / name, self.teacher_statistics(), target, pruning)
+        def made(variant: Recipe, stages: list[ScheduleStage], folder: str = "", **options: Any) -> Path:
+            store = self.store.within(folder)
+            return follow_schedule(variant, stages, store, tokens=tokens, statistics=statistics, **options).last
 
-    def initialised(self) -> Path:
-        """`init: random`: the main run from random weights."""
-        return self.random_init(MAIN_RUN, self.run_dir / "stage-1")
+        random = recipe.model_copy(update={"init": "random"})
+        unhealed = with_pruning(recipe, recipe.pruning.model_copy(update={"healing": None}))  # which is training
+        published = with_pruning(recipe, recipe.pruning.as_published())
+        untaught = unhealed.model_copy(update={"distil": recipe.distil.model_copy(update={"terms": ["lm", "mtp_lm"]})})
+        at_once, itself = in_one_stage(self.stages, "one_shot"), in_one_stage(self.stages, "")
+        models = {"teacher": self.teacher, MAIN_RUN: made(recipe, self.stages)}
+        for baseline in recipe.baselines:
+            match baseline:
+                case "pruned":
+                    models[baseline] = made(unhealed, at_once, trains=False)
+                case "paper_pruned":
+                    models[baseline] = made(published, at_once, "paper", trains=False)
+                case "paper":
+                    models[baseline] = made(published, self.stages, baseline, run=baseline)
+                case "random_init":
+                    models[baseline] = made(random, itself, baseline, run=baseline)
+                case "lm_only":
+                    models[baseline] = made(untaught, self.stages, baseline, run=baseline)
+        order = ("teacher", "paper_pruned", "pruned", "random_init", "lm_only", "paper", MAIN_RUN)
+        return {name: models[name] for name in order if name in models}
 
-    def random_init(self, run: str, folder: Path) -> Path:
-        """The final shape from random weights, trained on all the tokens at once."""
-        target, total = self.stages[-1].target, self.stages[-1].span.total_steps
-        step = work.initialised(self.recipe, self.source, target)
-        initial = self.made(self.label(folder / "initial"), folder / "initial", step)
-        return self.distilled(folder, initial, run, Stage(1, target, Span(0, total, total)), self.recipe.distil.terms)
-
-    def evaluation(self, models: Mapping[str, Path], tokens: Path) -> Evaluation:
-        out = self.run_dir / "evaluation.json"
-        self.made("evaluation", out, work.evaluated(self.recipe, models, tokens))
-        return Evaluation.load(out)
-
-    def final(self, trained: Path, evaluation: Evaluation) -> Path:
-        """`final/`: the trained checkpoint with its model card, and the teacher's companions as they are now.
-
-        No step before knows the companions: a chat template that is mended costs no training.
-        """
-        checkpoint = Checkpoint(trained)
+    def final(self, trained: Path, tokens: Path, evaluation: Evaluation) -> Path:
+        """Make `final/`: the trained checkpoint with its model card, and the teacher's companions as they are now."""
         made_from = {
             "teacher": self.source.fingerprint(),
-            "tokens": fingerprint(self.run_dir / "tokens"),
-            "trained checkpoint": checkpoint.fingerprint(),
+            "tokens": fingerprint(tokens),
+            "trained checkpoint": Checkpoint(trained).fingerprint(),
         }
         benchmarks = None if self.benchmarks is None else self.benchmarks.with_own(trained, MAIN_RUN)
         rates = {name: rate for name, rate in read_learning_rates(self.run_dir).items() if name.startswith("stage-")}
         card = model_card(self.recipe, self.parentage, evaluation, self.command, made_from, benchmarks, rates)
-        out = self.run_dir / "final"
+        return self.store.get(Finishing(trained, self.teacher, card))
 
-        def assemble() -> None:
-            with atomic_folder(out) as folder:
-                for file in checkpoint.model_files:
-                    shutil.copyfile(file, folder / file.name)
-                copy_companions(self.teacher, folder)
-                write_text(folder / "README.md", card)
-            for warning in check_checkpoint(out).warnings:
-                warn(f"warning: {warning}")
 
-        inputs = {
-            "trained": checkpoint.fingerprint(),
-            "companions": companions_fingerprint(self.teacher),
-            "card": card,
-        }
-        return self.steps.step("final", out, inputs, assemble)
+def with_pruning(recipe: Recipe, pruning: PruningRecipe) -> Recipe:
+    """Return the recipe with other criteria."""
+    return recipe.model_copy(update={"pruning": pruning})
+
+
+@dataclass(frozen=True)
+class Finishing(Stage):
+    """The result of a run: the trained checkpoint, the model card, the companions of the teacher in `teacher`.
+
+    No stage before knows the companions: a chat template that is mended costs no training.
+    """
+
+    trained: Path
+    teacher: Path
+    card: str
+
+    file = "final"
+    revision = 1
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        return {"trained": self.trained, "companions": companions_fingerprint(self.teacher)}
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        return {"card": self.card}
+
+    def make(self, out: Path, execution: Execution, title: str) -> None:
+        with atomic_folder(out) as folder:
+            for file in Checkpoint(self.trained).model_files:
+                shutil.copyfile(file, folder / file.name)
+            copy_companions(self.teacher, folder)
+            write_text(folder / "README.md", self.card)
+        for warning in check_checkpoint(out).warnings:
+            warn(f"warning: {warning}")
 
 
 def summary(run_dir: Path, seconds: float) -> str:

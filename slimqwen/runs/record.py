@@ -62,10 +62,13 @@ class Steps:
         }
         write_json(self.run_dir / "provenance.json", provenance)
 
-    def step(self, name: str, output: Path, inputs: Mapping[str, Any], action: Callable[[], object]) -> Path:
-        """Do `action`, which makes `output`, unless the same inputs made it before and it is still what they made."""
+    def step(self, name: str, output: Path, identity: Mapping[str, Any], action: Callable[[], object]) -> Path:
+        """Do `action`, which makes `output`, unless it was made before and is still what was made.
+
+        identity: all that `output` depends on, as JSON, the revision of the code that makes it among it.
+        """
         file = self._file_of(name)
-        key = fingerprint_value({"version": version("slimqwen"), **inputs})
+        key = fingerprint_value(identity)
         tidy(file)
         record = StepRecord.read(file)
         if record is not None and record.key == key and output.exists() and record.output == fingerprint(output):

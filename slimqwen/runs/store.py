@@ -1,57 +1,84 @@
-"""The artefacts of many recipes in one folder, each named by the content it is made from: nothing is made twice.
+"""Where artefacts lie: a run's by the stage of its schedule, a study's by their content, a search's only while they are measured."""
 
-Two variations of a recipe that begin alike (the same statistics, the same first stage) find each other's work, within
-a study and between studies; an interrupted study continues where it was.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from slimqwen.artifacts import alone, fingerprint, fingerprint_value, write_json
-from slimqwen.builtin import checkpoint_folder
+from slimqwen.artifacts import alone, claim_folder, discard, fingerprint_value, remove_ours, write_json
 from slimqwen.checkpoint.config import read_json
-from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
-from slimqwen.evaluation.acceptance import heldout_prompts
-from slimqwen.evaluation.evaluate import Examination
-from slimqwen.evaluation.result import ModelEvaluation
-from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.model.device import resolve_device, resolve_dtype
-from slimqwen.model.model import load
 from slimqwen.recipe import Recipe
-from slimqwen.runs import stages as work
-from slimqwen.runs.checks import stages_of
+from slimqwen.runs.execution import Execution
 from slimqwen.runs.record import Steps
-from slimqwen.runs.stages import Work
-from slimqwen.training.distil import remove_state
+from slimqwen.runs.stage import Stage
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a recipe led to.
+class RunStore:
+    """The artefacts of one run, below `steps.run_dir`, those of this object in `folder`.
 
-    start: the final shape before any training; None where it was reached in several stages.
-    trained: after the last stage. metrics: one metrics.jsonl per stage.
+    What is made from the same by the same method is made once: where a baseline begins as the main run does, its stages
+    are found in the main run's folders (`found`, by key).
     """
 
-    start: Path | None
-    trained: Path | None
-    metrics: list[Path]
+    steps: Steps
+    execution: Execution
+    folder: Path
+    found: dict[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, steps: Steps, execution: Execution) -> "RunStore":
+        """Return the store of a run's own folder."""
+        return cls(steps, execution, steps.run_dir)
+
+    def within(self, folder: str) -> "RunStore":
+        """Return the store of a folder in this one."""
+        return RunStore(self.steps, self.execution, self.folder / folder, self.found)
+
+    @property
+    def metrics(self) -> Path:
+        """Return the metrics.jsonl of all trainings of the run."""
+        return self.steps.run_dir / "metrics.jsonl"
+
+    def get(self, stage: Stage) -> Path:
+        """Return the artefact, made unless it is there. Inputs that the run needs no longer are removed."""
+        identity = stage.identity()
+        key = fingerprint_value(identity)
+        if key not in self.found:
+            out = self.folder / stage.file
+            name = (self.folder / stage.name).relative_to(self.steps.run_dir).as_posix()
+            self.steps.step(name, out, identity, lambda: stage.make(out, self.execution, name))
+            for path in (*stage.scratch_of(out), *stage.used_up):
+                remove_ours(path)
+            for lazy in stage.lazy:
+                self._remove(lazy.stage)
+            self.found[key] = out
+        return self.found[key]
+
+    def _remove(self, stage: Stage) -> None:
+        """Remove the artefact of a lazy input after its use, and what only it was made from, made in this process or not."""
+        self.found.pop(fingerprint_value(stage.identity()), None)
+        for path in (*stage.used_up, self.folder / stage.file):
+            remove_ours(path)
 
 
-class Workshop:
-    """A folder of artefacts, `KIND/HASH/NAME`; `HASH` is that of everything the artefact is made from."""
+class ContentStore:
+    """Artefacts of many recipes, in `KIND/HASH/NAME`; `HASH` is that of everything the artefact is made from.
 
-    def __init__(self, folder: Path, command: str) -> None:
+    Two variations of a recipe that begin alike (the same statistics, the same first stage) find each other's work, within
+    a study and between studies; an interrupted study continues where it was.
+    """
+
+    metrics = None  # each training has its own
+
+    def __init__(self, folder: Path, command: str, execution: Execution) -> None:
         self.folder = folder
         self.steps = Steps(folder, command)
-        self._tokens: dict[str, Path] = {}  # by what was asked for
+        self.execution = execution
 
     def begin(self, recipe: Recipe) -> None:
         """Note what the folder is for. Raises UserError where it holds numbers of another precision: they do not compare."""
-        device = resolve_device(recipe.execution.device)
+        device = resolve_device(self.execution.device)
         numerics = {
             "format": "slimqwen.numerics/1",
             "device": device.type,
@@ -66,127 +93,46 @@ class Workshop:
         self.steps.begin(recipe)
         write_json(file, numerics)
 
-    def made(self, name: str, step: Work) -> Path:
-        """The artefact `name`, made unless it is there. Of several processes that want it one makes it, and the others wait."""
-        kind = Path(name).stem
-        place = f"{kind}/{fingerprint_value(step.made_from)[:16]}"
-        out = self.folder / place / name
+    def within(self, folder: str) -> "ContentStore":
+        """Return this store: content knows no stage of a schedule."""
+        return self
+
+    def get(self, stage: Stage) -> Path:
+        """Return the artefact, made unless it is there. Of several processes that need it one makes it, and the others wait."""
+        identity = stage.identity()
+        place = f"{stage.name}/{fingerprint_value(identity)[:16]}"
+        out = self.folder / place / stage.file
         with alone(out, wait=True):
-            return self.steps.step(place, out, step.made_from, lambda: step.make(out, kind))
+            self.steps.step(place, out, identity, lambda: stage.make(out, self.execution, stage.name))
+        for path in stage.scratch_of(out):
+            remove_ours(path)
+        return out
 
-    def build(self, recipe: Recipe, *, trains: bool) -> Made:
-        """All the stages of a recipe; `trains` False stops before the training of the first."""
-        teacher = checkpoint_folder(recipe.teacher)
-        source = Checkpoint(teacher)
-        stages = stages_of(recipe, source)
-        carries = recipe.distil.optimizer_state == "carry"
-        tokens = self.tokens(recipe)
-        teacher_cache = None
-        if trains and recipe.distil.is_taught and recipe.distil.teacher == "cache":
-            step = work.teacher_cached(recipe, teacher, tokens, stages[-1].span.total_steps)
-            teacher_cache = self.made("teacher_cache", step)
-        checkpoint, metrics, start = teacher, [], None
-        for stage in stages:
-            moments = None
-            if recipe.init == "random":
-                student = self.made("initial", work.initialised(recipe, source, stage.target))
-            else:
-                statistics = self.statistics(recipe, checkpoint, tokens)
-                student, plan_file = work.cut(
-                    recipe, checkpoint, statistics, tokens, stage.target, recipe.pruning, self.made
-                )
-                if carries and stage.number > 1:
-                    moments = work.carried(checkpoint, plan_file)
-            if len(stages) == 1:
-                start = student
-            if not trains:
-                return Made(start, None, [])
-            step = work.distilled(
-                recipe,
-                recipe.distil,
-                student,
-                teacher=teacher,
-                tokens=tokens,
-                stage=stage,
-                teacher_cache=teacher_cache,
-                carried=moments,
-                find=lambda carried: self.made("moments", carried),
-            )
-            checkpoint = self.trained(step, keep_state=carries and stage is not stages[-1])
-            metrics.append(checkpoint.parent / "metrics.jsonl")
-        return Made(start, checkpoint, metrics)
 
-    def tokens(self, recipe: Recipe) -> Path:
-        """Of the text as it is when it is first asked for: to recognise it means to read of every file."""
-        asked = fingerprint_value([recipe.teacher, recipe.data.model_dump(mode="json")])
-        if asked not in self._tokens:
-            self._tokens[asked] = self.made("tokens", work.tokenized(recipe))
-        return self._tokens[asked]
+class ScratchStore:
+    """Artefacts of one cut at a time, which are of no use when it is measured."""
 
-    def statistics(self, recipe: Recipe, checkpoint: Path, tokens: Path) -> Path:
-        return self.made("statistics.safetensors", work.calibrated(recipe, checkpoint, tokens, recipe.pruning))
+    metrics = None
 
-    def trained(self, step: Work, *, keep_state: bool) -> Path:
-        """The trained checkpoint; its metrics.jsonl lies beside it and, where it is kept, its training state."""
-        trained = self.made("distilled", step)
-        if not keep_state:
-            remove_state(trained)
-        return trained
+    def __init__(self, folder: Path, execution: Execution) -> None:
+        self.folder = folder
+        self.execution = execution
 
-    def evaluated(self, recipe: Recipe, checkpoints: Sequence[Path]) -> list[ModelEvaluation]:
-        """Every checkpoint's numbers on the held-out text, each kept as soon as it is measured."""
-        teacher, tokens = checkpoint_folder(recipe.teacher), self.tokens(recipe)
+    def within(self, folder: str) -> "ScratchStore":
+        """Return this store: a cut has one folder."""
+        return self
 
-        @cache
-        def examination() -> Examination:
-            source = Checkpoint(teacher)
-            return Examination(
-                source,
-                source,
-                tokens=tokens,
-                recipe=recipe.evaluation,
-                sequence_length=recipe.data.sequence_length,
-                documents=recipe.data.documents,
-                execution=recipe.execution,
-                dtype=recipe.dtype,
-                keep=self.folder / "teacher",
-            )
+    def get(self, stage: Stage) -> Path:
+        """Return the artefact, made now."""
+        out = self.folder / stage.file
+        stage.make(out, self.execution, stage.name)
+        return out
 
-        def of(path: Path, number: int) -> ModelEvaluation:
-            def make(out: Path, title: str) -> None:
-                title = f"{title} {number}/{len(checkpoints)}"
-                numbers = examination().of(path.name, Checkpoint(path), title).model_dump(mode="json")
-                write_json(out, {"format": "slimqwen.measured/1", "numbers": numbers})
+    def claim(self) -> None:
+        """Make the folder, or find it as ours. Raises UserError where it is not."""
+        claim_folder(self.folder, None)
 
-            made_from = work.evaluated(recipe, {"teacher": teacher, "model": path}, tokens).made_from
-            measured = self.made("measured.json", Work(made_from, make))
-            return ModelEvaluation.model_validate(read_json(measured)["numbers"])
-
-        return [of(path, number) for number, path in enumerate(checkpoints, start=1)]
-
-    def drafted(self, recipe: Recipe, checkpoints: Sequence[Path]) -> list[dict[str, float]]:
-        """How far each checkpoint's MTP module gets in real speculative decoding of the held-out prompts."""
-        return [self._drafted(recipe, checkpoint) for checkpoint in checkpoints]
-
-    def _drafted(self, recipe: Recipe, checkpoint: Path) -> dict[str, float]:
-        settings, tokens = recipe.evaluation, self.tokens(recipe)
-
-        def make(out: Path, title: str) -> None:
-            device = resolve_device(recipe.execution.device)
-            shares = speculative_acceptance(
-                load(checkpoint, resolve_dtype(recipe.dtype, device), device),
-                heldout_prompts(tokens, settings.acceptance_prompts, settings.acceptance_prompt_tokens).to(device),
-                draft=settings.acceptance_depth,
-                new_tokens=settings.acceptance_new_tokens,
-                title=title,
-            )
-            write_json(out, {"format": "slimqwen.drafts/1"} | shares)
-
-        made_from = {
-            "checkpoint": Checkpoint(checkpoint).fingerprint(),
-            "tokens": fingerprint(tokens),
-            "evaluation": settings.model_dump(mode="json", exclude={"tokens"}),
-            "dtype": recipe.dtype,
-        }
-        shares = read_json(self.made("drafts.json", Work(made_from, make)))
-        return {name: share for name, share in shares.items() if name != "format"}
+    def empty(self) -> None:
+        """Remove what lies in the folder. Raises UserError where it is not ours."""
+        self.claim()
+        discard(self.folder)

@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slimqwen.artifacts import claim_folder, discard, fingerprint, write_json
+from slimqwen.artifacts import write_json
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
@@ -16,12 +18,13 @@ from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, recor
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.model.model import load
 from slimqwen.recipe import Recipe, Target
-from slimqwen.runs import stages as work
-from slimqwen.runs.stages import Work
-from slimqwen.runs.store import Workshop
+from slimqwen.runs.execution import Execution, method_of
+from slimqwen.runs.schedule import cut
+from slimqwen.runs.stage import Stage
+from slimqwen.runs.stages import Calibrating, DepthMeasuring, Healing, Planning, Pruning, Refitting
+from slimqwen.runs.store import ContentStore, ScratchStore
 from slimqwen.shapes.target import completed, shape_of
 
-RESULT = "kl.json"
 SCRATCH = ".cut"  # the checkpoint that is being measured
 
 
@@ -35,15 +38,13 @@ class Gauge:
     def __init__(self, recipe: Recipe, tokens: Path, statistics: Path | None, command: str) -> None:
         self._recipe = recipe
         self._tokens = tokens
-        self._workshop = Workshop(recipe.run_dir, command)
-        self._scratch = self._workshop.folder / SCRATCH
-        claim_folder(
-            self._scratch, None
-        )  # before any work: check that it is ours, and remove what a killed search left there
-        discard(self._scratch)
+        self._execution = Execution.of(recipe)
+        self._store = ContentStore(recipe.run_dir, command, self._execution)
+        self._scratch = ScratchStore(self._store.folder / SCRATCH, self._execution)
+        self._scratch.empty()  # before any work: check that it is ours, and remove what a killed search left
         self._source = Checkpoint(checkpoint_folder(recipe.teacher))
-        self._statistics = statistics or self._workshop.statistics(recipe, self._source.folder, tokens)
-        self._device = resolve_device(recipe.execution.device)
+        self._statistics = statistics or self._store.get(Calibrating(recipe, self._source.folder, tokens))
+        self._device = resolve_device(self._execution.device)
         self._dtype = resolve_dtype(recipe.dtype, self._device)
         self._rows = heldout_rows(tokens, recipe.data.sequence_length, recipe.evaluation.tokens)
         self._done = self._expected = self._measured_now = 0
@@ -58,9 +59,8 @@ class Gauge:
         full = completed(self._source.family, target, self._source.config)
         if full == shape_of(self._source.family, self._source.config):
             return 0.0
-        inputs = self._made_from | {"target": full.model_dump()}
-        measured = self._workshop.made(RESULT, Work(inputs, lambda out, title: self._measure(full, out)))
-        kl = float(read_json(measured)["kl_to_teacher"])
+        measuring = KlMeasuring(self._recipe, self._source.folder, self._statistics, self._tokens, full, self._measure)
+        kl = float(read_json(self._store.get(measuring))["kl_to_teacher"])
         self._done += 1
         self._say(target, kl)
         return kl
@@ -70,46 +70,21 @@ class Gauge:
         about = f", about {duration(left)} left" if self._measured_now else ""
         say(f"search {self._done}/{self._expected}: {in_words(target)}: KL {kl:.4f}{about}")
 
-    def _measure(self, target: Target, out: Path) -> None:
-        claim_folder(self._scratch, None)
+    def _measure(self, target: Target) -> float:
+        """Cut the teacher to `target`, measure what is left, and remove it."""
+        recipe, source, scratch = self._recipe, self._source.folder, self._scratch
+        scratch.claim()
         try:
-            kl = self._cut_and_compare(target, self._scratch)
+            last, _ = cut(recipe, source, self._statistics, scratch, tokens=self._tokens, target=target)
+            kl = float(compare(self._recording(last, "cut model"), self._teacher)["kd"])
         finally:
-            discard(self._scratch)
-        write_json(
-            out, {"format": "slimqwen.kl/1", "target": target.model_dump(exclude_none=True), "kl_to_teacher": kl}
-        )
-        self._measured_now += 1
-
-    def _cut_and_compare(self, target: Target, scratch: Path) -> float:
-        def made(name: str, step: Work) -> Path:
-            step.make(scratch / name, name)
-            return scratch / name
-
-        recipe, source = self._recipe, self._source.folder
-        cut, _ = work.cut(recipe, source, self._statistics, self._tokens, target, recipe.pruning, made)
-        kl = float(compare(self._recording(cut, "cut model"), self._teacher)["kd"])
+            scratch.empty()
         if not math.isfinite(kl):
             raise StageFailed(
                 f"the model cut to {in_words(target)} has no finite KL to the teacher: pin sizes nearer the source's."
             )
+        self._measured_now += 1
         return kl
-
-    @cached_property
-    def _made_from(self) -> dict[str, Any]:
-        recipe = self._recipe
-        inputs: dict[str, Any] = {
-            "teacher": self._source.fingerprint(),
-            "statistics": fingerprint(self._statistics),
-            "tokens": fingerprint(self._tokens),
-            "pruning": recipe.pruning.model_dump(),
-            "measured_tokens": recipe.evaluation.tokens,
-            "sequence_length": recipe.data.sequence_length,
-            "dtype": recipe.dtype,
-        }
-        return inputs | (
-            {"samples": recipe.calibration.samples, "seed": recipe.seed} if recipe.pruning.experts.refit else {}
-        )
 
     @cached_property
     def _teacher(self) -> Recording:
@@ -122,10 +97,47 @@ class Gauge:
             checkpoint.family,
             checkpoint.config,
             self._rows,
-            batch_size=self._recipe.execution.batch_size,
+            batch_size=self._recipe.evaluation.batch_size,
             title=f"measure {title}",
         )
         return recording
+
+
+@dataclass(frozen=True)
+class KlMeasuring(Stage):
+    """The KL to the teacher of what a target leaves; measure: cuts to the target, and returns the KL."""
+
+    recipe: Recipe
+    teacher: Path
+    statistics: Path
+    tokens: Path
+    target: Target
+    measure: Callable[[Target], float]
+
+    file = "kl.json"
+    revision = 1
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        return {"teacher": self.teacher, "statistics": self.statistics, "tokens": self.tokens}
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        recipe = self.recipe
+        return {
+            "target": self.target.model_dump(),
+            "pruning": method_of(recipe.pruning),
+            "calibration": method_of(recipe.calibration),
+            "measured_tokens": recipe.evaluation.tokens,
+            "sequence_length": recipe.data.sequence_length,
+            "seed": recipe.seed,
+            "dtype": recipe.dtype,
+            "revisions": [stage.revision for stage in (DepthMeasuring, Planning, Pruning, Refitting, Healing)],
+        }
+
+    def make(self, out: Path, execution: Execution, title: str) -> None:
+        kl, target = self.measure(self.target), self.target.model_dump(exclude_none=True)
+        write_json(out, {"format": "slimqwen.kl/1", "target": target, "kl_to_teacher": kl})
 
 
 def in_words(target: Target) -> str:

@@ -18,12 +18,16 @@ from slimqwen.data.store import load_manifest
 from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.recipe import Recipe
 from slimqwen.runs.checks import check, check_heldout, stages_of
+from slimqwen.runs.execution import Execution
 from slimqwen.runs.places import check_apart, inputs_of
 from slimqwen.runs.record import device_name, machine
-from slimqwen.runs.store import Made, Workshop
+from slimqwen.runs.schedule import Made, follow_schedule
+from slimqwen.runs.stages import Tokenizing
+from slimqwen.runs.store import ContentStore
 from slimqwen.shapes.target import shape_of
 from slimqwen.study.catalogue import STUDIES
 from slimqwen.study.catalogue.definition import Definition
+from slimqwen.study.measuring import drafted, examined
 from slimqwen.study.page import write_page
 from slimqwen.study.result import Arm, CurvePoint, Run, Study
 from slimqwen.study.variation import Changes, Variation, changed
@@ -63,21 +67,23 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         except UserError as error:
             raise UserError(f"the arm '{arm.name}': {error}") from error
     plans = [(arm, changed(of_arm[arm.name], {"seed": seed})) for seed in all_seeds for arm in definition.arms]
-    workshop = Workshop(recipe.run_dir, command)
-    workshop.begin(recipe)
-    check_heldout(workshop.tokens(recipe), recipe)
+    store = ContentStore(recipe.run_dir, command, Execution.of(recipe))
+    store.begin(recipe)
+    tokens = store.get(Tokenizing(recipe.data, teacher.folder))
+    check_heldout(tokens, recipe)
     made = []
     for number, (arm, varied) in enumerate(plans, start=1):
         passed = time.monotonic() - clock
         left = f", {duration(passed / (number - 1) * (len(plans) - number + 1))} left" if number > 1 else ""
         say(f"study {name}: {arm.title}, seed {varied.seed} ({number} of {len(plans)}{left})")
-        made.append(workshop.build(varied, trains=arm.trains))
+        stages = stages_of(varied, teacher)
+        made.append(follow_schedule(varied, stages, store, tokens=tokens, trains=arm.trains))
 
-    teacher_evaluation, *evaluations = workshop.evaluated(recipe, [teacher.folder, *_checkpoints(made)])
+    teacher_evaluation, *evaluations = examined(recipe, [teacher.folder, *_checkpoints(made)], tokens, store)
     numbers = {path: _numbers(model) for path, model in zip(_checkpoints(made), evaluations, strict=True)}
     if definition.drafts:
         trained = [result.trained for result in made if result.trained is not None]
-        for path, shares in zip(trained, workshop.drafted(recipe, trained), strict=True):
+        for path, shares in zip(trained, drafted(recipe, trained, tokens, store), strict=True):
             numbers[path] |= shares
     sizes = dict(zip(_checkpoints(made), evaluations, strict=True))
     runs = [
@@ -85,7 +91,7 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         for (arm, varied), result in zip(plans, made, strict=True)
     ]
     by_seed = [{run.arm: run for run in runs if run.seed == seed} for seed in all_seeds]
-    manifest = load_manifest(workshop.tokens(recipe))
+    manifest = load_manifest(tokens)
     result = Study(
         name=name,
         title=definition.title,
