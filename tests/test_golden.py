@@ -5,6 +5,7 @@ rounding.py: it was written on one machine and holds on every other. `make golde
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,10 @@ import pytest
 from golden.capture import PLANS, capture
 from golden.compare import WHAT_TO_DO, differences, read, summaries
 from golden.models import MODELS
+from golden.revisions import REVISIONS, STAGES, revision_lines, to_raise
 from golden.summary import Artefact, split_json
+
+from slimqwen.runs.stages import Planning
 
 pytestmark = [pytest.mark.rounding, pytest.mark.slow]
 
@@ -31,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Arte
 
 def test_everything_is_as_golden(made: tuple[Path, dict[str, Artefact]]) -> None:
     said = differences(read(), made[1])
-    assert not said, "\n".join([*said, WHAT_TO_DO])
+    assert not said, "\n".join([*said, WHAT_TO_DO, to_raise(read(), made[1]) or ""])
 
 
 def test_no_choice_is_near_a_tie(made: tuple[Path, dict[str, Artefact]]) -> None:
@@ -93,6 +97,35 @@ def test_a_difference_is_seen_and_told(made: tuple[Path, dict[str, Artefact]]) -
         "tokens is no longer made.",
         "invented is new: golden.json does not have it.",
     ]
+
+
+def test_other_results_need_another_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a plan that changed, and the cut that follows from it."""
+
+    def results(plan: str, cut: str) -> dict[str, Artefact]:
+        lines = {"a/run/one_shot/plan.json": plan, "a/run/one_shot/pruned": cut, "help/prune": plan}
+        return {name: Artefact([line]) for name, line in lines.items()} | {REVISIONS: Artefact(revision_lines())}
+
+    golden = summaries(results("before", "before"))
+    assert to_raise(golden, results("before", "before")) is None
+    said = to_raise(golden, results("after", "after"))
+    assert said is not None and said.startswith(
+        "a/run/one_shot/plan.json: another result by the same revision of Planning"
+    )
+    assert said.endswith("raise Planning.revision in slimqwen.runs.stages.")
+    assert "Pruning" in (to_raise(golden, results("before", "after")) or "")
+    monkeypatch.setattr(Planning, "revision", Planning.revision + 1)
+    assert to_raise(golden, results("after", "after")) is None
+    assert differences(golden, results("before", "before")) != []  # and then golden.json is written anew
+
+
+def test_every_result_in_golden_belongs_to_a_stage() -> None:
+    """But for texts: help, recipes, what a run copies into final/."""
+    texts = r"help/.*|recipe.*|.*/recipe\.resolved\.yaml|.*/final/config\.json|" + REVISIONS
+    results = [name for name in read() if not re.fullmatch(texts, name)]
+    assert len(results) > 30
+    for name in results:
+        assert [stage for stage, pattern in STAGES.items() if re.fullmatch(pattern, name)] != [], name
 
 
 def told(artefacts: Mapping[str, Artefact], name: str, **changes: Any) -> list[str]:

@@ -125,7 +125,7 @@ def announce_text(tokens: Path, recipe: Recipe, total_steps: int) -> None:
 
 
 def stages_of(recipe: Recipe, source: Checkpoint) -> list[ScheduleStage]:
-    """The stages of a recipe's schedule, with their shapes and steps. Raises UserError for what cannot be cut."""
+    """Return the stages of a recipe's schedule, with their shapes and steps. Raises UserError for what cannot be cut."""
     config = source.config
     if recipe.stages is not None:
         targets: list[Target] = []
@@ -206,7 +206,7 @@ def announce(recipe: Recipe, source: Checkpoint, stages: list[ScheduleStage]) ->
 
 
 def notes_of_serving(source: Checkpoint, target: Target) -> list[str]:
-    """A sentence for each engine that would not load the final shape; which layers go, `plan` knows later."""
+    """Return a sentence for each engine that would not load the final shape; which layers go, `plan` decides later."""
     family, config = source.family, source.config
     layers = list(range(size_of(target.num_hidden_layers)))
     cut = target_config(family, config, target, layers)
@@ -218,9 +218,9 @@ def notes_of_serving(source: Checkpoint, target: Target) -> list[str]:
 
 
 def notes_of_calibration(recipe: Recipe) -> list[str]:
-    """A sentence where the weights are refitted by text of one source alone, and what to do about it.
+    """Return a sentence where the weights are refitted by text of one source alone, and what to do about it.
 
-    Not of the built-in teacher, which has read nothing else.
+    None for the built-in teacher, which was trained on nothing else.
     """
     pruning, sources = recipe.pruning, recipe.calibration.sources or recipe.data.sources
     learns = pruning.repair or pruning.experts.refit or pruning.healing is not None

@@ -32,7 +32,7 @@ def check_apart(what: str, folder: Path, inputs: Mapping[str, Iterable[Path]]) -
 
 
 def inputs_of(recipe: Recipe) -> dict[str, list[Path]]:
-    """What a recipe reads."""
+    """Return what a recipe reads."""
     return {
         "the teacher": [checkpoint_folder(recipe.teacher)],
         **text_of(recipe.data),
@@ -41,7 +41,7 @@ def inputs_of(recipe: Recipe) -> dict[str, list[Path]]:
 
 
 def text_of(data: DataRecipe) -> dict[str, list[Path]]:
-    """The text and token ids that are read."""
+    """Return the text and token ids that are read."""
     return {
         "the data source": [path for source in data.sources for path in _paths(source)],
         "the held-out source": [path for source in data.heldout_sources for path in _paths(source)],

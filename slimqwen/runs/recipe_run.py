@@ -67,7 +67,7 @@ STAGE_OUTPUTS = (
 
 
 def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
-    """Everything a recipe asks for, from text and a teacher to `final/`, evaluation.json and report.html.
+    """Make all that a recipe describes, from text and a teacher to `final/`, evaluation.json and report.html.
 
     Every problem that can be known is raised before anything is written. Finished steps are recognised by the content
     of their inputs and outputs and skipped; an interrupted distillation continues from its last saved state. Returns
@@ -111,7 +111,7 @@ class Pipeline:
         self.benchmarks: Benchmarks | None = None
 
     def read_what_is_optional(self) -> None:
-        """What only the model card tells; read before the work, so that what cannot be read costs a warning and no more."""
+        """Read what only the model card shows, before the work: what cannot be read costs a warning and no more."""
         self.parentage = parentage_of(self.teacher)
         file = self.run_dir / "benchmarks.json"
         if file.is_file():
@@ -121,7 +121,7 @@ class Pipeline:
                 warn(f"note: the model card and the report will tell no benchmarks: {error}")
 
     def outputs(self) -> list[Path]:
-        """Every place in the run directory where an artefact of this recipe may come to lie."""
+        """Return every place in the run directory where an artefact of this recipe may come to lie."""
         stages = [f"stage-{stage.number}" for stage in self.stages]
         folders = ["one_shot", "paper/one_shot", "random_init", *stages]
         folders += [f"{baseline}/{stage}" for baseline in ("paper", "lm_only") for stage in stages]
@@ -226,7 +226,7 @@ def with_pruning(recipe: Recipe, pruning: PruningRecipe) -> Recipe:
 class Finishing(Stage):
     """The result of a run: the trained checkpoint, the model card, the companions of the teacher in `teacher`.
 
-    No stage before knows the companions: a chat template that is mended costs no training.
+    No stage before this one depends on the companions: a corrected chat template costs no training.
     """
 
     trained: Path
@@ -255,7 +255,7 @@ class Finishing(Stage):
 
 
 def summary(run_dir: Path, seconds: float) -> str:
-    """Where everything is, for the end of a run."""
+    """Return where everything is, for the end of a run."""
     folder = visible(str(run_dir))
     return (
         f"checkpoint  {folder}/final\n"

@@ -35,8 +35,10 @@ from slimqwen.recipe.file import dump_recipe
 
 
 class Steps:
-    """Bookkeeping of a run directory: `.steps/` (what was made from what), stages.jsonl, warnings.jsonl,
-    provenance.json."""
+    """Bookkeeping of a run directory.
+
+    `.steps/` (what was made from what), stages.jsonl, warnings.jsonl, provenance.json.
+    """
 
     def __init__(self, run_dir: Path, command: str) -> None:
         self.run_dir = run_dir
@@ -45,7 +47,7 @@ class Steps:
         self._has_compared = False
 
     def begin(self, recipe: Section) -> None:
-        """The run directory, its resolved recipe and where it came from."""
+        """Make the run directory, and note in it the resolved recipe and where it came from."""
         for name in ("warnings.jsonl", "metrics.jsonl"):  # the others are written anew
             tidy(self.run_dir / name)
         dump_recipe(recipe, self.run_dir / "recipe.resolved.yaml")
@@ -98,7 +100,7 @@ class Steps:
         return records_in(self.run_dir)
 
     def is_unchanged(self, record: StepRecord) -> bool:
-        """Whether what a step made is there, and as it made it."""
+        """Return whether what a step made is there, and as it made it."""
         output = self.run_dir / record.made
         return output.exists() and fingerprint(output) == record.output
 
@@ -115,7 +117,7 @@ class Steps:
     def check(self, outputs: Iterable[Path]) -> None:
         """Raise UserError, before any work, where something that is not ours lies in the place of what is to be made.
 
-        What somebody put into a folder that a step made is in nobody's way unless it is made again: that is only said.
+        A file that somebody put into a folder that a step made is in the way only if the folder has to be made again: a note is printed.
         """
         self._check_version()
         made = {self.run_dir / record.made: record for record in self.records()}
@@ -159,7 +161,7 @@ class Steps:
                 warn_of_other_arithmetic(earlier, f"the run in {self.run_dir}")
 
     def warned(self, name: str, key: str) -> AbstractContextManager[None]:
-        """Where warnings are raised that the report is to show: `name`, made from `key`."""
+        """Keep the warnings raised within this context for the report: `name`, made from `key`."""
         return kept_in(self.run_dir / "warnings.jsonl", step=name, key=key)
 
     def _log(self, name: str, seconds: float, *, skipped: bool) -> None:
@@ -175,17 +177,17 @@ class Steps:
 
 
 def is_entry(line: bytes) -> bool:
-    """Whether a line of stages.jsonl is ours."""
+    """Return whether a line of stages.jsonl is ours."""
     entry = value_of(line)
     return entry is not None and {"step", "seconds", "skipped", "command"} <= entry.keys()
 
 
 def machine() -> str:
-    """`2 cores, 24 GiB, x86_64`"""
+    """Return the machine in words: `2 cores, 24 GiB, x86_64`."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.machine()}"
 
 
 def device_name() -> str:
-    """The GPU's name, or `cpu`."""
+    """Return the GPU's name, or `cpu`."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -24,7 +24,7 @@ class Stage(ABC):
 
     @property
     def name(self) -> str:
-        """Return what people read of the stage: the artefact's name without its suffix."""
+        """Return the name in messages: the artefact's, without its suffix."""
         return Path(self.file).stem
 
     @property

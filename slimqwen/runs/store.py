@@ -94,7 +94,7 @@ class ContentStore:
         write_json(file, numerics)
 
     def within(self, folder: str) -> "ContentStore":
-        """Return this store: content knows no stage of a schedule."""
+        """Return this store: its folders are named by content alone."""
         return self
 
     def get(self, stage: Stage) -> Path:

@@ -26,6 +26,7 @@ from tiny import VOCAB_SIZE, fused, tiny_text, write_tiny_text
 from torch import Tensor
 
 from golden.models import MODELS, write_checkpoint
+from golden.revisions import REVISIONS, revision_lines
 from golden.summary import Artefact, Vector, split_json
 from slimqwen.cli import app, main
 from slimqwen.data.tokenizer import train_tokenizer
@@ -49,6 +50,7 @@ def capture(folder: Path) -> dict[str, Artefact]:
         for name, artefact in of_family(folder / family, native).items():
             artefacts[f"{family}/{name}"] = artefact
     artefacts["tokens"] = Artefact(files_of(folder / "qwen3_next" / "run" / "tokens"))
+    artefacts[REVISIONS] = Artefact(revision_lines())
     return artefacts
 
 
