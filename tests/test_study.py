@@ -15,7 +15,6 @@ from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.families.count import count
 from slimqwen.recipe import PruningRecipe, Recipe, Target
 from slimqwen.runs.checks import stages_of
-from slimqwen.runs.execution import Execution
 from slimqwen.runs.recipe_run import run
 from slimqwen.runs.schedule import Made, follow_schedule
 from slimqwen.runs.stages import Tokenizing
@@ -158,7 +157,7 @@ def test_a_study_trains_what_a_run_trains(recipe: Recipe, tmp_path: Path, optimi
 
     def made_again() -> Made:
         source = Checkpoint(checkpoint_folder(published.teacher))
-        store = ContentStore(tmp_path / "study", "slimqwen study", Execution.of(published))
+        store = ContentStore(tmp_path / "study", "slimqwen study", published.execution)
         tokens = store.get(Tokenizing(published.data, source.folder))
         return follow_schedule(published, stages_of(published, source), store, tokens=tokens)
 

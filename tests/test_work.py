@@ -11,9 +11,8 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.data.tokenize import tokenize
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import PruningRecipe, Recipe, Source, Target
+from slimqwen.recipe import Execution, PruningRecipe, Recipe, Source, Target
 from slimqwen.runs.checks import check
-from slimqwen.runs.execution import Execution
 from slimqwen.runs.recipe_run import STAGE_OUTPUTS
 from slimqwen.runs.schedule import cut
 from slimqwen.runs.stage import Stage
@@ -60,7 +59,7 @@ class Recording(ScratchStore):
 def steps_of_a_cut(folder: Path, teacher: tuple[Path, Path], target: Target, **sections: Any) -> list[str]:
     """Return the names of what `cut` makes, in order."""
     checkpoint, tokens = teacher
-    wanted, store = recipe(folder, **sections), Recording(folder, Execution.of(recipe(folder)))
+    wanted, store = recipe(folder, **sections), Recording(folder, recipe(folder).execution)
     statistics = store.get(Calibrating(wanted, checkpoint, tokens))
     store.made.clear()
     last, plan_file = cut(wanted, checkpoint, statistics, store, tokens=tokens, target=target)
@@ -127,7 +126,7 @@ def test_a_mixture_is_calibrated_on_source_by_source(tmp_path: Path, teacher: tu
     mixture = recipe(tmp_path, data={"sources": sources, "sequence_length": 16})
     assert calibration_sources(mixture, mixed) == {"code": mixed / "code", "prose": mixed / "prose"}
     out = tmp_path / "statistics.safetensors"
-    Calibrating(mixture, checkpoint, mixed).make(out, Execution.of(mixture), "calibrate")
+    Calibrating(mixture, checkpoint, mixed).make(out, mixture.execution, "calibrate")
     assert Statistics.load(out).sources == {"code": 48, "prose": 48}
 
     assert list(calibration_sources(mixture, tokens).values()) == [tokens]  # no mixture

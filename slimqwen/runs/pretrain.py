@@ -19,8 +19,7 @@ from slimqwen.data.tokenizer import train_tokenizer
 from slimqwen.families import Config, family_of
 from slimqwen.model.device import resolve_device
 from slimqwen.model.model import load, save
-from slimqwen.recipe import DataRecipe, PretrainRecipe
-from slimqwen.runs.execution import Execution, method_of
+from slimqwen.recipe import DataRecipe, Execution, PretrainRecipe
 from slimqwen.runs.places import check_apart, text_of
 from slimqwen.runs.record import Steps
 from slimqwen.runs.stage import Stage
@@ -41,7 +40,7 @@ def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path
     vocab_size = family.sizes(config)[family.vocab]
     check_sources(data.sources, data.heldout_sources)
     check_apart("run_dir", run_dir, text_of(data))
-    resolve_device(recipe.device)
+    resolve_device(recipe.execution.device)
 
     with alone_in(run_dir):
         return _pretrain(recipe, config, vocab_size, command)
@@ -53,7 +52,7 @@ def _pretrain(recipe: PretrainRecipe, config: Config, vocab_size: int, command: 
     stages = (TokenizerTraining, Tokenizing, Initialising, Pretraining, Rounding)
     steps.check(run_dir / stage.file for stage in stages)
     steps.begin(recipe)
-    store = RunStore.of(steps, Execution.of(recipe))
+    store = RunStore.of(steps, recipe.execution)
     tokenizer = store.get(TokenizerTraining(data, recipe.tokenizer_documents, vocab_size))
     tokens = store.get(Tokenizing(data, tokenizer))
     initial = store.get(InitialisingWithTokenizer(config, recipe.seed, tokenizer))
@@ -111,7 +110,7 @@ class Pretraining(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"training": method_of(self.recipe.training), **self._settings}
+        return {"training": self.recipe.training, **self._settings}
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -124,7 +123,7 @@ class Pretraining(Stage):
             out,
             tokens=self.tokens,
             recipe=self.recipe.training,
-            device=execution.device,
+            execution=execution,
             run=self.recipe.name,
             title=self.recipe.name,
             keep_state=True,

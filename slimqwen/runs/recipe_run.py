@@ -32,38 +32,36 @@ from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.kept import check_kept_folder
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import PruningRecipe, Recipe
+from slimqwen.recipe import Execution, PruningRecipe, Recipe
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.parentage import Parentage, parentage_of
 from slimqwen.reporting.report import report
 from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.reporting.titles import MAIN_RUN, TITLES
 from slimqwen.runs.checks import ScheduleStage, announce, announce_text, check, check_heldout, in_one_stage, stages_of
-from slimqwen.runs.execution import Execution
 from slimqwen.runs.record import Steps
 from slimqwen.runs.schedule import follow_schedule
 from slimqwen.runs.stage import Stage
-from slimqwen.runs.stages import Calibrating, Tokenizing
+from slimqwen.runs.stages import (
+    Calibrating,
+    DepthMeasuring,
+    Healing,
+    Planning,
+    Pruning,
+    Refitting,
+    TeacherCaching,
+    Tokenizing,
+)
 from slimqwen.runs.store import RunStore
-from slimqwen.runs.training_stages import Evaluating
+from slimqwen.runs.training_stages import Carrying, Distilling, Evaluating, Initialising
 from slimqwen.serving.check import check_checkpoint
 from slimqwen.training.distil import remove_state
 from slimqwen.training.metrics import forget_stages_after
 
-# What lies in the run directory, and in the folder of a stage or of a baseline.
-OUTPUTS = ("tokens", "teacher_cache", "evaluation.json", "final", "report.html")
-STAGE_OUTPUTS = (
-    "statistics.safetensors",
-    "depth.json",
-    "plan.json",
-    "plan.basis.safetensors",
-    "pruned",
-    "repaired",
-    "healed",
-    "initial",
-    "moments",
-    "distilled",
-)
+# What lies in the run directory, and in the folder of a stage of the schedule or of a baseline.
+OUTPUTS = (Tokenizing.file, TeacherCaching.file, Evaluating.file, "final", "report.html")
+STAGES = (Calibrating, DepthMeasuring, Planning, Pruning, Refitting, Healing, Initialising, Carrying, Distilling)
+STAGE_OUTPUTS = (*(stage.file for stage in STAGES), "plan.basis.safetensors")
 
 
 def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
@@ -106,7 +104,7 @@ class Pipeline:
         check(recipe, self.source)
         self.stages = stages_of(recipe, self.source)
         self.steps = Steps(recipe.run_dir, command)
-        self.store = RunStore.of(self.steps, Execution.of(recipe))
+        self.store = RunStore.of(self.steps, recipe.execution)
         self.parentage = Parentage()
         self.benchmarks: Benchmarks | None = None
 

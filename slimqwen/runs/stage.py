@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from slimqwen.artifacts import fingerprint
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.runs.execution import Execution
+from slimqwen.recipe import Execution, Section
 
 
 class Stage(ABC):
@@ -38,7 +38,7 @@ class Stage(ABC):
     @property
     @abstractmethod
     def method(self) -> Mapping[str, Any]:
-        """Return the settings that the result depends on, as JSON. All of them are part of the key."""
+        """Return the settings that the result depends on: sections of the recipe, or JSON. All of them are part of the key."""
 
     @abstractmethod
     def make(self, out: Path, execution: Execution, title: str) -> None:
@@ -68,7 +68,7 @@ class Stage(ABC):
             "stage": self.name,
             "revision": self.revision,
             "inputs": {name: identity_of(value) for name, value in self.inputs.items()},
-            "method": dict(self.method),
+            "method": {name: identity_of(value) for name, value in self.method.items()},
         }
 
 
@@ -99,10 +99,15 @@ class Lazy:
 
 
 def identity_of(value: Any) -> Any:
-    """Return the fingerprint of an input, of each part of one: a checkpoint's by what its model is, others' by content."""
+    """Return an input or a setting as JSON: the fingerprint of a path, all fields of a section.
+
+    A checkpoint's fingerprint is that of its model, whatever lies beside it; of other paths that of all their content.
+    """
     match value:
         case Path():
             return Checkpoint(value).fingerprint() if (value / "config.json").is_file() else fingerprint(value)
+        case Section():
+            return value.model_dump(mode="json")
         case Lazy():
             return value.stage.identity()
         case Mapping():

@@ -16,9 +16,8 @@ from slimqwen.depth.measure import measure_depth
 from slimqwen.healing.heal import heal
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DataRecipe, HealingRecipe, PruningRecipe, Recipe, Target
+from slimqwen.recipe import DataRecipe, Execution, HealingRecipe, PruningRecipe, Recipe, Target
 from slimqwen.refit.refit import repair
-from slimqwen.runs.execution import Execution, method_of
 from slimqwen.runs.stage import Stage
 from slimqwen.teacher_cache.write import write_teacher_cache
 from slimqwen.training.course import course_of
@@ -54,7 +53,7 @@ class Tokenizing(Stage):
             heldout_sources=self.data.heldout_sources,
             heldout_fraction=self.data.heldout_fraction,
             separator=self.data.separator,
-            workers=execution.workers,
+            execution=execution,
             title=title,
         )
 
@@ -76,7 +75,7 @@ class TeacherCaching(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"teacher_cache": method_of(self.recipe.teacher_cache), **self._settings}
+        return {"teacher_cache": self.recipe.teacher_cache, **self._settings}
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -90,7 +89,7 @@ class TeacherCaching(Stage):
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         teacher, recipe = checkpoint_folder(self.recipe.teacher), self.recipe.teacher_cache
-        settings = {"recipe": recipe, "device": execution.device, **self._settings}
+        settings = {"recipe": recipe, "execution": execution, **self._settings}
         write_teacher_cache(teacher, out, tokens=self.tokens, title=title, **settings)
 
 
@@ -120,7 +119,7 @@ class Calibrating(Stage):
     def make(self, out: Path, execution: Execution, title: str) -> None:
         sources = calibration_sources(self.recipe, self.tokens)
         recipe = self.recipe.calibration.model_copy(update={"sources": sources})
-        settings = {"recipe": recipe, "device": execution.device, **self._settings}
+        settings = {"recipe": recipe, "execution": execution, **self._settings}
         calibrate(self.checkpoint, out, title=title, **settings)
 
 
@@ -158,9 +157,7 @@ class DepthMeasuring(Stage):
             out,
             statistics=self.statistics,
             tokens=calibration_sources(self.recipe, self.tokens),
-            batch_size=execution.batch_size,
-            memory_budget_bytes=execution.memory_budget,
-            device=execution.device,
+            execution=execution,
             title=title,
             **self.method,
         )
@@ -185,7 +182,7 @@ class Planning(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"target": self.target.model_dump(), "pruning": method_of(self._criteria)}
+        return {"target": self.target, "pruning": self._criteria}
 
     @property
     def _criteria(self) -> PruningRecipe:
@@ -254,9 +251,7 @@ class Refitting(Stage):
             teacher=self.checkpoint,
             plan=self.plan,
             tokens=calibration_sources(self.recipe, self.tokens),
-            batch_size=execution.batch_size,
-            memory_budget_bytes=execution.memory_budget,
-            device=execution.device,
+            execution=execution,
             title=title,
             **self.method,
         )
@@ -282,7 +277,7 @@ class Healing(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {**text_settings(self.recipe), "healing": method_of(self._settings)}
+        return {**text_settings(self.recipe), "healing": self._settings}
 
     @property
     def _settings(self) -> HealingRecipe:
@@ -297,8 +292,7 @@ class Healing(Stage):
             plan=self.plan,
             tokens=calibration_sources(self.recipe, self.tokens),
             recipe=self._settings,
-            memory_budget_bytes=execution.memory_budget,
-            device=execution.device,
+            execution=execution,
             title=title,
             **text_settings(self.recipe),
         )

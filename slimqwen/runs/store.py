@@ -7,8 +7,7 @@ from slimqwen.artifacts import alone, claim_folder, discard, fingerprint_value, 
 from slimqwen.checkpoint.config import read_json
 from slimqwen.core.errors import UserError
 from slimqwen.model.device import resolve_device, resolve_dtype
-from slimqwen.recipe import Recipe
-from slimqwen.runs.execution import Execution
+from slimqwen.recipe import Execution, Recipe
 from slimqwen.runs.record import Steps
 from slimqwen.runs.stage import Stage
 

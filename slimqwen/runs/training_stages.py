@@ -12,10 +12,9 @@ from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.kept import REVISION as EVALUATION_REVISION
 from slimqwen.families import Config
 from slimqwen.model.model import initialise, save
-from slimqwen.recipe import Recipe
+from slimqwen.recipe import Execution, Recipe
 from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.runs.checks import ScheduleStage
-from slimqwen.runs.execution import Execution, method_of
 from slimqwen.runs.stage import Lazy, Stage
 from slimqwen.training.distil import distil, state_folder_of
 from slimqwen.training.moments import carry
@@ -111,7 +110,7 @@ class Distilling(Stage):
     def method(self) -> Mapping[str, Any]:
         span = self.stage.span
         return {
-            "distil": method_of(self.recipe.distil),
+            "distil": self.recipe.distil,
             "sequence_length": self.recipe.data.sequence_length,
             "documents": self.recipe.data.documents,
             "seed": self.recipe.seed,
@@ -132,7 +131,7 @@ class Distilling(Stage):
             teacher_cache=self.teacher_cache,
             span=self.stage.span,
             seed=self.recipe.seed,
-            device=execution.device,
+            execution=execution,
             dtype=self.recipe.dtype,
             metrics=self.metrics,
             run=self.run,
@@ -169,7 +168,7 @@ class Evaluating(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"evaluation": method_of(self.recipe.evaluation), **self._settings}
+        return {"evaluation": self.recipe.evaluation, **self._settings}
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -181,5 +180,5 @@ class Evaluating(Stage):
         }
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
-        settings = {"recipe": self.recipe.evaluation, "device": execution.device, **self._settings}
+        settings = {"recipe": self.recipe.evaluation, "execution": execution, **self._settings}
         evaluate(self.models, out, tokens=self.tokens, title=title, **settings)

@@ -17,8 +17,7 @@ from slimqwen.core.progress import duration, say
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.model.model import load
-from slimqwen.recipe import Recipe, Target
-from slimqwen.runs.execution import Execution, method_of
+from slimqwen.recipe import Execution, Recipe, Target
 from slimqwen.runs.schedule import cut
 from slimqwen.runs.stage import Stage
 from slimqwen.runs.stages import Calibrating, DepthMeasuring, Healing, Planning, Pruning, Refitting
@@ -38,7 +37,7 @@ class Gauge:
     def __init__(self, recipe: Recipe, tokens: Path, statistics: Path | None, command: str) -> None:
         self._recipe = recipe
         self._tokens = tokens
-        self._execution = Execution.of(recipe)
+        self._execution = recipe.execution
         self._store = ContentStore(recipe.run_dir, command, self._execution)
         self._scratch = ScratchStore(self._store.folder / SCRATCH, self._execution)
         self._scratch.empty()  # before any work: check that it is ours, and remove what a killed search left
@@ -97,7 +96,7 @@ class Gauge:
             checkpoint.family,
             checkpoint.config,
             self._rows,
-            batch_size=self._recipe.evaluation.batch_size,
+            batch_size=self._execution.batch_size,
             title=f"measure {title}",
         )
         return recording
@@ -125,9 +124,9 @@ class KlMeasuring(Stage):
     def method(self) -> Mapping[str, Any]:
         recipe = self.recipe
         return {
-            "target": self.target.model_dump(),
-            "pruning": method_of(recipe.pruning),
-            "calibration": method_of(recipe.calibration),
+            "target": self.target,
+            "pruning": recipe.pruning,
+            "calibration": recipe.calibration,
             "measured_tokens": recipe.evaluation.tokens,
             "sequence_length": recipe.data.sequence_length,
             "seed": recipe.seed,

@@ -16,8 +16,7 @@ from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.model.model import load
-from slimqwen.recipe import Recipe
-from slimqwen.runs.execution import Execution
+from slimqwen.recipe import Execution, Recipe
 from slimqwen.runs.stage import Stage
 from slimqwen.runs.store import ContentStore
 from slimqwen.runs.training_stages import Evaluating
@@ -93,7 +92,7 @@ def examined(recipe: Recipe, checkpoints: Sequence[Path], tokens: Path, store: C
             recipe=recipe.evaluation,
             sequence_length=recipe.data.sequence_length,
             documents=recipe.data.documents,
-            device=store.execution.device,
+            execution=store.execution,
             dtype=recipe.dtype,
             keep=store.folder / "teacher",
         )

@@ -18,7 +18,6 @@ from slimqwen.data.store import load_manifest
 from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.recipe import Recipe
 from slimqwen.runs.checks import check, check_heldout, stages_of
-from slimqwen.runs.execution import Execution
 from slimqwen.runs.places import check_apart, inputs_of
 from slimqwen.runs.record import device_name, machine
 from slimqwen.runs.schedule import Made, follow_schedule
@@ -67,7 +66,7 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         except UserError as error:
             raise UserError(f"the arm '{arm.name}': {error}") from error
     plans = [(arm, changed(of_arm[arm.name], {"seed": seed})) for seed in all_seeds for arm in definition.arms]
-    store = ContentStore(recipe.run_dir, command, Execution.of(recipe))
+    store = ContentStore(recipe.run_dir, command, recipe.execution)
     store.begin(recipe)
     tokens = store.get(Tokenizing(recipe.data, teacher.folder))
     check_heldout(tokens, recipe)
