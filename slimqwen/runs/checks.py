@@ -27,7 +27,7 @@ from slimqwen.model.native import check_buildable
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.mtp_rotation import stretches
 from slimqwen.planning.progressive import stage_steps, stage_targets
-from slimqwen.recipe import BUILTIN_TEACHER, DepthCriterion, Recipe, Target
+from slimqwen.recipe import BUILTIN_TEACHER, DepthCriterion, Recipe, Target, WidthCriterion
 from slimqwen.runs.places import check_apart, inputs_of
 from slimqwen.serving.loadable import loadable, refusals_in_words
 from slimqwen.shapes.target import completed, shape_of, size_of, target_config
@@ -76,7 +76,7 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     check_loggers(recipe.execution.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
     check_optimizer(recipe.distil, source)
-    if recipe.distil.optimizer_state == "carry" and recipe.pruning.width == "rotation":
+    if recipe.distil.optimizer_state == "carry" and recipe.pruning.width == WidthCriterion.ROTATION:
         raise UserError(
             "moments cannot follow a rotation of the weights: set distil.optimizer_state: reset, or pruning.width: "
             "norm_activation."
@@ -138,7 +138,7 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[ScheduleStage]:
         final = completed(source.family, recipe.target, config)
         shape = shape_of(source.family, config)
         at_once = 1
-        if recipe.pruning.depth == "measured":
+        if recipe.pruning.depth == DepthCriterion.MEASURED:
             at_once = layers_at_once(config, size_of(shape.num_hidden_layers) - size_of(final.num_hidden_layers))
         targets = (
             [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape, final, layers_at_once=at_once)
@@ -146,9 +146,9 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[ScheduleStage]:
         first = recipe.first_stage_token_fraction
         fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
     if recipe.init == "pruned":
-        if recipe.pruning.depth == "last" or {"paper", "paper_pruned"} & set(recipe.baselines):
+        if recipe.pruning.depth == DepthCriterion.LAST or {"paper", "paper_pruned"} & set(recipe.baselines):
             check_depth(source, targets)
-        if recipe.pruning.width == "rotation" and targets[-1].hidden_size != config["hidden_size"]:
+        if recipe.pruning.width == WidthCriterion.ROTATION and targets[-1].hidden_size != config["hidden_size"]:
             stretches(source)  # raises where this model cannot be rotated
     total = total_steps(recipe.distil, recipe.data.sequence_length)
     fractions = course_of(recipe.distil, recipe.data.sequence_length).step_fractions(fractions)

@@ -7,7 +7,7 @@ from pathlib import Path
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.planning.plan import Plan, cuts_only_channels
-from slimqwen.recipe import Recipe, Target
+from slimqwen.recipe import DepthCriterion, Recipe, Target
 from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.runs.checks import ScheduleStage
 from slimqwen.runs.stage import Lazy, Store
@@ -93,7 +93,10 @@ def cut(
     It is refitted where the recipe says so and more than channels are gone, and then healed where the recipe says so.
     """
     source, pruning, depth = Checkpoint(checkpoint), recipe.pruning, None
-    if pruning.depth == "measured" and target.num_hidden_layers not in (None, source.config["num_hidden_layers"]):
+    if pruning.depth == DepthCriterion.MEASURED and target.num_hidden_layers not in (
+        None,
+        source.config["num_hidden_layers"],
+    ):
         depth = store.get(DepthMeasuring(recipe, checkpoint, statistics, tokens, target))
     plan = store.get(Planning(recipe, checkpoint, statistics, target, depth))
     last = store.get(Pruning(checkpoint, plan))

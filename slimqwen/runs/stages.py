@@ -16,7 +16,7 @@ from slimqwen.depth.measure import measure_depth
 from slimqwen.healing.heal import heal
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DataRecipe, Execution, HealingRecipe, PruningRecipe, Recipe, Target
+from slimqwen.recipe import DataRecipe, Execution, HealingRecipe, PruningRecipe, Recipe, Target, WidthCriterion
 from slimqwen.refit.refit import repair
 from slimqwen.runs.stage import Stage
 from slimqwen.teacher_cache.write import write_teacher_cache
@@ -114,7 +114,7 @@ class Calibrating(Stage):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {**text_settings(self.recipe), "second_moments": self.recipe.pruning.width == "rotation"}
+        return {**text_settings(self.recipe), "second_moments": self.recipe.pruning.width == WidthCriterion.ROTATION}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         sources = calibration_sources(self.recipe, self.tokens)

@@ -11,6 +11,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.data.store import check_vocabulary, load_manifest
+from slimqwen.families.count import Counts
 from slimqwen.recipe import Recipe, Target
 from slimqwen.runs.places import check_apart
 from slimqwen.search.gauge import Gauge
@@ -72,13 +73,7 @@ def _search(
     source = Checkpoint(checkpoint_folder(recipe.teacher))
     check_apart("--work", recipe.run_dir, {"the teacher": [source.folder], "the tokens": [tokens]})
     found = feasible(source.family, source.config, budgets, align=align).of_whole_blocks()
-    manifest = load_manifest(tokens)
-    check_vocabulary(manifest, tokens, source.folder, source.config["vocab_size"])
-    if manifest.heldout.tokens <= recipe.data.sequence_length:
-        raise UserError(
-            f"{tokens} has {manifest.heldout.tokens:,} held-out tokens, and KL is measured on rows of "
-            f"{recipe.data.sequence_length} and one more: give a folder with held-out text, or a lower --sequence-length."
-        )
+    check_tokens(tokens, source, recipe.data.sequence_length)
     axes = Axes(found)
     cuts = axes.cuts(sizes_per_axis)
     say(
@@ -87,16 +82,7 @@ def _search(
     gauge = Gauge(recipe, tokens, statistics, command)
     gauge.expect((axes.base != Target()) + len(cuts) + shapes)
     base_kl = gauge.kl(axes.base)
-    sensitivities = [
-        Sensitivity(
-            field=field,
-            size=size,
-            kl=gauge.kl(axes.alone(field, size)) - base_kl,
-            total_saved=axes.base_counts.total_parameters - counts.total_parameters,
-            active_saved=axes.base_counts.active_parameters - counts.active_parameters,
-        )
-        for field, size, counts in cuts
-    ]
+    sensitivities = [_sensitivity(axes, gauge, base_kl, *cut) for cut in cuts]
     prediction = predicted(found.shapes, _curves(found, sensitivities), base_kl)
     ranked = found.candidates(np.argsort(prediction, kind="stable"), max(shapes, LISTED))
     by_arithmetic = found.candidates(range(len(found.shapes)), 1)
@@ -129,6 +115,28 @@ def _search(
     )
     result.save(recipe.run_dir / RESULT)
     return result
+
+
+def check_tokens(tokens: Path, source: Checkpoint, sequence_length: int) -> None:
+    """Raise UserError for tokens of another vocabulary, and for too little held-out text to measure on."""
+    manifest = load_manifest(tokens)
+    check_vocabulary(manifest, tokens, source.folder, source.config["vocab_size"])
+    if manifest.heldout.tokens <= sequence_length:
+        raise UserError(
+            f"{tokens} has {manifest.heldout.tokens:,} held-out tokens, and KL is measured on rows of "
+            f"{sequence_length} and one more: give a folder with held-out text, or a lower --sequence-length."
+        )
+
+
+def _sensitivity(axes: Axes, gauge: Gauge, base_kl: float, field: str, size: int, counts: Counts) -> Sensitivity:
+    """Measure one cut of one axis; counts: what it leaves."""
+    return Sensitivity(
+        field=field,
+        size=size,
+        kl=gauge.kl(axes.alone(field, size)) - base_kl,
+        total_saved=axes.base_counts.total_parameters - counts.total_parameters,
+        active_saved=axes.base_counts.active_parameters - counts.active_parameters,
+    )
 
 
 def _curves(found: Feasible, sensitivities: Sequence[Sensitivity]) -> dict[str, Curve]:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from slimqwen.artifacts import check_file_replaceable, write_json
 from slimqwen.artifacts.json_lines import read_lines, value_of
@@ -36,6 +37,14 @@ CURVE_POINTS = 40
 DRAFTS = 4  # the most in a row whose acceptance a finding compares
 
 
+class PlannedRun(NamedTuple):
+    """An arm with a seed: its recipe, and what that changes of the study's."""
+
+    arm: Variation
+    changes: Changes
+    recipe: Recipe
+
+
 def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "slimqwen study") -> Study:
     """Run the study `name` of variations of `recipe`, and write `out`/results.json and `out`/index.html.
 
@@ -49,46 +58,31 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
         check_file_replaceable(out / page)
     definition, started, clock = definition_of(name), datetime.now(UTC), time.monotonic()
     recipe = changed(recipe, definition.evaluation(recipe))
-    if recipe.target is None or recipe.init != "pruned":
-        raise UserError("a study varies a recipe with a `target` and `init: pruned`: give these and no `stages`.")
-    if definition.drafts and recipe.evaluation.acceptance_depth < DRAFTS:
-        raise UserError(
-            f"the study '{name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."
-        )
+    check_recipe(recipe, definition)
     check_apart("--out", out, inputs_of(recipe))
     teacher = Checkpoint(checkpoint_folder(recipe.teacher))
-    all_seeds = [recipe.seed + number for number in range(seeds)]
-    changes, of_arm = {}, {}
-    for arm in definition.arms:
-        try:
-            changes[arm.name], of_arm[arm.name] = definition.recipe_of(arm, recipe, teacher)
-            check_arm(of_arm[arm.name], teacher)
-        except UserError as error:
-            raise UserError(f"the arm '{arm.name}': {error}") from error
-    plans = [(arm, changed(of_arm[arm.name], {"seed": seed})) for seed in all_seeds for arm in definition.arms]
+    planned = plan_runs(definition, recipe, teacher, seeds)
     store = ContentStore(recipe.run_dir, command, recipe.execution)
     store.begin(recipe)
     tokens = store.get(Tokenizing(recipe.data, teacher.folder))
     check_heldout(tokens, recipe)
     made = []
-    for number, (arm, varied) in enumerate(plans, start=1):
+    for number, (arm, _, varied) in enumerate(planned, start=1):
         passed = time.monotonic() - clock
-        left = f", {duration(passed / (number - 1) * (len(plans) - number + 1))} left" if number > 1 else ""
-        say(f"study {name}: {arm.title}, seed {varied.seed} ({number} of {len(plans)}{left})")
+        left = f", {duration(passed / (number - 1) * (len(planned) - number + 1))} left" if number > 1 else ""
+        say(f"study {name}: {arm.title}, seed {varied.seed} ({number} of {len(planned)}{left})")
         stages = stages_of(varied, teacher)
         made.append(follow_schedule(varied, stages, store, tokens=tokens, trains=arm.trains))
 
     teacher_evaluation, *evaluations = examined(recipe, [teacher.folder, *_checkpoints(made)], tokens, store)
-    numbers = {path: _numbers(model) for path, model in zip(_checkpoints(made), evaluations, strict=True)}
+    sizes = dict(zip(_checkpoints(made), evaluations, strict=True))
+    numbers = {path: _numbers(model) for path, model in sizes.items()}
     if definition.drafts:
         trained = [result.trained for result in made if result.trained is not None]
         for path, shares in zip(trained, drafted(recipe, trained, tokens, store), strict=True):
             numbers[path] |= shares
-    sizes = dict(zip(_checkpoints(made), evaluations, strict=True))
-    runs = [
-        _run(arm, varied, changes[arm.name], result, sizes, numbers)
-        for (arm, varied), result in zip(plans, made, strict=True)
-    ]
+    runs = [_run(plan, result, sizes, numbers) for plan, result in zip(planned, made, strict=True)]
+    all_seeds = list(dict.fromkeys(run.seed for run in runs))
     by_seed = [{run.arm: run for run in runs if run.seed == seed} for seed in all_seeds]
     manifest = load_manifest(tokens)
     result = Study(
@@ -123,6 +117,33 @@ def definition_of(name: str) -> Definition:
     return STUDIES[name]
 
 
+def check_recipe(recipe: Recipe, definition: Definition) -> None:
+    """Raise UserError for a recipe that the study cannot vary."""
+    if recipe.target is None or recipe.init != "pruned":
+        raise UserError("a study varies a recipe with a `target` and `init: pruned`: give these and no `stages`.")
+    if definition.drafts and recipe.evaluation.acceptance_depth < DRAFTS:
+        raise UserError(
+            f"the study '{definition.name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."
+        )
+
+
+def plan_runs(definition: Definition, recipe: Recipe, teacher: Checkpoint, seeds: int) -> list[PlannedRun]:
+    """Return every arm with every seed. Raises UserError for an arm that could not be run."""
+    arms = []
+    for arm in definition.arms:
+        try:
+            changes, varied = definition.recipe_of(arm, recipe, teacher)
+            check_arm(varied, teacher)
+        except UserError as error:
+            raise UserError(f"the arm '{arm.name}': {error}") from error
+        arms.append(PlannedRun(arm, changes, varied))
+    return [
+        PlannedRun(arm, changes, changed(varied, {"seed": recipe.seed + number}))
+        for number in range(seeds)
+        for arm, changes, varied in arms
+    ]
+
+
 def check_arm(recipe: Recipe, teacher: Checkpoint) -> None:
     """Raise UserError for an arm that would fail after hours, or that cuts nothing."""
     check(recipe, teacher)
@@ -137,16 +158,11 @@ def _checkpoints(made: Iterable[Made]) -> list[Path]:
 
 
 def _run(
-    arm: Variation,
-    varied: Recipe,
-    changes: Changes,
-    made: Made,
-    sizes: dict[Path, ModelEvaluation],
-    numbers: dict[Path, dict[str, float]],
+    planned: PlannedRun, made: Made, sizes: dict[Path, ModelEvaluation], numbers: dict[Path, dict[str, float]]
 ) -> Run:
     """Build the result of an arm with a seed."""
-    final = made.trained or made.start
-    assert final is not None
+    arm, changes, varied = planned
+    final = made.last
     return Run(
         arm=arm.name,
         seed=varied.seed,
