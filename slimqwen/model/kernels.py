@@ -95,7 +95,8 @@ def batched_experts_forward(
     """
     device = hidden_states.device.type
     if not torch.is_autocast_enabled(device):
-        check_rows(self, self.get_parameter("gate_up_proj").dtype)
+        weights: Any = self.gate_up_proj  # not `get_parameter`: healing puts a tensor in the parameter's place
+        check_rows(self, weights.dtype)
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype = torch.get_autocast_dtype(device)
     check_rows(self, dtype)
