@@ -37,7 +37,7 @@ def calibrate(
     """Run `recipe.samples` sequences through the model once; write every criterion's sums to `out`.
 
     The sequences are those of `CalibrationText`: of `recipe.sources`, or where it names none of the folder `tokens`.
-    The MTP module is measured at the positions whose next token is known, i.e. all of them: rows carry one token more
+    The MTP module is measured at the positions whose next token is in the row, i.e. all of them: rows hold one token more
     than the model reads. A model that does not fit into memory is measured layer by layer (`walk`).
 
     second_moments: also sum up z z' of every norm's input, which `pruning.width: rotation` needs: 2 hidden^2 operations

@@ -19,7 +19,7 @@ from slimqwen.model.routing import Routing
 
 @contextmanager
 def observe(model: MtpCausalLM, statistics: Statistics, second_moments: bool = False) -> Iterator[Stopwatch]:
-    """While open, every forward pass of `model` adds to the open part of `statistics`. Rows must be free of padding.
+    """Let every forward pass of `model` add to the open part of `statistics` while it is open. Rows must be free of padding.
 
     Yields a watch that counts the seconds this takes beside the model's own forward pass.
     """
@@ -44,7 +44,7 @@ def observe_blocks(
     watch: Stopwatch,
     second_moments: bool = False,
 ) -> Iterator[None]:
-    """What can be seen inside these blocks: their norms, what they write into the residual stream, their experts."""
+    """Add the sums over what is inside these blocks while it is open: norms, writers into the residual stream, experts."""
     family, config = model.family, model.config
     with ExitStack() as hooks:
         for block, tensor in family.residual_norms(config):
@@ -62,7 +62,7 @@ def observe_blocks(
 
 
 def add_layer_sums(statistics: Statistics, number: int, layers: int, before: Tensor, after: Tensor) -> None:
-    """The sums over the hidden states [batch, seq, hidden] before and after decoder layer `number` of `layers`."""
+    """Add the sums over the hidden states [batch, seq, hidden] before and after decoder layer `number` of `layers`."""
     before, after = before.float(), after.float()
     hidden = before.new_zeros(layers + 1, before.shape[-1])
     hidden[number + 1] = after.sum(dim=(0, 1))
@@ -75,7 +75,7 @@ def add_layer_sums(statistics: Statistics, number: int, layers: int, before: Ten
 
 
 def _observe_norm(model: MtpCausalLM, tensor: str, statistics: Statistics, watch: Stopwatch) -> RemovableHandle:
-    """The output of a norm over the residual stream, per channel."""
+    """Add up the output of a norm over the residual stream, per channel."""
 
     def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         with watch:
@@ -85,7 +85,7 @@ def _observe_norm(model: MtpCausalLM, tensor: str, statistics: Statistics, watch
 
 
 def _observe_moments(model: MtpCausalLM, tensor: str, statistics: Statistics, watch: Stopwatch) -> RemovableHandle:
-    """The products of a norm's normalised inputs, before its gain, per pair of channels."""
+    """Add up the products of a norm's normalised inputs, before its gain, per pair of channels."""
     eps = model.backbone.get_decoder().config.rms_norm_eps
 
     def record(_module: nn.Module, inputs: Any) -> None:
@@ -100,7 +100,7 @@ def _observe_moments(model: MtpCausalLM, tensor: str, statistics: Statistics, wa
 def _observe_writer(
     model: MtpCausalLM, tensor: str, axes: tuple[Axis, ...], statistics: Statistics, watch: Stopwatch
 ) -> RemovableHandle:
-    """What neurons, or heads within heads, hand to a projection into the residual stream: [..., columns] over `axes`."""
+    """Add up the inputs of a projection into the residual stream, [..., columns], by neuron or by head, over `axes`."""
     sizes = model.family.sizes(model.config)
 
     def record(_module: nn.Module, inputs: Any) -> None:
@@ -116,7 +116,7 @@ def _observe_writer(
 
 @contextmanager
 def _observed_experts(model: MtpCausalLM, block: Block, statistics: Statistics, watch: Stopwatch) -> Iterator[None]:
-    """The router's logits, and what `observed_experts_forward` tells of the experts."""
+    """Add up the router's logits, and the experts' sums (`observed_experts_forward`), while it is open."""
     assert block.experts is not None
     router = model.module_of(block.prefix + model.family.router)
     experts: Any = model.module_of(block.prefix + next(iter(block.experts.fused)))

@@ -34,12 +34,12 @@ class Part(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """What the names of this part's sums begin with; a source's name holds no '/'."""
+        """The prefix of the names of this part's sums; a source's name holds no '/'."""
         return f"{self.source}/{self.half}/"
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for and kept by nobody."""
+    """Lazy tensors by name: each is computed when it is read, and not kept."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
         self._names = dict.fromkeys(names)
@@ -59,7 +59,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Sums:
-    """One value for each sum, out of all the parts of a `Statistics`: what planning reads.
+    """One value for each sum, over all the parts of a `Statistics`: what planning reads.
 
     `sums` has the names of `Statistics`, without source and half. `tokens["main"]` and `tokens["mtp"]` are what to
     divide by; weighted, they need not be whole.
@@ -69,7 +69,7 @@ class Sums:
     sums: Mapping[str, Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
-        """One sum, float64. Raises UserError where it was not measured."""
+        """Return one sum, float64. Raises UserError where it was not measured."""
         if name not in self.sums:
             raise UserError(
                 f"the statistics hold no '{name}', made by another version of slimqwen perhaps: "
@@ -87,11 +87,13 @@ class Fold(NamedTuple):
 
 @dataclass
 class Statistics:
-    """Sums over calibration tokens, apart per part; each is called `{source}/{half}/` and one of
+    """Sums over calibration tokens, separate for each part.
+
+    Each is called `{source}/{half}/` and one of
 
         norm/{tensor}/abs_sums             [hidden]       sum over tokens of |norm's output|, per residual channel
         norm/{tensor}/second_moments       [hidden, hidden]  sum over tokens of z z', z the norm's input divided by its root mean
-                                                          square, before the gain; only where they were asked for
+                                                          square, before the gain; only with `second_moments`
         layers/hidden_sums                 [layers+1, H]  sum over tokens of the hidden state before layer 0, after layer 0, ..
         layers/cosine_sums                 [layers]       sum over tokens of cos(hidden before, hidden after the layer)
         experts/{block}/assignments        [experts]      tokens routed to each expert
@@ -106,8 +108,8 @@ class Statistics:
     `tokens` counts, per part, the tokens that its sums run over: "main" for the backbone, "mtp" for the MTP module.
     `checkpoint` and `data` are the fingerprints of what was measured on what.
 
-    While it is measured it lies in memory; loaded from a file, only the names do, and each sum is read when it is asked
-    for. A part of Qwen3-Next-80B (49 MoE blocks, 512 experts) takes 0.6 GB, nearly all of it output_sums, logit_gram
+    While it is measured it lies in memory; loaded from a file, only the names do, and each sum is read when it is
+    used. A part of Qwen3-Next-80B (49 MoE blocks, 512 experts) takes 0.6 GB, nearly all of it output_sums, logit_gram
     and neuron_abs_sums, so a file with one source, two parts, takes 1.2 GB; second moments, of 102 norms, add 3.4 GB to
     each part. Nothing narrower than float64 would add up exactly.
     """
@@ -122,7 +124,7 @@ class Statistics:
 
     @contextmanager
     def part(self, part: Part) -> Iterator[None]:
-        """While open, `add` adds to this part."""
+        """Let `add` add to this part while it is open."""
         assert part in self.tokens, f"{part} was not announced in `tokens`"
         self._open = part
         try:
@@ -154,11 +156,11 @@ class Statistics:
         return dict(tokens)
 
     def weighted(self, weights: Mapping[str, float] | None = None, half: Half | None = None) -> Sums:
-        """All parts, or those of one half, as one: sum over sources s of scale_s x sums_s.
+        """Return all parts, or those of one half, as one: sum over sources s of scale_s x sums_s.
 
         Without weights every scale is 1: a source weighs by its tokens. With them scale_s = w_s / (sum of w) x
         (tokens of all sources) / (tokens of s), for every sum and for the token counts alike: the statistics of as many
-        tokens, mixed as the weights say. A sum is computed when it is asked for.
+        tokens, mixed by the weights. A sum is computed when it is read.
 
         Raises UserError for weights that are not one for each source, or have no sum to share out.
         """
@@ -180,7 +182,7 @@ class Statistics:
         return Sums(tokens, LazyTensors(_names(self.sums, used[0]), total))
 
     def folds(self, weights: Mapping[str, float] | None = None) -> "list[Fold]":
-        """Ways to leave text out, each as what is left and what was left out: every source in turn, or of one source each half.
+        """Return ways to leave text out, each as what is left and what was left out: every source in turn, or each half of one.
 
         Sources that the weights ignore are in none. Empty where there is nothing to leave out: one source of one row.
         """
@@ -209,7 +211,7 @@ class Statistics:
         return {source: weights[source] * share / count for source, count in tokens.items()}
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """Statistics of both runs' text together. Raises UserError where they were measured on different checkpoints."""
+        """Return statistics of both runs' text together. Raises UserError where they were measured on different checkpoints."""
         both = (self, other)
         names = [_names(statistics.sums, part) for statistics in both for part in statistics.tokens]
         if self.checkpoint != other.checkpoint or any(some != names[0] for some in names):
@@ -229,7 +231,7 @@ class Statistics:
 
     @classmethod
     def joined(cls, pieces: Sequence["Statistics"]) -> "Statistics":
-        """One from several with different sums of the same text, a layer each for instance. Reads none of them."""
+        """Return one from several with different sums of the same text, a layer each for instance. Reads none of them."""
         first = pieces[0]
         owners = {name: piece.sums for piece in pieces for name in piece.sums}
         assert all((p.checkpoint, p.data, p.tokens) == (first.checkpoint, first.data, first.tokens) for p in pieces)
@@ -253,7 +255,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
-        """Map a file; its values are read when they are asked for, and raise UserError then if they are not finite.
+        """Map a file; its values are read when they are used, and raise UserError then if they are not finite.
 
         Raises UserError for a file that is missing, corrupt, not statistics, or of an older version.
         """
@@ -295,7 +297,7 @@ class _PartHeader(BaseModel):
 
 
 class _Header(BaseModel):
-    """What a statistics file says about itself."""
+    """Header of a statistics file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -306,7 +308,7 @@ class _Header(BaseModel):
 
 
 def _names(names: Iterable[str], part: Part) -> set[str]:
-    """The names of one part's sums, without the part."""
+    """Return the names of one part's sums, without the part."""
     return {name.removeprefix(part.prefix) for name in names if name.startswith(part.prefix)}
 
 

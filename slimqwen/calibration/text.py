@@ -26,7 +26,7 @@ class CalibrationText:
     samples do not divide evenly the first sources have one more.
 
     `tokens` is the number of tokens measured in each part, `fingerprint` changes with whatever changes the sequences.
-    Raises UserError for tokens that `checkpoint` cannot read, names that cannot be told apart in the statistics, and
+    Raises UserError for tokens that `checkpoint` cannot read, names that would not be distinct in the statistics, and
     fewer samples than sources.
     """
 
@@ -98,7 +98,7 @@ class CalibrationText:
             first += count
 
     def say_what_is_short(self) -> None:
-        """Tell the user where a source has fewer sequences than are measured."""
+        """Warn where a source has fewer sequences than are measured."""
         for name, stream in self._streams.items():
             if stream.rows_per_epoch < self._rows[name]:
                 warn(

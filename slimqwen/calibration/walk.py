@@ -35,7 +35,7 @@ HIDDEN_STATES = "hidden_states"  # the layer's output, raw, [rows, seq, hidden];
 
 
 def is_unfinished(out: Path) -> bool:
-    """Whether a walk that was to write `out` was interrupted (what `scratch_folder` keeps is still there)."""
+    """Return whether a walk that was to write `out` was interrupted (what `scratch_folder` keeps is still there)."""
     return out.with_name(f".{_scratch(out).name}.partial").is_dir()
 
 

@@ -1,1 +1,1 @@
-"""Healing: every layer of a cut model trained alone, by gradient, to hand on the stream that the teacher's does."""
+"""Healing: every layer of a cut model trained alone, by gradient, towards the teacher's stream after the same layer."""

@@ -37,7 +37,7 @@ def heal(
 ) -> Path:
     """Train every layer of `student` alone so that it ends where the teacher's does, MTP's too; returns `out`.
 
-    Layer after layer, on the student's own stream: what goes into a layer is what the healed layers before it hand on, and its
+    Layer after layer, on the student's own stream: what goes into a layer is the output of the healed layers before it, and its
     target is the teacher's stream after the same layer, in the student's coordinates. Every weight of the layer trains, in float32
     (bfloat16 products on a GPU). Embeddings, the final norm and lm_head stay, as do layout and dtypes. In memory there
     are one layer's weights five times (itself, where it began, gradients and AdamW's moments), and with the last layer both lm_heads and
@@ -46,7 +46,7 @@ def heal(
     Args:
         student: what `prune` made of `teacher` by `plan`, refitted or not, embeddings not trained since.
         tokens: folder written by `tokenize`, or several by the names of their sources; the first sequences of their training orders of
-            `seed` are used. Of each source every 16th is left out, to tell whether a layer has become better.
+            `seed` are used. Of each source every 16th is left out, to measure whether a layer has become better.
         execution: its memory_budget is for activations; the batches are those of the training, `recipe.batch_size`.
         seed: also of the order in which a layer sees the sequences.
 
@@ -107,7 +107,7 @@ def check_samples(samples: int, sources: int) -> None:
 
 
 def left_out_of(parts: Sequence[Part]) -> torch.Tensor:
-    """The rows that tell whether a layer has become better, bool [rows]: every 16th of each source, and one at least."""
+    """Return the rows to measure whether a layer has become better, bool [rows]: every 16th of each source, one at least."""
     result = torch.zeros(len(parts), dtype=torch.bool)
     for source in dict.fromkeys(part.source for part in parts):
         rows = [row for row, part in enumerate(parts) if part.source == source]

@@ -30,7 +30,7 @@ BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
 FIRST_RATE, MOST_TRIALS = 4e-4, 6  # of the search for a rate: where it begins in the first layer, and when it ends
 TRIAL, FEWEST_STEPS = 0.1, 4  # of a layer's steps, to try a rate; and at least
-UNCHANGED = 1e-3  # of the stream: a layer that is nearer than this to the teacher's, or than `dtype` can tell, stays
+UNCHANGED = 1e-3  # of the stream: a layer that is nearer than this to the teacher's, or than `dtype` resolves, stays
 LONGER = 1.5  # times the best rate of a trial is a layer trained with: measured, docs/healing.md
 # What the result depends on beside the recipe:
 ARITHMETIC = (WARMUP, BETAS, MAX_GRAD_NORM, FIRST_RATE, MOST_TRIALS, TRIAL, FEWEST_STEPS, UNCHANGED, LONGER)
@@ -39,19 +39,19 @@ RATE = "rate.json"  # in the folder of each layer that is finished: where the se
 
 
 class _Training:
-    """A layer's weights that train, where they began, what the layer makes of some rows, and what is to be lowered."""
+    """The training of one layer: its weights and their start, its output for some rows, and the objective to lower."""
 
     def __init__(self, weights: dict[str, Tensor], layer: Callable[[Tensor], Tensor], objective: Objective) -> None:
         self.weights, self.layer, self.objective = weights, layer, objective
         self._start = {name: tensor.detach().clone() for name, tensor in weights.items()}
 
-    def take_back(self) -> None:
-        """The weights are where they began."""
+    def reset(self) -> None:
+        """Set the weights back to where they began."""
         for name, tensor in self.weights.items():
             tensor.data.copy_(self._start[name])
 
     def changed(self) -> dict[str, Tensor]:
-        """The weights that are not where they began."""
+        """Return the weights that are not where they began."""
         return {name: tensor for name, tensor in self.weights.items() if not torch.equal(tensor, self._start[name])}
 
 
@@ -60,7 +60,7 @@ class Healing:
 
     A layer whose error on the rows left out did not fall stays as it was, and one that is where the teacher's is, to rounding.
 
-    left_out: rows that tell whether a layer has become better, bool [rows]; in_training: those that it is trained on.
+    left_out: rows to measure whether a layer has become better, bool [rows]; in_training: those that it is trained on.
     rows_per_pass: that go through a layer at once.
     """
 
@@ -86,7 +86,7 @@ class Healing:
         self._steps = recipe.epochs * math.ceil(len(self._training) / recipe.batch_size)
 
     def passes(self, _course: Course) -> int:
-        """A forward pass counts one, forward and backward three; what the search for a rate takes is not known before."""
+        """Return how often: a forward pass counts one, forward and backward three; the search for a rate, of unknown length, none."""
         return 1 + 3 * self._recipe.epochs
 
     def __call__(
@@ -100,17 +100,17 @@ class Healing:
         ):
             layer = partial(self._through, step, hidden)
             training = _Training(weights, layer, objective)
-            start = error = self._mean(training)
-            rate, hands_on = None, self._first_rate(before)
+            start = error = self._measure(training)
+            rate, next_first = None, self._first_rate(before)
             if error > self._rounding**2:
-                rate, hands_on = self._rate(course, training, hands_on, progress)
+                rate, next_first = self._rate(course, training, next_first, progress)
                 progress.advance(0, rate=f"{rate:.2g}")
                 self._train(training, list(self._batches(course)), rate, progress)
                 round_as_stored(checkpoint, step, weights)
-                error = self._mean(training)
+                error = self._measure(training)
             is_better = error < start
             if not is_better:
-                training.take_back()
+                training.reset()
             rows_not_trained_on = len(hidden) - (0 if rate is None else len(self._training))
             progress.advance(3 * self._recipe.epochs * rows_not_trained_on * self._seq)
             changed = training.changed()
@@ -118,7 +118,7 @@ class Healing:
                 hidden[rows] = layer(rows).float().cpu()
                 progress.advance(len(rows) * self._seq)
             save_file(stored_tensors(checkpoint, step, changed), folder / CHANGED)
-        write_json(folder / RATE, {"next": rate / LONGER if rate is not None and is_better else hands_on})
+        write_json(folder / RATE, {"next": rate / LONGER if rate is not None and is_better else next_first})
         begun, ended = objective.in_words(start), objective.in_words(error)
         progress.advance(0, **{objective.name: f"{begun} to {ended}" if is_better else f"{begun}, left as it is"})
 
@@ -132,8 +132,8 @@ class Healing:
     ) -> tuple[float, float]:
         """Return the recipe's learning rate; with `auto` LONGER times the one at which a tenth of the steps leave the smallest error.
 
-        And where the next layer's search begins if this one does not become better: at `first` too, for rates at which nothing
-        is gained say nothing of others, and the lowest is the best of them. Where every rate breaks the layer it is the lowest.
+        And where the next layer's search begins if this one does not become better: at `first` too, for a rate at which nothing
+        is gained is no hint at a better one, and the lowest is the best of them. Where every rate breaks the layer it is the lowest.
         """
         if self._recipe.learning_rate != "auto":
             return self._recipe.learning_rate, first
@@ -142,9 +142,9 @@ class Healing:
         while (exponent := next_exponent(errors, MOST_TRIALS)) is not None:
             progress.advance(0, rate=f"{first * FACTOR**exponent:.2g} tried")
             self._train(training, batches, first * FACTOR**exponent, None)
-            error = self._mean(training)
+            error = self._measure(training)
             errors[exponent] = error if math.isfinite(error) else math.inf
-            training.take_back()
+            training.reset()
         best = lowest_point(errors)
         if best is None:
             lowest = first * FACTOR ** min(errors)
@@ -153,7 +153,7 @@ class Healing:
 
     @contextmanager
     def _objective(self, course: Course, target: Target) -> Iterator[Objective]:
-        """The stream of the teacher, or after the last decoder layer its predictions."""
+        """Yield the error to the teacher's stream, or after the last decoder layer that to its predictions."""
         norm = course.student.norm
         if norm is None or course.student.number is None:
             yield StreamError(target, self._student.device)
@@ -171,7 +171,7 @@ class Healing:
     def _train(
         self, training: "_Training", batches: Sequence[Tensor], rate: float, progress: LayerProgress | None
     ) -> None:
-        """One step for each of the batches, at a learning rate that peaks at `rate`."""
+        """Take one step for each of the batches, at a learning rate that peaks at `rate`."""
         weights, objective = training.weights, training.objective
         optimizer = torch.optim.AdamW(weights.values(), lr=0.0, betas=BETAS, weight_decay=0.0)
         for number, rows in enumerate(batches):
@@ -188,28 +188,28 @@ class Healing:
             optimizer.zero_grad(set_to_none=True)
 
     def _batches(self, course: Course) -> Iterator[Tensor]:
-        """The rows of each step: every epoch has all of them in an order of its own."""
+        """Yield the rows of each step: every epoch has all of them in an order of its own."""
         number = -1 if course.student.number is None else course.student.number
         generator = torch.Generator().manual_seed((1_000_003 * self._seed + number + 1) % 2**63)  # of 64 bits, signed
         for _ in range(self._recipe.epochs):
             order = self._training[torch.randperm(len(self._training), generator=generator)]
             yield from order.split(self._recipe.batch_size)
 
-    def _mean(self, training: "_Training") -> float:
-        """The objective's mean over the tokens of the rows left out."""
+    def _measure(self, training: "_Training") -> float:
+        """Return the objective's mean over the tokens of the rows left out."""
         layer, total = training.layer, training.objective.total
         with self._mixed_precision():
             totals = [float(total(layer(rows), rows)) for rows in self._chunks(self._validation)]
         return math.fsum(totals) / (len(self._validation) * self._seq)
 
     def _through(self, step: Step, hidden: Tensor, rows: Tensor) -> Tensor:
-        """The layer's output for some rows, [rows, seq, hidden]."""
+        """Return the layer's output for some rows, [rows, seq, hidden]."""
         with self._mixed_precision():
             result: Tensor = step.run(hidden[rows].to(self._student.device), self._tokens[rows])
         return result
 
     def _mixed_precision(self) -> AbstractContextManager[Any]:
-        """bfloat16 products over float32 weights on a GPU, as in distillation."""
+        """Return autocast to bfloat16 products over float32 weights on a GPU, as in distillation."""
         device = self._student.device.type
         autocast: AbstractContextManager[Any] = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
         return autocast
@@ -225,7 +225,7 @@ class Healing:
 
 
 def share_of_peak(step: int, steps: int) -> float:
-    """The learning rate over its peak: a warm-up over the first twentieth, then half a cosine to 0 after the last step."""
+    """Return the learning rate over its peak: a warm-up over the first twentieth, then half a cosine to 0 after the last step."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup

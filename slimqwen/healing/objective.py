@@ -1,4 +1,4 @@
-"""What a layer is trained to do: to hand on the teacher's stream, or at the end to predict what the teacher predicts."""
+"""The objective of a layer: the distance to the teacher's stream, or after the last layer to its predictions."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,16 +16,16 @@ KD_ALONE = LossWeights(lm=0.0, kd=1.0, mtp_lm=0.0, mtp_kd=0.0)
 
 
 class Objective(ABC):
-    """A sum over tokens that training lowers. name: of what `in_words` tells."""
+    """A sum over tokens that training lowers. name: of the number that `in_words` formats."""
 
     name: str
 
     @abstractmethod
     def total(self, output: Tensor, rows: Tensor) -> Tensor:
-        """The sum over these rows, a scalar, differentiable in the layer's output for them, [rows, seq, hidden]."""
+        """Return the sum over these rows, a scalar, differentiable in the layer's output for them, [rows, seq, hidden]."""
 
     def in_words(self, mean: float) -> str:
-        """A mean over tokens, as people read it."""
+        """Format a mean over tokens for people."""
         return f"{mean:.3f}"
 
 
@@ -50,7 +50,7 @@ class StreamError(Objective):
 
 
 class PredictionError(Objective):
-    """KL(teacher || student) of the next token, in nats: after the last layer nothing follows that could make up for an error.
+    """KL(teacher || student) of the next token, in nats: after the last layer nothing follows that could correct an error.
 
     norm: the student's final norm. head, teacher_head: both lm_heads, [vocab, hidden] of each model. teacher_hidden: what goes into
     the teacher's for some rows, [rows, seq, teacher's hidden].
@@ -71,7 +71,9 @@ class PredictionError(Objective):
     def total(self, output: Tensor, rows: Tensor) -> Tensor:
         hidden = self._norm(output.float()).flatten(0, 1)
         everywhere = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)  # the data has no say here
+        labels = torch.zeros(
+            len(hidden), dtype=torch.int64, device=hidden.device
+        )  # unused: the weight of the data's loss is 0
         predictions = Predictions(labels, hidden, everywhere, None, ~everywhere)
         teacher = LiveSignal(self._teacher_hidden(rows).flatten(0, 1).to(self._teacher_head), self._teacher_head)
         loss, _ = chunked_loss(predictions, self._head, KD_ALONE, teacher=teacher, chunk_tokens=CHUNK_TOKENS)

@@ -15,7 +15,7 @@ from slimqwen.layerwise.weights import ExpertsOnDisk, dense_tensors
 
 @contextmanager
 def trainable_weights(stream: Stream, step: Step) -> Iterator[dict[str, Tensor]]:
-    """While open, the step's layer has its weights in float32 on the stream's device, as leaves that ask for a gradient.
+    """Put the layer's weights in float32 on the stream's device while it is open, as leaves that require a gradient.
 
     Yields them by their names: a checkpoint's, but for routed experts, which are stacked, [experts, rows, columns]. Norms
     and heads around the layer are there too, and do not train; buffers (a router's correction bias) do not either.
@@ -29,24 +29,24 @@ def trainable_weights(stream: Stream, step: Step) -> Iterator[dict[str, Tensor]]
                 attribute = model.family.module_name(name, model.config).rpartition(".")[2]
                 if not isinstance(module._parameters.get(attribute), nn.Parameter):
                     continue
-                lent = vars(module)[attribute]
-                start = lent.stacked(device) if isinstance(lent, ExpertsOnDisk) else lent.clone()
+                current = vars(module)[attribute]
+                start = current.stacked(device) if isinstance(current, ExpertsOnDisk) else current.clone()
                 leaves[name] = vars(module)[attribute] = start.requires_grad_()
         yield leaves
 
 
 def trained_blocks(step: Step) -> list[Block]:
-    """The layer's own, without the norm and the heads around the last one."""
+    """Return the layer's own blocks, without the norm and the heads around the last one."""
     return [block for block in step.blocks if block.layer is not None or block.is_mtp]
 
 
 def stacked_experts(block: Block) -> list[str]:
-    """Names of the block's routed experts as the module holds them, stacked."""
+    """Return the names of the block's routed experts as the module holds them, stacked."""
     return [block.prefix + name for name in (block.experts.fused if block.experts else ())]
 
 
 def stored_names(checkpoint: Checkpoint, step: Step, name: str) -> list[str]:
-    """What the checkpoint keeps a tensor of the layer as: its own name, or of stacked experts the parts' with `{expert}` in them."""
+    """Return a tensor's names in the checkpoint: its own, or of stacked experts the parts' with `{expert}` in them."""
     if name in checkpoint.specs:
         return [name]
     block = next(block for block in trained_blocks(step) if name in stacked_experts(block))
@@ -62,7 +62,7 @@ def round_as_stored(checkpoint: Checkpoint, step: Step, trained: Mapping[str, Te
 
 
 def stored_tensors(checkpoint: Checkpoint, step: Step, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained tensors by their names in the checkpoint, in its dtypes, on the CPU: experts one by one where it has them so."""
+    """Return the trained tensors by their names in the checkpoint, in its dtypes, on the CPU: experts apart where it has them so."""
     result: dict[str, Tensor] = {}
     for name, tensor in trained.items():
         names = stored_names(checkpoint, step, name)

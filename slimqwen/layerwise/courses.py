@@ -30,9 +30,9 @@ def _layer_of(step: Step) -> Block:
 
 
 def courses(student: Sequence[Step], teacher: Sequence[Step], kept_layers: Sequence[int]) -> list[Course]:
-    """Each step of the student with the teacher's steps that it stands for: its own, and dropped ones.
+    """Return each step of the student with the teacher's steps that it stands for: its own, and dropped ones.
 
-    A layer before a gap stands for the layers in it, so that the next one is asked what it was asked in the teacher, and
+    A layer before a gap stands for the layers in it, so that the next one has the input that it had in the teacher, and
     the last one ends where the teacher does.
 
     Example: kept_layers 0, 1, 3 of 5, and an MTP module: (0; 0), (1; 1, 2), (3; 3, 4), (mtp; mtp).

@@ -65,7 +65,7 @@ def allot(
     second_moments: bool = False,
     beside_bytes: int = 0,
 ) -> Allotment:
-    """As many rows at once as the budget for activations allows: at least 1, passes of at most `batch_size`.
+    """Return as many rows at once as the budget for activations allows: at least 1, passes of at most `batch_size`.
 
     On a CPU the budget is what the memory limit of this process leaves, where that is less: a limit, and not what is free at
     the moment, so that the same command does the same. Where it leaves too little for one row, that is a warning.
@@ -94,15 +94,17 @@ def allot(
     chosen = config["num_experts_per_tok"]
     passing = row * max(_held_in_a_pass(block, sizes, hidden) for block in layers)
     waiting = row * 3 * hidden  # while others pass: the residual stream so far, the experts' inputs, their copy
-    asking = row * max(_held_by_experts(block, sizes, hidden, chosen) for block in layers if block.experts is not None)
+    in_experts = row * max(
+        _held_by_experts(block, sizes, hidden, chosen) for block in layers if block.experts is not None
+    )
     rows_per_pass = int(min(batch_size, rows, max(1, budget_bytes // 2 // passing)))
     left = budget_bytes - rows_per_pass * passing
-    rows_per_chunk = int(min(rows, max(rows_per_pass, min(left // waiting, budget_bytes // asking))))
+    rows_per_chunk = int(min(rows, max(rows_per_pass, min(left // waiting, budget_bytes // in_experts))))
     allotment = replace(
         fixed,
         rows_per_pass=rows_per_pass,
         rows_per_chunk=rows_per_chunk,
-        activations_bytes=int(max(rows_per_pass * passing + rows_per_chunk * waiting, rows_per_chunk * asking)),
+        activations_bytes=int(max(rows_per_pass * passing + rows_per_chunk * waiting, rows_per_chunk * in_experts)),
     )
     if limit is not None:
         _warn_beyond(limit, allotment.total_bytes + beside_bytes)
@@ -126,7 +128,7 @@ def fits(
     device: torch.device,
     second_moments: bool = False,
 ) -> bool:
-    """Whether the whole model and its statistics fit beside a budget for activations, and say so where they do not."""
+    """Return whether the whole model and its statistics fit beside a budget for activations; print it where they do not."""
     numbers = sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
     sums = 8 * parts * _sums(checkpoint.family.blocks(checkpoint.config), checkpoint, second_moments)
     needed = numbers * dtype.itemsize + sums + _copies_bytes(checkpoint, second_moments)
@@ -141,7 +143,7 @@ def fits(
 
 
 def _held_in_a_pass(block: Block, sizes: Sizes, hidden: int) -> float:
-    """Numbers per token, of the token mixer or of a dense network."""
+    """Return numbers per token, of the token mixer or of a dense network."""
     return max(
         held * (_outputs(block.tables[part], sizes) + hidden)
         for part, held in HELD_AT_ONCE.items()
@@ -150,20 +152,22 @@ def _held_in_a_pass(block: Block, sizes: Sizes, hidden: int) -> float:
 
 
 def _held_by_experts(block: Block, sizes: Sizes, hidden: int, chosen: int) -> int:
-    """Numbers per token: seven of the residual stream; each output of router and shared experts three times; and what is
-    known of each chosen expert (indices of 8 bytes among it).
+    """Return numbers per token.
+
+    They are seven of the residual stream; each output of router and shared experts three times; and what is kept of each
+    chosen expert (indices of 8 bytes among it).
     """
     tables = [block.tables[part] for part in ("shared_experts", "router") if part in block.tables]
     return 7 * hidden + 3 * sum(_outputs(table, sizes) for table in tables) + 10 * chosen
 
 
 def _outputs(table: Table, sizes: Sizes) -> int:
-    """Rows of all matrices."""
+    """Return the rows of all matrices."""
     return sum(size(dims[0], sizes) for dims in table.values() if len(dims) == 2)
 
 
 def _weights(block: Block, sizes: Sizes, experts: int) -> int:
-    """Numbers in a block's dense tensors and in some of its experts."""
+    """Return the numbers in a block's dense tensors and in some of its experts."""
     dense = [table for part, table in block.tables.items() if part not in ("embedding", "vision")]
     numbers = sum(prod(size(term, sizes) for term in dims) for table in dense for dims in table.values())
     each = block.experts.per_expert.values() if block.experts else ()
@@ -171,7 +175,7 @@ def _weights(block: Block, sizes: Sizes, experts: int) -> int:
 
 
 def _steps(checkpoint: Checkpoint) -> list[list[Block]]:
-    """The blocks that are there at the same time, as in `steps_of`: a decoder layer, the last with the final norm; MTP."""
+    """Return the blocks that are there at the same time, as in `steps_of`: a decoder layer, the last with the final norm; MTP."""
     blocks = checkpoint.family.blocks(checkpoint.config)
     steps = [[block] for block in blocks if block.layer is not None]
     steps[-1] += [block for block in blocks if block.layer is None and not block.is_mtp]
@@ -180,8 +184,10 @@ def _steps(checkpoint: Checkpoint) -> list[list[Block]]:
 
 
 def _sums(blocks: Collection[Block], checkpoint: Checkpoint, second_moments: bool) -> int:
-    """Numbers in the sums over these blocks, nearly all of them their experts' (outputs, neurons and the logits' products)
-    and the second moments of their norms, where they are asked for.
+    """Return the numbers in the sums over these blocks.
+
+    Nearly all of them are their experts' (outputs, neurons and the logits' products) and, with `second_moments`, those of
+    their norms.
     """
     hidden, experts, neurons = _expert_sizes(checkpoint)
     norms = [block for block, _ in checkpoint.family.residual_norms(checkpoint.config) if block in blocks]
@@ -190,13 +196,13 @@ def _sums(blocks: Collection[Block], checkpoint: Checkpoint, second_moments: boo
 
 
 def _copies_bytes(checkpoint: Checkpoint, second_moments: bool) -> int:
-    """What one batch adds, in float32: the second moments of one norm, or outputs and neurons of a layer's experts."""
+    """Return the bytes of what one batch adds, float32: second moments of one norm, or outputs and neurons of a layer's experts."""
     hidden, experts, neurons = _expert_sizes(checkpoint)
     return 4 * max(second_moments * hidden**2, experts * (hidden + neurons)) + 8 * ADDED_AT_ONCE
 
 
 def _expert_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Hidden size, experts of a layer, neurons of one."""
+    """Return hidden size, experts of a layer, neurons of one."""
     family, sizes = checkpoint.family, checkpoint.family.sizes(checkpoint.config)
     neurons = sum(count for axis, count in sizes.items() if axis.scope == "expert")
     return sizes[family.hidden], sizes[family.expert], neurons

@@ -1,7 +1,7 @@
 """Student and teacher side by side, layer after layer, each layer of the student changed so that it ends where the teacher does.
 
-The student's stream is its own: each layer is changed on what the changed layers before it hand over, and its target is
-where the teacher's stream is after the same layer. So a layer also makes up for what those before it could not.
+The student's stream is its own: each layer is changed on the output of the changed layers before it, and its target is
+where the teacher's stream is after the same layer. So a layer also corrects what those before it could not.
 """
 
 import math
@@ -33,28 +33,28 @@ class Target:
         self.teacher_stream, self._project = teacher_stream, project
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        """Of some of the text's rows, float32 [rows, seq, hidden]."""
+        """Return the target of some of the text's rows, float32 [rows, seq, hidden]."""
         return self._project(self.teacher_stream[rows])
 
 
 class LayerProgress:
-    """Progress within a layer that the text goes through `passes` times: all of them are one time through the layer."""
+    """Progress within a layer that the text goes through `passes` times, which count as one."""
 
     def __init__(self, progress: Progress, passes: int) -> None:
         self._progress, self._passes = progress, passes
         self._done = 0
 
     def advance(self, amount: int, **fields: float | str) -> None:
-        """`amount` tokens more have gone through the layer once; `fields` as in `Progress.advance`."""
+        """Count `amount` tokens more that have gone through the layer once; `fields` as in `Progress.advance`."""
         before, self._done = self._done // self._passes, self._done + amount
         self._progress.advance(self._done // self._passes - before, **fields)
 
 
 class LayerChange(Protocol):
-    """What is done to every layer of the student."""
+    """The change that is made to every layer of the student."""
 
     def passes(self, course: Course) -> int:
-        """How often the whole text goes through the student's layer, for the progress."""
+        """Return how often the whole text goes through the student's layer, for the progress."""
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ class LayerChange(Protocol):
     ) -> None:
         """Change a layer: `hidden` [rows, seq, hidden] comes as its input and is then its output, without the norm that may follow.
 
-        Writes the changed tensors to `folder` / CHANGED, beside whatever the next layer needs to know: `before` is the folder of
+        Writes the changed tensors to `folder` / CHANGED, beside whatever the next layer's change reads: `before` is the folder of
         the layer before, None for the first one. Advances `progress` by the text's tokens once for each of the passes.
         """
 
@@ -76,7 +76,7 @@ class LayerChange(Protocol):
 class SideBySide:
     """The walk: every layer of the student is changed, on its own stream, towards the teacher's.
 
-    projection: what makes of the teacher's stream after one of its blocks the student's target (`Projection.after`).
+    projection: returns for one of the teacher's blocks the map from the stream after it to the student's target (`Projection.after`).
     """
 
     def __init__(

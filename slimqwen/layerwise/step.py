@@ -19,7 +19,7 @@ class Step:
     """One layer.
 
     blocks: whose weights it needs. run: takes hidden states [rows, seq, hidden] and the rows' tokens [rows, seq + 1] through
-    the layer. moe: the module in it that adds what experts say, if there is one. norm: what follows the last layer. number:
+    the layer. moe: the module in it that adds the experts' outputs, if there is one. norm: what follows the last layer. number:
     the decoder layer's; None for the MTP module.
     """
 
@@ -30,31 +30,33 @@ class Step:
     number: int | None
 
     def through(self, hidden: Tensor, tokens: Tensor, rows_per_pass: int) -> Tensor:
-        """The layer's output for a chunk of rows, [rows, seq, hidden], without the norm that may follow.
+        """Return the layer's output for a chunk of rows, [rows, seq, hidden], without the norm that may follow.
 
         In two strides: the token mixer a few rows at a time, for its activations are large; then the experts on all rows
-        at once, for each must be read from the checkpoint. It is the same sum: what experts say is the last thing
-        that a layer adds to the residual stream, so they are silent in the first stride.
+        at once, for each must be read from the checkpoint. It is the same sum: the experts' outputs are the
+        last that a layer adds to the residual stream, so the first stride leaves them out and records their inputs.
         """
         passes = zip(hidden.split(rows_per_pass), tokens.split(rows_per_pass), strict=True)
         if self.moe is None:
             return torch.cat([self.run(*rows) for rows in passes])
-        with _silent(self.moe) as asked:
+        with _left_out(self.moe) as recorded:
             result = torch.cat([self.run(*rows) for rows in passes])
-        inputs = torch.cat(asked)
-        asked.clear()
+        inputs = torch.cat(recorded)
+        recorded.clear()
         return result.add_(self.moe(inputs))
 
 
 def steps_of(model: MtpCausalLM) -> list[Step]:
-    """The decoder layers, the last with the final norm, and the MTP module, in the order of the forward pass."""
+    """Return the decoder layers, the last with the final norm, and the MTP module, in the order of the forward pass."""
     decoder, blocks = model.backbone.get_decoder(), model.family.blocks(model.config)
     around = [block for block in blocks if block.layer is None and not block.is_mtp]
     layers = [block for block in blocks if block.layer is not None]
     steps = []
     for number, block in enumerate(layers):
         needed, norm = ([block, *around], decoder.norm) if block is layers[-1] else ([block], None)
-        steps.append(Step(needed, partial(_decode, _alone(decoder, number)), _moe(model, [block]), norm, number))
+        steps.append(
+            Step(needed, partial(_decode, _decoder_with_only(decoder, number)), _moe(model, [block]), norm, number)
+        )
     if model.mtp is not None:
         mtp = [block for block in blocks if block.is_mtp]
         run = partial(_draft, model, _with_modules(model.mtp, norm=nn.Identity()))
@@ -63,7 +65,7 @@ def steps_of(model: MtpCausalLM) -> list[Step]:
 
 
 def embeddings(model: MtpCausalLM, tokens: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, seq, hidden], looked up where the embedding lies."""
+    """Return the embeddings of tokens, [rows, seq, hidden], looked up where the table lies."""
     found: Tensor = model.backbone.get_decoder().embed_tokens(tokens)
     return found.to(device, dtype)
 
@@ -79,43 +81,43 @@ def _draft(model: MtpCausalLM, mtp: nn.Module, hidden: Tensor, tokens: Tensor) -
     return result
 
 
-def _alone(decoder: Any, number: int) -> nn.Module:
-    """The backbone with one of its layers and no final norm: its own forward makes positions and masks, in any family."""
-    layers = [layer if i == number else _Nothing() for i, layer in enumerate(decoder.layers)]
+def _decoder_with_only(decoder: Any, number: int) -> nn.Module:
+    """Return the backbone with one of its layers and no final norm: its own forward makes positions and masks, in any family."""
+    layers = [layer if i == number else _Identity() for i, layer in enumerate(decoder.layers)]
     return _with_modules(decoder, layers=nn.ModuleList(layers), norm=nn.Identity())
 
 
-class _Nothing(nn.Module):
-    """In the place of a layer whose turn it is not."""
+class _Identity(nn.Module):
+    """Identity, in the place of a layer that is left out."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 
 
 def _with_modules(module: nn.Module, **replaced: nn.Module) -> nn.Module:
-    """The same module, sharing everything with it but these children."""
+    """Return the same module, sharing everything with it but these children."""
     other = copy(module)
     other._modules = {**module._modules, **replaced}
     return other
 
 
 def _moe(model: MtpCausalLM, blocks: list[Block]) -> nn.Module | None:
-    """The module that owns the router of these blocks, if one of them has experts."""
+    """Return the module that owns the router of these blocks, if one of them has experts."""
     routers = [block.prefix + model.family.router for block in blocks if block.experts is not None]
     return model.module_of(routers[0].rpartition(".")[0]) if routers else None
 
 
 @contextmanager
-def _silent(moe: nn.Module) -> Iterator[list[Tensor]]:
-    """While open, `moe` adds nothing, and the list holds what it was asked, [rows, seq, hidden] each."""
-    asked: list[Tensor] = []
+def _left_out(moe: nn.Module) -> Iterator[list[Tensor]]:
+    """Let `moe` add nothing while it is open, and record its inputs in the list, [rows, seq, hidden] each."""
+    recorded: list[Tensor] = []
 
-    def listen(hidden_states: Tensor) -> Tensor:
-        asked.append(hidden_states)
+    def record(hidden_states: Tensor) -> Tensor:
+        recorded.append(hidden_states)
         return torch.zeros_like(hidden_states)
 
-    moe.forward = listen
+    moe.forward = record
     try:
-        yield asked
+        yield recorded
     finally:
         del moe.forward

@@ -1,4 +1,4 @@
-"""One model on one text: the weights of its layers come and go, and the text's hidden states go through layer after layer."""
+"""One model on one text: one layer has its weights at a time, and the text's hidden states go through layer after layer."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from slimqwen.layerwise.weights import weights_of, without_weights
 from slimqwen.model.experts import STREAMED_EXPERTS
 from slimqwen.model.model import head_name
 
-NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL)  # what a file system answers that cannot reserve space
+NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that cannot reserve space
 
 
 def file_backed(path: Path, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model whose weights come and go: built without any, given those of one layer at a time."""
+"""A model built without weights, and one layer's weights at a time put into it."""
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,7 @@ ELSEWHERE = ("embedding", "vision")  # parts that no layer needs: embeddings are
 
 
 def without_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> MtpCausalLM:
-    """The checkpoint's model without weights but for the embedding, which is the file's, memory-mapped."""
+    """Return the checkpoint's model without weights but for the embedding, which is the file's, memory-mapped."""
     model = weightless(checkpoint, dtype, device)
     decoder = model.backbone.get_decoder()
     table = next(
@@ -40,43 +40,43 @@ def weights_of(
     device: torch.device,
     watch: Stopwatch,
 ) -> Iterator[None]:
-    """While open, the modules of these blocks have their weights, parameters in `dtype`; before and after they have none.
+    """Put weights into the modules of these blocks while it is open, parameters in `dtype`; before and after they have none.
 
-    On a CPU routed experts stay in the file, and each is read when it is its turn.
+    On a CPU routed experts stay in the file, and each is read when it is computed.
     """
-    with ExitStack() as guests:
+    with ExitStack() as stack:
 
-        def lend(name: str, tensor: Any) -> None:
+        def put(name: str, tensor: Any) -> None:
             module = model.module_of(name)
             attribute = model.family.module_name(name, model.config).rpartition(".")[2]
             vars(module)[attribute] = tensor  # hides the parameter of this name, which stays on the meta device
-            guests.callback(vars(module).pop, attribute)
+            stack.callback(vars(module).pop, attribute)
 
         for block in blocks:
             with watch:
                 for name in dense_tensors(block):
-                    lend(name, aligned(checkpoint.read(name).to(device, held_dtype(model, name, dtype))))
+                    put(name, aligned(checkpoint.read(name).to(device, held_dtype(model, name, dtype))))
             for name in block.experts.fused if block.experts else ():
                 experts = ExpertsOnDisk(checkpoint, block, name, dtype, watch)
-                lend(block.prefix + name, experts if device.type == "cpu" else experts.stacked(device))
+                put(block.prefix + name, experts if device.type == "cpu" else experts.stacked(device))
         yield
 
 
 def dense_tensors(block: Block) -> list[str]:
-    """Names of what a block's modules hold beside routed experts."""
+    """Return the names of what a block's modules hold beside routed experts."""
     return [block.prefix + name for part, table in block.tables.items() if part not in ELSEWHERE for name in table]
 
 
 def held_dtype(model: MtpCausalLM, name: str, dtype: torch.dtype) -> torch.dtype:
-    """Parameters are computed with in `dtype`; buffers (a router's correction bias) keep the module's own."""
+    """Return `dtype` for a parameter, and the module's own dtype for a buffer (a router's correction bias)."""
     held: Tensor = getattr(model.module_of(name), name.rpartition(".")[2])
     return dtype if isinstance(held, nn.Parameter) else held.dtype
 
 
 class ExpertsOnDisk:
-    """Stands in for a stacked parameter [experts, rows, columns]: `[expert]` reads that expert from the checkpoint.
+    """Stand-in for a stacked parameter [experts, rows, columns]: `[expert]` reads that expert from the checkpoint.
 
-    What it returns, [rows, columns] in `dtype`, is one buffer: valid until the next expert is asked for.
+    What it returns, [rows, columns] in `dtype`, is one buffer: valid until the next expert is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, block: Block, fused: str, dtype: torch.dtype, watch: Stopwatch) -> None:
@@ -97,7 +97,7 @@ class ExpertsOnDisk:
         return self._buffer
 
     def stacked(self, device: torch.device) -> Tensor:
-        """All of them, on a device."""
+        """Return all of them, stacked on a device."""
         stacked = torch.empty(self._experts, *self._buffer.shape, dtype=self._buffer.dtype, device=device)
         for expert in range(self._experts):
             stacked[expert].copy_(self[expert])

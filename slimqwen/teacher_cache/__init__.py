@@ -1,1 +1,1 @@
-"""The stage `teacher_cache`: a teacher and tokens in, what the teacher says about each token out."""
+"""The stage `teacher_cache`: a teacher and tokens in, the teacher's distribution of each token out."""

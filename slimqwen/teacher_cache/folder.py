@@ -1,4 +1,4 @@
-"""A folder of what a teacher says, as the stage writes it and distillation reads it.
+"""A folder of a teacher's distributions, as the stage writes it and distillation reads it.
 
 manifest.json                what it holds and what it was made from: `CacheManifest`
 shard-000000.safetensors     the records of the first `sequences_per_shard` sequences of the stored text, and so on
@@ -81,12 +81,12 @@ class CacheManifest(BaseModel):
         return -(-self.sequences // self.sequences_per_shard)
 
     def identity(self) -> str:
-        """Changes with whatever changes a record."""
+        """Return a fingerprint that changes with whatever changes a record."""
         return fingerprint_value(self.model_dump(mode="json"))
 
 
 def text_fingerprint(prefix: Path) -> str:
-    """Of the token ids and document boundaries below a prefix, wherever they lie."""
+    """Return the fingerprint of token ids and document boundaries below a prefix, wherever they lie."""
     return fingerprint_value([fingerprint(bin_path(prefix)), fingerprint(idx_path(prefix))])
 
 
@@ -97,7 +97,7 @@ def shard_name(number: int) -> str:
 def write_shard(
     path: Path, sequences: Sequence[int], lengths: list[int], heads: Mapping[Head, Mapping[str, Array]]
 ) -> None:
-    """Atomically. lengths: predicted tokens of each sequence; heads: the arrays of `packed`, of all these tokens."""
+    """Write a shard atomically. lengths: predicted tokens of each sequence; heads: the arrays of `packed`, of all these tokens."""
     ends = np.cumsum(lengths, dtype=np.int64)
     arrays = {f"{head}.{name}": array for head, record in heads.items() for name, array in record.items()}
     digests = [_digest(array[end - n : end] for array in arrays.values()) for n, end in zip(lengths, ends, strict=True)]
@@ -111,7 +111,7 @@ def write_shard(
 
 
 def shard_entry(path: Path) -> ShardEntry:
-    """Of a finished shard, for the manifest."""
+    """Return the manifest's entry of a finished shard."""
     file = _open(path)
     return ShardEntry(bytes=path.stat().st_size, sha256=_digest(file.get_tensor(name) for name in INDEX).hex())
 
@@ -146,11 +146,11 @@ class TeacherCache:
         return self._position(sequence) is not None
 
     def read(self, sequence: int) -> dict[Head, TopTokens]:
-        """What each head says about a sequence of the stored text: N = its predicted tokens."""
+        """Read each head's distributions for a sequence of the stored text: N = its predicted tokens."""
         position = self._position(sequence)
         if position is None:
             raise UserError(
-                f"{self.folder} has nothing about sequence {sequence:,}: run `slimqwen teacher-cache` again."
+                f"{self.folder} does not contain sequence {sequence:,}: run `slimqwen teacher-cache` again."
             )
         number, row = divmod(position, self.manifest.sequences_per_shard)
         file, index = self._shard(number)
@@ -169,7 +169,7 @@ class TeacherCache:
         return {head: unpacked(arrays, self.manifest.vocab_size) for head, arrays in heads.items()}
 
     def _position(self, sequence: int) -> int | None:
-        """Among the sequences of this cache."""
+        """Return the position among the sequences of this cache, or None."""
         if self.manifest.subset is None:
             return sequence if 0 <= sequence < self.manifest.sequences else None
         position = int(np.searchsorted(self._sequences, sequence))
@@ -177,7 +177,7 @@ class TeacherCache:
         return position if found else None
 
     def _open_shard(self, number: int) -> tuple[Any, dict[str, Array]]:
-        """The mapped file and its index arrays."""
+        """Map a file; return it and its index arrays."""
         file = _open(self.folder / shard_name(number))
         try:
             index = {name: file.get_tensor(name) for name in INDEX}
@@ -195,7 +195,7 @@ class TeacherCache:
 
 
 def load_manifest(folder: Path) -> CacheManifest:
-    """The manifest of a cache; `UserError` where it is missing or not one."""
+    """Read the manifest of a cache; raise `UserError` where it is missing or not one."""
     path = folder / MANIFEST
     try:
         return CacheManifest.model_validate_json(read_regular(path))

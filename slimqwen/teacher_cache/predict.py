@@ -31,7 +31,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
-        """Pieces of the shard in its order, each with what goes into `head`; `advance` is told the positions done."""
+        """Yield pieces of the shard in its order, each with what goes into `head`; call `advance` with the positions done."""
 
 
 class InMemory(Predictor):
@@ -111,7 +111,7 @@ class LayerByLayer(Predictor):
 
 
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> bool:
-    """Whether all weights fit into memory beside a budget for activations, and say so where they do not."""
+    """Return whether all weights fit into memory beside a budget for activations; print it where they do not."""
     needed = dtype.itemsize * sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
     available = available_bytes(device)
     if available is None or needed + budget_bytes <= available:

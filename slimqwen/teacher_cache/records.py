@@ -1,4 +1,4 @@
-"""How the k most likely tokens of a distribution lie on the disk.
+"""The k most likely tokens of a distribution, as they are stored.
 
 Of each predicted token and head, with k tokens out of V:
 
@@ -32,12 +32,12 @@ MOST_STEPS = np.iinfo(np.uint16).max
 
 
 def bytes_per_token(k: int, vocab_size: int, exact: bool) -> int:
-    """Of one head."""
+    """Return the bytes of one head."""
     return 2 * k + _high_bytes(k, vocab_size) + (4 if exact else 2) * k + 4
 
 
 def packed(top: TopTokens, vocab_size: int, exact: bool) -> dict[str, npt.NDArray[np.generic]]:
-    """The arrays above, [tokens, per token]."""
+    """Pack into the arrays above, [tokens, per token]."""
     ids = top.ids.cpu().numpy()
     log_probs = top.log_probs.float().cpu().numpy()
     if not exact:
@@ -53,7 +53,7 @@ def packed(top: TopTokens, vocab_size: int, exact: bool) -> dict[str, npt.NDArra
 
 
 def unpacked(arrays: Arrays, vocab_size: int) -> TopTokens:
-    """What `packed` was given, log-probabilities in float32."""
+    """Unpack what `packed` has packed, log-probabilities in float32."""
     low, steps = arrays["ids_low"].astype(np.int64), arrays["log_probs"]
     tokens, k = low.shape
     bits = np.arange(_high_bits(vocab_size))

@@ -80,12 +80,12 @@ def write_teacher_cache(
     dtype: str = "auto",
     title: str = "teacher-cache",
 ) -> Path:
-    """Write to the folder `out` what `teacher` says about the training text of the folder `tokens`; returns `out`.
+    """Write `teacher`'s distributions for the training text of the folder `tokens` to the folder `out`; return `out`.
 
     An interrupted call leaves its finished shards, and the same call continues with the first that is not there.
 
     Args:
-        with_mtp: what the teacher's MTP head says, too (for `mtp_target: mtp`).
+        with_mtp: the teacher's MTP head's, too (for `mtp_target: mtp`).
         sequences: only so many, the first in the training order of `seed`. Default: the whole text, which serves any seed.
     """
     checkpoint = Checkpoint(teacher)
@@ -132,7 +132,7 @@ def _write_all(
     torch_dtype: torch.dtype,
     title: str,
 ) -> None:
-    """Those that are not there yet."""
+    """Write those that are not there yet."""
     for cache in caches:
         with make_folder(cache.out):  # in order, whatever killed an earlier call
             pass
@@ -145,7 +145,7 @@ def _write_all(
 
 
 def check_teacher(recipe: TeacherCacheRecipe, teacher: Checkpoint, with_mtp: bool) -> None:
-    """Raise UserError for what the teacher cannot say."""
+    """Raise UserError for a distribution that the teacher does not have."""
     if recipe.top_k > teacher.config["vocab_size"]:
         raise UserError(
             f"teacher_cache.top_k {recipe.top_k:,} is more than the {teacher.config['vocab_size']:,} tokens in the vocabulary of "
@@ -158,7 +158,7 @@ def check_teacher(recipe: TeacherCacheRecipe, teacher: Checkpoint, with_mtp: boo
 def _sources(
     tokens: Path, sequence_length: int, seed: int, documents: DocumentBoundaries, sequences: int | None
 ) -> dict[str | None, tuple[StoredRows, Sequence[int]]]:
-    """Of each source of a mixture, or of the one text (None): its rows, and which of them are wanted (a range: all)."""
+    """Return for each source of a mixture, or the one text (None): its rows, and which of them to store (a range: all)."""
     stream = store.training_stream(tokens, sequence_length, seed, documents)
     parts: dict[str | None, tuple[StoredRows, int | None]]
     if isinstance(stream, MixedStream):
@@ -177,7 +177,7 @@ def _sources(
 
 
 def _announce(caches: list[Cache], out: Path, title: str) -> None:
-    """Say what will be written. Raises StageFailed where the disk has no room for it."""
+    """Print what will be written. Raises StageFailed where the disk has no room for it."""
     total, left = sum(cache.total_bytes for cache in caches), sum(cache.left_bytes for cache in caches)
     place = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
@@ -201,7 +201,7 @@ def _predictor(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Predictor:
-    """The teacher, in memory where it fits and nothing else is asked for."""
+    """Return the teacher, in memory where it fits and `execution` leaves it open."""
     with_mtp, budget_bytes = "mtp" in manifest.heads, execution.memory_budget
     streaming = execution.streaming
     if streaming is None:
@@ -244,14 +244,14 @@ def _write(cache: Cache, predictor: Predictor, title: str) -> None:
 def _records(
     shard: Batch, predictor: Predictor, logits: Logits, manifest: CacheManifest, advance: Advance
 ) -> tuple[list[int], dict[Head, dict[str, Array]]]:
-    """Predicted tokens of each sequence, and each head's arrays of all of them."""
+    """Return predicted tokens of each sequence, and each head's arrays of all of them."""
     lengths: list[int] = []
     pieces: dict[Head, list[dict[str, Array]]] = {head: [] for head in manifest.heads}
     for batch, hidden in predictor.hidden_states(shard, advance):
-        said = align(batch.tokens, hidden.main, hidden.mtp, batch.mask)
-        lengths += said.main_mask.view(len(batch.tokens), -1).sum(1).tolist()
-        counted = said.main_mask.to(said.hidden.device)
-        for head, states in (("main", said.hidden), ("mtp", said.mtp_hidden)):
+        aligned = align(batch.tokens, hidden.main, hidden.mtp, batch.mask)
+        lengths += aligned.main_mask.view(len(batch.tokens), -1).sum(1).tolist()
+        counted = aligned.main_mask.to(aligned.hidden.device)
+        for head, states in (("main", aligned.hidden), ("mtp", aligned.mtp_hidden)):
             if head in manifest.heads and states is not None:
                 top = most_likely(logits, states[counted], manifest.top_k)
                 pieces[head].append(packed(top, manifest.vocab_size, manifest.exact))
@@ -262,7 +262,7 @@ def _records(
 
 
 def most_likely(logits: Logits, hidden: torch.Tensor, k: int) -> TopTokens:
-    """The k most likely tokens of each prediction, hidden [N, hidden]: computed as the live teacher's distributions are."""
+    """Return the k most likely tokens of each prediction, hidden [N, hidden]: computed as the live teacher's distributions are."""
     found = []
     for states in hidden.split(logits.chunk.shape[0]):
         logits.project(states)
