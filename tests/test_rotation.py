@@ -27,7 +27,7 @@ from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.planned import planned_cut
 from slimqwen.pruning.prune import prune
 from slimqwen.pruning.residual import Residual
-from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, DepthCriterion, Execution, PruningRecipe, Target
 
 pytestmark = pytest.mark.rounding
 
@@ -228,7 +228,7 @@ def test_one_plan_cuts_every_axis(tmp_path: Path, texts: tuple[Path, Path]) -> N
         moe_intermediate_size=8,
         shared_expert_intermediate_size=10,
     )
-    pruning = REPAIRED.model_copy(update={"depth": "block_influence"})
+    pruning = REPAIRED.model_copy(update={"depth": DepthCriterion.BLOCK_INFLUENCE})
     results = []
     for layout in ("per_expert", "fused"):
         source = write_tiny_checkpoint(tmp_path / f"source-{layout}", layout=layout, tokenizer=texts[0])  # type: ignore[arg-type]

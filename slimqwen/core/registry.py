@@ -31,7 +31,7 @@ class Registry(Generic[Name, Function]):
         return enter
 
     def __getitem__(self, name: str) -> Function:
-        """The function of a name, a member of the enum or its plain string."""
+        """Return the function of a name, a member of the enum or its plain string."""
         return self._functions[self.names(name)]
 
     def compute(self, name: str, value_of: Callable[[str], Any]) -> Any:

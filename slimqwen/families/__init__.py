@@ -1,4 +1,4 @@
-"""The model families that slimqwen knows, by the `model_type` of their config.json."""
+"""The model families that are supported, by the `model_type` of their config.json."""
 
 import difflib
 
@@ -20,7 +20,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Config, where: str) -> Family:
-    """The family of a config.json. `where` names the file in the error for a family that is not supported."""
+    """Return the family of a config.json. `where` names the file in the error for a family that is not supported."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
@@ -31,7 +31,7 @@ def family_of(config: Config, where: str) -> Family:
 
 
 def _meant(config: Config) -> str:
-    """What may be wrong with a model_type: another model's, or a misspelt word.
+    """Return a hint at what may be wrong with a model_type: another model's, or a misspelt word.
 
     A near word is no advice where the word is that of another architecture, whose tensors no other word makes fit.
     """

@@ -23,7 +23,7 @@ Scope = Literal["model", "block", "expert"]
 class Axis:
     """A direction in which a model can shrink.
 
-    `scope` says how many index sets there are: one for the whole model (the residual stream), one per block (the
+    `scope` is how many index sets there are: one for the whole model (the residual stream), one per block (the
     experts or heads of a layer), or one per expert (its neurons).
     """
 
@@ -81,7 +81,7 @@ def each(axis: Axis, term: Term) -> Each:
 
 
 def size(term: Term, sizes: Sizes) -> int:
-    """Number of indices that `term` spans."""
+    """Return the number of indices that `term` spans."""
     match term:
         case int():
             return term
@@ -96,7 +96,7 @@ def size(term: Term, sizes: Sizes) -> int:
 
 
 def axes_of(term: Term) -> set[Axis]:
-    """Every axis that a term mentions."""
+    """Return every axis that a term mentions."""
     match term:
         case int():
             return set()
@@ -111,8 +111,10 @@ def axes_of(term: Term) -> set[Axis]:
 
 
 def nest(term: Term) -> tuple[Axis, ...]:
-    """The axes of a term that is units within units, outermost first: each(KV_HEAD, each(QUERY_HEAD, HEAD_DIM)) is
-    (KV_HEAD, QUERY_HEAD, HEAD_DIM), and an index along it counts up as in a tensor of that shape.
+    """Return the axes of a term that is units within units, outermost first.
+
+    Of each(KV_HEAD, each(QUERY_HEAD, HEAD_DIM)) they are (KV_HEAD, QUERY_HEAD, HEAD_DIM), and an index along it counts up as in a tensor of
+    that shape.
     """
     match term:
         case Axis():

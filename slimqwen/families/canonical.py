@@ -23,7 +23,7 @@ def check_layers_and_experts(config: Config) -> None:
 
 
 def periodic_layer_types(config: Config) -> list[str]:
-    """One full-attention layer after every full_attention_interval - 1 linear ones."""
+    """Return one full-attention layer after every full_attention_interval - 1 linear ones."""
     interval = config.get("full_attention_interval", 4)
     if not isinstance(interval, int) or interval <= 0:
         raise UserError(
@@ -48,9 +48,9 @@ def check_layer_types(config: Config, known: Collection[str]) -> None:
 
 
 def full_attention_only(config: Config) -> Config:
-    """Canonical words for a stack that attends in full everywhere and has neither biases nor an MTP module.
+    """Return the canonical words for a stack that attends in full everywhere and has neither biases nor an MTP module.
 
-    Raises UserError where the config says otherwise. Head sizes that files leave to a default are made explicit.
+    Raises UserError where the config has them. Head sizes that files leave to a default are made explicit.
     """
     for key in ("attention_bias", "num_nextn_predict_layers"):
         if config.get(key):
@@ -71,12 +71,12 @@ def full_attention_only(config: Config) -> Config:
 
 
 def without_full_attention_only(config: Config) -> Config:
-    """The config less the words for what such a family always is, which its own config.json does not have."""
+    """Return the config less the words for what such a family always is, which its own config.json does not have."""
     return {key: value for key, value in config.items() if key not in ("layer_types", "num_nextn_predict_layers")}
 
 
 def renamed(config: Config, names: Mapping[str, str]) -> Config:
-    """The same config with some keys under another name, in their old place.
+    """Return the same config with some keys under another name, in their old place.
 
     Raises UserError where a key is there under both names with different values.
     """
@@ -90,7 +90,7 @@ def renamed(config: Config, names: Mapping[str, str]) -> Config:
 
 
 def full_attention_interval(config: Config) -> int | None:
-    """n where every n-th layer attends in full and no other; None where the pattern is not regular."""
+    """Return n where every n-th layer attends in full and no other; None where the pattern is not regular."""
     full = [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
     if full and full == list(range(full[0], len(config["layer_types"]), full[0] + 1)):
         return full[0] + 1
@@ -98,7 +98,7 @@ def full_attention_interval(config: Config) -> int | None:
 
 
 def with_full_attention_interval(config: Config) -> Config:
-    """SGLang ignores layer_types and counts: write the interval wherever it tells the truth about every layer."""
+    """Add the interval of full attention, by which SGLang counts layers, wherever it is true of every layer."""
     new = {key: value for key, value in config.items() if key != "full_attention_interval"}
     interval = full_attention_interval(config)
     return new if interval is None else new | {"full_attention_interval": interval}
@@ -114,14 +114,14 @@ def check_one_mtp_module(config: Config) -> None:
 
 
 def with_mtp_layer_types(config: Config) -> Config:
-    """What Transformers' own MtpModel asks for where layers are of different types."""
+    """Add what Transformers' own MtpModel needs where layers are of different types."""
     new = {key: value for key, value in config.items() if key not in ("num_mtp_layers", "mtp_layer_types")}
     number = config["num_nextn_predict_layers"]
     return new | {"num_mtp_layers": number, "mtp_layer_types": ["full_attention"] * number} if number else new
 
 
 def mlp_layer_types(config: Config) -> list[str]:
-    """'dense' or 'sparse' per layer, from `mlp_only_layers` and `decoder_sparse_step` (Qwen's rule)."""
+    """Return 'dense' or 'sparse' per layer, from `mlp_only_layers` and `decoder_sparse_step` (Qwen's rule)."""
     only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
     if not isinstance(only, list) or not all(isinstance(layer, int) for layer in only):
         raise UserError(f"config.json: 'mlp_only_layers' must be a list of layer numbers, is {shown(only)}.")
@@ -132,7 +132,7 @@ def mlp_layer_types(config: Config) -> list[str]:
 
 
 def with_mlp_only_layers(config: Config) -> Config:
-    """`mlp_layer_types` back in Qwen's words."""
+    """Put `mlp_layer_types` back into Qwen's words."""
     kinds = config["mlp_layer_types"]
     new = {key: value for key, value in config.items() if key != "mlp_layer_types"}
     new["mlp_only_layers"] = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
@@ -140,7 +140,7 @@ def with_mlp_only_layers(config: Config) -> Config:
 
 
 def with_both_rope_forms(config: Config, partial_rotary_factor: float | None = None) -> Config:
-    """Transformers 5 writes `rope_parameters`, serving engines read the older keys too: have both (formats.md 1).
+    """Write RoPE in both forms: `rope_parameters` of Transformers 5, and the older keys that serving engines read too (formats.md 1).
 
     The older keys are `rope_theta`, `partial_rotary_factor` and, for YaRN and other kinds that stretch the context,
     `rope_scaling`; where it is there it counts before `rope_parameters`, as in Transformers. `partial_rotary_factor` is the
@@ -151,7 +151,7 @@ def with_both_rope_forms(config: Config, partial_rotary_factor: float | None = N
             raise UserError(f"config.json: '{key}' must be a mapping, is {shown(config[key])}.")
     rope: dict[str, Any] = deepcopy(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if (not rope and config.get("rope_theta") is None) or any(isinstance(value, dict) for value in rope.values()):
-        return dict(config)  # nothing to say twice, or one of them for each type of layer, which older keys cannot say
+        return dict(config)  # nothing to write twice, or RoPE by type of layer, for which there are no older keys
     kind = rope.setdefault("rope_type", rope.get("type") or "default")
     if config.get("rope_theta") is not None:
         rope.setdefault("rope_theta", config["rope_theta"])

@@ -34,7 +34,7 @@ def count(family: Family, config: Config) -> Counts:
 
 
 def tally(family: Family, config: Config, sizes: Mapping[Axis, Any], num_experts_per_tok: Any) -> dict[str, Any]:
-    """The fields of `Counts`. `config` says which blocks there are, `sizes` and `num_experts_per_tok` how large.
+    """Compute the fields of `Counts`. `config` has which blocks there are, `sizes` and `num_experts_per_tok` how large.
 
     Counting only adds and multiplies, so a size may also be an int64 array: arrays that broadcast against one another
     count a whole grid of shapes at once.
@@ -55,7 +55,7 @@ def tally(family: Family, config: Config, sizes: Mapping[Axis, Any], num_experts
 
 
 def parameters(blocks: Iterable[Block], sizes: Mapping[Axis, Any], min_dims: int = 1) -> Counter[str]:
-    """Parameters per part, of the tensors that have at least `min_dims` dimensions."""
+    """Count parameters per part, of the tensors that have at least `min_dims` dimensions."""
     parts: Counter[str] = Counter()
     for block in blocks:
         for part, table in block.tables.items():
@@ -69,6 +69,6 @@ def parameters(blocks: Iterable[Block], sizes: Mapping[Axis, Any], min_dims: int
 
 
 def active(parts: Counter[str], num_experts: Any, num_experts_per_tok: Any) -> Any:
-    """Parameters among `parts` that one token of text meets."""
+    """Count the parameters among `parts` that one token of text meets."""
     chosen = parts["routed_experts"] // num_experts * num_experts_per_tok
     return parts.total() - parts["routed_experts"] - parts["vision"] + chosen

@@ -1,7 +1,7 @@
 """A model family as data: its tensors, their axes, and the config fields that size the axes.
 
 Counting, slicing, merging, checking and exporting all walk `Family.blocks` and `Family.tensors`; nothing else in
-slimqwen knows a tensor's name. A new family is one new table (see qwen3_next.py) and one parity test.
+slimqwen names a tensor. A new family is one new table (docs/adding-a-family.md).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -41,7 +41,7 @@ Table = Mapping[str, tuple[Term, ...]]
 class ExpertTable:
     """Routed experts, which lie on disk one tensor per expert, or stacked ("fused") in 3-D tensors.
 
-    `per_expert` is the table; `fused` says which of its tensors, joined along rows, make up each stacked tensor, so
+    `per_expert` is the table; `fused` lists which of its tensors, joined along rows, make up each stacked tensor, so
     that the stacked shapes are derived: `[experts, sum of rows, columns]`.
     """
 
@@ -103,7 +103,7 @@ class Block:
         return self.prefix.removesuffix(".")
 
     def module_tensors(self) -> list[str]:
-        """Names of the block's tensors with its experts stacked, which is how Transformers' modules hold them."""
+        """Return the names of the block's tensors with its experts stacked, which is how Transformers' modules hold them."""
         dense = [name for table in self.tables.values() for name in table]
         return [self.prefix + name for name in (*dense, *(self.experts.fused if self.experts else ()))]
 
@@ -122,7 +122,7 @@ class TensorSpec:
 
 
 def positive(config: Config, key: str) -> int:
-    """A size out of a config. Raises UserError where it is missing or not a positive whole number of a sane size."""
+    """Return a size out of a config. Raises UserError where it is missing or not a positive whole number of a sane size."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST_SIZE:
         raise UserError(f"config.json: '{key}' must be a positive whole number, is {repr(value)[:40]}.")
@@ -172,7 +172,7 @@ class Family:
     mtp_names: Callable[[Config, Collection[str]], set[str]] = lambda config, names: {
         name for name in names if name.startswith("mtp.")
     }
-    """Those of these tensor names that are an MTP module's, whether config.json knows of one or not."""
+    """Those of these tensor names that are an MTP module's, whether config.json has one or not."""
     language_model: "Callable[[Config], tuple[Family, Config]] | None" = None
     """Of a wrapper: its language model by itself, which is what a checkpoint without the vision tower holds."""
     mtp_config: Mapping[str, Any] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class Family:
     """What its papers print of active parameters and how that was counted: lines of the footnote to a count."""
 
     def sizes(self, config: Config) -> dict[Axis, int]:
-        """Size of every axis according to a config. Raises UserError where a field does not divide as it must."""
+        """Return the size of every axis according to a config. Raises UserError where a field does not divide as it must."""
         sizes: dict[Axis, int] = {}
         for key, axes in self.fields.items():
             value = positive(config, key)
@@ -197,7 +197,7 @@ class Family:
         return sizes
 
     def resized(self, config: Config, sizes: Sizes, kept_layers: list[int], num_experts_per_tok: int) -> Config:
-        """The config of a model that kept these layers and these many units of each axis, other keys untouched."""
+        """Return the config of a model that kept these layers and these many units of each axis, other keys untouched."""
         new = deepcopy(config)
         for key, axes in self.fields.items():
             new[key] = prod(sizes[axis] for axis in axes)
@@ -209,11 +209,11 @@ class Family:
         return new
 
     def attention_layers(self, config: Config) -> list[int]:
-        """Layers that keep a KV cache; at least one must remain (formats.md: a linear-only stack fails with a cache)."""
+        """Return the layers that keep a KV cache; at least one must remain (formats.md: a linear-only stack fails with a cache)."""
         return [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
 
     def sources(self, config: Config, new: Config, kept_layers: list[int]) -> dict[str, Block]:
-        """Each block of a cut model, by name -> the block of the source that it comes from.
+        """Return each block of a cut model, by name -> the block of the source that it comes from.
 
         Decoder layers by `kept_layers`; the others by their place: a name may count the layers (MTP of GLM-4).
         """
@@ -225,12 +225,12 @@ class Family:
         return {mine.name: theirs for mine, theirs in pairs}
 
     def blocks(self, config: Config) -> list[Block]:
-        """Every block of the model in checkpoint order: surroundings, decoder layers, MTP."""
+        """Return every block of the model in checkpoint order: surroundings, decoder layers, MTP."""
         around = self.surroundings(config)
         return [b for b in around if not b.is_mtp] + self.layer_blocks(config) + [b for b in around if b.is_mtp]
 
     def tensors(self, config: Config, layouts: Mapping[str, Layout] | None = None) -> Iterator[TensorSpec]:
-        """Every tensor that a checkpoint of this config holds. `layouts`: block name -> layout of its experts."""
+        """Yield every tensor that a checkpoint of this config holds. `layouts`: block name -> layout of its experts."""
         sizes = self.sizes(config)
         for block in self.blocks(config):
             for part, table in block.tables.items():
@@ -246,18 +246,18 @@ class Family:
                         yield TensorSpec(name, pattern, dims, shape, block, "routed_experts", expert)
 
     def moe_blocks(self, config: Config) -> list[Block]:
-        """The blocks that route to experts, MTP's last."""
+        """Return the blocks that route to experts, MTP's last."""
         return [block for block in self.blocks(config) if block.experts is not None]
 
     def axes_in_use(self, config: Config) -> set[Axis]:
-        """The axes that occur in a tensor of this model: without dense layers, say, nothing has their neurons."""
+        """Return the axes that occur in a tensor of this model: without dense layers nothing has their neurons."""
         tables = [table for block in self.blocks(config) for table in block.tables.values()]
         tables += [block.experts.per_expert for block in self.moe_blocks(config) if block.experts]
         terms = {term for table in tables for dims in table.values() for term in dims}
         return set().union(*(axes_of(term) for term in terms), {self.expert})
 
     def writers(self, config: Config) -> list[tuple[Block, str, tuple[Axis, ...]]]:
-        """The dense matrices that write a mixer's or a network's output into the residual stream, by block and name.
+        """Return the dense matrices that write a mixer's or a network's output into the residual stream, by block and name.
 
         Last the axes of their columns, outermost first: one axis of neurons, or heads within heads and a head's dims.
         """
@@ -271,7 +271,7 @@ class Family:
         ]
 
     def residual_norms(self, config: Config) -> list[tuple[Block, str]]:
-        """The norms over the residual stream, as (block, tensor name): the vectors over the hidden axis."""
+        """Return the norms over the residual stream, as (block, tensor name): the vectors over the hidden axis."""
         return [
             (block, block.prefix + name)
             for block in self.blocks(config)
@@ -280,7 +280,7 @@ class Family:
         ]
 
     def detect_layouts(self, config: Config, names: set[str]) -> dict[str, Layout]:
-        """How each block's experts lie in a checkpoint with these tensor names; both may occur in one checkpoint."""
+        """Return how each block's experts lie in a checkpoint with these tensor names; both may occur in one checkpoint."""
         layouts: dict[str, Layout] = {}
         for block in self.moe_blocks(config):
             assert block.experts is not None

@@ -33,7 +33,7 @@ from slimqwen.families.tables import (
     routed_experts,
 )
 
-DEFAULTS: Config = {  # Transformers' own, where a config.json says nothing
+DEFAULTS: Config = {  # Transformers' own, where a config.json has none
     "attention_bias": False,
     "first_k_dense_replace": 1,
     "n_group": 1,
@@ -177,14 +177,14 @@ def serving_note(config: Config) -> str | None:
 
 
 def as_found(config: Config, names: Collection[str]) -> Config:
-    """Checkpoints may lack the MTP layer that config.json announces, and in it the copies."""
+    """Correct the config where a checkpoint lacks the MTP layer that config.json announces, or in it the copies."""
     below = {name.removeprefix(mtp_prefix(config)) for name in names if name.startswith(mtp_prefix(config))}
     number = config["num_nextn_predict_layers"] if below else 0
     return {**config, "num_nextn_predict_layers": number, "mtp_copies": [name for name in MTP_COPIES if name in below]}
 
 
 def mtp_names(config: Config, names: Collection[str]) -> set[str]:
-    """Every tensor of the layer behind the last, where it is an MTP module and not a decoder layer too many."""
+    """Return every tensor of the layer behind the last, where it is an MTP module and not a decoder layer too many."""
     prefix = mtp_prefix(config)
     return {name for name in names if name.startswith(prefix)} if f"{prefix}eh_proj.weight" in names else set()
 

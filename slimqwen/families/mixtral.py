@@ -1,6 +1,6 @@
 """Mixtral (8x7B, 8x22B): full attention without norms, every layer a mixture of experts.
 
-Names and shapes as in the released checkpoints; Transformers' `MixtralForCausalLM` says `mlp` where they say
+Names and shapes as in the released checkpoints; Transformers' `MixtralForCausalLM` has `mlp` where they have
 `block_sparse_moe`, and loads either.
 """
 
@@ -47,7 +47,7 @@ def normalise(config: Config) -> Config:
 
 
 def to_disk(config: Config) -> Config:
-    """head_dim is written though released files leave it out: hidden_size / num_attention_heads may no longer be it."""
+    """Write head_dim too, which released files leave out: hidden_size / num_attention_heads may no longer be it."""
     config = without_full_attention_only(renamed(config, {ours: theirs for theirs, ours in CANONICAL.items()}))
     del config["mlp_layer_types"]
     return with_both_rope_forms(config)

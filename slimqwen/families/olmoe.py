@@ -38,7 +38,7 @@ def layer_blocks(config: Config) -> list[Block]:
 
 
 def validate(config: Config) -> None:
-    """q_norm has hidden_size entries, and a head hidden_size / num_attention_heads dims, in Transformers and in vLLM."""
+    """Refuse heads that do not span hidden_size: q_norm has that many entries, and a head hidden_size / num_attention_heads dims, in Transformers and in vLLM."""
     hidden, heads, head_dim = (positive(config, key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
     if heads * head_dim != hidden:
         raise UserError(
@@ -52,7 +52,7 @@ def validate(config: Config) -> None:
 
 
 def normalise(config: Config) -> Config:
-    """The size of an expert is intermediate_size in the file: there are no dense layers."""
+    """Read the size of an expert from intermediate_size: there are no dense layers."""
     positive(config, "intermediate_size")
     config = renamed(config, {"intermediate_size": "moe_intermediate_size"})
     check_layers_and_experts(config)

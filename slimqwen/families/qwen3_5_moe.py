@@ -68,7 +68,7 @@ def normalise(config: Config) -> Config:
 
 
 def to_disk(config: Config) -> Config:
-    """The number of MTP modules in the release's word, which vLLM's qwen3_5_mtp reads, and in Transformers'."""
+    """Write the number of MTP modules in the release's word, which vLLM's qwen3_5_mtp reads, and in Transformers'."""
     config = with_mtp_layer_types(with_full_attention_interval(config))
     config["mtp_num_hidden_layers"] = config.pop("num_nextn_predict_layers")
     del config["mlp_layer_types"]
@@ -76,7 +76,7 @@ def to_disk(config: Config) -> Config:
 
 
 def as_found(config: Config, names: Collection[str]) -> Config:
-    """Without a module or a head that is not stored; the head where config.json ties it within the wrapper only.
+    """Correct the config for a module or a head that is not stored, and for a head that config.json ties within the wrapper only.
 
     Transformers' text model goes by the inner word, and by the outer one its wrapper, which writes false unasked.
     """
@@ -102,7 +102,7 @@ VISION_SIZES = (
 
 
 def unwrapped(config: Config) -> Config:
-    """The text model's canonical config; `wrapper` keeps the rest of config.json, the vision tower's above all."""
+    """Return the text model's canonical config; `wrapper` keeps the rest of config.json, the vision tower's above all."""
     for section in ("text_config", "vision_config"):
         is_optional = section == "vision_config" and config.get(section) is None
         if not isinstance(config.get(section), dict) and not is_optional:
@@ -145,7 +145,7 @@ def wrapped(config: Config) -> Config:
 
 
 def vision_tower(config: Config) -> Block:
-    """Its sizes are fixed but one: the rows of the merger's last projection are written into the residual stream."""
+    """Return its tensors, whose sizes are fixed but one: the rows of the merger's last projection are written into the residual stream."""
     vision = config["wrapper"].get("vision_config")
     if vision is None:
         return Block("model.visual.", {})
@@ -180,14 +180,14 @@ def wrapped_surroundings(config: Config) -> list[Block]:
 
 
 def language_model(config: Config) -> tuple[Family, Config]:
-    """The text model of a wrapper's canonical config."""
+    """Return the text model of a wrapper's canonical config."""
     text = {key: value for key, value in config.items() if key not in ("wrapper", "architectures")}
     own = {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"]}
     return QWEN3_5_MOE_TEXT, text | own
 
 
 def module_name(name: str, config: Config) -> str:
-    """AutoModelForCausalLM loads the language model alone and takes its prefix off."""
+    """Take the prefix off, as AutoModelForCausalLM does, which loads the language model alone."""
     return "model." + name.removeprefix(LANGUAGE_MODEL) if name.startswith(LANGUAGE_MODEL) else name
 
 

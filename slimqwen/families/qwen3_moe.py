@@ -44,7 +44,7 @@ def layer_blocks(config: Config) -> list[Block]:
 
 
 def normalise(config: Config) -> Config:
-    """The released files say num_experts, those that Transformers 5 saves num_local_experts."""
+    """Read the number of experts from num_experts, as in the released files, or num_local_experts, as Transformers 5 saves it."""
     config = renamed(config, {"num_local_experts": "num_experts"})
     config.setdefault("intermediate_size", 6144)
     check_layers_and_experts(config)

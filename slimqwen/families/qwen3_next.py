@@ -97,7 +97,7 @@ DELTANET_RECALL = Recall(
 
 ATTENTION = attention(queries=each(KV_HEAD, each(QUERY_HEAD, cat(query=HEAD_DIM, gate=HEAD_DIM))), norms=PER_HEAD_NORMS)
 
-# Where experts are merged, router rows are still selected: the base's row speaks for its group (method.md section 4).
+# Where experts are merged, router rows are still selected: the base's row stands for its group (method.md section 4).
 ROUTER: Table = {"mlp.gate.weight": (EXPERT, MLP_INPUT)}
 
 ROUTED_EXPERTS = routed_experts("mlp.experts.")
@@ -175,7 +175,7 @@ def check_no_biases(config: Config) -> None:
 
 
 def layer_types(config: Config) -> list[str]:
-    """The mixer of each layer, which older files only give an interval for."""
+    """Return the mixer of each layer, which older files only give an interval for."""
     if config.get("layer_types") is None:
         return periodic_layer_types(config)
     check_layer_types(config, MIXERS)
@@ -183,7 +183,7 @@ def layer_types(config: Config) -> list[str]:
 
 
 def to_disk(config: Config) -> Config:
-    """Old and new forms of the keys that differ between Transformers 5 and the serving engines (formats.md 1)."""
+    """Write the old and the new forms of the keys that differ between Transformers 5 and the serving engines (formats.md 1)."""
     config = with_both_rope_forms(with_mlp_only_layers(config), partial_rotary_factor=0.25)
     return with_mtp_layer_types(with_full_attention_interval(config))
 
@@ -198,7 +198,7 @@ def serving_note(config: Config) -> str | None:
 
 
 def without_absent_mtp(config: Config, names: Collection[str]) -> Config:
-    """Checkpoints whose MTP module was dropped (by Transformers, say) still announce it in config.json."""
+    """Correct the config of a checkpoint whose MTP module was dropped, as by Transformers, and is still announced."""
     return config if any(name.startswith("mtp.") for name in names) else {**config, "num_nextn_predict_layers": 0}
 
 

@@ -11,7 +11,7 @@ Kept = Mapping[Axis, torch.Tensor]
 
 
 def kept_indices(term: Term, sizes: Sizes, kept: Kept, unit: int | None = None) -> torch.Tensor | None:
-    """Indices along a dimension that remain, in their new order, `[k]` int64; None where all remain in place.
+    """Return the indices along a dimension that remain, in their new order, `[k]` int64; None where all remain in place.
 
     `unit` is the enclosing unit (the expert that owns this tensor, or the head around this term), for axes that keep
     a different set in each.
@@ -47,7 +47,7 @@ def _indices(term: Term, sizes: Sizes, kept: Kept, unit: int | None) -> torch.Te
 def select(
     tensor: torch.Tensor, dims: tuple[Term, ...], sizes: Sizes, kept: Kept, unit: int | None = None
 ) -> torch.Tensor:
-    """The part of `tensor` that remains: `index_select` per dimension, the same tensor where nothing was cut."""
+    """Return the part of `tensor` that remains: `index_select` per dimension, the same tensor where nothing was cut."""
     for dim, term in enumerate(dims):
         chosen = kept_indices(term, sizes, kept, unit)
         if chosen is not None:

@@ -40,7 +40,7 @@ ATTENTION_RECALL = Recall(
 
 
 def attention(queries: Term = QUERIES, biases: bool = False, norms: Table | None = None) -> Table:
-    """Grouped-query attention. `queries` are the rows of q_proj, where they are more than the queries (a gate)."""
+    """Return the table of grouped-query attention. `queries` are the rows of q_proj, where they are more than the queries (a gate)."""
     table: dict[str, tuple[Term, ...]] = {}
     for name, rows in (("q_proj", queries), ("k_proj", KEYS), ("v_proj", KEYS)):
         table[f"self_attn.{name}.weight"] = (rows, MIXER_INPUT)
@@ -53,7 +53,7 @@ PER_HEAD_NORMS: Table = {"self_attn.q_norm.weight": (HEAD_DIM,), "self_attn.k_no
 
 
 def gated_mlp(prefix: str, neurons: Axis) -> Table:
-    """down(act(gate(x)) * up(x)), the tensors of one SwiGLU network."""
+    """Return the tensors of one SwiGLU network, down(act(gate(x)) * up(x))."""
     return {
         f"{prefix}gate_proj.weight": (neurons, MLP_INPUT),
         f"{prefix}up_proj.weight": (neurons, MLP_INPUT),
@@ -62,7 +62,7 @@ def gated_mlp(prefix: str, neurons: Axis) -> Table:
 
 
 def routed_experts(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> ExpertTable:
-    """SwiGLU experts, one tensor each below `prefix{expert}.` or stacked as Transformers' modules hold them."""
+    """Return the table of SwiGLU experts, one tensor each below `prefix{expert}.` or stacked as Transformers' modules hold them."""
     gate, up, down = (f"{prefix}{{expert}}.{name}.weight" for name in (gate, up, down))
     return ExpertTable(
         axis=EXPERT,
@@ -72,13 +72,13 @@ def routed_experts(prefix: str, gate: str = "gate_proj", up: str = "up_proj", do
 
 
 def decoder_layer(layer: int, attention: Table, mlp: Mapping[Part, Table], experts: ExpertTable | None = None) -> Block:
-    """A layer of full attention; `mlp` is a dense network, or what there is beside the routed experts."""
+    """Return a layer of full attention; `mlp` is a dense network, or what there is beside the routed experts."""
     tables: dict[Part, Table] = {"norm": LAYER_NORMS, "attention": attention, **mlp}
     return Block(f"model.layers.{layer}.", tables, experts, layer, recall=ATTENTION_RECALL)
 
 
 def around_the_layers(config: Config, root: str = "model.") -> list[Block]:
-    """The embedding, the final norm and, unless it is tied to the embedding, lm_head."""
+    """Return the embedding, the final norm and, unless it is tied to the embedding, lm_head."""
     embeddings: Table = {f"{root}embed_tokens.weight": (VOCAB, HIDDEN)}
     if not config["tie_word_embeddings"]:
         embeddings = {**embeddings, "lm_head.weight": (VOCAB, Read(HIDDEN, f"{root}norm.weight"))}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def expert_counts(indices: Tensor, mask: Tensor, num_experts: int) -> Tensor:
-    """How often each expert was selected by the tokens that count; counts of micro-batches and ranks add up.
+    """Count how often each expert was selected by the tokens that count; counts of micro-batches and ranks add up.
 
     Args:
         indices: [tokens, k] int64, the experts that each token was routed to.
@@ -29,7 +29,7 @@ def load_balancing_loss(
     global_tokens: int,
     scores: Literal["softmax", "sigmoid"] = "softmax",
 ) -> Tensor:
-    """This micro-batch's share of the load-balancing loss of the global batch, a float32 scalar.
+    """Compute a micro-batch's share of the load-balancing loss of the global batch, a float32 scalar.
 
         loss = mean over blocks of  E * sum_i f_i P_i
         f_i  = counts_i / sum(counts)                        the share of all assignments that expert i received

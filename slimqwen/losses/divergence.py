@@ -12,7 +12,7 @@ from slimqwen.recipe import DivergenceName
 
 
 def softmax_dtype(logits: Tensor) -> torch.dtype:
-    """float32, or float64 where the logits are; the gradient of the head is summed in it too."""
+    """Return float32, or float64 where the logits are; the gradient of the head is summed in it too."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
@@ -24,17 +24,17 @@ class Distribution(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, out: "Distribution | None" = None) -> "Distribution":
-        """Of [rows, vocab] logits, in `softmax_dtype`; `out` is overwritten."""
+        """Compute the softmax of [rows, vocab] logits, in `softmax_dtype`; `out` is overwritten."""
         log_probs, probs = out or (None, None)
         log_probs = torch.log_softmax(logits, dim=1, dtype=softmax_dtype(logits), out=log_probs)
         return cls(log_probs, torch.exp(log_probs, out=probs))
 
     def rows(self, count: int) -> "Distribution":
-        """The first rows, sharing memory."""
+        """Return the first rows, sharing memory."""
         return Distribution(self.log_probs[:count], self.probs[:count])
 
     def kl(self, other: "Distribution", scratch: Tensor | None = None) -> Tensor:
-        """KL(self || other) = sum_v self_v (log self_v - log other_v), in nats, [rows]; exactly 0 between equals.
+        """Compute KL(self || other) = sum_v self_v (log self_v - log other_v), in nats, [rows]; exactly 0 between equals.
 
         scratch: [rows, vocab] to be overwritten.
         """

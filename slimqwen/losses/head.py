@@ -18,7 +18,7 @@ class Logits:
     """
 
     def __init__(self, head: Tensor, max_tokens: int) -> None:
-        """head: [vocab, hidden]; max_tokens: rows of the largest chunk."""
+        """Allocate the buffers. head: [vocab, hidden]; max_tokens: rows of the largest chunk."""
         vocab = head.shape[0]
         self.head = head
         self.block_tokens = block_rows(vocab, max_tokens, on_cpu=head.device.type == "cpu")

@@ -2,7 +2,7 @@
 
     L = (1 - lambda) L_LM + lambda L_KD + beta * [(1 - lambda) L_MTP-LM + lambda L_MTP-KD]
 
-`align` puts both heads' predictions on the token they predict; `count_targets` says how many there are, before the
+`align` puts both heads' predictions on the token they predict; `count_targets` counts them, before the
 first forward pass; `LossWeights` holds the four coefficients; `chunked_loss` is the loss, its gradients and what is
 reported about it. Every reduction here is a sum: dividing by the step's number of predictions happens once, in the
 weights (`LossWeights.per_token`), so that micro-batches and ranks add up to the loss of the whole batch.
@@ -25,7 +25,7 @@ from slimqwen.recipe import LossTerm
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says about each token of a batch: row n of every tensor is about predicting `labels[n]`.
+    """A model's predictions of each token of a batch: row n of every tensor is about predicting `labels[n]`.
 
     N = batch * seq. A row whose mask is False counts nowhere and may hold anything, NaN included.
     """
@@ -73,7 +73,7 @@ def align(tokens: Tensor, hidden: Tensor, mtp_hidden: Tensor | None = None, mask
 
 
 def count_targets(tokens: Tensor, mask: Tensor | None = None) -> tuple[int, int]:
-    """Number of predictions that count, of the main head and of the MTP head: the normalisers of a batch.
+    """Count the predictions that count, of the main head and of the MTP head: the normalisers of a batch.
 
     Five tokens without padding: (4, 3). Over micro-batches and ranks the counts add up.
 
@@ -86,7 +86,7 @@ def count_targets(tokens: Tensor, mask: Tensor | None = None) -> tuple[int, int]
 
 
 def _target_masks(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the main and the MTP prediction of tokens[:, 1:] count: target and last inputs are real; [batch, seq]."""
+    """Return where the main and the MTP prediction of tokens[:, 1:] count: target and last inputs are real; [batch, seq]."""
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     main_mask = real[:, :-1] & real[:, 1:]
     mtp_mask = torch.zeros_like(main_mask)
@@ -105,7 +105,7 @@ class LossWeights:
 
     @classmethod
     def from_terms(cls, terms: Collection[LossTerm], kd_weight: float, mtp_weight: float) -> "LossWeights":
-        """lambda = `kd_weight` splits each head between data and teacher, beta = `mtp_weight` scales the MTP head.
+        """Split each head between data and teacher by lambda = `kd_weight`, and scale the MTP head by beta = `mtp_weight`.
 
         Of a head with only one of its two terms, that term has the head's whole weight.
         """
@@ -114,7 +114,7 @@ class LossWeights:
         return cls(lm=lm, kd=kd, mtp_lm=mtp_weight * mtp_lm, mtp_kd=mtp_weight * mtp_kd)
 
     def per_token(self, main_tokens: int, mtp_tokens: int) -> "LossWeights":
-        """Divided by the predictions of the whole step (`count_targets`, over all its micro-batches and ranks)."""
+        """Divide by the predictions of the whole step (`count_targets`, over all its micro-batches and ranks)."""
         main, mtp = max(main_tokens, 1), max(mtp_tokens, 1)  # of no predictions the sum is 0, whatever it is divided by
         return LossWeights(lm=self.lm / main, kd=self.kd / main, mtp_lm=self.mtp_lm / mtp, mtp_kd=self.mtp_kd / mtp)
 
@@ -146,7 +146,7 @@ class LossSums:
         return LossSums(*sums)
 
     def means(self) -> dict[str, float]:
-        """Mean per prediction of each field that was measured on at least one prediction; waits for the device."""
+        """Return the mean per prediction of each field that was measured on at least one prediction; waits for the device."""
         tokens = {"lm": self.main_tokens, "kd": self.main_tokens, "top1_agreement": self.main_tokens}
         if self.mtp_tokens is not None:
             tokens |= {"mtp_lm": self.mtp_tokens, "mtp_kd": self.mtp_tokens}

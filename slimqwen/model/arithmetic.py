@@ -1,4 +1,4 @@
-"""What decides the last bits of sums on a CPU beside the work itself, and what is said where that has changed."""
+"""What decides the last bits of sums on a CPU beside the work itself, and the warning where that has changed."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from slimqwen.core.warning import warn
 
 
 def arithmetic() -> dict[str, Any]:
-    """Threads, vector instructions and release of PyTorch: with the same ones the same work gives the same bits."""
+    """Return threads, vector instructions and release of PyTorch: with the same ones the same work gives the same bits."""
     return {
         "format": "slimqwen.arithmetic/1",
         "threads": torch.get_num_threads(),
@@ -35,7 +35,7 @@ def keep_arithmetic(file: Path, what: str) -> None:
 
 
 def warn_of_other_arithmetic(earlier: object, what: str) -> None:
-    """Warn where `what` was begun with another `arithmetic` than the present one. Where nothing is known nothing is said."""
+    """Warn where `what` was begun with another `arithmetic` than the present one. Without a record of it nothing is printed."""
     now = arithmetic()
     if isinstance(earlier, dict) and _is_known(earlier, now) and any(earlier[key] != now[key] for key in now):
         warn(
@@ -45,11 +45,11 @@ def warn_of_other_arithmetic(earlier: object, what: str) -> None:
 
 
 def _is_known(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether `earlier` tells all of it, in words that may stand on a terminal."""
+    """Return whether `earlier` has all of it, in words that may stand on a terminal."""
     return all(type(earlier.get(key)) is type(now[key]) and str(earlier[key]).isprintable() for key in now)
 
 
 def _in_words(values: Mapping[str, Any]) -> str:
-    """`2 threads, AVX2, torch 2.13.0`"""
+    """Return it in words: `2 threads, AVX2, torch 2.13.0`."""
     threads = values["threads"]
     return f"{threads} thread{'' if threads == 1 else 's'}, {values['instructions']}, torch {values['torch']}"

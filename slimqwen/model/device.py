@@ -12,7 +12,7 @@ ALIGNMENT_BYTES = 64  # where the memory that PyTorch allocates on a CPU begins
 
 
 def resolve_device(name: str) -> torch.device:
-    """'auto' is a GPU if there is one; of the processes that torchrun starts on a machine, each has the GPU of its number.
+    """Return the device of a name; 'auto' is a GPU if there is one, and of the processes that torchrun starts on a machine, each has the GPU of its number.
 
     Raises UserError for a device that this machine or PyTorch lacks.
     """
@@ -30,14 +30,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 on a GPU and float32 on a CPU."""
+    """Return the dtype of a name; 'auto' is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy of it where it does not begin at a multiple of 64 bytes, as all memory of PyTorch does.
+    """Return the tensor itself, or a copy of it where it does not begin at a multiple of 64 bytes, as all memory of PyTorch does.
 
     Tensors that are mapped from a safetensors file begin at any multiple of 8. On some processors (AMD's) MKL takes another
     path through such a product, which then differs in the last bits: the same weights in another file, or in memory, gave
@@ -48,7 +48,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """While open, the same work on the same CPU with the same number of threads gives the same bits: resumed is uninterrupted.
+    """Make the same work on the same CPU with the same number of threads give the same bits while open: resumed is uninterrupted.
 
     By default PyTorch's parallel `index_put_` adds in whatever order its threads come along (seen with two threads: the
     gradient of gathering tokens for their experts). The ordered version cost nothing measurable on two cores. On a GPU

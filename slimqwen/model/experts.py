@@ -1,5 +1,7 @@
-"""Experts functions that compute what Transformers' own would: one that sums up what each expert does, one that does not
-need all experts in memory."""
+"""Experts functions with the results of Transformers' own.
+
+One sums up what each expert does, one does not need all experts in memory.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ STREAMED_EXPERTS = "slimqwen_streamed"
 
 @dataclass(frozen=True)
 class ExpertsObserver:
-    """What an experts module tells its sums to, by name, and where it counts the time that they took."""
+    """Receives an experts module's sums (`add`, by name) and times them (`watch`)."""
 
     add: Callable[[str, Tensor], None]
     watch: Stopwatch
@@ -41,7 +43,7 @@ class Pairs:
 
     @classmethod
     def of(cls, experts: Tensor, gates: Tensor, num_experts: int) -> "Pairs":
-        """From the router's choice and its gates, both [tokens, k]."""
+        """Sort the router's choice and its gates, both [tokens, k]."""
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         shares = gates.float() / gates.float().sum(dim=-1, keepdim=True)
@@ -54,7 +56,7 @@ class Pairs:
         )
 
     def by_expert(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that was chosen, and where its pairs lie."""
+        """Yield each expert that was chosen, and where its pairs lie."""
         start = 0
         for expert, end in enumerate(self.counts.cumsum(0).tolist()):
             if end > start:
@@ -63,10 +65,10 @@ class Pairs:
 
 
 def observed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Routed experts as usual, and `self.slimqwen_observer` told the sums of what they did on the tokens routed to them.
+    """Compute routed experts as usual, and pass the sums of what they did on their tokens to `self.slimqwen_observer`.
 
     The sums are float32, over this batch: assignments, gate_sums and gated_norm_sums [experts], output_sums [experts,
-    hidden], neuron_abs_sums [experts, expert neurons] (`Statistics` says of what).
+    hidden], neuron_abs_sums [experts, expert neurons] (`Statistics` lists of what).
 
     Shapes: hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k].
     """
@@ -81,7 +83,7 @@ def observed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tens
 
 
 def streamed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Routed experts as usual, on a CPU one after another, so that their weights need not be in memory (`each_expert`).
+    """Compute routed experts as usual, on a CPU one after another, so that their weights need not be in memory (`each_expert`).
 
     Shapes as in `observed_experts_forward`.
     """
@@ -99,9 +101,9 @@ ALL_EXPERTS_FUNCTIONS.register(STREAMED_EXPERTS, streamed_experts_forward)
 
 
 def each_expert(experts: Any, x: Tensor, pairs: Pairs) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Each expert that was chosen, where its pairs lie, its neurons on their tokens and its outputs, the latter in float32.
+    """Yield each expert that was chosen, where its pairs lie, its neurons on their tokens and its outputs, the latter in float32.
 
-    It asks for one expert's weights at a time, so they need not be in memory: `experts.gate_up_proj` is indexed and nothing
+    One expert's weights are read at a time, so they need not be in memory: `experts.gate_up_proj` is indexed and nothing
     else.
     """
     for expert, rows in pairs.by_expert():
@@ -110,7 +112,7 @@ def each_expert(experts: Any, x: Tensor, pairs: Pairs) -> Iterator[tuple[int, sl
 
 
 def one_by_one(experts: Any, x: Tensor, pairs: Pairs, observer: ExpertsObserver) -> Tensor:
-    """Expert after expert: on a CPU its outputs are still in the cache when they are summed up.
+    """Compute expert after expert: on a CPU its outputs are still in the cache when they are summed up.
 
     There it is faster, sums included, than Transformers' grouped product without any (64 experts of Qwen3-Next-80B, 40 tokens
     each: 0.94 of its time; 160 tokens each: 0.81).
@@ -133,7 +135,7 @@ def one_by_one(experts: Any, x: Tensor, pairs: Pairs, observer: ExpertsObserver)
 
 
 def grouped(experts: Any, x: Tensor, pairs: Pairs, observer: ExpertsObserver) -> Tensor:
-    """All experts in two grouped products, as Transformers' `grouped_mm_experts_forward`: for a GPU."""
+    """Compute all experts in two grouped products, as Transformers' `grouped_mm_experts_forward`: for a GPU."""
     offsets = pairs.counts.cumsum(0, dtype=torch.int32)
     neurons = experts._apply_gate(_grouped_linear(x[pairs.tokens], experts.gate_up_proj, offsets))
     outputs = _grouped_linear(neurons, experts.down_proj, offsets)
@@ -147,5 +149,5 @@ def grouped(experts: Any, x: Tensor, pairs: Pairs, observer: ExpertsObserver) ->
 
 
 def _per_expert(values: Tensor, pairs: Pairs) -> Tensor:
-    """Sums over the pairs of each expert: [pairs, ...] to [experts, ...], in the same order every time."""
+    """Sum over the pairs of each expert: [pairs, ...] to [experts, ...], in the same order every time."""
     return torch.segment_reduce(values, "sum", lengths=pairs.counts)

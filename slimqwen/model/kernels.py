@@ -20,7 +20,7 @@ FLASH_HEAD_DIM = 256  # the largest that PyTorch's flash attention takes
 
 @dataclass(frozen=True)
 class Kernel:
-    """What computes one part of a model. `remedy` says how to get something faster; None: this is the fast one."""
+    """What computes one part of a model. `remedy`: how to get something faster; None: this is the fast one."""
 
     part: str
     used: str
@@ -28,7 +28,7 @@ class Kernel:
 
 
 def kernels_of(family: Family, config: Config, device: torch.device) -> list[Kernel]:
-    """What a model of this config uses on this device, part by part.
+    """Return what a model of this config uses on this device, part by part.
 
     On a CPU nothing is missing: the packages with faster kernels are for GPUs. Not run on a GPU yet.
     """
@@ -67,7 +67,7 @@ def _attention(head_dim: int, modern: bool) -> Kernel:
 
 
 def _package(part: str, module: str, package: str) -> Kernel:
-    """Transformers takes the package where it can be imported, at its own import."""
+    """Return the kernel of a package, which Transformers takes at its own import where it can be imported."""
     try:
         importlib.import_module(module)
     except Exception:  # a package built for another PyTorch fails in any way it likes
@@ -85,7 +85,7 @@ def announce_slow(family: Family, config: Config, device: torch.device) -> None:
 def batched_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """All routed experts in two grouped products, in autocast's dtype where that is on.
+    """Compute all routed experts in two grouped products, in autocast's dtype where that is on.
 
     Autocast does not know the grouped product. Left to itself, float32 weights would be multiplied in float32, for
     which a GPU has no grouped kernel: PyTorch then runs one expert after another and waits for the GPU in between.
@@ -107,13 +107,13 @@ def batched_experts_forward(
 def check_rows(experts: Any, dtype: torch.dtype) -> None:
     """Raise UserError where PyTorch's grouped product in `dtype` does not take routed experts of this size.
 
-    Its own error says neither which size it means nor what would do.
+    Its own error names neither the size nor a remedy.
     """
     check_expert_sizes(experts.gate_up_proj.shape[-1], experts.down_proj.shape[-1], dtype)
 
 
 def check_expert_sizes(hidden: int, intermediate: int, dtype: torch.dtype, where: str = "here") -> None:
-    """`check_rows` of experts that are not there yet. `where`: where they will be."""
+    """Check the rows (`check_rows`) of experts that are not there yet. `where`: where they will be."""
     units = GROUPED_ROW_BYTES // dtype.itemsize
     for name, size in (("hidden", hidden), ("intermediate", intermediate)):
         if size % units:

@@ -52,7 +52,7 @@ class MtpCausalLM(nn.Module):
         return self.backbone.get_output_embeddings().weight
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None, with_mtp: bool = True) -> HiddenStates:
-        """Hidden states of both heads, without the vocabulary-sized logits.
+        """Compute the hidden states of both heads, without the vocabulary-sized logits.
 
         Args:
             tokens: rows of seq + 1 tokens, [batch, seq + 1]: the backbone reads the first seq of each; the MTP module
@@ -75,19 +75,19 @@ class MtpCausalLM(nn.Module):
             self.mtp.config._experts_implementation = name
 
     def module_of(self, tensor: str) -> nn.Module:
-        """The module that owns a checkpoint tensor: 'model.norm.weight' -> backbone.model.norm."""
+        """Return the module that owns a checkpoint tensor: 'model.norm.weight' -> backbone.model.norm."""
         path = self.family.module_name(tensor, self.config).rpartition(".")[0]
         return self.get_submodule(path if path.startswith(MTP_PREFIX) else f"backbone.{path}")
 
     def tensors(self, with_mtp: bool = True) -> dict[str, torch.Tensor]:
-        """Parameters by their name in Transformers' modules, experts fused; tied ones once. MTP's begin with `mtp.`."""
+        """Return the parameters by their name in Transformers' modules, experts fused; tied ones once. MTP's begin with `mtp.`."""
         tensors = dict(self.backbone.named_parameters())
         if self.mtp is not None and with_mtp:
             tensors |= {MTP_PREFIX + name: parameter for name, parameter in self.mtp.named_parameters()}
         return tensors
 
     def held(self) -> dict[str, torch.Tensor]:
-        """All that a checkpoint keeps: `tensors`, and buffers that are no parameters (a router's correction bias)."""
+        """Return all that a checkpoint keeps: `tensors`, and buffers that are no parameters (a router's correction bias)."""
         held = dict(self.backbone.state_dict(keep_vars=True))
         if self.mtp is not None:
             held |= {MTP_PREFIX + name: tensor for name, tensor in self.mtp.state_dict(keep_vars=True).items()}
@@ -114,7 +114,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
 
 
 def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> MtpCausalLM:
-    """What `load` builds, on the meta device: every module, no weights, parameters in `dtype`.
+    """Build what `load` does, on the meta device: every module, no weights, parameters in `dtype`.
 
     The rotary table, which is computed and not stored, is on `device`.
     """
@@ -129,14 +129,14 @@ def weightless(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
 
 def head_name(checkpoint: Checkpoint, model: MtpCausalLM) -> str:
-    """The tensor in the checkpoint that is lm_head's weight: its own, or the embedding that it is tied to."""
+    """Return the tensor in the checkpoint that is lm_head's weight: its own, or the embedding that it is tied to."""
     modules = (model.backbone.get_output_embeddings(), model.backbone.get_input_embeddings())
     specs = [spec for spec in checkpoint.specs.values() if spec.part == "embedding"]
     return next(spec.name for module in modules for spec in specs if model.module_of(spec.name) is module)
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Memory for every tensor on the meta device. `to_empty` would part tied tensors."""
+    """Allocate memory for every tensor on the meta device. `to_empty` would part tied tensors."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -184,7 +184,7 @@ def _fill_rows(rows: torch.Tensor, first: int, checkpoint: Checkpoint, block: Bl
 
 
 def generation_config(folder: Path, backbone: PreTrainedModel) -> GenerationConfig:
-    """What generation_config.json says, or else config.json. One that cannot be read is named and left out."""
+    """Read generation_config.json, or else config.json. One that cannot be read is named in a warning and left out."""
     if (folder / "generation_config.json").is_file():
         try:
             return GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -195,7 +195,7 @@ def generation_config(folder: Path, backbone: PreTrainedModel) -> GenerationConf
 
 
 def initialise(config: Config, seed: int, device: str | torch.device = "cpu") -> MtpCausalLM:
-    """A randomly initialised float32 model of this shape, as Transformers initialises it; the same for the same seed."""
+    """Make a randomly initialised float32 model of this shape, as Transformers initialises it; the same for the same seed."""
     family = family_of(config, "config.json")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -238,7 +238,7 @@ def save(
 def disk_tensor(
     spec: TensorSpec, family: Family, config: Config, held: Mapping[str, torch.Tensor], sizes: Sizes
 ) -> torch.Tensor:
-    """A checkpoint tensor out of the module's tensors: the same one, or one expert's rows of a fused one."""
+    """Return a checkpoint tensor out of the module's tensors: the same one, or one expert's rows of a fused one."""
     own = family.module_name(spec.name, config)
     if own in held:
         return held[own]

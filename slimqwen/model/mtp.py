@@ -48,7 +48,7 @@ class MtpModule(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """One prediction step for every position.
+        """Compute one prediction step for every position.
 
         Args:
             hidden: backbone output h_i (or this module's own output, to draft one token further), [batch, seq, hidden].

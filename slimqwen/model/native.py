@@ -39,7 +39,7 @@ def refusals_explained(where: str) -> Iterator[None]:
 
 
 def native_config(on_disk: Config, where: str) -> "PretrainedConfig":
-    """Transformers' config of what a config.json says, which stays as it is: it writes into the mappings it is given.
+    """Build Transformers' config of a config.json, from a copy: Transformers writes into the mappings that it is given.
 
     It checks the type of every field that it knows. Raises UserError where it does not accept one; `where` names the file.
     """
@@ -48,7 +48,7 @@ def native_config(on_disk: Config, where: str) -> "PretrainedConfig":
 
 
 def computed_config(family: Family, config: Config, where: str) -> "PretrainedConfig":
-    """`native_config` of a canonical config, for computing: without noise."""
+    """Build the `native_config` of a canonical config, for computing: without noise."""
     on_disk: Config = deepcopy(family.to_disk(config))
     for section in sections(on_disk):
         section.update(dict.fromkeys(noise_of(section), 0.0))
@@ -56,7 +56,7 @@ def computed_config(family: Family, config: Config, where: str) -> "PretrainedCo
 
 
 def build_backbone(family: Family, config: Config, dtype: torch.dtype, where: str) -> "PreTrainedModel":
-    """The modules of a causal language model of a canonical config, parameters in `dtype`, on the device that is current.
+    """Build the modules of a causal language model of a canonical config, parameters in `dtype`, on the device that is current.
 
     Raises UserError for what Transformers does not accept: a field's type, and what only building shows (an unknown
     activation, a kind of RoPE, RoPE of more dims than a head has).
@@ -67,7 +67,7 @@ def build_backbone(family: Family, config: Config, dtype: torch.dtype, where: st
     with refusals_explained(where):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(native, dtype=dtype)
     rotated = 2 * model.get_decoder().rotary_emb.inv_freq.numel()
-    if rotated > config["head_dim"]:  # neither a field's type nor a module's shape says so
+    if rotated > config["head_dim"]:  # neither a field's type nor a module's shape shows it
         raise UserError(
             f"{where}: RoPE turns {rotated} dims of heads that have {config['head_dim']}: lower partial_rotary_factor in config.json."
         )
@@ -92,5 +92,5 @@ def announce_noise(config: Config) -> None:
 
 
 def noise_of(config: Config) -> dict[str, Any]:
-    """The noise that a config asks for."""
+    """Return the noise that a config has."""
     return {key: config[key] for key in NOISE if isinstance(config.get(key), int | float) and config[key]}

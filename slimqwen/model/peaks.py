@@ -32,11 +32,11 @@ DENSE_BF16_FLOPS = {
 
 
 def dense_bf16_flops(device: torch.device) -> float | None:
-    """FLOPs per second that the device can do at most, None where that is not known (every CPU)."""
+    """Return the FLOPs per second that the device can do at most, None where that is not known (every CPU)."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_of(device_name: str) -> float | None:
-    """Of a device by its name, e.g. "NVIDIA H100 80GB HBM3"."""
+    """Return that of a device by its name, e.g. "NVIDIA H100 80GB HBM3"."""
     words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
     return next((flops for name, flops in DENSE_BF16_FLOPS.items() if set(name.lower().split()) <= words), None)

@@ -12,7 +12,7 @@ from slimqwen.model.model import MtpCausalLM
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router said in one forward pass.
+    """A router's outputs in one forward pass.
 
     logits: [tokens, experts] before softmax; gates: [tokens, k], the weights its experts' outputs are summed with;
     experts: [tokens, k] int64, the chosen experts.
@@ -25,7 +25,7 @@ class Routing:
 
 @contextmanager
 def observe_routing(model: MtpCausalLM, blocks: list[Block]) -> Iterator[dict[str, Routing]]:
-    """While open, each forward pass leaves its routing in the yielded dict, by block name. Gradients are kept.
+    """Record the routing of each forward pass in the yielded dict, by block name, while open. Gradients are kept.
 
     With activation checkpointing the backward pass runs the block again and would overwrite the entry: read it
     between forward and backward.

@@ -31,7 +31,7 @@ def check_expert_ranks(checkpoint: Checkpoint, expert_ranks: int) -> None:
 
 
 def share_experts(model: MtpCausalLM, mesh: DeviceMesh) -> list[nn.Module]:
-    """Leave each rank of a mesh its part of every MoE block's experts, MTP's included; the experts modules.
+    """Leave each rank of a mesh its part of every MoE block's experts, MTP's included; return the experts modules.
 
     The first of n ranks has the first num_experts / n experts, and so on. The parameters, on the meta device, become
     DTensors, so that saving, loading and exporting know of which experts they are. Routers stay as they are.
@@ -57,7 +57,7 @@ def exchanged_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """What an experts module returns, where each rank of `group` has `experts.num_experts` of its experts.
+    """Compute what an experts module returns, where each rank of `group` has `experts.num_experts` of its experts.
 
     Each (token, chosen expert) pair travels to the rank that has the expert, and the expert's output back, by two
     all-to-alls. All ranks take part in both, forward and backward, also one that sends or gets no pair.
@@ -104,7 +104,7 @@ def exchanged_forward(
 
 @contextmanager
 def _local_parameters(experts: nn.Module) -> Iterator[None]:
-    """The parameters as the tensors of this rank's experts, which kernels take, and no longer as DTensors."""
+    """Use the parameters as the tensors of this rank's experts, which kernels take, and no longer as DTensors, while open."""
     shared = dict(experts.named_parameters(recurse=False))
     local: dict[str, Any] = {name: p.to_local() for name, p in shared.items() if isinstance(p, DTensor)}
     experts._parameters.update(local)

@@ -49,11 +49,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that speaks, logs and writes the result."""
+        """Whether this process is the one that prints, logs and writes the result."""
         return self.rank == 0
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, on every rank with the same bits."""
+        """Sum over ranks, on every rank with the same bits."""
         if self.mesh is None:
             return tensor
         total = tensor.clone()
@@ -61,7 +61,7 @@ class Ranks:
         return total
 
     def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers; by way of the CPU, without waiting for the GPU's work."""
+        """Return the largest of the ranks' numbers; by way of the CPU, without waiting for the GPU's work."""
         if self.mesh is None:
             return number
         found = torch.tensor(number)
@@ -69,7 +69,7 @@ class Ranks:
         return int(found)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Block until every rank has called this."""
         self.largest(0)
 
     def broadcast(self, value: str | None = None) -> str | None:
@@ -88,7 +88,7 @@ ALONE = Ranks()
 def join_ranks(
     device: torch.device, shard_ranks: int | None = None, expert_ranks: int | None = None
 ) -> Iterator[Ranks]:
-    """The ranks that torchrun (or whatever sets RANK, WORLD_SIZE, MASTER_ADDR) started; one process otherwise.
+    """Join the ranks that torchrun (or whatever sets RANK, WORLD_SIZE, MASTER_ADDR) started; one process otherwise.
 
     Args:
         device: this process's own (`resolve_device`).
@@ -185,7 +185,7 @@ def shard(model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_af
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
     for module in (*experts, *layers, model):
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
 def reshard(model: torch.nn.Module) -> None:
@@ -197,7 +197,7 @@ def reshard(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> float:
-    """Scale gradients down to `max_norm`, the 2-norm of all of them on all ranks; the norm before.
+    """Scale gradients down to `max_norm`, the 2-norm of all of them on all ranks; return the norm before.
 
     `torch.nn.utils.clip_grad_norm_`, which refuses to add up what lies on different meshes.
     """

@@ -26,7 +26,7 @@ def load_sharded(
     trains: bool,
     reshard_after_forward: bool,
 ) -> MtpCausalLM:
-    """`modeling.model.load`, sharded over the ranks: built without weights, then each rank reads its own rows.
+    """Load a checkpoint (`model.load`) sharded over the ranks: built without weights, then each rank reads its own rows.
 
     trains: False freezes the parameters. True on a GPU computes in bfloat16 on parameters in `dtype`.
     """
@@ -40,12 +40,12 @@ def load_sharded(
 
 
 def fill_own(held: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """`modeling.model.fill` of tensors that may be sharded: each rank reads its own rows."""
+    """Fill tensors that may be sharded (`model.fill`): each rank reads its own rows."""
     fill(held, checkpoint, _own_rows)
 
 
 def _own_rows(tensor: Tensor) -> Rows:
-    """This rank's rows and the number of the first of them."""
+    """Return this rank's rows and the number of the first of them."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -53,7 +53,7 @@ def _own_rows(tensor: Tensor) -> Rows:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all its shards put together: asked for by all ranks at once.
+    """Return the tensor itself, or all its shards put together. Called by all ranks at once.
 
     `expert_ranks` cut a stack of experts before FSDP, whose dimension is the mesh's first, cuts what each rank has. This
     undoes one after the other, FSDP's first; `DTensor.full_tensor` fails where that cut is uneven.
@@ -72,7 +72,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Gathered(Mapping[str, Tensor]):
-    """Sharded tensors by name; one that is asked for is gathered, and there until two others have been.
+    """Sharded tensors by name; one that is read is gathered, and kept until two others have been.
 
     Two, because a layer's experts, which lie on the disk one by one, come by turns out of two stacks.
     """
@@ -100,7 +100,7 @@ class Gathered(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def export(model: MtpCausalLM, folder: Path | None, like: Checkpoint) -> None:
-    """`modeling.model.save` of a sharded model, in the layout and dtypes of `like`; called by all ranks.
+    """Save a sharded model (`model.save`) in the layout and dtypes of `like`. Called by all ranks.
 
     folder: where the first rank writes; None on the others, which only give their shards.
     """

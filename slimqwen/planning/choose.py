@@ -35,7 +35,7 @@ FAR_ABOVE_EXPERTS = 5.0
 
 
 class Scores(BaseModel):
-    """The importance that the choice was made by, for the report and for anyone who wants to look."""
+    """The importance that the choice was made by, for the report and for any other reader."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -67,7 +67,7 @@ def choose(
     folds: Sequence[Fold] = (),
     measured_depth: MeasuredDepth | None = None,
 ) -> Choice:
-    """What `sums` say should be kept to reach a completed target; `folds` of the same text say how strongly to repair.
+    """Choose what is kept to reach a completed target, by `sums`; `folds` of the same text decide how strongly readers are refitted.
 
     measured_depth: for `depth: measured`.
 
@@ -175,7 +175,7 @@ def _expert_sums(sums: Sums, block: Block) -> Callable[[str], Any]:
 
 
 def expert_outliers(sums: Sums, block: Block) -> list[int]:
-    """Experts of a block whose outputs are far larger than its other experts' (`FAR_ABOVE_EXPERTS` times their median), ascending.
+    """Return the experts of a block whose outputs are far larger than its other experts' (`FAR_ABOVE_EXPERTS` times their median), ascending.
 
     Known as super experts: they write the massive activations of first tokens, which attention needs as its sink. Few tokens
     go to them, so that criteria that look at gates alone drop them (of a routed SmolLM2-135M, with 72 % of the damage).
@@ -188,7 +188,7 @@ def expert_outliers(sums: Sums, block: Block) -> list[int]:
 def expert_groups(
     source: Checkpoint, sums: Sums, block: Block, recipe: ExpertRecipe, keep: int, outliers: Collection[int] = ()
 ) -> list[ExpertGroup]:
-    """Which experts of a block stay, and which are averaged into them; outliers stay as they are where the recipe says so."""
+    """Return which experts of a block stay, and which are averaged into them; outliers stay as they are where the recipe keeps them."""
     scores = expert_importance(sums, block, recipe.importance)
     merges = recipe.compression != ExpertCompression.PRUNE
     similarity = expert_similarity(source, sums, block, recipe.similarity) if merges else None

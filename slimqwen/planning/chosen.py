@@ -18,12 +18,12 @@ FAR_ABOVE_LAYERS = 3.0
 
 
 def choice_text(plan: "Plan") -> str:
-    """A line for each axis that is cut: which layers go, how much of the stream stays, how many experts, and which are outliers."""
+    """Return a line for each axis that is cut: which layers go, how much of the stream stays, how many experts, and which are outliers."""
     return "\n".join([*_layers(plan), *_width(plan), *_experts(plan)])
 
 
 def plan_warnings(plan: "Plan") -> Iterator[str]:
-    """What a plan drops although it stands out: layers with far more block influence than the median, outliers among experts."""
+    """Yield warnings of what a plan drops although it stands out: layers with far more block influence than the median, outliers among experts."""
     influence = plan.scores.layer_block_influence
     for layer in _dropped_layers(plan):
         times = influence[layer] / max(median(influence), 1e-12)
@@ -89,7 +89,7 @@ def _experts(plan: "Plan") -> Iterator[str]:
 
 
 def _roles_in_words(roles: list[Role]) -> str:
-    """ "dropped 1, 4": which experts did not stay as they are; where most did not, how many of each."""
+    """Return which experts did not stay as they are ("dropped 1, 4"); where most did not, how many of each."""
     counts = Counter(roles)
     gone: dict[Role, list[int]] = {
         role: [expert for expert, own in enumerate(roles) if own == role] for role in counts if role != "kept"
@@ -104,6 +104,6 @@ def _dropped_layers(plan: "Plan") -> list[int]:
 
 
 def _named(noun: str, numbers: Iterable[int]) -> str:
-    """ "expert 3", "experts 3, 5"."""
+    """Return the noun with its numbers: "expert 3", "experts 3, 5"."""
     said = [str(number) for number in numbers]
     return f"{noun}{'s' if len(said) > 1 else ''} {', '.join(said)}"

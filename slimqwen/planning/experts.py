@@ -49,7 +49,7 @@ def group_experts(
     keep: int,
     protected: Collection[int] = (),
 ) -> list[ExpertGroup]:
-    """The `keep` experts of one MoE block's result, in ascending order of base.
+    """Return the `keep` experts of one MoE block's result, in ascending order of base.
 
     Ranked by `importance` `[experts]` (not negative), N = `keep`. Those `protected` rank before all others and stay as they are,
     as far as there is room for them:
@@ -86,10 +86,10 @@ def group_experts(
 
 
 def expert_roles(groups: Sequence[ExpertGroup], num_experts: int) -> list[Role]:
-    """What became of each of the `num_experts` source experts.
+    """Return what became of each of the `num_experts` source experts.
 
     'kept': its weights are unchanged; 'base': others were averaged into it; 'absorbed': it was averaged into a base;
-    'dropped': in no group. A base that absorbed nobody is 'kept': this says what happened to the weights.
+    'dropped': in no group. A base that absorbed nobody is 'kept': the word is for what happened to the weights.
     """
     roles: list[Role] = ["dropped"] * num_experts
     for group in groups:
@@ -100,7 +100,7 @@ def expert_roles(groups: Sequence[ExpertGroup], num_experts: int) -> list[Role]:
 
 
 def _shares(scores: list[float]) -> list[float]:
-    """`scores` divided by their sum; all to the first where the sum is 0. One score alone gets exactly 1.0."""
+    """Divide `scores` by their sum; all to the first where the sum is 0. One score alone gets exactly 1.0."""
     total = math.fsum(scores)
     if total == 0:
         return [1.0] + [0.0] * (len(scores) - 1)

@@ -29,7 +29,7 @@ EXPERT_SIMILARITY: Registry[ExpertSimilarity, Callable[..., Tensor]] = Registry(
 
 @WIDTH.entry(WidthCriterion.NORM_ACTIVATION, WidthCriterion.ROTATION)
 def norm_activation(abs_sums: Sequence[Tensor], counts: Sequence[float]) -> Tensor:
-    """Importance of each residual channel, `[hidden]`: the mean over norms of the mean size of the norm's output.
+    """Return the importance of each residual channel, `[hidden]`: the mean over norms of the mean size of the norm's output.
 
     score_k = 1/n_norms * sum over norms of (sum over tokens |RMSNorm(x)_k|) / tokens      (SlimQwen, section 3)
 
@@ -42,7 +42,7 @@ def norm_activation(abs_sums: Sequence[Tensor], counts: Sequence[float]) -> Tens
 
 @WIDTH.entry(WidthCriterion.WEIGHT_MAGNITUDE)
 def weight_magnitude(square_sums: Sequence[Tensor]) -> Tensor:
-    """Importance of each residual channel, `[hidden]`: its mean share of the matrices' squared weights; sums to 1.
+    """Return the importance of each residual channel, `[hidden]`: its mean share of the matrices' squared weights; sums to 1.
 
     `square_sums[n]`, `[hidden]`: sums of w^2 over the other side of the n-th matrix that reads or writes the channels.
     Every matrix weighs the same. No criterion of the paper: what width pruning without data would look at.
@@ -62,7 +62,7 @@ def random_scores(hidden_sums: Tensor) -> Tensor:
 
 @EXPERT_IMPORTANCE.entry(ExpertImportance.FREQUENCY)
 def frequency(assignments: Tensor, tokens: float) -> Tensor:
-    """Importance of each expert, `[experts]`: the share of tokens routed to it; sums to top-k.
+    """Return the importance of each expert, `[experts]`: the share of tokens routed to it; sums to top-k.
 
     score_i = E_x[1(i in A(x))] = assignments_i / tokens      (SlimQwen, section 4)
     """
@@ -71,7 +71,7 @@ def frequency(assignments: Tensor, tokens: float) -> Tensor:
 
 @EXPERT_IMPORTANCE.entry(ExpertImportance.SOFT_LOGITS)
 def soft_logits(gate_sums: Tensor, tokens: float) -> Tensor:
-    """Importance of each expert, `[experts]`: its mean gate weight over ALL tokens, 0 where not selected; sums to 1.
+    """Return the importance of each expert, `[experts]`: its mean gate weight over ALL tokens, 0 where not selected; sums to 1.
 
     score_i = E_x[1(i in A(x)) z_i / sum_{j in A(x)} z_j] = gate_sums_i / tokens      (SlimQwen, section 4)
 
@@ -82,7 +82,7 @@ def soft_logits(gate_sums: Tensor, tokens: float) -> Tensor:
 
 @EXPERT_IMPORTANCE.entry(ExpertImportance.REAP)
 def reap(gated_norm_sums: Tensor, assignments: Tensor) -> Tensor:
-    """Importance of each expert, `[experts]`: its mean gated output norm over the tokens ROUTED to it.
+    """Return the importance of each expert, `[experts]`: its mean gated output norm over the tokens ROUTED to it.
 
     score_i = (sum over tokens routed to i of z_i ||E_i(x)||_2) / assignments_i      (REAP, 2510.13999; section 4)
 
@@ -93,7 +93,7 @@ def reap(gated_norm_sums: Tensor, assignments: Tensor) -> Tensor:
 
 @EXPERT_IMPORTANCE.entry(ExpertImportance.OUTPUT_NORM)
 def output_norm(gated_norm_sums: Tensor, tokens: float) -> Tensor:
-    """Importance of each expert, `[experts]`: what it adds to the stream, the mean gated output norm over ALL tokens.
+    """Return the importance of each expert, `[experts]`: what it adds to the stream, the mean gated output norm over ALL tokens.
 
     score_i = E_x[1(i in A(x)) z_i ||E_i(x)||_2] = gated_norm_sums_i / tokens: REAP times the share of tokens routed to the expert, or
     soft_logits with each gate times what it lets through (ours).
@@ -102,7 +102,7 @@ def output_norm(gated_norm_sums: Tensor, tokens: float) -> Tensor:
 
 
 def mean_output_norm(gated_norm_sums: Tensor, gate_sums: Tensor) -> Tensor:
-    """How large each expert's output is, `[experts]`: the mean of ||E_i(x)||_2 over its tokens, weighted by its gate.
+    """Return how large each expert's output is, `[experts]`: the mean of ||E_i(x)||_2 over its tokens, weighted by its gate.
 
     (sum over tokens routed to i of z_i ||E_i(x)||_2) / (sum of z_i). An expert never routed to has 0.
     """
@@ -110,7 +110,7 @@ def mean_output_norm(gated_norm_sums: Tensor, gate_sums: Tensor) -> Tensor:
 
 
 def outliers(sizes: Tensor, times: float) -> list[int]:
-    """Which of `sizes` `[n]` are more than `times` their median, of those that are not 0; ascending.
+    """Return which of `sizes` `[n]` are more than `times` their median, of those that are not 0; ascending.
 
     Example: of 1, 2, 0, 30 the median without the 0 is 2, and 30 is more than 5 times it: [3].
     """
@@ -119,7 +119,7 @@ def outliers(sizes: Tensor, times: float) -> list[int]:
 
 
 def similarity(hidden_sums: Tensor) -> Tensor:
-    """How little each layer turns the mean hidden state, `[layers]`: c_l = cos(a_{l-1}, a_l)      (SlimQwen, section 2)
+    """Return how little each layer turns the mean hidden state, `[layers]`: c_l = cos(a_{l-1}, a_l)      (SlimQwen, section 2).
 
     `hidden_sums`, `[layers + 1, hidden]`: row l is the sum over tokens of the hidden state before layer l, row l + 1
     of the one after it. The cosine of two sums is the cosine of the two means.
@@ -129,7 +129,7 @@ def similarity(hidden_sums: Tensor) -> Tensor:
 
 
 def block_influence(cosine_sums: Tensor, tokens: float) -> Tensor:
-    """How much each layer turns a token's hidden state, `[layers]`      (ShortGPT, 2403.03853; section 2)
+    """Return how much each layer turns a token's hidden state, `[layers]`      (ShortGPT, 2403.03853; section 2).
 
     BI_l = 1 - mean over tokens of cos(h_{l-1,t}, h_{l,t}) = 1 - cosine_sums_l / tokens; 0 is a layer that does nothing.
     """
@@ -138,7 +138,7 @@ def block_influence(cosine_sums: Tensor, tokens: float) -> Tensor:
 
 @EXPERT_SIMILARITY.entry(ExpertSimilarity.ROUTER_LOGITS)
 def router_logits_similarity(logit_gram: Tensor) -> Tensor:
-    """Cosine, `[experts, experts]`, of the experts' router logits seen as vectors over the calibration tokens.
+    """Return the cosine, `[experts, experts]`, of the experts' router logits seen as vectors over the calibration tokens.
 
     cos_ij = gram_ij / sqrt(gram_ii gram_jj), gram_ij = sum over tokens of logit_i logit_j      (SlimQwen, section 4)
     """
@@ -155,7 +155,7 @@ def router_weights_similarity(router_rows: Tensor) -> Tensor:
 
 @EXPERT_SIMILARITY.entry(ExpertSimilarity.EXPERT_OUTPUT)
 def expert_output_similarity(output_sums: Tensor, assignments: Tensor) -> Tensor:
-    """Cosine, `[experts, experts]`, of the experts' mean outputs on the tokens routed to them      (section 4; ours)
+    """Return the cosine, `[experts, experts]`, of the experts' mean outputs on the tokens routed to them      (section 4; ours).
 
     `output_sums`, `[experts, hidden]`: the sum of E_i(x) (not gated) over the `assignments_i` tokens routed to i.
     An expert never routed to has no direction: similarity 0 to every expert, itself included.
@@ -165,10 +165,10 @@ def expert_output_similarity(output_sums: Tensor, assignments: Tensor) -> Tensor
 
 
 def _directions(vectors: Tensor) -> Tensor:
-    """`vectors`, `[n, hidden]`, scaled to length 1; a zero vector stays zero."""
+    """Scale `vectors`, `[n, hidden]`, to length 1; a zero vector stays zero."""
     return vectors / _nonzero(vectors.norm(dim=-1, keepdim=True))
 
 
 def _nonzero(divisors: Tensor) -> Tensor:
-    """`divisors`, with 1 for 0: what is divided by them is zero there, and 0 / 1 is the 0 we want."""
+    """Return `divisors` with 1 for 0: what is divided by them is zero there, and 0 / 1 is the 0 we want."""
     return divisors.where(divisors > 0, 1.0)

@@ -36,7 +36,7 @@ class MeasuredDepth(BaseModel):
     measured: list[MeasuredDrop]
 
     def best(self, count: int, *, refitted: bool = False) -> Dropped:
-        """The `count` layers without which the KL is smallest, of what was measured.
+        """Return the `count` layers without which the KL is smallest, of what was measured.
 
         refitted: by the KL after the refit, where that was measured. Raises UserError where nothing of that size was measured.
         """

@@ -34,17 +34,17 @@ class Stretches:
 
 
 def norm_of(block: Block, read: Read) -> str:
-    """Full name of the norm whose output a dimension of one of the block's tensors reads."""
+    """Return the full name of the norm whose output a dimension of one of the block's tensors reads."""
     return (block.prefix if read.norm in block.tables.get("norm", {}) else "") + read.norm
 
 
 def gain(source: Checkpoint, norm: str) -> Tensor:
-    """What a norm over the residual stream multiplies by, [hidden] float64."""
+    """Return what a norm over the residual stream multiplies by, [hidden] float64."""
     return source.read(norm).double() + source.family.norm_offset
 
 
 def stretches(source: Checkpoint) -> Stretches:
-    """Every t of a checkpoint; all are 1 where it has no MTP module.
+    """Compute every t of a checkpoint; all are 1 where it has no MTP module.
 
     Raises UserError where a gain is 0 that would have to be divided by, and where lm_head is tied to the embedding: the
     final norm's gain can be folded into the one and not into the other.
@@ -77,7 +77,7 @@ def stretches(source: Checkpoint) -> Stretches:
 
 
 def _read_by(spec: TensorSpec) -> list[str]:
-    """The norms whose output a tensor's columns read, in order."""
+    """Return the norms whose output a tensor's columns read, in order."""
     return [norm_of(spec.block, read) for term in spec.dims for read in _reads(term)]
 
 

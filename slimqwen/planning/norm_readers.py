@@ -1,4 +1,4 @@
-"""What the readers of a narrower stream are told: ridge regression around the plain rotation, as strong as text left out allows."""
+"""Refitting the readers of a narrower stream: ridge regression around the plain rotation, as strong as text left out allows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 # Ridges to choose from, in units of the mean variance of a kept coordinate. Weaker ones win nothing on text like the
-# calibration's and lose on other text, which halves of one text cannot tell (docs/beyond-the-paper.md).
+# calibration's and lose on other text, which halves of one text cannot show (docs/beyond-the-paper.md).
 STRENGTHS = (3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Telling z, a norm's normalised input, from what a cut keeps of it, y = T'z, in float64:
+    """The prediction of z, a norm's normalised input, from what a cut keeps of it, y = T'z, in float64.
 
         z ~ R y,  R = P + (C T - P K) (K + ridge)^-1,  K = T'C T,  ridge = strength x mean diagonal entry of K
 
@@ -29,11 +29,11 @@ class Reading:
     plain: Tensor
 
     def reader(self, strength: float) -> Tensor:
-        """R, [hidden, kept]."""
+        """Solve for R, [hidden, kept]."""
         return self.plain + (self._told * self._damping(strength)) @ self._axes.T
 
     def saved(self, strength: float, elsewhere: Tensor) -> float:
-        """E|z - P y|^2 - E|z - R y|^2 on other text, of whose z `elsewhere` [hidden, hidden] are the second moments.
+        """Return E|z - P y|^2 - E|z - R y|^2 on other text, of whose z `elsewhere` [hidden, hidden] are the second moments.
 
         Along the principal axes U of K, y~ = U'y and R = P + G D U' with the diagonal D = 1 / (K + ridge), so it is
         2 trace(D G'E[(z - P y) y~']) - trace(D G'G D E[y~ y~']).
@@ -68,7 +68,7 @@ class Reading:
 
 
 def best_strength(folds: Sequence[tuple[Reading, Tensor]]) -> float | None:
-    """The one of STRENGTHS that saves most on the text left out, summed over the folds; None where none saves anything.
+    """Return the one of STRENGTHS that saves most on the text left out, summed over the folds; None where none saves anything.
 
     folds: what was fitted on the other text, and the second moments of the text left out. Without folds there is nothing
     to choose by, and the weakest is taken.
@@ -81,7 +81,7 @@ def best_strength(folds: Sequence[tuple[Reading, Tensor]]) -> float | None:
 
 
 def strengths_in_words(strengths: Mapping[str, float | None]) -> str:
-    """ "ridge 0.03 to 0.3 (2 of 61 norms left as rotated)"."""
+    """Return the range of strengths: "ridge 0.03 to 0.3 (2 of 61 norms left as rotated)"."""
     used = [strength for strength in strengths.values() if strength is not None]
     left = len(strengths) - len(used)
     if not used:

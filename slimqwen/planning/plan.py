@@ -1,4 +1,4 @@
-"""The stage `plan`: a config, statistics and a target in, the list of what is kept out. Touches no weight."""
+"""The stage `plan`: a config, statistics and a target in, the list of what is kept out. Changes no weight."""
 
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,7 @@ class Plan(BaseModel):
     Indices count in the source checkpoint. Blocks go by their source name ("model.layers.3", "mtp.layers.0"); blocks
     of dropped layers do not appear. `kept`: axis name -> what stays of it; an axis within blocks that keeps all of its
     units does not appear, and experts have `expert_groups` instead. With a `basis` the hidden axis counts directions of it and
-    not channels. `sources` are the tokens measured of each source of calibration text; `pruning.source_weights` says what they counted for.
+    not channels. `sources` are the tokens measured of each source of calibration text; `pruning.source_weights` is what they counted for.
     `readers`: norm -> the ridge that its repaired readers were found with, None where they are left as rotated.
     `outliers`: block name -> its source experts whose outputs are far larger than the others' (`choose.expert_outliers`), kept or not.
     """
@@ -77,10 +77,10 @@ class Plan(BaseModel):
 
 
 def cuts_only_channels(source: Checkpoint, plan: Plan) -> bool:
-    """Whether a plan takes nothing from a checkpoint but channels of the residual stream.
+    """Return whether a plan takes nothing from a checkpoint but channels of the residual stream.
 
-    Then the networks still say what they said, of a stream that tells them less, and refitting them learns the calibration
-    text more than the loss: 2 % less KL on text like it and 7 % more on other text.
+    Then the networks still compute what they did, of a stream that carries less, and a refit of them fits the calibration
+    text more than it makes up for the loss: 2 % less KL on text like it and 7 % more on other text.
     """
     config = source.config
     experts = source.family.sizes(config)[source.family.expert]
@@ -106,7 +106,7 @@ def plan(
     """Choose what to keep by the statistics, write it to `out` and return it.
 
     `depth` is what `measure_depth` found out, needed for `pruning.depth: measured` where layers are dropped.
-    `stability` also chooses from each half of the calibration text, and from each source, and says how far they agree.
+    `stability` also chooses from each half of the calibration text, and from each source, and measures how far they agree.
 
     Raises UserError for a target that is larger than the source or contradicts itself, for statistics that were
     measured on another checkpoint, and for source weights that do not name their sources.
@@ -115,11 +115,7 @@ def plan(
     if pruning.width == WidthCriterion.ROTATION:
         check_file_replaceable(basis_file)
     source = Checkpoint(checkpoint)
-    measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
-    if measured.checkpoint != source.fingerprint():
-        raise UserError(
-            f"the statistics were not measured on {checkpoint}, or by an earlier version of slimqwen: run `slimqwen calibrate` on it first."
-        )
+    measured = _statistics_of(source, statistics)
     target = completed(source.family, target, source.config)
     measured_depth = _measured_depth(source, target, pruning, depth)
     chosen = choose(
@@ -143,7 +139,7 @@ def plan(
         kept_layers=chosen.kept_layers,
         kept=chosen.kept,
         basis=basis,
-        readers=dict(chosen.basis.strengths) if chosen.basis is not None else {},
+        readers={} if chosen.basis is None else dict(chosen.basis.strengths),
         expert_groups=chosen.expert_groups,
         outliers=chosen.outliers,
         before=count(source.family, source.config),
@@ -154,16 +150,26 @@ def plan(
     result.save(out)
     for warning in plan_warnings(result):
         warn(warning)
-    note = source.family.serving_note(config)
-    if note:
+    if note := source.family.serving_note(config):
         warn(f"note: {note}")
     return result
+
+
+def _statistics_of(source: Checkpoint, statistics: Path | Statistics) -> Statistics:
+    """Load the statistics. Raises UserError where they were measured on another checkpoint."""
+    measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
+    if measured.checkpoint != source.fingerprint():
+        raise UserError(
+            f"the statistics were not measured on {source.folder}, or by an earlier version of slimqwen: run `slimqwen calibrate` on "
+            "it first."
+        )
+    return measured
 
 
 def _measured_depth(
     source: Checkpoint, target: Target, pruning: PruningRecipe, depth: Path | MeasuredDepth | None
 ) -> MeasuredDepth | None:
-    """What dropping layers does, where the criterion asks for it. Raises UserError where it is not given, or another checkpoint's."""
+    """Return what dropping layers does, where the criterion needs it. Raises UserError where it is not given, or another checkpoint's."""
     if pruning.depth != DepthCriterion.MEASURED or target.num_hidden_layers == source.config["num_hidden_layers"]:
         return None
     if depth is None:

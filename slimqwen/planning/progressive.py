@@ -10,7 +10,7 @@ SIZE_MULTIPLE = 8  # tensor cores want bfloat16 matrices whose sides are multipl
 
 
 def stage_targets(schedule: Schedule, source: Target, target: Target, *, layers_at_once: int = 1) -> list[Target]:
-    """The shape that each stage ends with; the last is `target`.
+    """Return the shape that each stage ends with; the last is `target`.
 
     - 'one_shot': [target].
     - 'depth_first': half of the layers to be dropped; then everything else.
@@ -45,7 +45,7 @@ def stage_targets(schedule: Schedule, source: Target, target: Target, *, layers_
 
 
 def stage_steps(fractions: Sequence[float], total_steps: int) -> list[int]:
-    """Optimiser steps of each stage: at least 1 each, `total_steps` together.
+    """Return the optimiser steps of each stage: at least 1 each, `total_steps` together.
 
     `fractions` are the stages' shares of the tokens and sum to 1. Each stage ends at the step nearest to its cumulated
     share, so rounding never adds up: thirds of 10 steps end at 3.3, 6.7 and 10, which makes 3, 4 and 3 steps.
@@ -65,7 +65,7 @@ def stage_steps(fractions: Sequence[float], total_steps: int) -> list[int]:
 
 
 def _halfway(field: str, source: int, target: int, unit: int) -> int:
-    """The size after the first of two cuts, by the rule in `stage_targets`."""
+    """Return the size after the first of two cuts, by the rule in `stage_targets`."""
     if field.endswith("_heads"):
         return source
     aligned = field.endswith("_size") and source % SIZE_MULTIPLE == target % SIZE_MULTIPLE == 0
@@ -76,6 +76,6 @@ def _halfway(field: str, source: int, target: int, unit: int) -> int:
 
 
 def _shape(target: Target) -> dict[str, int]:
-    """config.json's name of each size that the family has -> the size."""
+    """Return the sizes of a target by their names in config.json."""
     shape: dict[str, int] = target.model_dump(exclude_none=True)
     return shape

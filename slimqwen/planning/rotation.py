@@ -2,7 +2,7 @@
 
 RMSNorm without a gain commutes with any orthogonal Q, so with every norm's gain folded into what reads it, a model whose
 writers and readers are all rotated by Q computes the same function. This module chooses Q from calibration, so that the dropped
-coordinates carry least; it lies beside plan.json. `pruning/residual.py` says what becomes of each tensor; `mtp_rotation` what an MTP
+coordinates carry least; it lies beside plan.json. `pruning/residual.py` has what becomes of each tensor; `mtp_rotation` what an MTP
 module, which shares lm_head with the backbone, needs beside it. SliceGPT (2401.15024) rotates layer by layer and pays with a matrix
 on every skip connection; one rotation for the whole model needs none, and the result is an ordinary checkpoint.
 
@@ -40,7 +40,7 @@ class Basis:
 
     directions: B, [hidden, kept] float64, orthonormal: the residual stream becomes B'(t * x), t as in `mtp.Stretches`.
     scales: norm -> the gain of the cut norm, the same for all channels.
-    readers: norm -> R [hidden, kept] float32, which tells z from its kept coordinates, z ~ R B'(t * z). Empty where readers
+    readers: norm -> R [hidden, kept] float32, which predicts z from its kept coordinates, z ~ R B'(t * z). Empty where readers
     are not repaired: then R = diag(1 / t) B.
     strengths: norm -> the ridge that R was found with (`readers.STRENGTHS`); None: R is diag(1 / t) B here. Not saved.
 
@@ -64,7 +64,7 @@ class Basis:
 
     @classmethod
     def load(cls, plan: Path, name: str, expected: str) -> "Basis":
-        """The file `name` beside a plan, mapped. Raises UserError where it is not the one that was written with the plan."""
+        """Map the file `name` beside a plan. Raises UserError where it is not the one that was written with the plan."""
         path = plan.parent / name
         if Path(name).name != name:
             raise UserError(f"{plan} names {name!r} as its basis, which is not a file beside it: make the plan again.")
@@ -97,7 +97,7 @@ def choose_basis(
     repair: bool,
     folds: Sequence[Fold] = (),
 ) -> tuple[Basis, Tensor]:
-    """The `keep` best coordinates for a model of these layers, and the share of sum_n E|z|^2 in each of all, [hidden].
+    """Choose the `keep` best coordinates for a model of these layers, and the share of sum_n E|z|^2 in each of all, [hidden].
 
     The MTP module's norms follow the backbone's choice. How strongly each norm's readers are repaired is chosen by `folds`.
     Raises UserError where the statistics have no second moments.
@@ -137,7 +137,7 @@ def choose_basis(
 
 
 def second_moment(sums: Sums, norm: str, is_mtp: bool) -> Tensor:
-    """E[z z'] over the calibration tokens, [hidden, hidden] float64."""
+    """Return E[z z'] over the calibration tokens, [hidden, hidden] float64."""
     name = f"norm/{norm}/second_moments"
     if name not in sums.sums:
         raise UserError(
@@ -148,7 +148,7 @@ def second_moment(sums: Sums, norm: str, is_mtp: bool) -> Tensor:
 
 
 def principal_directions(moments: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Variance along each principal direction of the sum of `moments`, [hidden], and the directions as columns; largest first.
+    """Return the variance along each principal direction of the sum of `moments`, [hidden], and the directions as columns; largest first.
 
     A direction and its opposite are the same choice: its largest entry is made positive.
     """
@@ -159,12 +159,12 @@ def principal_directions(moments: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def cut_gain(moment: Tensor, t: Tensor, channels: int) -> float:
-    """The gain of a cut norm, sqrt(E|t * z|^2 / channels): with t = 1 and the channels that are kept it is sqrt(hidden / kept).
+    """Return the gain of a cut norm, sqrt(E|t * z|^2 / channels): with t = 1 and the channels that are kept it is sqrt(hidden / kept).
 
     A cut norm divides by the root mean square over the channels that are left, |B'x| / sqrt(kept), where the whole one
     divides by |x| / sqrt(hidden). If the dropped coordinates carry nothing, |B'x| = |x|, this gain is exact; without it all that the
     readers see grows by sqrt(kept / hidden), less than 1.
-    If they carry something, least squares over tokens asks for less, E|B'z| / sqrt(kept): the gain that makes up for what
+    If they carry something, least squares over tokens gives less, E|B'z| / sqrt(kept): the gain that makes up for what
     is left alone. Measured that is worse in every row (docs/beyond-the-paper.md): the readers miss the dropped part in any
     case, and with the smaller gain logits and routers are too timid on top.
     """

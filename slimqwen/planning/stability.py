@@ -57,7 +57,7 @@ def measure_stability(
     pruning: PruningRecipe,
     measured_depth: MeasuredDepth | None = None,
 ) -> list[Agreement]:
-    """The choice from the even rows against that from the odd rows; then each source alone against each other.
+    """Compare the choice from the even rows with that from the odd rows, then each source alone with each other.
 
     Raises UserError where a source has one row only.
     """
@@ -84,7 +84,7 @@ def measure_stability(
 
 
 def compare(between: tuple[str, str], one: Choice, other: Choice, sizes: Mapping[str, int], expert: str) -> Agreement:
-    """Two choices for the same target, axis by axis; blocks that only one of them keeps are left out.
+    """Compare two choices for the same target, axis by axis; blocks that only one of them keeps are left out.
 
     `sizes`: axis name -> units before the cut; `expert`: the name of the expert axis, of which the groups' bases count.
     """
@@ -106,12 +106,12 @@ def compare(between: tuple[str, str], one: Choice, other: Choice, sizes: Mapping
 
 
 def jaccard(one: Collection[int], other: Collection[int]) -> float:
-    """|A and B| / |A or B|. Example: {0, 1, 2} and {1, 2, 3} share 2 of 4: 0.5."""
+    """Return |A and B| / |A or B|. Example: {0, 1, 2} and {1, 2, 3} share 2 of 4: 0.5."""
     return len({*one} & {*other}) / len({*one} | {*other})
 
 
 def _kept_sets(choice: Choice, expert: str) -> dict[str, dict[str, list[list[int]]]]:
-    """Axis name -> where -> the kept sets there, one per enclosing unit."""
+    """Return axis name -> where -> the kept sets there, one per enclosing unit."""
     sets = {LAYER: {WHOLE_MODEL: [choice.kept_layers]}}
     for axis, places in choice.kept.items():
         if choice.basis is not None and not isinstance(places, Mapping):
@@ -128,7 +128,7 @@ def _per_unit(indices: list[int] | list[list[int]]) -> list[list[int]]:
 
 
 def stability_text(agreements: Sequence[Agreement]) -> str:
-    """The halves as a table, one row per block, and a sentence for them and for each pair of sources."""
+    """Return the halves as a table, one row per block, and a sentence for them and for each pair of sources."""
     halves = agreements[0]
     axes = halves.axes
     table = DataTable(f"kept by both, {' and '.join(halves.between)}", *axes)
@@ -142,7 +142,7 @@ def stability_text(agreements: Sequence[Agreement]) -> str:
 
 
 def _sentence(agreement: Agreement) -> str:
-    """ "even rows against odd rows: layer Jaccard 1.00; expert mean Jaccard 0.94, lowest 0.81 in model.layers.3"."""
+    """Return a sentence such as "even rows against odd rows: layer Jaccard 1.00; expert mean Jaccard 0.94, lowest 0.81 in model.layers.3"."""
     parts = []
     for name, axis in agreement.axes.items():
         if list(axis.jaccard) == [WHOLE_MODEL]:

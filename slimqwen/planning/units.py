@@ -17,7 +17,9 @@ within a KV head, neurons within an expert), block name -> one list of indices p
 def kept_units(
     family: Family, config: Config, sums: Sums, kept_layers: Collection[int], sizes: Mapping[Axis, int]
 ) -> dict[str, Units]:
-    """Axis name -> block -> units, for every axis within blocks that `sizes` makes smaller: the units of each block with the largest outputs (Minitron, 2408.11796).
+    """Choose the units of each block with the largest outputs (Minitron, 2408.11796), for every axis within blocks that `sizes` makes smaller.
+
+    Returns axis name -> block -> units.
 
     A neuron scores the mean of |activation| that it hands to the down projection; a head the mean L2 norm of what it
     hands to the output projection. A KV head or a key head scores the sum over the heads that it takes along. Units stay in
@@ -51,7 +53,7 @@ def _stays(block: Block, kept_layers: Collection[int]) -> bool:
 
 
 def highest(scores: Tensor, keep: int) -> list[int] | list[list[int]]:
-    """The `keep` highest along the last dimension, in ascending order: indices, or one list of them per row.
+    """Return the `keep` highest along the last dimension, in ascending order: indices, or one list of them per row.
 
     Example: scores [[1, 5, 3], [4, 2, 4]], keep 2: [[1, 2], [0, 2]].
     """

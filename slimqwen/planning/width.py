@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def kept_channels(scores: "Tensor", keep: int) -> list[int]:
-    """The `keep` highest of `scores` `[hidden]`, in ascending order: one index set for the whole model.
+    """Return the `keep` highest of `scores` `[hidden]`, in ascending order: one index set for the whole model.
 
     On a tie the lower channel stays.
     """

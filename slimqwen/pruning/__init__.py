@@ -1,1 +1,1 @@
-"""Applying a plan to a checkpoint: the axis table says how, the plan says what."""
+"""Applying a plan to a checkpoint, by its family's axis table."""

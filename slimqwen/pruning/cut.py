@@ -33,8 +33,8 @@ class Cut:
         expert_groups: source block name -> the groups that become its experts, in order; blocks not named keep theirs.
         num_experts_per_tok: top-k of the result; None: the source's.
         layout: how experts lie in the result; None: block by block as in the source.
-        residual: what is done to the residual stream beyond choosing channels; with a rotation, `kept` says of the hidden
-            axis how many coordinates stay.
+        residual: what is done to the residual stream beyond choosing channels; with a rotation, `kept` of the
+            hidden axis numbers the coordinates that stay.
 
     Raises UserError where experts are to be stacked that have different dtypes.
     """
@@ -82,7 +82,7 @@ class Cut:
         stream(writer, batches_of(matrices), sources=self._sources_of, make=self.rows, title=title)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One whole tensor of the result."""
+        """Make one whole tensor of the result."""
         rows = [self.rows(Piece(matrix, 0, matrix.rows)) for matrix in self._matrices(self.specs[name])]
         return torch.cat(rows).reshape(self.specs[name].shape)
 
@@ -128,7 +128,7 @@ class Cut:
         return self.specs[matrix.name].part == "norm" and matrix.dims == (self.family.hidden,)
 
     def _norm(self, matrix: Matrix) -> torch.Tensor:
-        """The weight of a norm over the residual stream."""
+        """Make the weight of a norm over the residual stream."""
         assert self.residual is not None
         name = matrix.block.prefix + matrix.pattern
         weight = self.source.read(name)
@@ -136,7 +136,7 @@ class Cut:
         return self.residual.norm(name, weight if kept is None else weight[kept])
 
     def _matrices(self, spec: TensorSpec) -> Iterator[Matrix]:
-        """A tensor of the result as one matrix; one of stacked experts as theirs, one below the other."""
+        """Yield a tensor of the result as one matrix; one of stacked experts as theirs, one below the other."""
         block = self._sources[spec.block.name]
         if spec.expert is None and spec.part == "routed_experts":
             assert block.experts is not None
@@ -154,7 +154,7 @@ class Cut:
             yield Matrix(spec.name, 0, spec.shape[0], row_bytes, block, spec.pattern, spec.dims, own)
 
     def _dtype(self, spec: TensorSpec) -> torch.dtype:
-        """The dtype of a tensor of the result: its source's; its base's, of a mean."""
+        """Return the dtype of a tensor of the result: its source's; its base's, of a mean."""
         block = self._sources[spec.block.name]
         if spec.part != "routed_experts":
             return self.source.dtype(block.prefix + spec.pattern)
@@ -174,7 +174,7 @@ class Cut:
         return next(iter(by_dtype))
 
     def _sources_of(self, matrix: Matrix) -> list[torch.Tensor]:
-        """The tensors that a matrix is selected or merged from, the base's first: views of the mapped files."""
+        """Return the tensors that a matrix is selected or merged from, the base's first: views of the mapped files."""
         block, pattern = matrix.block, matrix.pattern
         if matrix.group is None:
             return [self.source.read(block.prefix + pattern)]
@@ -196,7 +196,7 @@ class Cut:
         return [ExpertGroup(base=e, members=[e], weights=[1.0]) for e in range(self.sizes[self.family.expert])]
 
     def _kept_in_block(self, block: str) -> dict[Axis, torch.Tensor]:
-        """Kept indices per axis, as they apply to one block's tensors."""
+        """Return the kept indices per axis, as they apply to one block's tensors."""
         kept = {}
         for axis, units in self._kept.items():
             here = units.get(block) if isinstance(units, Mapping) else units
@@ -208,6 +208,6 @@ class Cut:
 
 
 def _count(units: Units) -> int:
-    """Number of kept units, whatever the nesting: it is the same in every block and unit (one scalar per config)."""
+    """Return the number of kept units, whatever the nesting: it is the same in every block and unit (one scalar per config)."""
     indices = next(iter(units.values())) if isinstance(units, Mapping) else units
     return len(indices[0]) if isinstance(indices[0], list) else len(indices)

@@ -45,7 +45,7 @@ def planned_cut(
 
 
 def planned_residual(source: Checkpoint, plan: Plan, file: Path | None) -> Residual | None:
-    """What the plan in `file` does to the residual stream beyond choosing channels; None where that is nothing.
+    """Return what the plan in `file` does to the residual stream beyond choosing channels; None where that is nothing.
 
     Raises UserError where the basis that belongs to it is not beside the file, or is not of its shape.
     """
@@ -83,7 +83,7 @@ def _kept_blocks(source: TensorSource, plan: Plan) -> list[Block]:
 
 
 def _wrong_units(source: TensorSource, plan: Plan) -> Iterator[str]:
-    """What is wrong with `kept`: unknown axes and blocks, units that are not there, sets of unequal sizes."""
+    """Yield what is wrong with `kept`: unknown axes and blocks, units that are not there, sets of unequal sizes."""
     sizes = source.family.sizes(source.config)
     axes = {axis.name: axis for axis in sizes if axis != source.family.expert}  # experts go by expert_groups
     for name, units in plan.kept.items():
@@ -108,7 +108,7 @@ def _wrong_units(source: TensorSource, plan: Plan) -> Iterator[str]:
 
 
 def _index_lists(where: str, units: Units, outer_units: int | None) -> Iterator[tuple[str, list[int]]]:
-    """Every list of indices, with a name to tell it by; an impossible one (empty) where the nesting is wrong."""
+    """Yield every list of indices, with a name to tell it by; an impossible one (empty) where the nesting is wrong."""
     if not isinstance(units, dict):
         yield where, units
         return
@@ -128,14 +128,14 @@ def _mentions(block: Block, axis: Axis) -> bool:
 
 
 def _around(family: Family, axis: Axis) -> Axis | None:
-    """The axis each unit of which may keep units of this one of its own: experts of neurons, KV heads of query heads."""
+    """Return the axis each unit of which may keep units of this one of its own: experts of neurons, KV heads of query heads."""
     if axis.scope == "expert":
         return family.expert
     return next((axes[-2] for axes in family.fields.values() if len(axes) > 1 and axes[-1] == axis), None)
 
 
 def _wrong_groups(source: TensorSource, plan: Plan) -> Iterator[str]:
-    """What is wrong with `expert_groups`: blocks too many or too few, experts that are not there, unequal numbers."""
+    """Yield what is wrong with `expert_groups`: blocks too many or too few, experts that are not there, unequal numbers."""
     experts = source.family.sizes(source.config)[source.family.expert]
     wanted = {block.name for block in _kept_blocks(source, plan) if block.experts}
     if plan.expert_groups.keys() != wanted:

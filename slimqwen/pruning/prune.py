@@ -93,14 +93,14 @@ def announce(writer: CheckpointWriter, cut: Cut, title: str) -> None:
 
 
 def predicted_memory_bytes(cut: Cut) -> int:
-    """Anonymous memory at the peak: the process, what it knows of each tensor, and each thread's piece."""
+    """Predict the anonymous memory at the peak: the process, its records of each tensor, and each thread's piece."""
     tensors = BYTES_PER_TENSOR * (len(cut.source.specs) + len(cut.tensors))
     rotation = 0 if cut.residual is None else cut.residual.memory_bytes()
     return PROCESS_BYTES + tensors + rotation + peak_bytes(rotated=rotation > 0)
 
 
 def sample(cut: Cut, writer: CheckpointWriter) -> dict[str, str]:
-    """A tensor of every shard, by name, and the hash of what it must be: made from the source once more."""
+    """Make a tensor of every shard from the source once more, and return the hash of what it must be by its name."""
     hashes = {}
     for shard in writer.shards:
         small = [tensor.name for tensor in shard.tensors if tensor.nbytes <= PIECE_BYTES]

@@ -36,11 +36,11 @@ class Residual:
         return self._basis is not None
 
     def memory_bytes(self) -> int:
-        """What a rotation holds in memory at the peak: matrices [hidden, kept] in float32, those of two norms joined among them."""
+        """Return what a rotation holds in memory at the peak: matrices [hidden, kept] in float32, those of two norms joined among them."""
         return 0 if self._basis is None else (2 * MATRICES_HELD + 4) * 4 * self._basis.directions.numel()
 
     def matrix(self, term: Term, block: Block, part: Part, stored: torch.dtype) -> Tensor:
-        """What a dimension that mentions the hidden axis is multiplied by, [size, new size]; `block` is the source's.
+        """Return what a dimension that mentions the hidden axis is multiplied by, [size, new size]; `block` is the source's.
 
         In float32 for weights that are stored in 16 bits, in float64 for others: the product is rounded once.
         """
@@ -56,7 +56,7 @@ class Residual:
         raise AssertionError(f"not a dimension of the residual stream: {term}")
 
     def norm(self, name: str, weight: Tensor) -> Tensor:
-        """The weight of a cut norm, [kept], from that of the whole one in the kept channels; `name` is the source's."""
+        """Compute the weight of a cut norm, [kept], from that of the whole one in the kept channels; `name` is the source's."""
         offset = self._source.family.norm_offset
         if self._basis is not None:
             return torch.full_like(weight, self._basis.scales[name] - offset)
@@ -72,7 +72,7 @@ class Residual:
     def _read_after(self, norm: str, dtype: torch.dtype) -> Tensor:
         assert self._basis is not None and self._stretches is not None
         if norm in self._basis.readers:
-            told = self._basis.readers[norm].double()
+            read = self._basis.readers[norm].double()
         else:
-            told = self._basis.directions / self._stretches.norms[norm][:, None]
-        return (gain(self._source, norm)[:, None] * told).to(dtype)
+            read = self._basis.directions / self._stretches.norms[norm][:, None]
+        return (gain(self._source, norm)[:, None] * read).to(dtype)

@@ -54,7 +54,7 @@ Batch = list[Piece]
 
 
 def batches_of(matrices: Iterable[Matrix]) -> list[Batch]:
-    """Matrices in pieces of at most PIECE_BYTES (or one row), several small ones together, in order.
+    """Divide matrices into pieces of at most PIECE_BYTES (or one row), several small ones together, in order.
 
     A thread takes a batch at once: one task for each of an 80B checkpoint's 75,944 tensors would itself take 100 MB.
     """
@@ -102,8 +102,9 @@ def stream(
 
 
 def peak_bytes(rotated: bool = False) -> int:
-    """Memory of the pieces in the making: of each its rows as read, with their kept columns, and joined; rotated, of 16-bit
-    numbers, in float32 before and after.
+    """Return the memory of the pieces in the making.
+
+    Of each its rows as read, with their kept columns, and joined; rotated, of 16-bit numbers, in float32 before and after.
     """
     return (3 + 4 * rotated) * WORKERS * PIECE_BYTES
 
@@ -117,7 +118,7 @@ def _read_ahead(batch: Batch, sources: Callable[[Matrix], list[torch.Tensor]]) -
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """While open torch computes in the calling threads alone: they share the processor, and it would start as many below each."""
+    """Let torch compute in the calling threads alone while open: they share the processor, and it would start as many below each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

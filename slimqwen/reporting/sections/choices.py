@@ -10,7 +10,7 @@ from slimqwen.reporting.sections.chart import Chart
 
 
 def choices(run: Run) -> list[list[Chart]]:
-    """What was kept and why, axis by axis: the scores, from the plans that cut it."""
+    """Chart what was kept and why, axis by axis: the scores, from the plans that cut it."""
     where = [f", stage {number}" if len(run.plans) > 1 else "" for number in range(1, len(run.plans) + 1)]
     axes = [
         [chart for plan, stage in zip(run.plans, where, strict=True) for chart in charts_of_axis(plan, stage)]
