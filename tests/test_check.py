@@ -138,7 +138,7 @@ def test_an_mtp_module_that_config_promises(folder: Path, key: str) -> None:
     (folder / "config.json").write_text(json.dumps(config | {key: 1}))
     assert f"has {key} 1, but the checkpoint's tensors are for 0" in sentence(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    assert "num_nextn_predict_layers 0" in one_warning(folder, "MTP")
+    assert "num_nextn_predict_layers to 0" in one_warning(folder, "MTP")
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
     assert not [warning for warning in check_checkpoint(folder).warnings if "MTP" in warning]
 
