@@ -111,7 +111,7 @@ def test_a_missing_key(tmp_path: Path) -> None:
     with_config(folder, full_attention_interval=2)
     assert "full_attention_interval 2 does not give the layers" in refusing(folder)["sglang"]
     with_config(folder, full_attention_interval=4, rope_theta=None)
-    assert refusing(folder) == {"sglang": "config.json lacks rope_theta: its config class takes 10000"}
+    assert refusing(folder) == {"sglang": "config.json lacks rope_theta: its config class defaults to 10000"}
 
 
 @pytest.mark.parametrize("architectures", [None, ["Qwen3NextModel"]])
@@ -166,10 +166,10 @@ def test_dense_layers(tmp_path: Path) -> None:
             "qwen3_next",
             {"linear_value_head_dim": 12},
             "llama.cpp",
-            "linear_key_head_dim 8 to be linear_value_head_dim 12",
+            "linear_key_head_dim 8 to equal linear_value_head_dim 12",
         ),
-        ("olmoe", {"num_key_value_heads": 2}, "llama.cpp", "num_key_value_heads 2 to be num_attention_heads 4"),
-        ("mixtral", {"head_dim": 12}, "sglang", "head_dim 12 x num_attention_heads 4 to be hidden_size 32"),
+        ("olmoe", {"num_key_value_heads": 2}, "llama.cpp", "num_key_value_heads 2 to equal num_attention_heads 4"),
+        ("mixtral", {"head_dim": 12}, "sglang", "head_dim 12 x num_attention_heads 4 to equal hidden_size 32"),
     ],
 )
 def test_sizes_that_must_agree(tmp_path: Path, family: str, overrides: dict[str, Any], engine: str, words: str) -> None:
@@ -198,7 +198,7 @@ def test_keys_that_an_engine_ignores(tmp_path: Path) -> None:
     notes = verdicts(plain(tmp_path, "olmoe", clip_qkv=2.0, rms_norm_eps=1e-6))["vllm"].notes
     assert notes == [
         "it ignores clip_qkv 2.0: outputs differ",
-        "it takes rms_norm_eps 1e-05, not 1e-06: outputs differ",
+        "it uses rms_norm_eps 1e-05, not 1e-06: outputs differ",
     ]
 
 

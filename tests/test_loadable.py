@@ -81,7 +81,9 @@ def test_plan_says_it_and_speaks_of_nothing_that_the_model_lacks() -> None:
     family = family_of(native, "test")
     config = family.normalise(native)
     text = comparison_table(compare(family, config, Target(hidden_size=24)))
-    assert "does not load in sglang 0.5.23: it wants head_dim 8 x num_attention_heads 4 to be hidden_size 24" in text
+    assert (
+        "does not load in sglang 0.5.23: it requires head_dim 8 x num_attention_heads 4 to equal hidden_size 24" in text
+    )
     assert "loads in transformers" in text
     for word in ("DeltaNet", "Qwen", "MTP", "recurrent", "80B"):
         assert word not in text
@@ -91,7 +93,7 @@ def test_plan_says_it_and_speaks_of_nothing_that_the_model_lacks() -> None:
     for word in ("DeltaNet state", "SlimQwen-23A2B", "MTP module, apart", "with MTP", "recurrent"):
         assert word in text
     # The tiny one's own fault, and nothing of the cut:
-    assert "does not load in llama.cpp 0c1e57098 (nor does the model before): it wants linear_key_head_dim" in text
+    assert "does not load in llama.cpp 0c1e57098 (nor does the model before): it requires linear_key_head_dim" in text
 
 
 def test_each_shape_of_a_search_has_the_engines_that_refuse_it() -> None:
@@ -110,7 +112,7 @@ def test_each_shape_of_a_search_has_the_engines_that_refuse_it() -> None:
     assert header.endswith("does not load in")
     for row, candidate in zip(rows, candidates, strict=True):
         assert row.split()[-1] == ("sglang" if candidate in narrow else "-")
-    assert "to be hidden_size" in table.splitlines()[-1] and "MTP" not in table
+    assert "to equal hidden_size" in table.splitlines()[-1] and "MTP" not in table
     assert "does not load in" not in candidates_table(whole)
 
 
@@ -127,7 +129,7 @@ def a_recipe(folder: Path, **values: Any) -> Recipe:
 def test_a_run_says_at_once_what_its_result_will_not_load_in(tmp_path: Path) -> None:
     source = Checkpoint(write_tiny_checkpoint(tmp_path / "teacher", native=FAMILIES_NATIVE["mixtral"]))
     (note,) = notes_of_serving(source, completed(source.family, Target(hidden_size=24), source.config))
-    assert note.startswith("warning: the result of this run does not load in sglang 0.5.23: it wants head_dim")
+    assert note.startswith("warning: the result of this run does not load in sglang 0.5.23: it requires head_dim")
     assert notes_of_serving(source, completed(source.family, Target(num_experts=4), source.config)) == []
 
 

@@ -36,15 +36,15 @@ from slimqwen.recipe import (
     Target,
     WidthCriterion,
 )
-from slimqwen.reporting.charts import curves, experts, style
+from slimqwen.reporting.charts import curves, heatmaps, style
 from slimqwen.reporting.charts.choices import width_scores
 from slimqwen.reporting.compare import compare, differences, names
 from slimqwen.reporting.report import report
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import cost, training
-from slimqwen.reporting.sections.experts import utilisation
 from slimqwen.reporting.sections.shapes import source_shape
 from slimqwen.reporting.sections.summary import assess
+from slimqwen.reporting.sections.utilisation import utilisation
 
 
 class Page(HTMLParser):
@@ -524,7 +524,7 @@ def test_width_scores_split_at_the_cut() -> None:
 def test_expert_fates_follow_importance() -> None:
     importance = torch.tensor([3.0, 1.0, 5.0, 2.0])
     groups = group_experts("partial", importance, torch.ones(4, 4), 2)
-    figure = experts.expert_fates({"model.layers.0": importance.tolist()}, {"model.layers.0": groups})
+    figure = heatmaps.expert_fates({"model.layers.0": importance.tolist()}, {"model.layers.0": groups})
     heatmap = figure.data[0]
     assert heatmap.customdata.tolist() == [[2, 0, 3, 1]]
     assert heatmap.z.tolist() == [[0, 1, 2, 2]]  # kept, base, absorbed, absorbed
@@ -532,9 +532,9 @@ def test_expert_fates_follow_importance() -> None:
 
 
 def test_expert_use_is_in_multiples_of_an_even_share() -> None:
-    heatmap = experts.expert_use({"model.layers.0": [0.25, 0.5, 0.25, 0.0], "mtp.layers.0": [0.5, 0.5]}).data[0]
+    heatmap = heatmaps.expert_use({"model.layers.0": [0.25, 0.5, 0.25, 0.0], "mtp.layers.0": [0.5, 0.5]}).data[0]
     assert heatmap.customdata.tolist() == [[1, 0, 2, 3], [0, 1, -1, -1]]
-    assert heatmap.z[0].tolist() == [1.0, 0.0, 0.0, -experts.LARGEST_MULTIPLE]
+    assert heatmap.z[0].tolist() == [1.0, 0.0, 0.0, -heatmaps.LARGEST_MULTIPLE]
     assert heatmap.z[1][:2].tolist() == [0.0, 0.0] and np.isnan(heatmap.z[1][2:]).all()
     assert list(heatmap.y) == ["0", "MTP"]
 
@@ -568,7 +568,7 @@ def test_skipped_steps_leave_a_gap_and_not_a_hole() -> None:
 
 def test_merge_groups_count_their_members() -> None:
     groups = group_experts("partial", torch.tensor([3.0, 1.0, 5.0, 2.0]), torch.ones(4, 4), 2)
-    heatmap = experts.merge_groups({"model.layers.0": groups}).data[0]
+    heatmap = heatmaps.merge_groups({"model.layers.0": groups}).data[0]
     assert heatmap.z.tolist() == [[3, 1]] and heatmap.text[0] == ["0 + 1, 3", "2"]
 
 

@@ -160,11 +160,7 @@ class Checkpoint:
         try:
             tensor: torch.Tensor = self._opened(entry.file).get_tensor(entry.name)
             return tensor
-        except (
-            SafetensorError,
-            RuntimeError,
-            OSError,
-        ) as error:  # torch maps the file, and says so in words of its own
+        except (SafetensorError, RuntimeError, OSError) as error:  # torch, which maps the file, raises RuntimeError
             raise UserError(f"{entry.file}: {shown(entry.name)} cannot be read: {_one_line(error)}.") from error
 
     def read_slice(self, name: str, index: Any) -> torch.Tensor:

@@ -11,11 +11,11 @@ NAME/manifest.json, which is itself a folder of tokens, except for the held-out 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from slimqwen.artifacts.json_file import load_model
 from slimqwen.checkpoint.identity import vocabulary_fingerprint
 from slimqwen.core.errors import UserError
-from slimqwen.core.regular_files import read_regular
 from slimqwen.data.isolated import DocumentStream
 from slimqwen.data.mixture import MixedStream
 from slimqwen.data.packed import PackedTokens
@@ -77,15 +77,8 @@ class TokenManifest(BaseModel):
 
 def load_manifest(folder: Path) -> TokenManifest:
     """Load the manifest of a folder of tokens. Raises `UserError` where it is missing or invalid."""
-    path = folder / MANIFEST
-    try:
-        return TokenManifest.model_validate_json(read_regular(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): is {folder} a folder of tokens?") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is not a manifest of {FORMAT} ({where or 'whole file'}: {first['msg']}).") from error
+    advice = f"is {folder} a folder of tokens?"
+    return load_model(folder / MANIFEST, TokenManifest, what=f"a manifest of {FORMAT}", advice=advice)
 
 
 def check_vocabulary(manifest: TokenManifest, tokens: Path, checkpoint: Path, vocab_size: int) -> None:

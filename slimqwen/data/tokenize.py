@@ -57,17 +57,16 @@ def tokenize(
     """
     check_sources(sources, heldout_sources)
     encoder = load_tokenizer(tokenizer)
-    frame = choose_frame(encoder, tokenizer, separator)
-    vocab_size = max(encoder.get_vocab().values()) + 1
     encoder.backend_tokenizer.no_truncation()  # which tokenizer.json may enable
     encoder.backend_tokenizer.no_padding()
-
+    frame = choose_frame(encoder, tokenizer, separator)
+    vocab_size = max(encoder.get_vocab().values()) + 1
     prefixes = [f"{name_of(source)}/train" if is_mixture(sources) else "train" for source in sources]
     reader = TextReader(prefixes, sources, heldout_sources, heldout_fraction, ChatTemplate(encoder, tokenizer))
     encoded = encode_in_order(reader.batches(), encoder.backend_tokenizer, frame, execution.workers or usable_cores())
     fingerprint = vocabulary_fingerprint(tokenizer)
     assert fingerprint is not None, "a tokenizer that was loaded has files"
-    total = sum(map(size_bytes, sources)) + sum(size_bytes(source, heldout=True) for source in heldout_sources)
+    total = _total_bytes(sources, heldout_sources)
     with atomic_folder(out) as folder:
         with Progress(title, total=total, unit="bytes") as progress, closing(encoded):
             counts = _write(sources, prefixes, encoded, folder, vocab_size, progress)
@@ -91,6 +90,10 @@ def tokenize(
         _write_manifests(manifest, trains, reader, folder)
     _warn_about(manifest, reader.left_out)
     return manifest
+
+
+def _total_bytes(sources: Sequence[Source], heldout_sources: Sequence[Source]) -> int:
+    return sum(map(size_bytes, sources)) + sum(size_bytes(source, heldout=True) for source in heldout_sources)
 
 
 def _warn_about(manifest: TokenManifest, left_out: LeftOut) -> None:

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from slimqwen.artifacts import fingerprint_value
+from slimqwen.artifacts.json_file import load_model
 from slimqwen.checkpoint.identity import content_fingerprint
 from slimqwen.checkpoint.writer import companions_fingerprint
-from slimqwen.core.errors import UserError
-from slimqwen.core.regular_files import read_regular
 
 FORMAT = "slimqwen.benchmarks/1"
 
@@ -65,16 +64,7 @@ class Benchmarks(BaseModel):
     @classmethod
     def load(cls, path: Path) -> "Benchmarks":
         """Load the file. Raises UserError where it is missing or not of this format."""
-        try:
-            return cls.model_validate_json(read_regular(path))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}): run `slimqwen evaluate --tasks` to make it."
-            ) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path} is not of {FORMAT} ({where or 'whole file'}: {first['msg']}).") from error
+        return load_model(path, cls, what=f"of {FORMAT}", advice="run `slimqwen evaluate --tasks` to make it.")
 
     def lines(self) -> dict[tuple[str, str], dict[str, Result]]:
         """Return the requested results, without the single tasks of groups: (task, metric) -> model -> result."""

@@ -60,7 +60,6 @@ def evaluate(
         teacher: the name in `models` that all are compared with; None: no comparisons.
         dtype: of the forward passes, for all models: 'auto' is bfloat16 on a GPU and float32 on a CPU.
         title: shown with the progress.
-
     Raises:
         UserError: for a checkpoint or token folder that is broken or incompatible with the others; too little held-out text.
         StageFailed: for a model whose loss is not finite.

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from slimqwen.core.errors import UserError
-from slimqwen.core.regular_files import read_regular
+from slimqwen.artifacts.json_file import load_model
 
 FORMAT = "slimqwen.evaluation/1"
 
@@ -60,13 +59,4 @@ class Evaluation(BaseModel):
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
         """Load the file. Raises UserError where it is missing or not an evaluation."""
-        try:
-            return cls.model_validate_json(read_regular(path))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): run `slimqwen evaluate` to make it.") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UserError(
-                f"{path} is not an evaluation of {FORMAT} ({where or 'whole file'}: {first['msg']})."
-            ) from error
+        return load_model(path, cls, what=f"an evaluation of {FORMAT}", advice="run `slimqwen evaluate` to make it.")

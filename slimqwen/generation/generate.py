@@ -1,6 +1,7 @@
 """The command `slimqwen generate`: continue a prompt, and measure speed and acceptance."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -94,32 +95,20 @@ def generate(
     ids = _encode(tokenizer, prompt)
     torch_device = resolve_device(device)
     model = load(folder, resolve_dtype(dtype, torch_device), torch_device)
-    if max(ids, default=0) >= len(model.head):
-        raise UserError(
-            f"{folder}: the prompt has token {max(ids)} and the model only {len(model.head)} tokens: use the tokenizer that "
-            "belongs to the checkpoint."
-        )
+    _check_ids(ids, model, folder)
     draft = _choose_draft(model, folder, draft, compare)
     tokens = torch.tensor(ids, dtype=torch.long, device=torch_device)
     ends = _end_of_text(model.backbone.generation_config, tokenizer)
     text = _TextStream(tokenizer, write)
 
-    def decode(drafts: int, emit: Callable[[list[int]], None] | None = None) -> Generation:
-        return speculate(
-            model,
-            tokens,
-            draft=drafts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            end_of_text=ends,
-            emit=emit,
-        )
-
-    made = decode(draft, text.add)
+    decode = partial(
+        speculate, model, tokens, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=ends
+    )
+    made = decode(draft=draft, emit=text.add)
     comparison = None
     if compare and made.verifications:
-        comparison = _compare([(decode(draft), decode(0)) for _ in range(COMPARED_ROUNDS)], sampling)
+        rounds = [(decode(draft=draft), decode(draft=0)) for _ in range(COMPARED_ROUNDS)]
+        comparison = _compare(rounds, sampling)
     return GenerationResult(
         checkpoint=str(folder),
         has_mtp=model.mtp is not None,
@@ -132,6 +121,14 @@ def generate(
         comparison=comparison,
         **{name: getattr(made, name) for name in MEASUREMENTS},
     )
+
+
+def _check_ids(ids: list[int], model: MtpCausalLM, folder: Path) -> None:
+    if max(ids, default=0) >= len(model.head):
+        raise UserError(
+            f"{folder}: the prompt has token {max(ids)} and the model only {len(model.head)} tokens: use the tokenizer that "
+            "belongs to the checkpoint."
+        )
 
 
 def _choose_draft(model: MtpCausalLM, folder: Path, draft: int | None, compare: bool) -> int:

@@ -9,11 +9,11 @@ from slimqwen.reporting.sections import (
     benchmarks,
     choices,
     cost,
-    experts,
     results,
     shapes,
     summary,
     training,
+    utilisation,
     warnings,
 )
 
@@ -48,7 +48,7 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
         curves=training.curves(run),
         learning_rates=training.learning_rates(run),
         choices=choices.choices(run),
-        utilisation=experts.utilisation(run),
+        utilisation=utilisation.utilisation(run),
         samples=results.samples(run),
         times=cost.times(run),
         training_costs=cost.training_costs(run),

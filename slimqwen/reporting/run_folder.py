@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from slimqwen.artifacts.json_file import first_problem
 from slimqwen.artifacts.json_lines import read_lines
 from slimqwen.artifacts.step_record import records_in
 from slimqwen.core.errors import UserError
@@ -206,7 +207,9 @@ def _read(path: Path, model: type[Artefact]) -> Artefact | None:
     try:
         return model.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise _malformed(path, error) from error
+        raise UserError(
+            f"{path} is not what slimqwen writes ({first_problem(error)}): remove it and run the recipe again to remake it."
+        ) from error
 
 
 def _read_lines(path: Path, model: type[Artefact]) -> list[Artefact]:
@@ -224,14 +227,6 @@ def _read_lines(path: Path, model: type[Artefact]) -> list[Artefact]:
             f"(line {invalid[0]} is the first) and are left out of the report."
         )
     return lines
-
-
-def _malformed(path: Path, error: ValidationError) -> UserError:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "whole file"
-    return UserError(
-        f"{path} is not what slimqwen writes ({where}: {first['msg']}): remove it and run the recipe again to remake it."
-    )
 
 
 def _group_by_run(lines: list[StepMetrics], recipe: Recipe, plans: list[Plan]) -> dict[str, Steps]:

@@ -196,8 +196,8 @@ SGLANG = Engine(
             needs=UNTIED,
             keys={
                 **COUNTED,
-                "rope_theta": "its config class takes 10000",
-                "partial_rotary_factor": "its config class takes 0.25",
+                "rope_theta": "its config class defaults to 10000",
+                "partial_rotary_factor": "its config class defaults to 0.25",
             },
             counts_layers=True,
         ),

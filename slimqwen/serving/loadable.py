@@ -69,7 +69,7 @@ def layouts_of_cut(
 
 
 def refusals_in_words(refusals: Iterable[Refusal]) -> Iterator[str]:
-    """Yield lines such as `does not load in sglang 0.5.23: it wants ...`."""
+    """Yield lines such as `does not load in sglang 0.5.23: it requires ...`."""
     for refusal in refusals:
         also = "" if refusal.new else " (nor does the model before)"
         yield f"does not load in {refusal.engine} {refusal.version}{also}: {'; '.join(refusal.problems)}"

@@ -216,7 +216,7 @@ def _wrong_config(loader: Loader, config: Config) -> Iterator[str]:
 def _ignored_keys(loader: Loader, config: Config) -> Iterator[str]:
     for key, value in loader.fixed.items():
         if config.get(key) is not None and config[key] != value:
-            does = f"ignores {key}" if value is None else f"takes {key} {value}, not"
+            does = f"ignores {key}" if value is None else f"uses {key} {value}, not"
             yield f"it {does} {shown(config[key])}: outputs differ"
 
 
@@ -225,7 +225,7 @@ def _wrong_sizes(loader: Loader, config: Config) -> Iterator[str]:
         products = [prod(config[field] for field in fields) for fields in (left, right)]
         if products[0] != products[1]:
             words = [" x ".join(f"{field} {config[field]}" for field in fields) for fields in (left, right)]
-            yield f"it wants {words[0]} to be {words[1]}"
+            yield f"it requires {words[0]} to equal {words[1]}"
 
 
 def _mtp_problems(loader: Loader, checkpoint: CheckpointLike) -> list[str]:

@@ -3,7 +3,7 @@
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import DepthCriterion
 from slimqwen.reporting.charts.choices import layer_scores, width_scores
-from slimqwen.reporting.charts.experts import expert_fates, expert_importance, merge_groups
+from slimqwen.reporting.charts.heatmaps import expert_fates, expert_importance, merge_groups
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections.amounts import percent
 from slimqwen.reporting.sections.chart import Chart

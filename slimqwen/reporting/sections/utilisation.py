@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from slimqwen.reporting.charts.experts import block_label, expert_use
+from slimqwen.reporting.charts.heatmaps import block_label, expert_use
 from slimqwen.reporting.charts.models import routing
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections.chart import Chart
