@@ -1,5 +1,6 @@
 """The documentation site, built without a network: whole, its links resolved, and every key, command and public name on it."""
 
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -152,6 +153,12 @@ def test_every_command_has_its_help_and_options(site: Path, pages: dict[Path, Pa
                 or parameter.opts[0] in section.text
                 or parameter.metavar in section.text
             )
+
+
+def test_the_search_finds_keys_and_commands_without_a_service(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    titles = {re.sub(r"<[^>]+>", "", entry["title"]) for entry in index["docs"]}
+    assert {"run_dir", "Glossary", *GROUP.commands} <= titles
 
 
 def test_every_public_name_has_its_docstring(site: Path, pages: dict[Path, Page]) -> None:

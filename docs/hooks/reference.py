@@ -16,6 +16,7 @@ from slimqwen.recipe import PretrainRecipe, Recipe
 from slimqwen.recipe.file import describe
 
 PACKAGE = Path(slimqwen.__file__).parent
+DOCUMENTS = Path(__file__).parents[1]
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -177,5 +178,11 @@ def rooms() -> str:
 
 
 def escaped(text: str) -> str:
-    """Return help as Markdown: what looks like a tag is text."""
-    return re.sub(r"(`[^`]*`)|<", lambda found: found[1] or "&lt;", text)
+    """Return help as Markdown: what looks like a tag is text, and a document that is named is linked to, as from docs/reference/."""
+
+    def of(found: re.Match[str]) -> str:
+        if found[0] == "<":
+            return "&lt;"
+        return f"[{found[0]}](../{found[1]})" if found[1] and (DOCUMENTS / found[1]).is_file() else found[0]
+
+    return re.sub(r"`[^`]*`|<|\b(?:docs/)?([\w/-]+\.md)\b", of, text)
