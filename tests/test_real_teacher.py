@@ -181,7 +181,7 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr("sys.argv", ["x", "--out", str(BENCHMARKS / "made"), "--text", "text.txt"])
     with pytest.raises(SystemExit) as exit_info:
         real_teacher.main()
-    assert exit_info.value.code == 2 and "lies in the repository" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "is inside the repository" in capsys.readouterr().err
     assert not (BENCHMARKS / "made").exists()
 
 
