@@ -427,7 +427,7 @@ def test_a_server_is_told_each_step_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_library_that_is_not_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"asks for wandb, .*pip install 'slimqwen\[wandb\]'"):
+    with pytest.raises(UserError, match=r"names wandb, .*pip install 'slimqwen\[wandb\]'"):
         train(folder, tmp_path / "out", loggers=["wandb"])
     assert list(tmp_path.iterdir()) == []
     check_loggers([])

@@ -58,7 +58,7 @@ class Course:
         return self.tokens(step + 1) // tokens > self.tokens(step) // tokens
 
     def is_due(self, step: int, every: Duration) -> bool:
-        """Whether a step reaches a multiple of `every`, which is in steps (of the run) or tokens."""
+        """Return whether a step reaches a multiple of `every`, in steps or tokens of the run; never for one in minutes."""
         if every.unit == "steps":
             return (step + 1) % int(every.amount) == 0
         return every.unit == "tokens" and self.passes(step, int(every.amount))

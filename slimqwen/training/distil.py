@@ -105,7 +105,7 @@ def distil(
         teacher_cache: folder written by `write_teacher_cache`, for `teacher: cache`.
         span: the steps of the whole run that this call trains; all of them by default.
         seed: of the data order.
-        execution: how it is done; a training continues with other settings of it.
+        execution: how the work is done; a training may resume with other settings of it.
         metrics: the metrics.jsonl to append to; `out`'s sibling by default. `run` and `stage` label its lines.
         title: shown with the progress.
         keep_state: leave the training state in place: for `carry`, or for a caller that removes it (`remove_state`) only after

@@ -25,9 +25,9 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS, DEPTH = 8, 32, 32, 2  # MTP acceptance over 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out text that the student is measured on every `every_tokens` tokens of its training.
+    """Held-out text that the student is measured on during its training.
 
-    rows: the text, the same at every measurement. prompts: int64 [PROMPTS, PROMPT_TOKENS].
+    every: the interval, in steps or tokens. rows: the text, the same at every measurement. prompts: int64 [PROMPTS, PROMPT_TOKENS].
     """
 
     every: Duration
@@ -38,7 +38,7 @@ class HeldOut:
     def of(
         cls, execution: Execution, tokens: Path, sequence_length: int, documents: DocumentBoundaries
     ) -> "HeldOut | None":
-        """Load what `execution.evaluate_every` needs; None where it is not set. Raises UserError where there is too little held-out text."""
+        """Load the text; None where `execution.evaluate_every` is not set. Raises UserError where there is too little of it."""
         if execution.evaluate_every is None:
             return None
         if load_manifest(tokens).heldout.documents == 0:

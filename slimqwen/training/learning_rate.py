@@ -106,7 +106,7 @@ class Start:
     """Start of a training, for forks of it.
 
     build: makes a trainer of a recipe, with the moments that the training begins with; one at a time is in memory.
-    execution: of the training.
+    execution: of the training; forks stop at a bad step.
     refill: loads the start's weights into the model.
     tokens: the folder of tokens, with the held-out text.
     file: the choice so far, written after each fork.
@@ -229,7 +229,7 @@ def train_fork(
 
     The model has the start's weights before and after.
     """
-    execution = start.execution.model_copy(update={"bad_steps": BadSteps()})  # stop: a fork that breaks has its answer
+    execution = start.execution.model_copy(update={"bad_steps": BadSteps()})  # stop: a fork that diverges is over
     fork = start.build(recipe.model_copy(update=AS_A_FORK), execution)
     fork.student.model.train()
     values = dict.fromkeys(IN_WORDS, inf)

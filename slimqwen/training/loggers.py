@@ -35,7 +35,7 @@ def check_loggers(names: Sequence[LoggerName]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise UserError(
-                f"execution.loggers asks for {name}, which is not installed: pip install 'slimqwen[{name}]', or leave it out."
+                f"execution.loggers names {name}, which is not installed: pip install 'slimqwen[{name}]', or leave it out."
             )
 
 

@@ -61,7 +61,10 @@ def train(
                     progress.advance(tokens, **shown, memory=bytes_in_words(values["memory_bytes"]))
 
                 states.poll()
-                stop, minutes_due = ranks.largest(interrupted()), ranks.largest(_is_due(trainer.execution, saved_at))
+                stop, minutes_due = (
+                    ranks.largest(interrupted()),
+                    ranks.largest(_minutes_are_over(trainer.execution, saved_at)),
+                )
                 is_due = any(course.is_due(step, every) for every in save_every)
                 step += 1
                 is_over = stop or step == span.end_step
@@ -137,7 +140,7 @@ def _roll_back(trainer: Trainer, states: States, bad_step: int, problem: str) ->
     return step
 
 
-def _is_due(execution: Execution, saved_at: float) -> bool:
+def _minutes_are_over(execution: Execution, saved_at: float) -> bool:
     """Return whether it is time to save, by this process's clock."""
     minutes = [every.amount for every in execution.save_every if every.unit == "min"]
     return bool(minutes) and time.monotonic() - saved_at >= 60 * min(minutes)

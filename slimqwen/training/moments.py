@@ -32,10 +32,10 @@ STEPS_FILE = "steps.json"
 
 
 class Moments:
-    """One moment of a saved training state, a `TensorSource` that a cut reads as it reads a checkpoint: float32, experts stacked.
+    """One moment of a saved training state, a `TensorSource` that a cut reads like a checkpoint: float32, experts stacked.
 
-    What was not trained (a frozen part, a vision tower, a buffer) has no moment and reads as zeros. A tensor may lie in the files of
-    many ranks.
+    Tensors that were not trained (a frozen part, a vision tower, a buffer) have no moment and read as zeros. A tensor may be
+    spread over the files of several ranks.
 
     Args:
         state: the folder of one state, `.NAME.state/step-N`.

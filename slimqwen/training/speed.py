@@ -33,7 +33,7 @@ class Speed:
 
 
 def flops_per_token(trainer: Trainer) -> int:
-    """Return the `training_flops` of one token of this training; MTP modules are left out, as in `forward_flops`."""
+    """Return the `training_flops` per token of this training, without MTP modules, as in `forward_flops`."""
     student, teacher, length = trainer.student, trainer.teacher, trainer.stream.sequence_length
     taught = (
         forward_flops(teacher.model.family, teacher.model.config, length) if isinstance(teacher, LiveTeacher) else 0
