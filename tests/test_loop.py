@@ -152,7 +152,7 @@ def test_training_goes_on_while_a_state_is_written(folder: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_disk_that_fills_up_is_said_and_costs_no_state(folder: Path, tmp_path: Path, asynchronous: bool) -> None:
+def test_a_full_disk_is_reported_and_costs_no_state(folder: Path, tmp_path: Path, asynchronous: bool) -> None:
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -345,7 +345,7 @@ def test_ranks_measure_together(folder: Path, tmp_path: Path, monkeypatch: pytes
         assert line == pytest.approx(wanted, rel=TRAINED)
 
 
-def test_a_training_that_goes_on_with_other_threads_says_so(
+def test_a_training_that_resumes_with_other_threads_prints_a_note(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -397,7 +397,7 @@ class FakeRun:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_server_is_told_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
+def test_a_server_gets_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
     runs: list[FakeRun] = []
 
     def init(**named: Any) -> FakeRun:
@@ -454,7 +454,7 @@ def test_peaks_by_the_names_of_devices(name: str, flops: float | None) -> None:
     assert peak_of(name) == flops
 
 
-def test_mfu_is_told_where_the_peak_is_known(
+def test_mfu_is_logged_where_the_peak_is_known(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], expected: Path
 ) -> None:
     """Recomputation is no progress: it does not count."""

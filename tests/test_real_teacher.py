@@ -167,7 +167,7 @@ def test_text_is_documents_with_a_part_held_out(tmp_path: Path) -> None:
     assert docstrings("def (") == []
 
 
-def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One sentence and exit code 2: the packages, and an --out within the repository."""
     import importlib.util
 

@@ -144,7 +144,7 @@ def test_recomputed_activations_have_the_same_gradients(folder: Path) -> None:
         assert error(gradients[1][name], expected) < GRADIENT, name
 
 
-def test_a_step_reports_what_was_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_a_step_reports_the_terms_of_the_recipe(folder: Path, tmp_path: Path) -> None:
     train(folder, tmp_path / "out", run="name", stage=3)
     lines = metrics(tmp_path)
     terms = {"lm", "kd", "mtp_lm", "mtp_kd"}
@@ -334,7 +334,7 @@ def test_ctrl_c_saves_after_the_step_and_goes_on_from_there(
     assert metrics(tmp_path) == metrics(expected.parent)
 
 
-def test_sigterm_saves_and_says_that_it_can_go_on(
+def test_sigterm_saves_the_state_and_the_same_command_continues(
     folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -420,7 +420,7 @@ def test_a_step_that_is_not_finite_stops_before_it_changes_anything(folder: Path
     assert all(torch.equal(a, b["exp_avg"]) for a, b in zip(moments, one.optimizer.state.values(), strict=True))
 
 
-def test_a_bad_step_is_skipped_where_the_recipe_says_so(
+def test_a_bad_step_is_skipped_where_the_recipe_sets_that(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The optimiser has not seen it: the step after it is as if it had not been."""
