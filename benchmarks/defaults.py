@@ -33,7 +33,7 @@ from slimqwen.healing.heal import heal
 from slimqwen.model.model import load
 from slimqwen.planning.plan import cuts_only_channels, plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import CalibrationRecipe, DistilRecipe, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, DistilRecipe, Duration, HealingRecipe, PruningRecipe, Target
 from slimqwen.refit.refit import repair
 from slimqwen.training.distil import distil
 
@@ -44,30 +44,30 @@ def pruning(experts: dict[str, Any] | None = None, **fields: Any) -> PruningReci
     return PruningRecipe.model_validate({**fields, "experts": experts or {}})
 
 
-NO_REFIT = {"refit": False}
-HEALED: dict[str, Any] = {"healing": {"samples": 128}}
+NO_REFIT: dict[str, Any] = {"refit_outputs": False}
+HEALING = HealingRecipe(samples=128)  # of the ways whose name says healed
 WAYS = {
-    "paper": pruning(method="slimqwen-paper"),
+    "paper": PruningRecipe().as_published(),
     "today": pruning(),
-    "today, no refit": pruning(NO_REFIT),
-    "rotation alone": pruning(NO_REFIT, repair=False),
+    "today, no refit": pruning(**NO_REFIT),
+    "rotation alone": pruning(**NO_REFIT, refit_readers=False),
     **{
-        f"{depth}{refit}": pruning(NO_REFIT if refit else {}, depth=depth)
+        f"{depth}{refit}": pruning(**(NO_REFIT if refit else {}), depth=depth)
         for depth in ("similarity", "block_influence", "measured")
         for refit in (", no refit", "")
     },
     **{
-        f"{importance}{refit}": pruning({"importance": importance} | (NO_REFIT if refit else {}))
+        f"{importance}{refit}": pruning({"importance": importance}, **(NO_REFIT if refit else {}))
         for importance in ("frequency", "reap", "output_norm")
         for refit in (", no refit", "")
     },
     "measured, reap": pruning({"importance": "reap"}, depth="measured"),
     "measured, output_norm": pruning({"importance": "output_norm"}, depth="measured"),
-    "healed": pruning(**HEALED),
-    "healed, no refit": pruning(NO_REFIT, **HEALED),
-    "measured, healed": pruning(depth="measured", **HEALED),
-    "reap, healed": pruning({"importance": "reap"}, **HEALED),
-    "measured, reap, healed": pruning({"importance": "reap"}, depth="measured", **HEALED),
+    "healed": pruning(),
+    "healed, no refit": pruning(**NO_REFIT),
+    "measured, healed": pruning(depth="measured"),
+    "reap, healed": pruning({"importance": "reap"}),
+    "measured, reap, healed": pruning({"importance": "reap"}, depth="measured"),
 }
 """Ways to cut, by name. A cut uses only some settings of a way: one of experts does not use the depth criterion."""
 
@@ -149,10 +149,10 @@ class Bench:
             "sequence_length": SEQUENCE_LENGTH,
             "seed": draw,
         }
-        if criteria.experts.refit and not cuts_only_channels(Checkpoint(self.teacher), made_plan):
+        if criteria.refit_outputs and not cuts_only_channels(Checkpoint(self.teacher), made_plan):
             made = repair(made, work / "repaired", samples=self.samples, **settings)
-        if criteria.healing is not None:
-            made = heal(made, work / "healed", recipe=criteria.healing, **settings)
+        if "healed" in way:
+            made = heal(made, work / "healed", recipe=HEALING, **settings)
         return made
 
     def train(self, student: Path, tokens: int, learning_rate: float, draw: int, work: Path) -> Path:
@@ -162,7 +162,7 @@ class Bench:
             batch_size=4,
             learning_rate=learning_rate,
             final_learning_rate=learning_rate / 10,
-            warmup_steps=max(1, tokens // (4 * SEQUENCE_LENGTH) // 20),
+            warmup=Duration(max(1, tokens // (4 * SEQUENCE_LENGTH) // 20), "steps"),
             terms=["lm", "kd"],
         )
         settings: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "seed": draw}
@@ -195,8 +195,8 @@ def matters(way: str, cut: str) -> bool:
     if way in ("paper", "today"):
         return True
     if cut == "width":
-        return ours.repair != usual.repair or way == "healed"
-    if not ours.repair:
+        return ours.refit_readers != usual.refit_readers or way == "healed"
+    if not ours.refit_readers:
         return cut == "all"
     if "no refit" in way and cut == "all":
         return way == "today, no refit"

@@ -25,7 +25,7 @@ from slimqwen.data.store import training_stream
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.model.device import reproducible
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import DistilRecipe, Target
+from slimqwen.recipe import DistilRecipe, PruningRecipe, Target
 from slimqwen.recipe.file import load_recipe
 from slimqwen.runs.store import Workshop
 from slimqwen.study.variation import changed
@@ -39,7 +39,7 @@ END_RATE = 3e-5 / 4e-4  # of the peak, as in the recipe's defaults
 STARTS: dict[str, dict[str, Any]] = {
     "harsh": {},  # the demo's: layers -25 %, width -25 %, experts -50 %
     "gentle": {"target": Target(num_hidden_layers=7, hidden_size=112, num_experts=24).model_dump()},
-    "paper": {"pruning": {"method": "slimqwen-paper"}},  # the demo's shape by the paper's criteria
+    "paper": {"pruning": PruningRecipe().as_published().model_dump()},  # the demo's shape by the paper's criteria
 }
 
 
@@ -66,7 +66,7 @@ class Bench:
         usual = {
             "tokens": steps * BATCH_SIZE * self.length,
             "batch_size": BATCH_SIZE,
-            "warmup_steps": max(steps // 12, 1),
+            "warmup": f"{max(steps // 12, 1)} steps",
         }
         rates = (
             {"learning_rate": "auto"}

@@ -41,7 +41,7 @@ from slimqwen.data.store import heldout_stream, training_stream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.model.model import load
-from slimqwen.recipe import DistilRecipe, Duration, Execution, Ramp, Source
+from slimqwen.recipe import DistilRecipe, Duration, Execution, OptimizerRecipe, Ramp, Source
 from slimqwen.training.distil import distil
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -271,9 +271,10 @@ def train(start: Path, out: Path, teacher: Path, folder: Path, tokens: int, lear
         kd_weight=Ramp(start=1.0, end=1.0),
         learning_rate=learning_rate,
         final_learning_rate=learning_rate / 10,
-        warmup_steps=5,
-        weight_decay=0.0,
-        learning_rate_scale={"embedding": 0.0, "norm": 0.0, "attention": 0.0},
+        warmup=Duration(5, "steps"),
+        optimizer=OptimizerRecipe(
+            weight_decay=0.0, learning_rate_scale={"embedding": 0.0, "norm": 0.0, "attention": 0.0}
+        ),
     )
     distil(
         start,

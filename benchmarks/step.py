@@ -37,7 +37,7 @@ from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import kernels_of
 from slimqwen.model.model import MtpCausalLM, initialise
 from slimqwen.model.peaks import dense_bf16_flops
-from slimqwen.recipe import DistilRecipe, Execution, Target
+from slimqwen.recipe import DistilRecipe, Duration, Execution, Target
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.target import completed, target_config
 from slimqwen.training import trainer as trainer_module
@@ -140,7 +140,7 @@ def time_bare_work(trainer: Trainer, step: int) -> dict[str, float]:
                     predictions, model.head, weights, teacher=signal, chunk_tokens=trainer.execution.loss_chunk_tokens
                 )
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), recipe.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), recipe.optimizer.max_grad_norm)
         trainer.optimizer.step()
     return clock.stop()
 
@@ -214,7 +214,7 @@ def main() -> None:
     teacher = LiveTeacher(random_model(teacher_config, device, resolve_dtype("auto", device)).eval(), teaches_mtp=False)
     student = Student(random_model(student_config, device, torch.float32).train(), family, student_config)
     step_tokens = batch_size * sequence_length
-    recipe = DistilRecipe(tokens=STEPS * step_tokens, batch_size=batch_size, warmup_steps=0)
+    recipe = DistilRecipe(tokens=STEPS * step_tokens, batch_size=batch_size, warmup=Duration(0, "steps"))
     execution = Execution(device=options.device, micro_batch_size=options.micro_batch_size)
 
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"

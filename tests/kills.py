@@ -49,7 +49,7 @@ from slimqwen.recipe import (
     Recipe,
     Source,
     Target,
-    TeacherCacheRecipe,
+    TeacherRecipe,
 )
 from slimqwen.recipe.file import dump_recipe
 from slimqwen.refit.refit import repair
@@ -76,7 +76,7 @@ def settings(earlier: bool, **values: Any) -> DistilRecipe:
     usual: dict[str, Any] = {
         "tokens": LENGTH * 2 * (2 if earlier else 4),
         "batch_size": 2,
-        "warmup_steps": 1,
+        "warmup": "1 steps",
         "learning_rate": 1e-3,
     }
     return DistilRecipe.model_validate(usual | values)
@@ -162,7 +162,7 @@ def run_teacher_cache(inputs: Path, work: Path, earlier: bool) -> object:
         inputs / "teacher",
         work / "out",
         tokens=inputs / "tokens",
-        recipe=TeacherCacheRecipe(top_k=4 if earlier else 8),
+        recipe=TeacherRecipe(top_k=4 if earlier else 8),
         execution=Execution(cache_file_bytes=2_000),
         sequence_length=LENGTH,
         sequences=12,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slimqwen.recipe import Execution, Section
+from slimqwen.recipe import Execution, PruningRecipe, Section
 
 
 def sections(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
@@ -10,3 +10,8 @@ def sections(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in values.items() if name in section.model_fields}
     others = {name: value for name, value in values.items() if name not in own}
     return {"recipe": section.model_validate(own), "execution": Execution.model_validate({"device": "cpu"} | others)}
+
+
+def paper(**changes: Any) -> PruningRecipe:
+    """Return the paper's criteria but for `changes`."""
+    return PruningRecipe().as_published().model_copy(update=changes)

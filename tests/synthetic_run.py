@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from settings import paper
 
 from slimqwen.evaluation.benchmark_results import identity_of
 from slimqwen.families.count import count
@@ -15,7 +16,7 @@ from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.planning.experts import group_experts
 from slimqwen.planning.plan import Plan, Scores, completed, target_config
 from slimqwen.planning.width import kept_channels
-from slimqwen.recipe import DataRecipe, DistilRecipe, PruningRecipe, Recipe, Target
+from slimqwen.recipe import DataRecipe, DistilRecipe, Recipe, Target
 from slimqwen.recipe.file import dump_recipe
 
 CONFIG = QWEN3_NEXT.normalise(
@@ -55,7 +56,7 @@ def write_recipe(folder: Path, **changes: Any) -> None:
         target=FINAL,
         baselines=["pruned", "random_init", "lm_only"],
         data=DataRecipe(sequence_length=256),
-        distil=DistilRecipe(tokens=TOKENS, learning_rate=1e-3, warmup_steps=20),
+        distil=DistilRecipe(tokens=TOKENS, learning_rate=1e-3, warmup="20 steps"),
     )
     folder.mkdir(parents=True, exist_ok=True)
     dump_recipe(recipe.model_copy(update=changes), folder / "recipe.resolved.yaml")
@@ -80,7 +81,7 @@ def make_plan(config: dict[str, Any], target: Target) -> tuple[Plan, dict[str, A
         checkpoint="fingerprint",
         statistics_data="fingerprint",
         target=target,
-        pruning=PruningRecipe(method="slimqwen-paper"),
+        pruning=paper(),
         kept_layers=layers,
         kept={"hidden": kept_channels(torch.tensor(scores.hidden), target.hidden_size)},
         expert_groups={

@@ -311,6 +311,8 @@ NO_FIELD = {
         "html",
         "statistics",
         "pruning",
+        "paper",
+        "method",
         "depth",
     }
     | {"stability", "budgets", "align", "pick", "tokens", "work", "shapes"},

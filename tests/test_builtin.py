@@ -13,7 +13,7 @@ from slimqwen.data.sources import documents, is_heldout
 from slimqwen.data.tokenize import tokenize
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.families.count import count
-from slimqwen.recipe import DistilRecipe, EvaluationRecipe, PretrainRecipe, Source
+from slimqwen.recipe import DistilRecipe, EvaluationRecipe, PretrainRecipe, PruningRecipe, Source
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.target import completed, target_config
 from slimqwen.training.distil import distil
@@ -44,7 +44,7 @@ def test_the_demo_recipe_cuts_to_a_third_on_all_three_axes() -> None:
     }
     assert shares == {"num_hidden_layers": 0.75, "hidden_size": 0.75, "num_experts": 0.5}
     assert small["num_experts_per_tok"] < teacher.config["num_experts_per_tok"]
-    assert recipe.schedule == "depth_first" and recipe.pruning.method == "slimqwen"
+    assert recipe.schedule == "depth_first" and recipe.pruning == PruningRecipe()
     assert recipe.pruning.as_published().experts.compression == "partial"
     assert recipe.baselines == ["pruned", "paper_pruned", "paper", "random_init"]
 
@@ -80,7 +80,7 @@ def test_two_threads_train_to_the_same_bits_twice(tmp_path: Path) -> None:
     Of this one two steps on 512 tokens suffice: without `reproducible` they differed each time.
     """
     tokenize([Source(builtin="python-stdlib", keep_fraction=0.02)], TEACHER, tmp_path / "tokens", heldout_fraction=0.2)
-    recipe = DistilRecipe(tokens=4 * 256, batch_size=2, terms=["lm", "mtp_lm"], learning_rate=1e-3, warmup_steps=0)
+    recipe = DistilRecipe(tokens=4 * 256, batch_size=2, terms=["lm", "mtp_lm"], learning_rate=1e-3, warmup="0 steps")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from settings import sections
+from settings import paper, sections
 from test_pipeline import tiny_recipe
 from tiny import fused, write_tiny_checkpoint, write_tiny_tokens
 from torch import Tensor
@@ -22,7 +22,7 @@ from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DistilRecipe, PruningRecipe, Target
+from slimqwen.recipe import DistilRecipe, Target
 from slimqwen.runs.recipe_run import run
 from slimqwen.shapes.target import completed
 from slimqwen.training.distil import distil
@@ -59,9 +59,9 @@ def train(
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
-        "warmup_steps": 2,
+        "warmup": "2 steps",
         "terms": ["lm", "mtp_lm"],
-        "optimizer_state": "carry",
+        "optimizer": {"at_cut": "carry"},
     }
     return distil(
         student,
@@ -96,7 +96,7 @@ def write_plan(
         checkpoint=checkpoint.fingerprint(),
         statistics_data="none",
         target=completed(family, target or Target(), config),
-        pruning=PruningRecipe(method="slimqwen-paper"),
+        pruning=paper(),
         kept_layers=layers,
         kept=kept or {},
         expert_groups={block.name: groups for block in blocks},
@@ -246,7 +246,7 @@ def test_fused_and_per_expert_checkpoints_have_the_same_moments(folder: Path, tm
 
 
 def test_what_was_not_trained_has_no_moments(folder: Path, tmp_path: Path) -> None:
-    changes = {"terms": ["lm"], "learning_rate_scale": {"router": 0.0}}
+    changes = {"terms": ["lm"], "optimizer": {"at_cut": "carry", "learning_rate_scale": {"router": 0.0}}}
     trained = train(folder, folder / "student", tmp_path / "first", Span(0, 1, STEPS), changes=changes)
     moments = carry(states(trained), trained, tmp_path / "moments", plan=write_plan(tmp_path / "plan.json", trained))
     for name, tensor in weights(moments / "exp_avg_sq").items():
@@ -293,7 +293,7 @@ def test_moments_of_something_else_are_refused(folder: Path, tmp_path: Path) -> 
         train(folder, folder / "student", tmp_path / "second", span, 2, moments)
     with pytest.raises(UserError, match="holds no moments: `slimqwen carry` writes them"):
         train(folder, folder / "student", tmp_path / "second", span, 2, trained)
-    changes = {"optimizer": "muon", "optimizer_state": "reset"}
+    changes = {"optimizer": "muon"}
     student = prune(trained, tmp_path / "pruned", plan=plan)
     with pytest.raises(UserError, match=r"holds AdamW's moments, and distil\.optimizer is muon"):
         train(folder, student, tmp_path / "second", span, 2, moments, changes)
@@ -301,8 +301,8 @@ def test_moments_of_something_else_are_refused(folder: Path, tmp_path: Path) -> 
 
 def test_the_schedule_carries_and_tidies_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at the second stage's first step, it carries once; at the end neither state nor moments are left."""
-    distilling = tiny_recipe(tmp_path, tmp_path / "run").distil.model_dump() | {"optimizer_state": "carry"}
-    published = {"method": "slimqwen-paper"}  # moments cannot follow a rotation
+    distilling = tiny_recipe(tmp_path, tmp_path / "run").distil.model_dump() | {"optimizer": {"at_cut": "carry"}}
+    published = paper()  # moments cannot follow a rotation
     recipe = tiny_recipe(tmp_path, tmp_path / "run", distil=distilling, pruning=published, baselines=[])
     original, begun = Trainer.step, []
 

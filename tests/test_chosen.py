@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from settings import paper
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
 from typer.testing import CliRunner
@@ -126,7 +127,7 @@ def test_the_width_is_said_with_what_it_keeps(planned: Callable[..., Plan]) -> N
 
 
 def test_the_papers_method_protects_nobody(planned: Callable[..., Plan]) -> None:
-    made = planned(method="slimqwen-paper")
+    made = planned(**paper().model_dump())
     assert not made.pruning.experts.keep_outliers and made.pruning == PruningRecipe().as_published()
 
 

@@ -89,7 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "calibration": {"samples": 2},
         "evaluation": {"tokens": 64, **FEW_DRAFTS},
-        "distil": {"tokens": 64, "batch_size": 2, "warmup_steps": 0},
+        "distil": {"tokens": 64, "batch_size": 2, "warmup": "0 steps"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
@@ -137,7 +137,7 @@ def test_stages_one_by_one(world: Path, tmp_path: Path) -> None:
     (tmp_path / "target.yaml").write_text(
         "{num_hidden_layers: 2, hidden_size: 24, num_experts: 4, num_experts_per_tok: 1}"
     )
-    (tmp_path / "distil.yaml").write_text("{tokens: 96, batch_size: 2, warmup_steps: 0}")
+    (tmp_path / "distil.yaml").write_text("{tokens: 96, batch_size: 2, warmup: 0 steps}")
     teacher = world / "teacher"
     ok(
         "tokens",
@@ -379,7 +379,7 @@ def test_readme_commands_run(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("wiki-tokens", "code-tokens"):
         (tmp_path / name).symlink_to(tmp_path / "tokens")  # which the first command writes
     (tmp_path / "target.yaml").write_text("{num_experts: 4, num_hidden_layers: 3}")
-    (tmp_path / "distil.yaml").write_text("{tokens: 2048, batch_size: 4, warmup_steps: 0}")
+    (tmp_path / "distil.yaml").write_text("{tokens: 2048, batch_size: 4, warmup: 0 steps}")
     shutil.copy(world / "recipe.yaml", tmp_path / "my-recipe.yaml")
     shutil.copytree(world / "data" / "text", tmp_path / "my-text")
     for i in range(10):  # enough documents for a held-out share of 5 %

@@ -11,7 +11,7 @@ from slimqwen.runs.recipe_run import run
 
 @pytest.mark.slow
 def test_a_recipe_climbs_under_ten_times_on_its_way_through_a_run(tmp_path: Path) -> None:
-    short = {"tokens": 16 * 2 * 2, "batch_size": 2, "warmup_steps": 1, "learning_rate": 1e-3}
+    short = {"tokens": 16 * 2 * 2, "batch_size": 2, "warmup": "1 steps", "learning_rate": 1e-3}
     recipe = tiny_recipe(tmp_path, tmp_path / "run", distil=short, baselines=[])
     climbs = climbs_of(lambda: run(recipe))
     assert 0 < len(climbs) < 10, climbs

@@ -25,7 +25,7 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     config = tiny_config(num_hidden_layers=2, full_attention_interval=2)
     tokens = torch.randint(VOCAB_SIZE, (1300,), generator=torch.Generator().manual_seed(0)).tolist()
     stream = tiny_stream(folder, [tokens], SEQUENCE_LENGTH)
-    usual = {"tokens": 1280, "batch_size": 2, "warmup_steps": 0, "loss_chunk_tokens": 24}
+    usual = {"tokens": 1280, "batch_size": 2, "warmup": "0 steps", "loss_chunk_tokens": 24}
     teacher = LiveTeacher(initialise(config, seed=1).eval(), teaches_mtp=False)
     student = Student(initialise(config, seed=0), QWEN3_NEXT, config)
     return Trainer(student, teacher, stream, span=Span(0, 10, 10), **sections(DistilRecipe, usual | changes))

@@ -405,7 +405,7 @@ def recipe(teacher: Path, text: Path, target: dict[str, int]) -> Recipe:
                 "sequence_length": 16,
             },
             "calibration": {"samples": 4},
-            "distil": {"tokens": 16 * 2 * 3, "batch_size": 2, "warmup_steps": 1},
+            "distil": {"tokens": 16 * 2 * 3, "batch_size": 2, "warmup": "1 steps"},
             "evaluation": {
                 "tokens": 64,
                 "acceptance_prompts": 1,

@@ -132,11 +132,11 @@ def train(folder: Path, student: str, out: Path, changes: dict[str, Any], end_be
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
-        "warmup_steps": 2,
+        "warmup": "2 steps",
         "save_every": "1 steps",
         "loss_chunk_tokens": 24,
         "load_balancing_coefficient": 0.5,  # large, so that experts counted per rank would be seen
-        "max_grad_norm": 0.3,  # always clipped
+        "optimizer": {"max_grad_norm": 0.3},  # always clipped
     }
     try:
         distil(

@@ -635,7 +635,7 @@ def test_training_has_no_noise_that_nothing_seeds(
         )
         with_config(student, **words)
         recipe = DistilRecipe.model_validate(
-            {"tokens": 3 * 32, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1, "terms": ["lm"]}
+            {"tokens": 3 * 32, "batch_size": 2, "learning_rate": 1e-3, "warmup": "1 steps", "terms": ["lm"]}
         )
         out = distil(
             student,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from settings import paper
 from test_checkpoint import sharded
 from test_cli import slimqwen as run_command
 from tiny import fused, write_tiny_checkpoint
@@ -24,7 +25,6 @@ from slimqwen.families.count import count
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan, Scores
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import PruningRecipe
 from slimqwen.serving.check import check_checkpoint
 from slimqwen.shapes.target import shape_of
 
@@ -114,7 +114,7 @@ def keep_everything(source: Checkpoint) -> Plan:
         checkpoint=source.fingerprint(),
         statistics_data="",
         target=shape_of(source.family, source.config),
-        pruning=PruningRecipe(method="slimqwen-paper"),
+        pruning=paper(),
         kept_layers=list(range(source.config["num_hidden_layers"])),
         kept={"hidden": list(range(source.config["hidden_size"]))},
         expert_groups={

@@ -166,7 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer(folder: Path, tmp_path: Path, documents: list[list[int]], **changes: Any) -> Trainer:
     checkpoint = Checkpoint(folder / "student")
-    usual = {"tokens": 1000, "batch_size": len(documents), "warmup_steps": 0, "load_balancing_coefficient": 0.5}
+    usual = {"tokens": 1000, "batch_size": len(documents), "warmup": "0 steps", "load_balancing_coefficient": 0.5}
     stream = DocumentStream(pack(tmp_path / "train", documents), sequence_length=20, seed=0)
     student = Student(load(folder / "student"), checkpoint.family, checkpoint.config)
     student.model.train()
@@ -204,7 +204,7 @@ def test_the_loss_of_a_padded_batch_is_the_mean_over_its_documents_alone(folder:
     found = padded.step(0)
     assert {"lm", "kd", "mtp_lm", "mtp_kd"} <= expected.keys()
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=FORWARD)
-    torch.nn.utils.clip_grad_norm_(alone.parameters.values(), alone.recipe.max_grad_norm)
+    torch.nn.utils.clip_grad_norm_(alone.parameters.values(), alone.recipe.optimizer.max_grad_norm)
     for name, parameter in alone.parameters.items():
         assert error(padded.parameters[name].grad, parameter.grad) < GRADIENT, name
 
@@ -233,7 +233,7 @@ def test_what_padding_holds_changes_nothing(folder: Path, tmp_path: Path, monkey
 
 
 def test_distillation_says_what_padding_costs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = DistilRecipe(tokens=2 * 4 * 300, batch_size=4, warmup_steps=0)
+    recipe = DistilRecipe(tokens=2 * 4 * 300, batch_size=4, warmup="0 steps")
     for documents in ("packed", "isolated"):
         distil(
             folder / "student",

@@ -24,7 +24,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.core.errors import Preempted, StageFailed, UserError
 from slimqwen.data.tokenize import tokenize
-from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Execution, Recipe, Source, TeacherCacheRecipe
+from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Execution, Recipe, Source, TeacherRecipe
 from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.runs.recipe_run import run
 from slimqwen.study.catalogue.definition import at_both_rates
@@ -67,7 +67,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "tokens": STEPS * BATCH_SIZE * LENGTH,
         "batch_size": BATCH_SIZE,
         "learning_rate": "auto",
-        "warmup_steps": 2,
+        "warmup": "2 steps",
         "save_every": "5 steps",
     }
     return sections(DistilRecipe, usual | changes)
@@ -263,7 +263,7 @@ def test_without_held_out_text_rows_that_no_fork_trains_on_decide(folder: Path, 
 
 def test_a_cached_teacher_decides_on_rows_that_no_fork_trains_on(folder: Path, tmp_path: Path, trained: Path) -> None:
     """Nothing is stored about the held-out text."""
-    settings = TeacherCacheRecipe(top_k=128, exact=True)
+    settings = TeacherRecipe(top_k=128, exact=True)
     cache = write_teacher_cache(
         folder / "teacher", tmp_path / "cache", tokens=folder / "tokens", recipe=settings, sequence_length=LENGTH
     )
@@ -288,7 +288,7 @@ def test_a_cached_teacher_decides_on_rows_that_no_fork_trains_on(folder: Path, t
 
 def test_forks_begin_with_the_moments_that_the_training_begins_with(folder: Path, tmp_path: Path) -> None:
     """Carried moments change what a fork does, and the training after it is still the one at the chosen rate."""
-    changes = {"optimizer_state": "carry", "terms": ["lm", "mtp_lm"]}
+    changes = {"optimizer": {"at_cut": "carry"}, "terms": ["lm", "mtp_lm"]}
     first = train(folder, tmp_path / "first", changes | {"learning_rate": 1e-3}, teacher=None, keep_state=True)
     plan = write_plan(tmp_path / "plan.json", first)  # which keeps everything
     moments = carry(state_folder_of(first), first, tmp_path / "moments", plan=plan)
@@ -330,7 +330,7 @@ def test_ranks_choose_together(folder: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_each_stage_of_a_run_has_its_own_rate(tmp_path: Path) -> None:
     """Baselines too; the report and the model card tell, and nothing is chosen twice."""
-    settings = {"tokens": 16 * 2 * 10, "batch_size": 2, "warmup_steps": 2, "learning_rate": "auto"}
+    settings = {"tokens": 16 * 2 * 10, "batch_size": 2, "warmup": "2 steps", "learning_rate": "auto"}
     wanted = tiny_recipe(tmp_path, tmp_path / "run", distil=settings, baselines=["lm_only"])
     run(wanted)
     choices = read_learning_rates(wanted.run_dir)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from settings import paper
 from test_engines import plain
 from test_every_family import alone
 from tiny import write_tiny_checkpoint
@@ -147,7 +148,7 @@ def test_a_run_that_is_refitted_by_one_source_of_text_says_what_to_do(tmp_path: 
         {"teacher": "builtin"},  # which has read nothing else: the demo
         two,
         one | {"calibration": {"sources": {"wiki": tmp_path / "a", "code": tmp_path / "b"}}},
-        one | {"pruning": {"method": "slimqwen-paper"}},  # which refits nothing
+        one | {"pruning": paper()},  # which refits nothing
         one | {"init": "random"},
     ):
         assert notes_of_calibration(a_recipe(tmp_path, **values)) == []

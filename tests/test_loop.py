@@ -60,7 +60,7 @@ def train(folder: Path, out: Path, **changes: Any) -> Path:
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
-        "warmup_steps": 2,
+        "warmup": "2 steps",
         "save_every": "2 steps",
         "loss_chunk_tokens": 24,
     }

@@ -205,7 +205,7 @@ def test_distillation_says_what_it_draws(
     world: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "model", tokenizer=world / "tokenizer", max_position_embeddings=15)
-    recipe = DistilRecipe(tokens=16 * 4 * 2, batch_size=4, warmup_steps=0, terms=["lm"])
+    recipe = DistilRecipe(tokens=16 * 4 * 2, batch_size=4, warmup="0 steps", terms=["lm"])
     distil(
         checkpoint, tmp_path / "out", tokens=store, recipe=recipe, sequence_length=16, execution=Execution(device="cpu")
     )
@@ -345,7 +345,7 @@ def test_a_recipe_mixes_and_isolates(world: Path, tmp_path: Path) -> None:
             "documents": "isolated",
         },
         "calibration": {"samples": 2},
-        "distil": {"tokens": 32 * 2 * 2, "batch_size": 2, "warmup_steps": 0},
+        "distil": {"tokens": 32 * 2 * 2, "batch_size": 2, "warmup": "0 steps"},
         "evaluation": {
             "tokens": 64,
             "acceptance_prompts": 1,

@@ -20,7 +20,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.model.model import load
 from slimqwen.parallel.ranks import Ranks
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import DistilRecipe, OptimizerRecipe
 from slimqwen.training.average import Average
 from slimqwen.training.distil import check_batch, distil
 from slimqwen.training.optimizer import (
@@ -55,7 +55,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
-        "warmup_steps": 2,
+        "warmup": "2 steps",
         "save_every": "2 steps",
         "terms": ["lm", "mtp_lm"],
     }
@@ -120,10 +120,12 @@ def test_groups_by_decay_and_learning_rate(folder: Path) -> None:
     model = load(folder / "student")
     parts = parts_of(model.family, model.config)
     settings = recipe(
-        weight_decay=0.5,
-        weight_decay_exempt=["router", "embedding"],
-        learning_rate_scale={"router": 0.1, "attention": 0.0},
-    )["recipe"]
+        optimizer={
+            "weight_decay": 0.5,
+            "weight_decay_exempt": ["router", "embedding"],
+            "learning_rate_scale": {"router": 0.1, "attention": 0.0},
+        }
+    )["recipe"].optimizer
     parameters = freeze_untrained(model, parts, settings, with_mtp=True)
     optimizer = build_optimizer(parameters, parts, settings)
     set_learning_rate(optimizer, 2.0)
@@ -139,7 +141,7 @@ def test_groups_by_decay_and_learning_rate(folder: Path) -> None:
 
 
 def test_a_frozen_part_keeps_its_bits_and_has_no_state(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    changes = {"learning_rate_scale": {"embedding": 0, "router": 0}}
+    changes = {"optimizer": {"learning_rate_scale": {"embedding": 0, "router": 0}}}
     before = weights(folder / "student")
     after = weights(killed_and_resumed(folder, tmp_path / "out", changes, monkeypatch))
     frozen = {name for name in before if name.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"))}
@@ -150,19 +152,19 @@ def test_a_frozen_part_keeps_its_bits_and_has_no_state(folder: Path, tmp_path: P
 
 def test_the_settings_in_use_do_not_matter_where_they_name_nothing(folder: Path, tmp_path: Path) -> None:
     plain = train(folder, tmp_path / "plain", {})
-    scaled = train(folder, tmp_path / "scaled", {"learning_rate_scale": {"router": 1.0}})
+    scaled = train(folder, tmp_path / "scaled", {"optimizer": {"learning_rate_scale": {"router": 1.0}}})
     assert same_weights(plain, scaled)
 
 
 def test_what_the_student_does_not_have(folder: Path, tmp_path: Path) -> None:
     student = Checkpoint(folder / "student")
     with pytest.raises(UserError, match=r"weight_decay_exempt names 'dense_mlp', .* parts are attention, deltanet"):
-        check_optimizer(recipe(weight_decay_exempt=["dense_mlp"])["recipe"], student)
+        check_optimizer(OptimizerRecipe(weight_decay_exempt=["dense_mlp"]), student)
     everything = dict.fromkeys(parts_of(student.family, student.config).values(), 0.0)
     with pytest.raises(UserError, match="0 for every part"):
-        check_optimizer(recipe(learning_rate_scale=everything)["recipe"], student)
+        check_optimizer(OptimizerRecipe(learning_rate_scale=everything), student)
     with pytest.raises(UserError, match="names 'dense_mlp'"):
-        train(folder, tmp_path / "out", {"learning_rate_scale": {"dense_mlp": 0.5}})
+        train(folder, tmp_path / "out", {"optimizer": {"learning_rate_scale": {"dense_mlp": 0.5}}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,7 +175,7 @@ def test_muon_takes_the_hidden_matrices(folder: Path) -> None:
     """One step without gradient but a momentum: what moves by an orthogonal matrix, scaled to AdamW's size."""
     model = load(folder / "student")
     parts = parts_of(model.family, model.config)
-    optimizer = build_optimizer(model.tensors(), parts, recipe(optimizer="muon", weight_decay=0.0)["recipe"])
+    optimizer = build_optimizer(model.tensors(), parts, OptimizerRecipe(kind="muon", weight_decay=0.0))
     by_muon = {name for name, p in model.tensors().items() if "momentum_buffer" in optimizer.state[p]}
     expected = {n for n, p in model.tensors().items() if parts[n] in MUON_PARTS and p.dim() == 2}
     assert by_muon == expected and any("q_proj" in name for name in by_muon)
@@ -200,9 +202,9 @@ def test_muon_resumed_is_uninterrupted(folder: Path, tmp_path: Path, monkeypatch
 @pytest.mark.usefixtures("torchao")
 def test_what_is_for_one_device(folder: Path, optimizer: str) -> None:
     student = Checkpoint(folder / "student")
-    check_optimizer(recipe(optimizer=optimizer)["recipe"], student)
+    check_optimizer(OptimizerRecipe(kind=optimizer), student)
     with pytest.raises(UserError, match=f"{optimizer} is for one device, and there are 2 ranks"):
-        check_optimizer(recipe(optimizer=optimizer)["recipe"], student, ranks=2)
+        check_optimizer(OptimizerRecipe(kind=optimizer), student, ranks=2)
 
 
 # --- 8 bits ------------------------------------------------------------------------------------------------------------
@@ -325,7 +327,7 @@ def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
         "batch_size_ramp": {"start": 2, "tokens": 3 * SEQUENCE_LENGTH},
         "micro_batch_size": 1,
         "ema_decay": 0.25,
-        "learning_rate_scale": {"embedding": 0.0, "router": 0.5},
+        "optimizer": {"learning_rate_scale": {"embedding": 0.0, "router": 0.5}},
     }
     run_ranks(2, train, folder, tmp_path / "pair" / "out", changes)
     alone = weights(train(folder, tmp_path / "alone" / "out", changes))

@@ -64,7 +64,7 @@ def train(
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
-        "warmup_steps": 2,
+        "warmup": "2 steps",
         "save_every": "2 steps",
         "loss_chunk_tokens": 24,
         "load_balancing_coefficient": 0.5,  # large, so that experts counted per rank would be seen

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Ranks, run_ranks
+from settings import paper
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import PruningRecipe, Recipe
+from slimqwen.recipe import Recipe
 from slimqwen.recipe.file import load_recipe
 from slimqwen.runs.recipe_run import Pipeline, run
 from slimqwen.training.distil import state_folder_of
@@ -47,7 +48,7 @@ def tiny_recipe(folder: Path, run_dir: Path, **overrides: object) -> Recipe:
         "distil": {
             "tokens": 16 * 2 * 10,
             "batch_size": 2,
-            "warmup_steps": 2,
+            "warmup": "2 steps",
             "learning_rate": 1e-3,
         },
         "execution": {"save_every": "2 steps"},
@@ -301,8 +302,13 @@ def test_ours_and_the_papers_cut_in_one_run(tmp_path: Path) -> None:
         name: Plan.load(tmp_path / "run" / name / "plan.json") for name in ("stage-2", "paper/stage-2", "one_shot")
     }
     ours, papers = plans["stage-2"].pruning, plans["paper/stage-2"].pruning
-    assert (ours.width, ours.repair, ours.experts.compression, ours.experts.refit) == ("rotation", True, "prune", True)
-    assert papers == PruningRecipe(method="slimqwen-paper")
+    assert (ours.width, ours.refit_readers, ours.experts.compression, ours.refit_outputs) == (
+        "rotation",
+        True,
+        "prune",
+        True,
+    )
+    assert papers == paper()
     for folder in ("stage-1", "stage-2", "one_shot"):
         assert (tmp_path / "run" / folder / "repaired" / "model.safetensors").is_file()
         assert not (tmp_path / "run" / "paper" / folder / "repaired").exists()
@@ -319,7 +325,7 @@ def test_ours_and_the_papers_cut_in_one_run(tmp_path: Path) -> None:
         {"target": stage.target.model_dump(exclude_none=True), "token_fraction": share}
         for stage, share in zip(pipeline.stages, (0.3, 0.7), strict=True)
     ]
-    published = {"pruning": {"method": "slimqwen-paper"}, "baselines": [], "target": None, "stages": stages}
+    published = {"pruning": paper(), "baselines": [], "target": None, "stages": stages}
     run(tiny_recipe(tmp_path, tmp_path / "published", **published))
     trained = Path("stage-2") / "distilled" / "model.safetensors"
     alone, beside = (tmp_path / folder / trained for folder in ("published", "run/paper"))

@@ -292,7 +292,7 @@ def wrong_keys(prose: list[Passage]) -> list[str]:
     dotted = re.compile(rf"(?<![\w./$-])((?:{'|'.join(sorted(SECTIONS))})\.[a-z_]+(?:\.[a-z_\d]+)*)\b(?![/(*])")
     for passage in prose:
         for name in dotted.findall(passage.text):
-            is_file = name.endswith((".yaml", ".json", ".jsonl"))
+            is_file = name.endswith((".yaml", ".json", ".jsonl", ".md"))
             if not (is_file or is_key(name) or is_attribute(name)):
                 problems.append(f"{passage.place}: {name}")
         for name in re.findall(r"--set '?([\w.]+)=", passage.text):
@@ -416,7 +416,7 @@ def test_nothing_that_grows_is_counted_in_prose() -> None:
         (wrong_keys, "`data.paked`", "`data.packed`"),
         (wrong_keys, "slimqwen run x --set target.layers=3", "slimqwen run x --set target.num_hidden_layers=3"),
         (impossible_settings, "with `pruning.depth: first`", "with `pruning.depth: last`"),
-        (impossible_settings, "with `optimizer_state: kept`", "with `optimizer_state: carry`"),
+        (impossible_settings, "with `at_cut: kept`", "with `at_cut: carry`"),
         (counts, "the eight studies", "the studies"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rounding import FORWARD, error
 from safetensors.torch import load_file
+from settings import paper
 from tiny import VOCAB_SIZE, fused, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -24,7 +25,7 @@ from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan, plan
 from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import ExpertRecipe, PruningRecipe, Target
+from slimqwen.recipe import ExpertRecipe, Target
 
 pytestmark = pytest.mark.rounding
 
@@ -193,7 +194,7 @@ def test_keeping_everything_is_the_identity(
         tmp_path / "plan.json",
         statistics=measured(source),
         target=Target(),
-        pruning=PruningRecipe(method="slimqwen-paper", experts=ExpertRecipe(compression=compression)),
+        pruning=paper(experts=ExpertRecipe(compression=compression)),
     )
     assert whole.before == whole.after
     out = prune(source, tmp_path / "out", plan=tmp_path / "plan.json")
@@ -215,9 +216,7 @@ def cut_by_plan(source: Path, out: Path, compression: Any) -> Plan:
         out / "plan.json",
         statistics=measured(source),
         target=TARGET,
-        pruning=PruningRecipe(
-            method="slimqwen-paper", depth="block_influence", experts=ExpertRecipe(compression=compression)
-        ),
+        pruning=paper(depth="block_influence", experts=ExpertRecipe(compression=compression)),
     )
     prune(source, out / "pruned", plan=chosen)
     return chosen

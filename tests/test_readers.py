@@ -154,6 +154,6 @@ def test_a_plan_says_how_strongly_each_norm_is_repaired(tmp_path: Path) -> None:
         tmp_path / "bare.json",
         statistics=statistics,
         target=Target(hidden_size=24),
-        pruning=PruningRecipe(repair=False),
+        pruning=PruningRecipe(refit_readers=False),
     )
     assert without.readers == {}

@@ -3,11 +3,14 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel, Field
+from settings import paper
 
 from slimqwen.core.errors import UserError
 from slimqwen.recipe import PruningRecipe, Recipe, Target
 from slimqwen.recipe.file import describe, dump_recipe, load_recipe
+from slimqwen.recipe.pruning import PAPER
 
 SMALLEST = """\
 run_dir: runs/x
@@ -48,7 +51,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         target: {hidden_size: -4}
         data: {sources: [{path: text, keep_fraction: 2}]}
         baselines: [lm_onyl]
-        distil: {lerning_rate: 0.1, batch_size: true, warmup_steps: "5", adam_beta1: -1}
+        distil: {lerning_rate: 0.1, batch_size: true, warmup: "5", optimizer: {betas: [-1, 0.9]}}
         """,
     )
     first, *lines = refusal(path).splitlines()
@@ -60,11 +63,11 @@ def test_all_problems_are_reported_at_once(tmp_path):
             "  target.hidden_size: must be greater than 0, is -4",
             "  data.sources.0.keep_fraction: must be at most 1, is 2",
             "  baselines.0: must be 'pruned', 'paper_pruned', 'paper', 'random_init' or 'lm_only', is \"lm_onyl\" (did you mean 'lm_only'?)",
-            "  distil.tokens: missing (Training tokens of the whole run, over all stages)",
+            "  distil.tokens: missing (Training tokens of the whole run, over all stages: 400B, 2_000_000)",
             "  distil.lerning_rate: unknown key (did you mean 'learning_rate'?)",
             "  distil.batch_size: must be a whole number, is true",
-            '  distil.warmup_steps: must be a whole number, is "5"',
-            "  distil.adam_beta1: must be at least 0, is -1",
+            '  distil.warmup: write a duration as "500 steps", "2B tokens" or "30 min", not "5"',
+            "  distil.optimizer.betas.0: must be at least 0, is -1",
         ]
     )
 
@@ -108,25 +111,22 @@ def test_overrides(tmp_path):
     assert recipe.name == "a=b"
 
 
-def test_a_method_fills_in_what_is_left_out(tmp_path):
+def test_the_papers_criteria_and_what_follows_from_a_width(tmp_path):
     ours = load_recipe(written(tmp_path, SMALLEST)).pruning
-    assert (ours.width, ours.compensate, ours.repair, ours.experts.refit) == ("rotation", True, True, True)
-    published = load_recipe(written(tmp_path, SMALLEST + "pruning: {method: slimqwen-paper, compensate: true}")).pruning
-    assert (published.width, published.compensate, published.repair) == ("norm_activation", True, False)
-    assert published.experts == PruningRecipe(method="slimqwen-paper").experts != ours.experts
-    mixed = load_recipe(
-        written(tmp_path, SMALLEST + "pruning: {method: slimqwen-paper, experts: {importance: frequency}}")
-    ).pruning
-    assert (mixed.experts.importance, mixed.experts.compression, mixed.experts.refit) == ("frequency", "partial", False)
-    # Without rotation there is nothing to repair; asked for, it is refused.
-    assert not load_recipe(written(tmp_path, SMALLEST + "pruning: {width: norm_activation}")).pruning.repair
+    assert (ours.width, ours.compensate, ours.refit_readers, ours.refit_outputs) == ("rotation", True, True, True)
+    papers = ours.as_published()
+    assert (papers.width, papers.compensate, papers.refit_readers) == ("norm_activation", False, False)
+    assert (papers.depth, papers.experts.importance, papers.experts.compression) == ("last", "reap", "partial")
+    assert yaml.safe_load(PAPER.read_text()).keys() == PruningRecipe.model_fields.keys() - {"source_weights"}
+    # Without rotation there is nothing to refit; asked for, it is refused.
+    assert not load_recipe(written(tmp_path, SMALLEST + "pruning: {width: norm_activation}")).pruning.refit_readers
     with pytest.raises(UserError, match="set width: rotation too"):
-        load_recipe(written(tmp_path, SMALLEST + "pruning: {width: norm_activation, repair: true}"))
+        load_recipe(written(tmp_path, SMALLEST + "pruning: {width: norm_activation, refit_readers: true}"))
 
 
 def test_the_paper_beside_itself_is_refused(tmp_path):
     with pytest.raises(UserError, match="its pruning is the paper's"):
-        load_recipe(written(tmp_path, SMALLEST + "pruning: {method: slimqwen-paper}\nbaselines: [paper]"))
+        load_recipe(written(tmp_path, SMALLEST + f"pruning: {json.dumps(paper().model_dump())}\nbaselines: [paper]"))
 
 
 def test_an_override_removes_a_value(tmp_path):
@@ -318,10 +318,10 @@ def test_dates_are_the_text_that_was_written(tmp_path):
         ),
         ("pruning.source_weights={a: 5e-324}", "pruning.source_weights.a: 4.94066e-324 is too small"),
         ("distil.final_learning_rate=5e-324", "too small to compute with"),
-        ("distil.max_grad_norm=1e308", "distil.max_grad_norm: must be at most"),
-        ("distil.warmup_steps=1e17", "distil.warmup_steps: must be at most"),
-        ("distil.learning_rate_scale={routr: 1}", "distil.learning_rate_scale.routr: must be"),
-        ("distil.learning_rate_scale={routr: 1}", "(did you mean 'router'?)"),
+        ("distil.optimizer.max_grad_norm=1e308", "distil.optimizer.max_grad_norm: must be at most"),
+        ("distil.warmup=100000T steps", "is too long: at most 1,000,000,000,000,000 steps"),
+        ("distil.optimizer.learning_rate_scale={routr: 1}", "distil.optimizer.learning_rate_scale.routr: must be"),
+        ("distil.optimizer.learning_rate_scale={routr: 1}", "(did you mean 'router'?)"),
         ("schedule=depth-first", "(did you mean 'depth_first'?)"),
         ("baselines=[lmonly]", "(did you mean 'lm_only'?)"),
         ("data.sources=[{builtin: stdlib}]", "(did you mean 'python-stdlib'?)"),

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from slimqwen.core.errors import UserError
-from slimqwen.recipe import DistilFile, PretrainRecipe, Recipe
+from slimqwen.planning.plan import Plan
+from slimqwen.recipe import DistilFile, PretrainRecipe, PruningRecipe, Recipe
 from slimqwen.recipe.file import describe, dump_recipe, load_recipe
 from slimqwen.recipe.renamed import RENAMED, SINCE, Renamed
 
@@ -20,10 +21,19 @@ SAMPLES: dict[str, Any] = {  # of keys whose values cannot be made up by their t
     "distil.save_every_minutes": 2.5,
     "distil.expert_ranks": 4,
     "distil.micro_batch_size": 2,
+    "distil.optimizer_state": "carry",
+    "distil.adam_beta1": 0.5,
+    "distil.adam_beta2": 0.5,
+    "distil.weight_decay_exempt": ["router"],
+    "distil.learning_rate_scale": {"router": 0.5},
+    "distil.jsd_beta": 0.25,
     "distil.reshard_student": False,
+    "pruning.repair": False,
+    "pruning.experts.refit": False,
+    "pruning.healing": {"samples": 32},
     "distil.reshard_teacher": False,
 }
-BOOLEANS = ("streaming", "activation_checkpointing", "async_save")
+BOOLEANS = ("streaming", "activation_checkpointing", "async_save", "teacher_cache.exact")
 
 
 def sample(row: Renamed) -> Any:
@@ -81,6 +91,8 @@ def test_a_recipe_of_old_keys_alone_is_the_new_one(tmp_path: Path) -> None:
         put(old, row.old, sample(row))
         put(new, row.new, row.convert(sample(row)))
     put(new, "execution.save_every", ["32 steps", "32 tokens", "2.5 min"])
+    put(new, "distil.optimizer.betas", [0.5, 0.5])
+    put(new, "distil.warmup", "32 tokens")  # 0.1 refused both
     assert recipe(tmp_path, old) == recipe(tmp_path, new)
 
 
@@ -120,6 +132,75 @@ def test_files_with_one_section_have_old_keys_too(tmp_path: Path) -> None:
     )
     execution = load_recipe(tmp_path / "pretrain.yaml", model=PretrainRecipe).execution
     assert (execution.device, execution.workers, execution.keep_states) == ("cpu", 2, 3)
+
+
+def test_words_of_before_are_sections_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`optimizer: muon` is what it was, with the settings that stood beside it."""
+    old = put(put(needed(), "distil.optimizer", "muon"), "distil.weight_decay", 0.5)
+    old = put(put(old, "distil.teacher", "cache"), "teacher_cache.top_k", 7)
+    made = recipe(tmp_path, put(put(old, "distil.divergence", "jsd"), "distil.jsd_beta", 0.25)).distil
+    assert (made.optimizer.kind, made.optimizer.weight_decay) == ("muon", 0.5)
+    assert (made.teacher.kind, made.teacher.top_k) == ("cache", 7)
+    assert (made.divergence.kind, made.divergence.beta) == ("jsd", 0.25)
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_the_papers_method_is_its_criteria(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    published = recipe(tmp_path, put(needed(), "pruning.method", "slimqwen-paper")).pruning
+    assert published == PruningRecipe().as_published()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("recipe.yaml: pruning.method: slimqwen-paper is written")
+    beside = {"method": "slimqwen-paper", "compensate": True, "experts": {"importance": "frequency", "refit": True}}
+    mixed = recipe(tmp_path, put(needed(), "pruning", beside)).pruning
+    experts = published.experts.model_copy(update={"importance": "frequency"})
+    assert mixed == published.model_copy(update={"compensate": True, "refit_outputs": True, "experts": experts})
+    assert recipe(tmp_path, needed(), "pruning.method=slimqwen").pruning == PruningRecipe()
+    (tmp_path / "pruning.yaml").write_text("{method: slimqwen-paper, depth: similarity}")
+    alone = load_recipe(tmp_path / "pruning.yaml", model=PruningRecipe)
+    assert alone == published.model_copy(update={"depth": "similarity"})
+    with pytest.raises(UserError, match=f"pruning.method: is gone since {SINCE}"):
+        recipe(tmp_path, put(needed(), "pruning.method", "paper"))
+
+
+def test_what_is_a_section_of_its_own_now_is_refused_in_a_file_of_another(tmp_path: Path) -> None:
+    (tmp_path / "pruning.yaml").write_text("{healing: {samples: 8}}")
+    with pytest.raises(UserError, match=f"healing: is a key of the whole recipe since {SINCE}"):
+        load_recipe(tmp_path / "pruning.yaml", model=PruningRecipe)
+
+
+def test_a_plan_of_before_is_read() -> None:
+    """Its criteria, as version 0.1 wrote them with every field."""
+    experts = {"importance": "reap", "compression": "prune", "similarity": "expert_output", "keep_outliers": True}
+    old = {"method": "slimqwen", "depth": "last", "width": "rotation", "compensate": True, "repair": False}
+    old |= {"experts": {**experts, "refit": False}, "healing": None, "source_weights": None}
+    values = {"pruning": old}
+    made = Plan.__pydantic_validator__.validate_assignment(Plan.model_construct(), "pruning", values["pruning"]).pruning
+    assert (made.depth, made.refit_readers, made.refit_outputs, made.experts.importance) == (
+        "last",
+        False,
+        False,
+        "reap",
+    )
+    assert old["method"] == "slimqwen"  # what was given is left alone
+
+
+def test_numbers_and_words_alone(tmp_path: Path) -> None:
+    distil = {"tokens": "2M", "kd_weight": 0.5, "optimizer": "muon", "warmup": "0 steps", "divergence": "reverse_kl"}
+    made = recipe(tmp_path, {**needed(), "distil": distil}, "distil.optimizer.weight_decay=0.0").distil
+    assert made.tokens == 2_000_000 and (made.kd_weight.start, made.kd_weight.end) == (0.5, 0.5)
+    assert (made.optimizer.kind, made.optimizer.weight_decay) == ("muon", 0.0)
+    assert made.divergence.kind == "reverse_kl" and made.warmup.amount == 0
+    with pytest.raises(UserError, match=r"distil\.optimizer\.kind: must be 'adamw', .* \(did you mean 'muon'\?\)"):
+        recipe(tmp_path, {**needed(), "distil": distil | {"optimizer": "moun"}})
+    with pytest.raises(UserError, match='must be a whole number, such as 8192, 2M or 400B, is "lots"'):
+        recipe(tmp_path, {**needed(), "distil": {"tokens": "lots"}})
+
+
+def test_a_key_is_suggested_across_sections(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"distil\.micro_batch_sise: unknown key \(did you mean 'execution\.micro_batch_size'\?\)"
+    ):
+        recipe(tmp_path, {**needed(), "distil": {"tokens": 8, "micro_batch_sise": 2}})
 
 
 def test_durations_and_sizes_have_units(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_a_held_out_loss_that_rose_again_is_warned_of(tmp_path: Path) -> None:
 
 def test_runs_are_compared_with_the_first(full_run: Path, tmp_path: Path) -> None:
     other = write_full_run(tmp_path / "other")
-    write_recipe(other, distil=DistilRecipe(tokens=TOKENS, learning_rate=2e-3, warmup_steps=20))
+    write_recipe(other, distil=DistilRecipe(tokens=TOKENS, learning_rate=2e-3, warmup="20 steps"))
     results = make_results(KL | {"slimqwen": 0.3143})
     (other / "evaluation.json").write_text(json.dumps(results))
     page = Page(compare([full_run, other], tmp_path / "both.html"))

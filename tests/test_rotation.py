@@ -33,8 +33,8 @@ pytestmark = pytest.mark.rounding
 
 TOKENS = tiny_tokens(rows=2, columns=13)
 HIDDEN, KEPT = 32, 24
-COMPENSATED = PruningRecipe(width="rotation", compensate=True, repair=False)
-REPAIRED = PruningRecipe(width="rotation", compensate=True, repair=True)
+COMPENSATED = PruningRecipe(width="rotation", compensate=True, refit_readers=False)
+REPAIRED = PruningRecipe(width="rotation", compensate=True, refit_readers=True)
 # OLMoE's heads span its hidden size: it does not get narrower without losing heads.
 CUTTABLE = [name for name in FAMILIES if name != "olmoe"]
 
@@ -191,7 +191,7 @@ def test_what_carries_nothing_goes_without_a_trace(tmp_path: Path, model_type: s
     expected = logits(source)
     errors = {}
     for name, pruning in (
-        ("bare", PruningRecipe(width="rotation", compensate=False, repair=False)),
+        ("bare", PruningRecipe(width="rotation", compensate=False, refit_readers=False)),
         ("full", COMPENSATED),
         ("repaired", REPAIRED),
     ):
@@ -322,7 +322,7 @@ def test_a_basis_that_is_not_the_plans_is_refused(tmp_path: Path, planned: tuple
 
 def test_moments_of_an_optimiser_cannot_follow(planned: tuple[Path, Path, Path]) -> None:
     source, _, file = planned
-    with pytest.raises(UserError, match="optimizer_state: reset"):
+    with pytest.raises(UserError, match="at_cut: reset"):
         planned_cut(Checkpoint(source), Plan.load(file))
 
 
@@ -337,5 +337,5 @@ def test_what_a_rotation_needs(tmp_path: Path, texts: tuple[Path, Path]) -> None
     with pytest.raises(UserError, match="tied to the embedding"):
         plan(tied, tmp_path / "plan.json", statistics=full, target=target, pruning=COMPENSATED)
     with pytest.raises(ValueError, match="set width: rotation too"):
-        PruningRecipe(width="norm_activation", repair=True)
+        PruningRecipe(width="norm_activation", refit_readers=True)
     assert not (tmp_path / "plan.json").exists()

@@ -305,7 +305,7 @@ def test_pretraining_reads_changed_text_again_and_keeps_apart(tmp_path: Path) ->
         run_dir=tmp_path / "run",
         config=QWEN3_NEXT | {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
         data=DataRecipe(sources=[Source(path=text)], sequence_length=16, heldout_fraction=0.3),
-        training=DistilRecipe(tokens=64, batch_size=2, warmup_steps=1, terms=["lm"]),
+        training=DistilRecipe(tokens=64, batch_size=2, warmup="1 steps", terms=["lm"]),
     )
 
     def skipped() -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from slimqwen.core.errors import UserError
 from slimqwen.planning.progressive import stage_steps
 from slimqwen.recipe import DistilRecipe, Ramp
-from slimqwen.training.course import DEFAULT_WARMUP_STEPS, Course, Level, course_of
+from slimqwen.training.course import Course, Level, course_of
 from slimqwen.training.distil import span_of
 from slimqwen.training.schedules import kd_weight, learning_rate, mtp_weight
 from slimqwen.training.trainer import Span
@@ -85,14 +85,14 @@ def test_stages_get_their_share_of_the_tokens() -> None:
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (4, 2), (5, 3), (8, 3), (9, 4), (10**6, 166_669)])
 def test_a_warmup_in_tokens_takes_the_steps_that_train_on_them(tokens: int, steps: int) -> None:
     ramp = {"start": 1, "tokens": 8}
-    assert course(20, batch_size=3, batch_size_ramp=ramp, warmup_tokens=tokens).warmup_steps == steps
+    assert course(20, batch_size=3, batch_size_ramp=ramp, warmup=f"{tokens} tokens").warmup_steps == steps
 
 
 def test_a_warmup_is_in_steps_or_in_tokens() -> None:
-    assert course(20).warmup_steps == DEFAULT_WARMUP_STEPS == 2000
-    assert course(20, warmup_steps=0).warmup_steps == 0
-    with pytest.raises(ValidationError, match="not as both"):
-        course(20, warmup_steps=5, warmup_tokens=5)
+    assert course(20).warmup_steps == 2000  # the paper's
+    assert course(20, warmup="0 steps").warmup_steps == 0
+    with pytest.raises(ValidationError, match="must be in steps or tokens"):
+        course(20, warmup="5 min")
 
 
 @pytest.mark.parametrize("start", [3, 8, 16])
@@ -133,7 +133,7 @@ def test_without_a_ramp_the_cosine_goes_by_steps_to_the_bit(total_steps: int, wa
 
 def test_learning_rate_falls_over_tokens() -> None:
     """Steps of 1, 1, 2, 3 and 3 rows: from row 1, where the warm-up ends, 1/6, 3/6 and 6/6 of the way to the last."""
-    found = course(20, batch_size=3, batch_size_ramp={"start": 1, "tokens": 8}, warmup_tokens=4)
+    found = course(20, batch_size=3, batch_size_ramp={"start": 1, "tokens": 8}, warmup="4 tokens")
     rates = [learning_rate(step, found, peak=2.0, final=0.0) for step in range(5)]
     assert rates == pytest.approx([1.0, 2.0, *(1 + math.cos(math.pi * done) for done in (1 / 6, 3 / 6, 1))])
 

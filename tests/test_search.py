@@ -40,7 +40,7 @@ SEQUENCE_LENGTH = 16
 MEASURED_TOKENS = 128
 BUDGETS = "total=82K"
 PRUNING = PruningRecipe(
-    width="norm_activation", compensate=False, experts=ExpertRecipe(importance="frequency", refit=False)
+    width="norm_activation", compensate=False, experts=ExpertRecipe(importance="frequency"), refit_outputs=False
 )
 
 
@@ -243,7 +243,7 @@ def test_a_search_works_apart_from_what_it_reads(world: World, place: str) -> No
 
 
 def test_a_refitted_model_is_what_is_measured(world: World, tmp_path: Path) -> None:
-    refit = PRUNING.model_copy(update={"experts": PRUNING.experts.model_copy(update={"refit": True})})
+    refit = PRUNING.model_copy(update={"refit_outputs": True})
     target = Target(num_experts=8, moe_intermediate_size=8)
     plain, refitted = (
         Gauge(search_recipe(world, tmp_path, pruning), world.tokens, None, "test").kl(target)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from settings import paper
 from tiny import write_tiny_checkpoint
 from torch import Tensor
 
@@ -17,9 +18,7 @@ from slimqwen.planning.stability import compare, jaccard, stability_text
 from slimqwen.recipe import ExpertRecipe, PruningRecipe, Target
 
 TARGET = Target(num_hidden_layers=3, hidden_size=24, num_experts=4)
-FREQUENCY = PruningRecipe(
-    method="slimqwen-paper", depth="block_influence", experts=ExpertRecipe(importance="frequency", compression="prune")
-)
+FREQUENCY = paper(depth="block_influence", experts=ExpertRecipe(importance="frequency", compression="prune"))
 TOKENS = 100
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from settings import paper
 from tiny import QWEN3_NEXT, tiny_tokens, write_tiny_checkpoint
 from torch import Tensor
 from typer.testing import CliRunner
@@ -35,7 +36,7 @@ from slimqwen.pruning import prune as prune_stage
 from slimqwen.pruning import stream
 from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.recipe import Target
 from slimqwen.shapes.target import completed
 
 EXPERTS, NEURONS, HIDDEN = 8, 16, 32
@@ -68,7 +69,7 @@ def a_plan(source: Path) -> Plan:
         checkpoint=checkpoint.fingerprint(),
         statistics_data="none",
         target=completed(checkpoint.family, TARGET, config),
-        pruning=PruningRecipe(method="slimqwen-paper"),
+        pruning=paper(),
         kept_layers=KEPT_LAYERS,
         kept={
             "hidden": chosen(HIDDEN, 24),

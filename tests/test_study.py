@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from settings import paper
 from test_pipeline import tiny_recipe
 
 from slimqwen.artifacts import fingerprint
@@ -13,7 +14,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.evaluation.evaluate import Examination
 from slimqwen.evaluation.result import ModelEvaluation
 from slimqwen.families.count import count
-from slimqwen.recipe import PruningRecipe, Recipe, Target
+from slimqwen.recipe import OptimizerRecipe, PruningRecipe, Recipe, Target, TeacherRecipe
 from slimqwen.runs.checks import stages_of
 from slimqwen.runs.recipe_run import run
 from slimqwen.runs.schedule import Made, follow_schedule
@@ -89,14 +90,16 @@ def test_each_way_is_judged_at_the_better_of_its_rates() -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-@pytest.mark.parametrize("method", ["slimqwen-paper", "slimqwen"])
+@pytest.mark.parametrize("method", ["paper", "slimqwen"])
 def test_every_arm_is_a_recipe_that_can_be_cut(name: str, method: str) -> None:
     """Also of a recipe whose method and schedule are not the scale's: an arm is what it is called, whatever is varied."""
     scale, definition = load_scale("cpu"), STUDIES[name]
     recipe = scale.model_copy(
         update={
-            "pruning": PruningRecipe.model_validate({"method": method, "depth": scale.pruning.depth}),
-            "schedule": "one_shot" if method == "slimqwen-paper" else "depth_first",
+            "pruning": (paper() if method == "paper" else PruningRecipe()).model_copy(
+                update={"depth": scale.pruning.depth}
+            ),
+            "schedule": "one_shot" if method == "paper" else "depth_first",
         }
     )
     teacher = Checkpoint(checkpoint_folder(recipe.teacher))
@@ -143,15 +146,17 @@ def test_drafts_are_measured_by_real_decoding(recipe: Recipe, tmp_path: Path) ->
         assert "draft_0" not in arm.one_shot
 
 
-@pytest.mark.parametrize(("optimizer_state", "teacher"), [("reset", "live"), ("carry", "live"), ("carry", "cache")])
-def test_a_study_trains_what_a_run_trains(recipe: Recipe, tmp_path: Path, optimizer_state: str, teacher: str) -> None:
+@pytest.mark.parametrize(("at_cut", "teacher"), [("reset", "live"), ("carry", "live"), ("carry", "cache")])
+def test_a_study_trains_what_a_run_trains(recipe: Recipe, tmp_path: Path, at_cut: str, teacher: str) -> None:
     """Two stages, bit for bit: with moments carried over the second cut and without, by either kind of teacher."""
     published = recipe.model_copy(
         update={
             "run_dir": tmp_path / "run",
             "schedule": "depth_first",
-            "pruning": PruningRecipe(method="slimqwen-paper"),
-            "distil": recipe.distil.model_copy(update={"optimizer_state": optimizer_state, "teacher": teacher}),
+            "pruning": paper(),
+            "distil": recipe.distil.model_copy(
+                update={"optimizer": OptimizerRecipe(at_cut=at_cut), "teacher": TeacherRecipe(kind=teacher)}
+            ),
         }
     )
 
@@ -165,7 +170,7 @@ def test_a_study_trains_what_a_run_trains(recipe: Recipe, tmp_path: Path, optimi
     assert made.trained is not None
     assert fingerprint(made.trained) == fingerprint(run(published) / "stage-2" / "distilled")
     states = [state for state in (tmp_path / "study").rglob(".distilled.state") if any(state.glob("step-*"))]
-    assert len(states) == (optimizer_state == "carry")  # of the first stage: another cut of it may need them
+    assert len(states) == (at_cut == "carry")  # of the first stage: another cut of it may need them
     assert made_again() == made
 
 

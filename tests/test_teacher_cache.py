@@ -29,7 +29,7 @@ from slimqwen.losses.divergence import Distribution, Divergence
 from slimqwen.losses.loss import LossWeights, align, chunked_loss
 from slimqwen.losses.signal import LiveSignal, StoredSignal, TopTokens
 from slimqwen.model.model import load
-from slimqwen.recipe import DistilRecipe, Source, TeacherCacheRecipe
+from slimqwen.recipe import DistilRecipe, Source, TeacherRecipe
 from slimqwen.runs.recipe_run import run
 from slimqwen.teacher_cache import write
 from slimqwen.teacher_cache.folder import MANIFEST, TeacherCache
@@ -68,7 +68,7 @@ def cached(folder: Path, out: Path, *, teacher: str = "teacher", tokens: str = "
         out,
         tokens=folder / tokens,
         sequence_length=SEQUENCE_LENGTH,
-        **sections(TeacherCacheRecipe, usual | changes),
+        **sections(TeacherRecipe, usual | changes),
         **stage,
     )
 
@@ -80,7 +80,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
-        "warmup_steps": 1,
+        "warmup": "1 steps",
         "save_every": "2 steps",
     }
     return sections(DistilRecipe, usual | changes)
@@ -498,7 +498,7 @@ def small(folder: Path) -> Path:
         ({"teacher": "student"}, "another teacher than"),
         ({"tokens": "other_tokens"}, "other token ids than"),
         ({"mtp_target": "mtp"}, "holds no MTP head"),
-        ({"temperature": 2.0}, "keeps the 8 most likely tokens"),
+        ({"divergence": {"temperature": 2.0}}, "keeps the 8 most likely tokens"),
         ({"on_bad_step": "roll_back"}, "'roll_back' goes on to later rows of the text, and .* holds 16 sequences"),
     ],
 )
@@ -516,7 +516,7 @@ def test_a_cache_of_something_else_is_refused(folder: Path, small: Path, changes
 
 
 def test_a_temperature_is_fine_with_the_whole_vocabulary(folder: Path) -> None:
-    assert opened(folder, folder / "exact", temperature=2.0)
+    assert opened(folder, folder / "exact", divergence={"temperature": 2.0})
 
 
 def test_going_back_is_fine_with_the_whole_text(folder: Path) -> None:
@@ -584,8 +584,15 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 
 def test_a_run_writes_its_cache_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In two stages, each of which reads the same cache of the sequences that the whole run trains on."""
-    changes = {"distil": {"tokens": 16 * 2 * 5, "batch_size": 2, "teacher": "cache", "warmup_steps": 1}}
-    changes |= {"teacher_cache": {"top_k": 12}, "baselines": []}
+    changes = {
+        "distil": {
+            "tokens": 16 * 2 * 5,
+            "batch_size": 2,
+            "teacher": {"kind": "cache", "top_k": 12},
+            "warmup": "1 steps",
+        }
+    }
+    changes |= {"baselines": []}
     recipe = tiny_recipe(tmp_path, tmp_path / "run", **changes)
     run(recipe)
     manifest = TeacherCache(tmp_path / "run" / "teacher_cache").manifest
@@ -596,7 +603,13 @@ def test_a_run_writes_its_cache_first(tmp_path: Path, capsys: pytest.CaptureFixt
     run(recipe)
     assert "teacher_cache: done already" in capsys.readouterr().err
     with pytest.raises(UserError, match="temperature 2 needs the teacher's whole distribution"):
-        run(tiny_recipe(tmp_path, tmp_path / "run", **changes | {"distil": {**changes["distil"], "temperature": 2.0}}))
+        run(
+            tiny_recipe(
+                tmp_path,
+                tmp_path / "run",
+                **changes | {"distil": {**changes["distil"], "divergence": {"temperature": 2.0}}},
+            )
+        )
     with pytest.raises(UserError, match="'roll_back' goes on to later rows"):
         run(tiny_recipe(tmp_path, tmp_path / "run", **changes, execution={"bad_steps": "roll_back"}))
 
@@ -606,7 +619,7 @@ def test_a_run_that_learns_from_the_text_alone_writes_no_cache(tmp_path: Path) -
         "tokens": 16 * 2 * 3,
         "batch_size": 2,
         "teacher": "cache",
-        "warmup_steps": 1,
+        "warmup": "1 steps",
         "terms": ["lm", "mtp_lm"],
     }
     run(tiny_recipe(tmp_path, tmp_path / "run", distil=distilling, baselines=[]))

@@ -52,7 +52,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "batch_size": BATCH_SIZE,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-4,
-        "warmup_steps": 2,
+        "warmup": "2 steps",
         "save_every": "2 steps",
         "loss_chunk_tokens": 24,
     }
@@ -105,8 +105,8 @@ def same_weights(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_any_cut_of_the_batch_is_the_same_step(folder: Path, micro_batch_size: int) -> None:
     """Losses, gradients and weights, load balancing over the whole batch included (its weight is large here)."""
-    whole = trainer(folder, load_balancing_coefficient=0.5, warmup_steps=0)
-    parts = trainer(folder, load_balancing_coefficient=0.5, warmup_steps=0, micro_batch_size=micro_batch_size)
+    whole = trainer(folder, load_balancing_coefficient=0.5, warmup="0 steps")
+    parts = trainer(folder, load_balancing_coefficient=0.5, warmup="0 steps", micro_batch_size=micro_batch_size)
     for step in range(3):
         expected, found = whole.step(step), parts.step(step)
         assert found.keys() == expected.keys() and {"lm", "kd", "mtp_lm", "mtp_kd", "load_balancing"} <= found.keys()
@@ -183,7 +183,7 @@ def test_a_growing_batch_reads_each_row_once(folder: Path, tmp_path: Path) -> No
 
 def test_a_model_has_nothing_to_learn_from_itself(folder: Path, tmp_path: Path) -> None:
     """KD of a model with itself is 0 with no gradient: not one bit of the weights changes."""
-    changes = {"terms": ["kd"], "weight_decay": 0.0, "load_balancing_coefficient": 0.0}
+    changes = {"terms": ["kd"], "optimizer": {"weight_decay": 0.0}, "load_balancing_coefficient": 0.0}
     out = train(folder, tmp_path / "out", teacher="student", **changes)
     assert same_weights(out, folder / "student")
     for line in metrics(tmp_path):
@@ -192,7 +192,12 @@ def test_a_model_has_nothing_to_learn_from_itself(folder: Path, tmp_path: Path) 
 
 def test_weight_decay_is_for_matrices_alone(folder: Path, tmp_path: Path) -> None:
     """With no gradient AdamW only decays: each step multiplies by 1 - learning_rate x weight_decay."""
-    changes = {"terms": ["kd"], "weight_decay": 0.5, "load_balancing_coefficient": 0.0, "warmup_steps": 0}
+    changes = {
+        "terms": ["kd"],
+        "optimizer": {"weight_decay": 0.5},
+        "load_balancing_coefficient": 0.0,
+        "warmup": "0 steps",
+    }
     changes |= {"tokens": BATCH_SIZE * SEQUENCE_LENGTH, "learning_rate": 0.1, "final_learning_rate": 0.1}
     after = weights(train(folder, tmp_path / "out", teacher="student", **changes))
     for name, before in weights(folder / "student").items():
@@ -238,7 +243,7 @@ def test_mtp_learns_the_token_after_next(tmp_path: Path) -> None:
         batch_size=8,
         learning_rate=1e-2,
         final_learning_rate=1e-3,
-        warmup_steps=5,
+        warmup="5 steps",
         mtp_weight={"start": 1.0, "end": 1.0},
     )
     one = Trainer(Student(model, QWEN3_NEXT, config), None, stream, span=Span(0, 60, 60), **settings)

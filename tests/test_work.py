@@ -85,7 +85,7 @@ def test_a_cut_is_healed_where_the_recipe_asks_and_the_plan_is_the_same(
 ) -> None:
     target = Target(hidden_size=24, num_experts=4)
     healing = {"samples": 6, "epochs": 1, "batch_size": 2}
-    assert steps_of_a_cut(tmp_path, teacher, target, pruning={"healing": healing}) == [
+    assert steps_of_a_cut(tmp_path, teacher, target, healing=healing) == [
         "plan.json",
         "pruned",
         "repaired",
@@ -98,11 +98,11 @@ def test_a_cut_is_healed_where_the_recipe_asks_and_the_plan_is_the_same(
 
 def test_too_few_sequences_to_heal_on_are_told_before_any_work(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="raise samples to at least 2"):
-        check(recipe(tmp_path, pruning={"healing": {"samples": 1}}), Checkpoint(teacher[0]))
+        check(recipe(tmp_path, healing={"samples": 1}), Checkpoint(teacher[0]))
 
 
 def test_layers_are_measured_where_the_recipe_asks_and_layers_go(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
-    pruning = {"depth": "measured", "experts": {"refit": False}}
+    pruning = {"depth": "measured", "refit_outputs": False}
     assert steps_of_a_cut(tmp_path, teacher, Target(num_hidden_layers=3), pruning=pruning) == [
         "depth.json",
         "plan.json",
@@ -111,7 +111,7 @@ def test_layers_are_measured_where_the_recipe_asks_and_layers_go(tmp_path: Path,
 
 
 def test_no_layer_goes_and_none_is_measured(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
-    pruning = {"depth": "measured", "experts": {"refit": False}}
+    pruning = {"depth": "measured", "refit_outputs": False}
     assert steps_of_a_cut(tmp_path, teacher, Target(num_experts=4), pruning=pruning) == ["plan.json", "pruned"]
 
 

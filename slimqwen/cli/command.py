@@ -69,12 +69,12 @@ OPTION_OF: dict[str, dict[str, str]] = {
     "measure-depth": {
         **FIT_ON_TEXT,
         "calibration.depth_samples": "samples",
-        "pruning.experts.refit": "refit",
+        "pruning.refit_outputs": "refit",
     },
     "repair": FIT_ON_TEXT,
     "heal": {
         "calibration.sources": "tokens",
-        **{f"pruning.healing.{name}": name for name in ("samples", "epochs", "batch_size", "learning_rate")},
+        **{f"healing.{name}": name for name in ("samples", "epochs", "batch_size", "learning_rate")},
     },
     "plan": {
         "pruning.source_weights": "source_weights",
@@ -82,8 +82,8 @@ OPTION_OF: dict[str, dict[str, str]] = {
         "evaluation.tokens": "measured_tokens",
     },
     "teacher-cache": {
-        "teacher_cache.top_k": "top_k",
-        "teacher_cache.exact": "exact",
+        "distil.teacher.top_k": "top_k",
+        "distil.teacher.exact": "exact",
         "execution.cache_file_bytes": "shard_size",
         "data.documents": "isolated",
     },
@@ -92,7 +92,7 @@ OPTION_OF: dict[str, dict[str, str]] = {
 }
 SECTION_FILES = {"distil": "distil", "plan": "pruning"}  # commands that read one section of a recipe as a file
 FIELD = re.compile(
-    r"(?<![\w./-])(?P<key>(?P<sections>(?:(?:data|calibration|evaluation|teacher_cache|distil|execution|pruning)\.(?:[a-z_]+\.)*)?)"
+    r"(?<![\w./-])(?P<key>(?P<sections>(?:(?:data|calibration|evaluation|distil|execution|healing|pruning)\.(?:[a-z_]+\.)*)?)"
     r"(?P<name>[a-z]+(?:_[a-z]+)*))(?![\w/(]|\.\w)(?P<setting>: (?=[\w.\[]))?"
 )
 

@@ -12,6 +12,7 @@ from slimqwen.cli.options import Device, DtypeOption, Seed, command_line, config
 from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.core.terminal import show, show_json, show_result
+from slimqwen.core.warning import warn
 from slimqwen.recipe import (
     CalibrationRecipe,
     DataRecipe,
@@ -94,6 +95,10 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE.yaml", help="Criteria: the recipe's `pruning` section.", rich_help_panel=CHOOSING),
     ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Choose by the paper's criteria instead.", rich_help_panel=CHOOSING)
+    ] = False,
+    method: Annotated[str | None, typer.Option(hidden=True)] = None,
     depth: Annotated[
         Path | None,
         typer.Option(
@@ -177,16 +182,18 @@ def plan(
         raise UserError("--tokens measures the shapes of a search: give --fit too, e.g. --fit total=23B,active=2B.")
     if html is not None and (statistics is not None or budgets is not None):
         raise UserError("--html is a page for choosing a target: give it without --statistics and --fit.")
-    if statistics is None and (stability or depth or (tokens is None and (pruning is not None or source_weights))):
+    if statistics is None and (
+        stability or depth or (tokens is None and (pruning is not None or paper or method or source_weights))
+    ):
         raise UserError(
-            "--pruning, --depth, --source-weight and --stability choose by statistics: give --statistics too."
+            "--pruning, --paper, --depth, --source-weight and --stability choose by statistics: give --statistics too."
         )
     if budgets is not None and (target is not None or stability or (statistics is not None and tokens is None)):
         raise UserError(
             "--fit searches a target from the config alone: give it without --target and --stability, "
             "and --statistics only to measure, with --tokens."
         )
-    criteria = PruningRecipe() if pruning is None else load_recipe(pruning, model=PruningRecipe)
+    criteria = _criteria(pruning, paper=paper or _is_papers(method))
     if source_weights:
         criteria = criteria.model_copy(update={"source_weights": weights_of("--source-weight", source_weights)})
 
@@ -217,6 +224,27 @@ def plan(
                 checkpoint, wanted, statistics, criteria, depth, context_length, training, out, stability, as_json
             )
         show_result(comparison, comparison_table, as_json)
+
+
+def _criteria(file: Path | None, *, paper: bool) -> PruningRecipe:
+    """Return the criteria of a file, the paper's, or the default ones. Raises UserError for a file and the paper's."""
+    from slimqwen.recipe.file import load_recipe
+
+    if paper and file is not None:
+        raise UserError("--paper is a `pruning` section of its own: give it without --pruning.")
+    if paper:
+        return PruningRecipe().as_published()
+    return PruningRecipe() if file is None else load_recipe(file, model=PruningRecipe)
+
+
+def _is_papers(method: str | None) -> bool:
+    """Read the option `--method`, which version 0.1 spelled the paper's criteria with."""
+    if method not in (None, "slimqwen", "slimqwen-paper"):
+        raise UserError(f"--method {method}: give --paper for the paper's criteria, or --pruning with your own.")
+    if method is not None:
+        spelling = "--paper" if method == "slimqwen-paper" else "left out"
+        warn(f"--method {method} is written {spelling} since 0.2")
+    return method == "slimqwen-paper"
 
 
 def _costs(

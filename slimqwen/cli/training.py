@@ -68,14 +68,14 @@ def teacher_cache(
     Interrupted, the same command continues with the first file that is not complete.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.recipe import Execution, TeacherCacheRecipe
+    from slimqwen.recipe import Execution, TeacherRecipe
     from slimqwen.teacher_cache.write import write_teacher_cache
 
     write_teacher_cache(
         checkpoint_folder(checkpoint),
         out,
         tokens=tokens,
-        recipe=TeacherCacheRecipe(top_k=top_k, exact=exact),
+        recipe=TeacherRecipe(kind="cache", top_k=top_k, exact=exact),
         sequence_length=sequence_length,
         documents="isolated" if isolated else "packed",
         with_mtp=mtp,
@@ -162,7 +162,7 @@ def distil(
     SIGTERM: the training state is saved, the same command continues.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.recipe import DistilFile
+    from slimqwen.recipe import DistilFile, TeacherRecipe
     from slimqwen.recipe.file import load_recipe
     from slimqwen.training.distil import distil as run_stage
     from slimqwen.training.distil import span_of, total_steps
@@ -175,7 +175,7 @@ def distil(
         checkpoint_folder(student),
         out,
         tokens=tokens,
-        recipe=recipe if teacher_cache is None else recipe.model_copy(update={"teacher": "cache"}),
+        recipe=recipe if teacher_cache is None else recipe.model_copy(update={"teacher": TeacherRecipe(kind="cache")}),
         sequence_length=sequence_length,
         documents="isolated" if isolated else "packed",
         teacher=None if teacher is None else checkpoint_folder(teacher),
@@ -204,7 +204,7 @@ def carry(
     """Cut the optimiser's moments as a plan cuts the weights, for `distil --moments` of the next stage.
 
     The training must have been one with `distil --keep-state`. In a recipe for `slimqwen run` it is one line:
-    `optimizer_state: carry`.
+    `at_cut: carry` of its `optimizer`.
     """
     from slimqwen.training.moments import carry as run_stage
 

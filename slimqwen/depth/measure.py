@@ -64,7 +64,7 @@ def measure_depth(
     Args:
         statistics: of the same checkpoint, for the block influence.
         tokens: folder written by `tokenize`, or several by the names of their sources; `samples` sequences are used.
-        refit: whether the cut will be refitted (`pruning.experts.refit`).
+        refit: whether the cut will be refitted (`pruning.refit_outputs`).
 
     Raises UserError for statistics of another checkpoint, and for a number of layers that is none to reach.
     """

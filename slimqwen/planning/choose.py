@@ -81,13 +81,13 @@ def choose(
         similarity=torch.tensor(scores.layer_similarity, dtype=torch.float64),
         block_influence=torch.tensor(scores.layer_block_influence, dtype=torch.float64),
         measured=measured_depth,
-        refitted=pruning.experts.refit,
+        refitted=pruning.refit_outputs,
         must_keep_one_of=source.family.attention_layers(source.config),
     )
     keep, basis = size_of(target.hidden_size), None
     if pruning.width == WidthCriterion.ROTATION and keep < source.config["hidden_size"]:
         basis, shares = choose_basis(
-            source, sums, layers, keep, compensate=pruning.compensate, repair=pruning.repair, folds=folds
+            source, sums, layers, keep, compensate=pruning.compensate, repair=pruning.refit_readers, folds=folds
         )
         scores = scores.model_copy(update={"hidden": shares.tolist()})
     channels = kept_channels(torch.tensor(scores.hidden, dtype=torch.float64), keep)

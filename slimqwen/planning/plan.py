@@ -1,9 +1,10 @@
 """The stage `plan`: a config, statistics and a target in, the list of what is kept out. Changes no weight."""
 
+import copy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from slimqwen.artifacts import check_file_replaceable, makes_file, write_text
 from slimqwen.calibration.statistics import Statistics
@@ -19,6 +20,7 @@ from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.planning.stability import Agreement, measure_stability
 from slimqwen.planning.units import Units
 from slimqwen.recipe import DepthCriterion, PruningRecipe, Target, WidthCriterion
+from slimqwen.recipe.renamed import translate
 from slimqwen.shapes.target import completed, target_config
 
 
@@ -60,6 +62,14 @@ class Plan(BaseModel):
     after: Counts
     scores: Scores
     stability: list[Agreement] | None = None
+
+    @field_validator("pruning", mode="before")
+    @classmethod
+    def _read_old_keys(cls, values: Any) -> Any:
+        """Read the criteria of a plan that version 0.1 wrote."""
+        if isinstance(values, dict):
+            translate(values := copy.deepcopy(values), PruningRecipe)
+        return values
 
     def save(self, path: Path) -> None:
         write_text(path, self.model_dump_json(indent=1) + "\n")

@@ -26,7 +26,7 @@ def planned_cut(
     if plan.basis is not None and residual is None:
         raise UserError(
             "the plan rotates the residual stream, and the moments of an optimiser cannot follow: train on without them (in a "
-            "recipe distil.optimizer_state: reset)."
+            "recipe distil.optimizer.at_cut: reset)."
         )
     layers = source.config["num_hidden_layers"]
     if not _within(plan.kept_layers, layers):

@@ -9,11 +9,12 @@ from slimqwen.recipe.criteria import DivergenceName, described
 from slimqwen.recipe.section import (
     Fraction,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
+    Tagged,
 )
+from slimqwen.recipe.units import Duration, TokenCount, in_units
 
 LossTerm = Literal["lm", "kd", "mtp_lm", "mtp_kd"]
 OptimizerName = Literal["adamw", "muon", "adamw_8bit"]
@@ -40,14 +41,21 @@ def _rate(value: Any, _handler: ValidatorFunctionWrapHandler) -> Any:
     return value if value == "auto" else _NUMBER.validate_python(value, strict=True)
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 LearningRate = Annotated[PositiveFloat | Literal["auto"], WrapValidator(_rate)]
 
 
 class Ramp(Section):
-    """A weight that moves over the whole run, up or down."""
+    """A weight that moves over the whole run, up or down; one number is a weight that stays."""
 
     start: Fraction = Field(description="At the first step of the run.")
     end: Fraction = Field(description="At the last step of the run.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number(cls, values: Any) -> Any:
+        is_number = isinstance(values, (int, float)) and not isinstance(values, bool)
+        return {"start": values, "end": values} if is_number else values
 
 
 class BatchSizeRamp(Section):
@@ -57,13 +65,85 @@ class BatchSizeRamp(Section):
     """
 
     start: PositiveInt = Field(description="Sequences of the first optimiser step; divides batch_size.")
-    tokens: PositiveInt = Field(description="Training tokens before the batch has batch_size sequences.")
+    tokens: TokenCount = Field(description="Training tokens before the batch has batch_size sequences.")
+
+
+class OptimizerRecipe(Tagged):
+    """The optimiser; `optimizer: muon` is `optimizer: {kind: muon}`."""
+
+    kind: OptimizerName = Field(
+        "adamw",
+        description="'muon': PyTorch's Muon for the two-dimensional weights of attention, DeltaNet, dense and shared MLPs and the "
+        "MTP projection, its updates scaled to AdamW's (arXiv 2502.16982), and AdamW for all else: vectors, embeddings, routers, "
+        "and the routed experts, which are too many small matrices to orthogonalise one by one. "
+        "'adamw_8bit': moments in 8 bits, by torchao. Both are for one device.",
+    )
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.95], description="AdamW's decay of the first moment and of the second."
+    )
+    weight_decay: NonNegativeFloat = Field(
+        0.1, description="AdamW's decay, on matrices only (not norms, biases, A_log, dt_bias)."
+    )
+    weight_decay_exempt: list[TrainedPart] = Field(
+        [], description="Parts of the model whose matrices do not decay either, e.g. [router, embedding]."
+    )
+    learning_rate_scale: dict[TrainedPart, NonNegativeFloat] = Field(
+        {},
+        description="Factors on the learning rate by part of the model, e.g. {router: 0.1}; 0 freezes the part. Weight decay, "
+        "which AdamW multiplies by the learning rate, follows. 'embedding' is lm_head too, 'norm' the norms around the layers' "
+        "mixers and MLPs.",
+    )
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this global norm.")
+    at_cut: Literal["reset", "carry"] = Field(
+        "reset",
+        description="What becomes of AdamW's moments at a stage's cut: they start anew, or they are cut as the weights are and "
+        "go on. Carrying takes 8 bytes of disk per parameter while the next stage trains.",
+    )
+
+    @model_validator(mode="after")
+    def _carries_what_it_can(self) -> "OptimizerRecipe":
+        if self.at_cut == "carry" and self.kind != "adamw":
+            raise ValueError(f"at_cut: carry is for the optimizer adamw, not for {self.kind}")
+        return self
+
+
+class DivergenceRecipe(Tagged):
+    """What the KD terms minimise; `divergence: jsd` is `divergence: {kind: jsd}`."""
+
+    kind: DivergenceName = Field(
+        DivergenceName.FORWARD_KL,
+        description=described("What the KD terms minimise.", DivergenceName)
+        + " The reported kd is KL(teacher || student) in each case.",
+    )
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="The teacher's share of the mixture that 'jsd' compares teacher and student with."
+    )
+    temperature: PositiveFloat = Field(
+        1.0, description="Of teacher and student in the KD terms, which are multiplied by its square."
+    )
+
+
+class TeacherRecipe(Tagged):
+    """How the teacher is there while training; `teacher: cache` is `teacher: {kind: cache}`."""
+
+    kind: Literal["live", "cache"] = Field(
+        "live",
+        description="'live': the teacher runs beside the student. 'cache': its predictions are read from disk, where `slimqwen "
+        "teacher-cache` has written them, and the teacher itself is not loaded.",
+    )
+    top_k: PositiveInt = Field(
+        64, description="Of a cache: most likely tokens to keep of each prediction, beside the sum of the others."
+    )
+    exact: bool = Field(
+        False,
+        description="Of a cache: log-probabilities as float32 instead of 16 bits. With top_k of the whole vocabulary: the live teacher.",
+    )
 
 
 class DistilRecipe(Section):
     """Training: loss (method.md section 5), optimiser and learning rate (section 6)."""
 
-    tokens: PositiveInt = Field(description="Training tokens of the whole run, over all stages.")
+    tokens: TokenCount = Field(description="Training tokens of the whole run, over all stages: 400B, 2_000_000.")
     batch_size: PositiveInt = Field(8, description="Sequences per optimiser step.")
     batch_size_ramp: BatchSizeRamp | None = Field(
         None,
@@ -75,16 +155,15 @@ class DistilRecipe(Section):
         description="Terms of the loss. Without 'kd' and 'mtp_kd' no teacher is loaded: [lm, mtp_lm] is the LM-only baseline. "
         "Where a head has only one of its two terms, that term has its full weight.",
     )
-    teacher: Literal["live", "cache"] = Field(
-        "live",
-        description="'live': the teacher runs beside the student. 'cache': what it said is read from disk, where `slimqwen "
-        "teacher-cache` has written it, and the teacher itself is not loaded.",
-    )
+    teacher: TeacherRecipe = Field(TeacherRecipe(), description="The teacher while training.")
+    divergence: DivergenceRecipe = Field(DivergenceRecipe(), description="What the KD terms minimise.")
     kd_weight: Ramp = Field(
-        Ramp(start=1.0, end=0.75), description="lambda: weight of KD against LM, linear over the run."
+        Ramp(start=1.0, end=0.75),
+        description="lambda: weight of KD against LM, linear over the run; one number for all of it.",
     )
     mtp_weight: Ramp = Field(
-        Ramp(start=0.3, end=0.1), description="beta: weight of the MTP terms, cosine over the run."
+        Ramp(start=0.3, end=0.1),
+        description="beta: weight of the MTP terms, cosine over the run; one number for all of it.",
     )
     mtp_target: Literal["main", "mtp"] = Field(
         "main",
@@ -104,56 +183,17 @@ class DistilRecipe(Section):
         description="Learning rate at the end of the cosine. With learning_rate: auto, for a peak of 4e-4, and scaled with the one "
         "that is chosen.",
     )
-    warmup_steps: NonNegativeInt | None = Field(
-        None, description="Steps of linear warm-up, once per run. Default: 2,000, where warmup_tokens is not given."
+    warmup: Annotated[Duration, in_units("steps", "tokens", zero=True)] = Field(
+        Duration(2000, "steps"),
+        description="Linear warm-up, once per run: '2000 steps', or '8B tokens', which takes the steps that train on as many.",
     )
-    warmup_tokens: PositiveInt | None = Field(
-        None, description="The warm-up in tokens, instead of warmup_steps: it takes the steps that train on as many."
-    )
-    optimizer: OptimizerName = Field(
-        "adamw",
-        description="'muon': PyTorch's Muon for the two-dimensional weights of attention, DeltaNet, dense and shared MLPs and the "
-        "MTP projection, its updates scaled to AdamW's (arXiv 2502.16982), and AdamW for all else: vectors, embeddings, routers, "
-        "and the routed experts, which are too many small matrices to orthogonalise one by one. "
-        "'adamw_8bit': moments in 8 bits, by torchao. Both are for one device.",
-    )
-    optimizer_state: Literal["reset", "carry"] = Field(
-        "reset",
-        description="What becomes of AdamW's moments at a stage's cut: they start anew, or they are cut as the weights are and "
-        "go on. Carrying takes 8 bytes of disk per parameter while the next stage trains.",
-    )
-    weight_decay: NonNegativeFloat = Field(
-        0.1, description="AdamW's decay, on matrices only (not norms, biases, A_log, dt_bias)."
-    )
-    weight_decay_exempt: list[TrainedPart] = Field(
-        [], description="Parts of the model whose matrices do not decay either, e.g. [router, embedding]."
-    )
-    learning_rate_scale: dict[TrainedPart, NonNegativeFloat] = Field(
-        {},
-        description="Factors on the learning rate by part of the model, e.g. {router: 0.1}; 0 freezes the part. Weight decay, "
-        "which AdamW multiplies by the learning rate, follows. 'embedding' is lm_head too, 'norm' the norms around the layers' "
-        "mixers and MLPs.",
-    )
+    optimizer: OptimizerRecipe = Field(OptimizerRecipe(), description="The optimiser.")
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
         description="Also keep an exponential moving average of the weights, in float32: average = decay x average + "
         "(1 - decay) x weights after each step. The average is then what a stage writes, and what the next stage is cut from. "
         "After t steps of a stage the decay is at most (1 + t) / (10 + t), so that the beginning is forgotten. What is measured "
         "on the way (execution.evaluate_every) is the weights themselves. Default: none.",
-    )
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW's first moment decay.")
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW's second moment decay.")
-    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this global norm.")
-    divergence: DivergenceName = Field(
-        DivergenceName.FORWARD_KL,
-        description=described("What the KD terms minimise.", DivergenceName)
-        + " The reported kd is KL(teacher || student) in each case.",
-    )
-    temperature: PositiveFloat = Field(
-        1.0, description="Of teacher and student in the KD terms, which are multiplied by its square."
-    )
-    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.5, description="The teacher's share of the mixture that 'jsd' compares teacher and student with."
     )
 
     @property
@@ -200,27 +240,3 @@ class DistilRecipe(Section):
                 f"batch_size_ramp.start must be a divisor of batch_size {self.batch_size} below it, is {ramp.start}"
             )
         return self
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> "DistilRecipe":
-        if self.warmup_steps is not None and self.warmup_tokens is not None:
-            raise ValueError("give the warm-up as warmup_steps or as warmup_tokens, not as both")
-        return self
-
-    @model_validator(mode="after")
-    def _carries_what_it_can(self) -> "DistilRecipe":
-        if self.optimizer_state == "carry" and self.optimizer != "adamw":
-            raise ValueError(f"optimizer_state: carry is for the optimizer adamw, not for {self.optimizer}")
-        return self
-
-
-class TeacherCacheRecipe(Section):
-    """What is kept of the teacher for `distil.teacher: cache`."""
-
-    top_k: PositiveInt = Field(
-        64, description="Most likely tokens to keep of each prediction, beside the sum of the others."
-    )
-    exact: bool = Field(
-        False,
-        description="Log-probabilities as float32 instead of 16 bits. With top_k of the whole vocabulary: the live teacher.",
-    )

@@ -3,6 +3,7 @@
 Everything here works on any pydantic model: a `Recipe`, a lone `Target`, the recipe of a pretraining run.
 """
 
+import difflib
 import inspect
 import re
 import textwrap
@@ -29,7 +30,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 LARGEST_BYTES = 1_000_000
 DEEPEST_KEY = 32
+VERY_ALIKE = 0.8  # names, by difflib: a key elsewhere is meant rather than one beside it that is less alike
 
+METHOD = "Method, on which the result depends:"
+EXECUTION = "Execution, on which it does not, beyond rounding:"
 DUMP_HEADER = f"{TEXT_MARK}: every field of the recipe, defaults included.\n"
 
 WORDS_FOR_TYPES = {
@@ -107,8 +111,10 @@ def dump_recipe(recipe: BaseModel, path: Path) -> None:
 
 def describe(model: type[BaseModel]) -> str:
     """Every field of `model` by its dotted key, as `--set` takes it, with type, default and description."""
-    lines = []
+    lines = [METHOD] if "execution" in model.model_fields else []
     for key, field, default in _walk(model):
+        if key == "execution":
+            lines += ["", EXECUTION]
         required = "required" if default is PydanticUndefined else ""
         fallback = "" if required or isinstance(default, BaseModel) else f"default {_in_words(default)}"
         lines.append(f"{key}: " + ", ".join(filter(None, [_type_in_words(field.annotation), required, fallback])))
@@ -238,11 +244,17 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _nearest_key(unknown: str, known: list[str]) -> str:
-    """A key of the same section with a similar name, or else one elsewhere with the same name, the least nested."""
+    """Suggest a key of the same section with a similar name, or else one elsewhere with the same name or a similar one.
+
+    Of several elsewhere the least nested.
+    """
     section, _, name = unknown.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-    elsewhere = sorted((key for key in known if key.rpartition(".")[2] == name), key=lambda key: key.count("."))
-    return did_you_mean(name, siblings) or (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else "")
+    alike = difflib.get_close_matches(name, siblings, n=1, cutoff=VERY_ALIKE)
+    near = difflib.get_close_matches(name, {key.rpartition(".")[2] for key in known}, n=1, cutoff=VERY_ALIKE)
+    elsewhere = sorted((key for key in known if key.rpartition(".")[2] in near), key=lambda key: key.count("."))
+    found = [*alike, *elsewhere][:1]
+    return f" (did you mean '{found[0]}'?)" if found else did_you_mean(name, siblings)
 
 
 def _in_words(value: Any) -> str:
@@ -295,6 +307,8 @@ def _type_in_words(annotation: Any) -> str:
         return f"list of {_type_in_words(get_args(annotation)[0])}"
     if get_origin(annotation) in (Union, types.UnionType):
         return " | ".join(_type_in_words(inner) for inner in get_args(annotation) if inner is not types.NoneType)
+    if inspect.isclass(annotation) and issubclass(annotation, Tagged):
+        return f"{_type_in_words(annotation.model_fields[annotation.tag].annotation)} | section"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return "section"
     return WORDS_FOR_TYPES.get(annotation) or _type_in_words(get_args(annotation)[0])

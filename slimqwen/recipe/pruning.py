@@ -1,9 +1,11 @@
 """The cut: the shape to reach, what importance is measured on, and the criterion for each axis."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
+from slimqwen.core import strict_yaml
 from slimqwen.recipe.criteria import (
     DepthCriterion,
     ExpertCompression,
@@ -15,23 +17,7 @@ from slimqwen.recipe.criteria import (
 from slimqwen.recipe.distil import LearningRate
 from slimqwen.recipe.section import NonNegativeFloat, PathField, PositiveInt, Section
 
-PruningMethod = Literal["slimqwen", "slimqwen-paper"]
-
-PAPER: dict[str, Any] = {
-    "depth": "last",
-    "width": "norm_activation",
-    "compensate": False,
-    "repair": False,
-    "healing": None,
-    "experts": {
-        "importance": "reap",
-        "compression": "partial",
-        "similarity": "expert_output",
-        "keep_outliers": False,
-        "refit": False,
-    },
-}
-"""The criteria of SlimQwen as published; what fields say where they are left out is slimqwen's own."""
+PAPER = Path(__file__).with_name("paper.yaml")  # the criteria of SlimQwen as published, as a `pruning` section
 
 
 class CalibrationRecipe(Section):
@@ -93,12 +79,6 @@ class ExpertRecipe(Section):
         description="Keep experts whose mean output is more than 5 times their layer's median, whatever their importance: some write the "
         "massive activations of first tokens, and few tokens go to them. (The paper has none of it.)",
     )
-    refit: bool = Field(
-        True,
-        description="After a cut of more than channels, solve for the output matrices of experts and dense MLPs in closed form, layer by layer, on "
-        "`calibration.samples` sequences of the calibration text, so that each layer ends where its source's does, as far as text left out "
-        "agrees. No training. (The paper has none of it.)",
-    )
 
 
 class HealingRecipe(Section):
@@ -115,13 +95,8 @@ class HealingRecipe(Section):
 
 
 class PruningRecipe(Section):
-    """The criterion for each axis. What is left out is as `method` says; anything can be set beside it."""
+    """The criterion for each axis. What is left out is slimqwen's own choice, which left the smallest error."""
 
-    method: PruningMethod = Field(
-        "slimqwen",
-        description="What the other fields are where they are left out. 'slimqwen': as written here, what left the smallest error. "
-        "'slimqwen-paper': the published method, that is norm_activation, reap and partial merging, and no closed-form repair.",
-    )
     depth: DepthCriterion = Field(DepthCriterion.MEASURED, description=described("Which layers go.", DepthCriterion))
     width: WidthCriterion = Field(
         WidthCriterion.ROTATION, description=described("What stays of the residual stream.", WidthCriterion)
@@ -130,41 +105,36 @@ class PruningRecipe(Section):
         True,
         description="Multiply the gain of each norm by sqrt(hidden size before / after): its mean is over fewer channels.",
     )
-    repair: bool = Field(
+    refit_readers: bool = Field(
         True,
         description="With `width: rotation`: refit every matrix that reads a norm to what is left, by least squares. Other widths "
-        "know no repair.",
+        "leave nothing to refit.",
+    )
+    refit_outputs: bool = Field(
+        True,
+        description="After a cut of more than channels, solve for the output matrices of experts and dense MLPs in closed form, layer by layer, on "
+        "`calibration.samples` sequences of the calibration text, so that each layer ends where its source's does, as far as text left out "
+        "agrees. No training. (The paper has none of it.)",
     )
     experts: ExpertRecipe = Field(ExpertRecipe(), description="Which experts stay.")
-    healing: HealingRecipe | None = Field(
-        None,
-        description="After the cut (and the refit) train each layer alone, by gradient, so that it ends where its source's does: one layer in "
-        "memory at a time. `healing: {}` takes the settings as they are. Default: no healing.",
-    )
     source_weights: dict[str, NonNegativeFloat] | None = Field(
         None, description="What each of calibration.sources counts for. Default: as much as it has tokens."
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _method_fills_in(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values  # no section at all: reported as that
-        if values.get("method") == "slimqwen-paper":
-            experts = values.get("experts", {})
-            values = {**PAPER, **values}
-            if isinstance(experts, dict):
-                values["experts"] = {**PAPER["experts"], **experts}
-        if values.get("width", "rotation") != "rotation":
-            values = {"repair": False, **values}
+    def _readers_are_refitted_after_a_rotation(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("width", "rotation") != "rotation":
+            return {"refit_readers": False, **values}
         return values
 
     @model_validator(mode="after")
-    def _repair_knows_what_is_left(self) -> "PruningRecipe":
-        if self.repair and self.width != "rotation":
-            raise ValueError("repair rewrites the readers of rotated channels: set width: rotation too")
+    def _readers_are_of_rotated_channels(self) -> "PruningRecipe":
+        if self.refit_readers and self.width != "rotation":
+            raise ValueError("refit_readers rewrites the readers of rotated channels: set width: rotation too")
         return self
 
     def as_published(self) -> "PruningRecipe":
-        """The paper's criteria on the same calibration text."""
-        return PruningRecipe(method="slimqwen-paper", source_weights=self.source_weights)
+        """Return the paper's criteria (paper.yaml) on the same calibration text."""
+        criteria = strict_yaml.load(PAPER.read_text(encoding="utf-8"))
+        return PruningRecipe.model_validate(criteria | {"source_weights": self.source_weights})

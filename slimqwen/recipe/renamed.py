@@ -7,7 +7,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from slimqwen.core import strict_yaml
 from slimqwen.recipe import DistilFile, PretrainRecipe, PruningRecipe, Recipe
+from slimqwen.recipe.pruning import PAPER
 
 SINCE = "0.2"
 DEFAULT_SAVING = "100 steps"  # held beside save_every_tokens and save_every_minutes
@@ -36,6 +38,18 @@ def _least(first: Any, second: Any) -> Any:
 
 def _either(first: Any, second: Any) -> Any:
     return first or second
+
+
+def _first_beta(value: Any) -> Any:
+    return [value, 0.95]
+
+
+def _second_beta(value: Any) -> Any:
+    return [0.9, value]
+
+
+def _both_betas(first: Any, second: Any) -> Any:
+    return [first[0], second[1]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ RENAMED: tuple[Renamed, ...] = (
             Renamed(f"{section}.memory_budget_bytes", "execution.memory_budget", join=_least),
         )
     ),
+    Renamed("teacher_cache.top_k", "distil.teacher.top_k"),
+    Renamed("teacher_cache.exact", "distil.teacher.exact"),
     Renamed("teacher_cache.shard_bytes", "execution.cache_file_bytes"),
     Renamed("distil.activation_checkpointing", "execution.recompute_activations"),
     Renamed("distil.save_every_steps", "execution.save_every", _in("steps"), as_list=True),
@@ -92,6 +108,20 @@ RENAMED: tuple[Renamed, ...] = (
             "reshard_teacher",
         )
     ),
+    Renamed("distil.warmup_steps", "distil.warmup", _in("steps")),
+    Renamed("distil.warmup_tokens", "distil.warmup", _in("tokens")),
+    Renamed("distil.optimizer_state", "distil.optimizer.at_cut"),
+    Renamed("distil.adam_beta1", "distil.optimizer.betas", _first_beta, join=_both_betas),
+    Renamed("distil.adam_beta2", "distil.optimizer.betas", _second_beta, join=_both_betas),
+    *(
+        Renamed(f"distil.{name}", f"distil.optimizer.{name}")
+        for name in ("weight_decay", "weight_decay_exempt", "learning_rate_scale", "max_grad_norm")
+    ),
+    Renamed("distil.temperature", "distil.divergence.temperature"),
+    Renamed("distil.jsd_beta", "distil.divergence.beta"),
+    Renamed("pruning.repair", "pruning.refit_readers"),
+    Renamed("pruning.experts.refit", "pruning.refit_outputs"),
+    Renamed("pruning.healing", "healing"),
 )
 
 LEFT_EMPTY = ("teacher_cache",)  # sections that are no more
@@ -136,6 +166,7 @@ def translate(values: Values, model: type[BaseModel]) -> tuple[list[str], list[s
     """
     warnings: list[str] = []
     problems: list[str] = []
+    _write_out_method(values, model, warnings, problems)
     moved: Values = {}
     for row in rows_for(model):
         found = _pop(values, row.old)
@@ -165,6 +196,31 @@ def translate(values: Values, model: type[BaseModel]) -> tuple[list[str], list[s
         if values.get(section) == {}:
             del values[section]
     return warnings, problems
+
+
+def _write_out_method(values: Values, model: type[BaseModel], warnings: list[str], problems: list[str]) -> None:
+    """Replace `pruning.method` by the keys that it stood for, where they are not given."""
+    key = _local("pruning.method", model)
+    found = None if key is None else _pop(values, key)
+    if key is None or found is None or found[0] is None:
+        return
+    if found[0] == "slimqwen":
+        warnings.append(f"{key}: slimqwen is what a recipe does without it since {SINCE}")
+    elif found[0] == "slimqwen-paper":
+        warnings.append(f"{key}: slimqwen-paper is written as the criteria of slimqwen/recipe/paper.yaml since {SINCE}")
+        criteria = strict_yaml.load(PAPER.read_text(encoding="utf-8"))
+        section = values if key == "method" else values["pruning"]
+        for row in rows_for(model):  # or both spellings would be there
+            if row.new and row.old.startswith(key.removesuffix("method")) and (given := _pop(values, row.old)):
+                _put(values, row.new, row.convert(given[0]))
+        given = section.get("experts")
+        section.update({**criteria, **section})
+        if isinstance(given, dict):
+            section["experts"] = {**criteria["experts"], **given}
+    else:
+        problems.append(
+            f"{key}: is gone since {SINCE}, and was slimqwen or slimqwen-paper: write the criteria themselves"
+        )
 
 
 def _pop(values: Values, key: str) -> tuple[Any] | None:

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from slimqwen.recipe.data import DataRecipe
-from slimqwen.recipe.distil import DistilRecipe, TeacherCacheRecipe
+from slimqwen.recipe.distil import DistilRecipe
 from slimqwen.recipe.execution import Execution
-from slimqwen.recipe.pruning import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.recipe.pruning import CalibrationRecipe, HealingRecipe, PruningRecipe, Target
 from slimqwen.recipe.section import CheckpointField, PathField, PositiveInt, Section, SeedInt
+from slimqwen.recipe.units import TokenCount
 
 BUILTIN_TEACHER = "builtin"
 
@@ -20,7 +21,7 @@ Baseline = Literal["pruned", "paper_pruned", "paper", "random_init", "lm_only"]
 class EvaluationRecipe(Section):
     """What is measured on held-out text at the end."""
 
-    tokens: PositiveInt = Field(65_536, description="Held-out tokens to measure loss, KL and agreement on.")
+    tokens: TokenCount = Field(65_536, description="Held-out tokens to measure loss, KL and agreement on.")
     acceptance_prompts: PositiveInt = Field(
         32, description="Held-out prompts whose greedy continuations the MTP head drafts."
     )
@@ -91,12 +92,16 @@ class Recipe(Section):
     )
     data: DataRecipe = Field(DataRecipe(), description="Text.")
     calibration: CalibrationRecipe = Field(CalibrationRecipe(), description="Measuring importance.")
-    teacher_cache: TeacherCacheRecipe = Field(TeacherCacheRecipe(), description="With `distil.teacher: cache`.")
     distil: DistilRecipe = Field(description="Training.")
+    healing: HealingRecipe | None = Field(
+        None,
+        description="After the cut (and the refit) train each layer alone, by gradient, so that it ends where its source's does: one layer in "
+        "memory at a time. `healing: {}` takes the settings as they are. Default: no healing.",
+    )
     baselines: list[Baseline] = Field(
         [],
         description="Also make, on the same tokens: 'pruned' (the final shape in one cut, no training), 'paper' (the same stages "
-        "with pruning.method slimqwen-paper), 'paper_pruned' (its final shape in one cut, no training), "
+        "by the paper's criteria), 'paper_pruned' (its final shape in one cut, no training), "
         "'random_init' (the final shape from random weights + KD), 'lm_only' (the same cuts, no teacher). None of them is healed.",
     )
     evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Measuring the result.")

@@ -262,7 +262,9 @@ def flops_per_token(recipe: Recipe, plans: list[Plan], run: str, stage: int) -> 
     if not plans:
         return None
     student = plans[-1 if run == "random_init" else min(stage, len(plans)) - 1].after
-    has_teacher = run != "lm_only" and {"kd", "mtp_kd"} & set(recipe.distil.terms) and recipe.distil.teacher == "live"
+    has_teacher = (
+        run != "lm_only" and {"kd", "mtp_kd"} & set(recipe.distil.terms) and recipe.distil.teacher.kind == "live"
+    )
     teacher = plans[0].before.active_without_input_embedding if has_teacher else 0
     return training_flops(2 * student.active_without_input_embedding, 2 * teacher)
 

@@ -69,26 +69,26 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     calibrated_on = list(sources) or mixed or [TRAINING_TEXT]
     if recipe.pruning.source_weights is not None:
         check_source_weights(recipe.pruning.source_weights, calibrated_on)
-    if recipe.pruning.healing is not None:
-        check_samples(recipe.pruning.healing.samples, len(calibrated_on))
+    if recipe.healing is not None:
+        check_samples(recipe.healing.samples, len(calibrated_on))
     check_companions(teacher)
     resolve_device(recipe.execution.device)
     check_loggers(recipe.execution.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
-    check_optimizer(recipe.distil, source)
-    if recipe.distil.optimizer_state == "carry" and recipe.pruning.width == WidthCriterion.ROTATION:
+    check_optimizer(recipe.distil.optimizer, source)
+    if recipe.distil.optimizer.at_cut == "carry" and recipe.pruning.width == WidthCriterion.ROTATION:
         raise UserError(
-            "moments cannot follow a rotation of the weights: set distil.optimizer_state: reset, or pruning.width: "
+            "moments cannot follow a rotation of the weights: set distil.optimizer.at_cut: reset, or pruning.width: "
             "norm_activation."
         )
-    if recipe.distil.is_taught and recipe.distil.teacher == "cache":
+    if recipe.distil.is_taught and recipe.distil.teacher.kind == "cache":
         if recipe.execution.bad_steps.action == "roll_back":
             raise UserError(
                 "execution.bad_steps 'roll_back' goes on to later rows of the text, and of these a run with distil.teacher 'cache' "
                 "keeps no teacher's word: choose stop or skip, or teacher: live."
             )
-        check_teacher(recipe.teacher_cache, source, with_mtp=recipe.distil.is_taught_by_mtp)
-        check_temperature(recipe.distil, recipe.teacher_cache.top_k, source.config["vocab_size"])
+        check_teacher(recipe.distil.teacher, source, with_mtp=recipe.distil.is_taught_by_mtp)
+        check_temperature(recipe.distil, recipe.distil.teacher.top_k, source.config["vocab_size"])
     random = recipe.init == "random" or "random_init" in recipe.baselines
     if random and any(spec.part == "vision" for spec in source.specs.values()):
         raise UserError(
@@ -223,7 +223,7 @@ def notes_of_calibration(recipe: Recipe) -> list[str]:
     None for the built-in teacher, which was trained on nothing else.
     """
     pruning, sources = recipe.pruning, recipe.calibration.sources or recipe.data.sources
-    learns = pruning.repair or pruning.experts.refit or pruning.healing is not None
+    learns = pruning.refit_readers or pruning.refit_outputs or recipe.healing is not None
     if len(sources) != 1 or not learns or recipe.init == "random" or recipe.teacher == BUILTIN_TEACHER:
         return []
     name = next(iter(recipe.calibration.sources), None) or describe(recipe.data.sources[0])

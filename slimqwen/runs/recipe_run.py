@@ -32,7 +32,7 @@ from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.kept import check_kept_folder
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import Execution, PruningRecipe, Recipe
+from slimqwen.recipe import Execution, Recipe
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.parentage import Parentage, parentage_of
 from slimqwen.reporting.report import report
@@ -182,8 +182,8 @@ class Pipeline:
             return follow_schedule(variant, stages, store, tokens=tokens, statistics=statistics, **options).last
 
         random = recipe.model_copy(update={"init": "random"})
-        unhealed = with_pruning(recipe, recipe.pruning.model_copy(update={"healing": None}))  # which is training
-        published = with_pruning(recipe, recipe.pruning.as_published())
+        unhealed = recipe.model_copy(update={"healing": None})  # which is training
+        published = unhealed.model_copy(update={"pruning": recipe.pruning.as_published()})
         untaught = unhealed.model_copy(update={"distil": recipe.distil.model_copy(update={"terms": ["lm", "mtp_lm"]})})
         at_once, itself = in_one_stage(self.stages, "one_shot"), in_one_stage(self.stages, "")
         models = {"teacher": self.teacher, MAIN_RUN: made(recipe, self.stages)}
@@ -213,11 +213,6 @@ class Pipeline:
         rates = {name: rate for name, rate in read_learning_rates(self.run_dir).items() if name.startswith("stage-")}
         card = model_card(self.recipe, self.parentage, evaluation, self.command, made_from, benchmarks, rates)
         return self.store.get(Finishing(trained, self.teacher, card))
-
-
-def with_pruning(recipe: Recipe, pruning: PruningRecipe) -> Recipe:
-    """Return the recipe with other criteria."""
-    return recipe.model_copy(update={"pruning": pruning})
 
 
 @dataclass(frozen=True)

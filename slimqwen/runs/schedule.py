@@ -61,7 +61,7 @@ def follow_schedule(
     teacher = checkpoint_folder(recipe.teacher)
     source = Checkpoint(teacher)
     cache = None
-    if trains and recipe.distil.is_taught and recipe.distil.teacher == "cache":
+    if trains and recipe.distil.is_taught and recipe.distil.teacher.kind == "cache":
         cache = store.get(TeacherCaching(recipe, tokens, stages[-1].span.total_steps))
     checkpoint, start, metrics = teacher, None, []
     for stage in stages:
@@ -73,7 +73,7 @@ def follow_schedule(
             if stage is not stages[0] or statistics is None:
                 statistics = here.get(Calibrating(recipe, checkpoint, tokens))
             student, plan = cut(recipe, checkpoint, statistics, here, tokens=tokens, target=stage.target)
-            if stage is not stages[0] and recipe.distil.optimizer_state == "carry":
+            if stage is not stages[0] and recipe.distil.optimizer.at_cut == "carry":
                 moments = Lazy(Carrying(checkpoint, plan), here)
         if len(stages) == 1:
             start = student
@@ -100,8 +100,8 @@ def cut(
         depth = store.get(DepthMeasuring(recipe, checkpoint, statistics, tokens, target))
     plan = store.get(Planning(recipe, checkpoint, statistics, target, depth))
     last = store.get(Pruning(checkpoint, plan))
-    if pruning.experts.refit and not cuts_only_channels(source, Plan.load(plan)):
+    if pruning.refit_outputs and not cuts_only_channels(source, Plan.load(plan)):
         last = store.get(Refitting(recipe, last, checkpoint, plan, tokens))
-    if pruning.healing is not None:
+    if recipe.healing is not None:
         last = store.get(Healing(recipe, last, checkpoint, plan, tokens))
     return last, plan

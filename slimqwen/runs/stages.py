@@ -16,7 +16,7 @@ from slimqwen.depth.measure import measure_depth
 from slimqwen.healing.heal import heal
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DataRecipe, Execution, HealingRecipe, PruningRecipe, Recipe, Target, WidthCriterion
+from slimqwen.recipe import DataRecipe, Execution, HealingRecipe, Recipe, Target, WidthCriterion
 from slimqwen.refit.refit import repair
 from slimqwen.runs.stage import Stage
 from slimqwen.teacher_cache.write import write_teacher_cache
@@ -75,7 +75,7 @@ class TeacherCaching(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"teacher_cache": self.recipe.teacher_cache, **self._settings}
+        return {"teacher_cache": self.recipe.distil.teacher, **self._settings}
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class TeacherCaching(Stage):
         }
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
-        teacher, recipe = checkpoint_folder(self.recipe.teacher), self.recipe.teacher_cache
+        teacher, recipe = checkpoint_folder(self.recipe.teacher), self.recipe.distil.teacher
         settings = {"recipe": recipe, "execution": execution, **self._settings}
         write_teacher_cache(teacher, out, tokens=self.tokens, title=title, **settings)
 
@@ -147,7 +147,7 @@ class DepthMeasuring(Stage):
         return {
             **text_settings(recipe),
             "num_hidden_layers": self.target.num_hidden_layers,
-            "refit": recipe.pruning.experts.refit,
+            "refit": recipe.pruning.refit_outputs,
             "samples": max(recipe.calibration.depth_samples, len(sources)),
         }
 
@@ -182,12 +182,7 @@ class Planning(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"target": self.target, "pruning": self._criteria}
-
-    @property
-    def _criteria(self) -> PruningRecipe:
-        """The criteria without what comes after the plan, which is then the same plan."""
-        return self.recipe.pruning.model_copy(update={"healing": None})
+        return {"target": self.target, "pruning": self.recipe.pruning}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         plan(
@@ -195,7 +190,7 @@ class Planning(Stage):
             out,
             statistics=self.statistics,
             target=self.target,
-            pruning=self._criteria,
+            pruning=self.recipe.pruning,
             depth=self.depth,
         )
 
@@ -281,8 +276,8 @@ class Healing(Stage):
 
     @property
     def _settings(self) -> HealingRecipe:
-        assert self.recipe.pruning.healing is not None
-        return self.recipe.pruning.healing
+        assert self.recipe.healing is not None
+        return self.recipe.healing
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         heal(

@@ -147,7 +147,7 @@ class Distilling(Stage):
 
     def scratch_of(self, out: Path) -> Sequence[Path]:
         span = self.stage.span
-        is_carried_on = self.recipe.distil.optimizer_state == "carry" and span.end_step < span.total_steps
+        is_carried_on = self.recipe.distil.optimizer.at_cut == "carry" and span.end_step < span.total_steps
         return () if is_carried_on else [state_folder_of(out)]
 
 

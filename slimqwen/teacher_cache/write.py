@@ -20,7 +20,7 @@ from slimqwen.losses.head import Logits
 from slimqwen.losses.loss import align
 from slimqwen.losses.signal import TopTokens
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.recipe import DocumentBoundaries, Execution, TeacherCacheRecipe
+from slimqwen.recipe import DocumentBoundaries, Execution, TeacherRecipe
 from slimqwen.teacher_cache.folder import (
     MANIFEST,
     Array,
@@ -70,7 +70,7 @@ def write_teacher_cache(
     out: Path,
     *,
     tokens: Path,
-    recipe: TeacherCacheRecipe,
+    recipe: TeacherRecipe,
     sequence_length: int,
     documents: DocumentBoundaries = "packed",
     with_mtp: bool = False,
@@ -144,11 +144,11 @@ def _write_all(
                 _write(cache, predictor, title if cache.out == out else f"{title} {cache.out.name}")
 
 
-def check_teacher(recipe: TeacherCacheRecipe, teacher: Checkpoint, with_mtp: bool) -> None:
+def check_teacher(recipe: TeacherRecipe, teacher: Checkpoint, with_mtp: bool) -> None:
     """Raise UserError for a distribution that the teacher does not have."""
     if recipe.top_k > teacher.config["vocab_size"]:
         raise UserError(
-            f"teacher_cache.top_k {recipe.top_k:,} is more than the {teacher.config['vocab_size']:,} tokens in the vocabulary of "
+            f"distil.teacher.top_k {recipe.top_k:,} is more than the {teacher.config['vocab_size']:,} tokens in the vocabulary of "
             f"{teacher.folder}: the vocabulary's size keeps everything."
         )
     if with_mtp and not teacher.has_mtp:
@@ -190,7 +190,7 @@ def _announce(caches: list[Cache], out: Path, title: str) -> None:
     if left > free:
         raise StageFailed(
             f"{bytes_in_words(left)} are to be written to {out}, and {bytes_in_words(free)} are free: make room, write to "
-            "another disk, or lower teacher_cache.top_k or the number of sequences."
+            "another disk, or lower distil.teacher.top_k or the number of sequences."
         )
 
 

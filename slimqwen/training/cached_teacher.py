@@ -110,9 +110,9 @@ def open_teacher_cache(
 
 def check_temperature(recipe: DistilRecipe, top_k: int, vocab_size: int) -> None:
     """Raise UserError for a temperature other than 1 where the cache does not hold whole distributions."""
-    if recipe.temperature != 1.0 and top_k < vocab_size:
+    if recipe.divergence.temperature != 1.0 and top_k < vocab_size:
         raise UserError(
-            f"distil.temperature {recipe.temperature:g} needs the teacher's whole distribution, and its cache keeps the "
+            f"distil.divergence.temperature {recipe.divergence.temperature:g} needs the teacher's whole distribution, and its cache keeps the "
             f"{top_k:,} most likely tokens and the sum of the others: use temperature 1, or teacher: live."
         )
 

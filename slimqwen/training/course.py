@@ -9,8 +9,6 @@ from math import ceil, floor
 
 from slimqwen.recipe import DistilRecipe, Duration
 
-DEFAULT_WARMUP_STEPS = 2000  # the paper's
-
 
 @dataclass(frozen=True)
 class Level:
@@ -82,10 +80,9 @@ def course_of(recipe: DistilRecipe, sequence_length: int, total_steps: int | Non
     levels = _batch_levels(recipe, sequence_length)
     if total_steps is None:
         total_steps = floor(_steps_before(levels, recipe.tokens // sequence_length))
-    if recipe.warmup_tokens is not None:
-        warmup_steps = ceil(_steps_before(levels, Fraction(recipe.warmup_tokens, sequence_length)))
-    else:
-        warmup_steps = DEFAULT_WARMUP_STEPS if recipe.warmup_steps is None else recipe.warmup_steps
+    warmup_steps = int(recipe.warmup.amount)
+    if recipe.warmup.unit == "tokens":
+        warmup_steps = ceil(_steps_before(levels, Fraction(warmup_steps, sequence_length)))
     return Course(levels, sequence_length, total_steps, warmup_steps)
 
 

@@ -118,13 +118,13 @@ def distil(
     checkpoint = Checkpoint(student)
     manifest = load_manifest(tokens)
     check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
-    is_live = recipe.is_taught and recipe.teacher == "live"
+    is_live = recipe.is_taught and recipe.teacher.kind == "live"
     teacher_checkpoint = Checkpoint(teacher) if is_live and teacher is not None else None
     check_companions(student)
     check_terms(recipe, checkpoint, teacher_checkpoint)
     check_loggers(execution.loggers)
     if moments is not None:
-        check_moments(moments, checkpoint, recipe)
+        check_moments(moments, checkpoint, recipe.optimizer)
     heldout = HeldOut.of(execution, tokens, sequence_length, documents)
     if span is None:
         steps = total_steps(recipe, sequence_length)
@@ -133,7 +133,7 @@ def distil(
     torch_device = resolve_device(execution.device)
     with join_ranks(torch_device, execution.shard_ranks, execution.expert_ranks) as ranks:
         check_batch(recipe, ranks)
-        check_optimizer(recipe, checkpoint, ranks.size)
+        check_optimizer(recipe.optimizer, checkpoint, ranks.size)
         for read in (checkpoint, teacher_checkpoint):
             if read is not None and ranks.experts_mesh is not None:
                 check_expert_ranks(read, ranks.experts_mesh["expert"].size())
@@ -294,7 +294,7 @@ def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint |
         raise UserError(
             f"{student.folder} has no MTP module, and distil.terms has nothing else to train: add lm or kd."
         )
-    if not recipe.is_taught or recipe.teacher == "cache":  # which `open_teacher_cache` checks
+    if not recipe.is_taught or recipe.teacher.kind == "cache":  # which `open_teacher_cache` checks
         return
     if teacher is None:
         raise UserError(

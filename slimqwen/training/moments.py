@@ -24,7 +24,7 @@ from slimqwen.families.family import Config, Family, Layout, TensorSpec
 from slimqwen.parallel.sharded_checkpoint import fill_own
 from slimqwen.planning.plan import Plan
 from slimqwen.pruning.planned import planned_cut
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import OptimizerRecipe
 from slimqwen.training.state import saved_states
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -96,7 +96,7 @@ def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "m
     saved = saved_states(states)
     if not saved:
         raise UserError(
-            f"{states} has no training state, which `slimqwen distil --keep-state` and a recipe's distil.optimizer_state: carry "
+            f"{states} has no training state, which `slimqwen distil --keep-state` and a recipe's distil.optimizer.at_cut: carry "
             f"leave there: train {trained} again, or train on without moments."
         )
     source, chosen = Checkpoint(trained), Plan.load(plan)
@@ -111,10 +111,10 @@ def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "m
     return out
 
 
-def check_moments(folder: Path, student: Checkpoint, recipe: DistilRecipe) -> None:
+def check_moments(folder: Path, student: Checkpoint, settings: OptimizerRecipe) -> None:
     """Raise UserError where `folder` does not hold moments of this student for AdamW."""
-    if recipe.optimizer != "adamw":
-        raise UserError(f"{folder} holds AdamW's moments, and distil.optimizer is {recipe.optimizer}: leave them out.")
+    if settings.kind != "adamw":
+        raise UserError(f"{folder} holds AdamW's moments, and distil.optimizer is {settings.kind}: leave them out.")
     if not (folder / STEPS_FILE).is_file():
         raise UserError(f"{folder} holds no moments: `slimqwen carry` writes them.")
     found, wanted = _stacked_shapes(Checkpoint(folder / MOMENTS[0])), _stacked_shapes(student)

@@ -13,7 +13,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.families import Config, Family
 from slimqwen.families.family import Layout, Part
 from slimqwen.model.model import MtpCausalLM
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import OptimizerRecipe
 
 EPS = 1e-8
 # Muon is for matrices that map hidden states to hidden states. Embeddings, lm_head and routers map from or to tokens and
@@ -37,7 +37,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    parameters: Mapping[str, Tensor], parts: Mapping[str, Part], recipe: DistilRecipe
+    parameters: Mapping[str, Tensor], parts: Mapping[str, Part], settings: OptimizerRecipe
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimiser, its state allocated as before the first step.
 
@@ -47,22 +47,23 @@ def build_optimizer(
     Args:
         parts: the part of the model that each parameter belongs to (`parts_of`).
     """
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    first, second = settings.betas
+    betas = (first, second)
     by_muon = {
         name: parameter
         for name, parameter in parameters.items()
-        if recipe.optimizer == "muon" and parts[name] in MUON_PARTS and parameter.dim() == 2
+        if settings.kind == "muon" and parts[name] in MUON_PARTS and parameter.dim() == 2
     }
     others = {name: parameter for name, parameter in parameters.items() if name not in by_muon}
     optimizers: list[torch.optim.Optimizer] = []
     if others:
-        groups = _group_parameters(others, parts, recipe)
-        if recipe.optimizer == "adamw_8bit":
+        groups = _group_parameters(others, parts, settings)
+        if settings.kind == "adamw_8bit":
             optimizers.append(import_adamw_8bit()(groups, betas=betas, eps=EPS))
         else:
             optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=EPS, fused=True))
     if by_muon:
-        optimizers.append(torch.optim.Muon(_group_parameters(by_muon, parts, recipe), adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(_group_parameters(by_muon, parts, settings), adjust_lr_fn="match_rms_adamw"))
     optimizer = optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(*optimizers)
     _allocate_state(optimizer)
     return optimizer
@@ -85,36 +86,36 @@ def parts_of(family: Family, config: Config) -> dict[str, Part]:
 
 
 def freeze_untrained(
-    model: MtpCausalLM, parts: Mapping[str, Part], recipe: DistilRecipe, *, with_mtp: bool
+    model: MtpCausalLM, parts: Mapping[str, Part], settings: OptimizerRecipe, *, with_mtp: bool
 ) -> dict[str, Tensor]:
     """Freeze the parameters whose `learning_rate_scale` is 0, and return the others by name."""
     trained = {}
     for name, parameter in model.tensors(with_mtp).items():
-        if _scale(recipe, parts[name]) == 0.0:
+        if _scale(settings, parts[name]) == 0.0:
             parameter.requires_grad_(False)
         else:
             trained[name] = parameter
     return trained
 
 
-def check_optimizer(recipe: DistilRecipe, student: Checkpoint, ranks: int = 1) -> None:
+def check_optimizer(settings: OptimizerRecipe, student: Checkpoint, ranks: int = 1) -> None:
     """Raise UserError for parts that the student lacks, and for an optimiser that is missing or does not support several ranks."""
     parts = set(parts_of(student.family, student.config).values())
     for setting in ("weight_decay_exempt", "learning_rate_scale"):
-        for part in getattr(recipe, setting):
+        for part in getattr(settings, setting):
             if part not in parts:
                 raise UserError(
-                    f"distil.{setting} names '{part}', which {student.folder} lacks: its parts are {', '.join(sorted(parts))}."
+                    f"distil.optimizer.{setting} names '{part}', which {student.folder} lacks: its parts are {', '.join(sorted(parts))}."
                 )
-    if all(_scale(recipe, part) == 0.0 for part in parts - {"vision"}):
+    if all(_scale(settings, part) == 0.0 for part in parts - {"vision"}):
         raise UserError(
-            "distil.learning_rate_scale is 0 for every part of the model: leave out one that is to be trained."
+            "distil.optimizer.learning_rate_scale is 0 for every part of the model: leave out one that is to be trained."
         )
-    if recipe.optimizer == "adamw_8bit":
+    if settings.kind == "adamw_8bit":
         import_adamw_8bit()
-    if recipe.optimizer != "adamw" and ranks > 1:  # PyTorch's Muon 2.13 cannot write its update into sharded matrices
+    if settings.kind != "adamw" and ranks > 1:  # PyTorch's Muon 2.13 cannot write its update into sharded matrices
         raise UserError(
-            f"distil.optimizer {recipe.optimizer} is for one device, and there are {ranks} ranks: choose adamw."
+            f"distil.optimizer {settings.kind} is for one device, and there are {ranks} ranks: choose adamw."
         )
 
 
@@ -128,19 +129,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
             group["lr"] = scaled
 
 
-def _scale(recipe: DistilRecipe, part: Part) -> float:
+def _scale(settings: OptimizerRecipe, part: Part) -> float:
     """Return a part's factor on the learning rate."""
-    return next((scale for name, scale in recipe.learning_rate_scale.items() if name == part), 1.0)
+    return next((scale for name, scale in settings.learning_rate_scale.items() if name == part), 1.0)
 
 
 def _group_parameters(
-    parameters: Mapping[str, Tensor], parts: Mapping[str, Part], recipe: DistilRecipe
+    parameters: Mapping[str, Tensor], parts: Mapping[str, Part], settings: OptimizerRecipe
 ) -> list[dict[str, Any]]:
     """Group the parameters by weight decay and factor on the learning rate."""
     groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
     for name, parameter in parameters.items():
-        decays = parameter.dim() >= 2 and parts[name] not in recipe.weight_decay_exempt
-        groups[recipe.weight_decay if decays else 0.0, _scale(recipe, parts[name])].append(parameter)
+        decays = parameter.dim() >= 2 and parts[name] not in settings.weight_decay_exempt
+        groups[settings.weight_decay if decays else 0.0, _scale(settings, parts[name])].append(parameter)
     return [
         {"params": members, "weight_decay": decay, "learning_rate_scale": scale}
         for (decay, scale), members in groups.items()

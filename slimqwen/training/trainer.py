@@ -90,13 +90,13 @@ class Trainer:
         self.ranks = ranks
         self.guard = Guard(execution.bad_steps.spike_factor)
         self.micro_batch_size = execution.micro_batch_size or recipe.batch_size
-        self.divergence = Divergence(recipe.divergence, recipe.temperature, recipe.jsd_beta)
+        self.divergence = Divergence(recipe.divergence.kind, recipe.divergence.temperature, recipe.divergence.beta)
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
         # Without an MTP term the MTP module gets no gradient: it does not change, and has no optimiser state.
         parts = parts_of(student.family, student.config)
-        self.parameters = freeze_untrained(student.model, parts, recipe, with_mtp=self.with_mtp)
+        self.parameters = freeze_untrained(student.model, parts, recipe.optimizer, with_mtp=self.with_mtp)
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = build_optimizer(self.parameters, parts, recipe)
+        self.optimizer = build_optimizer(self.parameters, parts, recipe.optimizer)
         self.average: Average | None = None
         if recipe.ema_decay is not None:
             self.average = Average(self.parameters.values(), self.optimizer, recipe.ema_decay)
@@ -141,7 +141,7 @@ class Trainer:
             sums = micro_sums if sums is None else sums + micro_sums
         assert sums is not None
 
-        grad_norm = clip_grad_norm(self.parameters.values(), recipe.max_grad_norm)
+        grad_norm = clip_grad_norm(self.parameters.values(), recipe.optimizer.max_grad_norm)
         loss_value, balance_value = self.ranks.total(losses).tolist()
         values = {
             "loss": loss_value,

@@ -117,7 +117,7 @@ def recipe_of(native: Mapping[str, Any]) -> dict[str, Any]:
         "distil": {
             "tokens": SEQUENCE_LENGTH * 2 * STEPS,
             "batch_size": 2,
-            "warmup_steps": 2,
+            "warmup": "2 steps",
             "learning_rate": LEARNING_RATE,
             "final_learning_rate": LEARNING_RATE / 10,
             "terms": ["lm", "kd", *(["mtp_lm", "mtp_kd"] if has_mtp else [])],

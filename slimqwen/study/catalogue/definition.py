@@ -61,7 +61,11 @@ def terms(*names: str) -> Changes:
 
 
 ALL_TERMS = terms("lm", "kd", "mtp_lm", "mtp_kd")
-PAPERS_WIDTH: Changes = {"pruning.width": "norm_activation", "pruning.compensate": False, "pruning.repair": False}
+PAPERS_WIDTH: Changes = {
+    "pruning.width": "norm_activation",
+    "pruning.compensate": False,
+    "pruning.refit_readers": False,
+}
 
 
 def at_both_rates(arm: Variation) -> list[Variation]:

@@ -27,7 +27,7 @@ def _experts(compression: str, importance: str, similarity: str, score: float) -
         "pruning.experts.compression": compression,
         "pruning.experts.importance": importance,
         "pruning.experts.similarity": similarity,
-        "pruning.experts.refit": False,
+        "pruning.refit_outputs": False,
     }
     return Variation(name, title, cut_along("num_experts", "num_experts_per_tok", **changes), paper={MEAN: score})
 
@@ -54,7 +54,7 @@ REFITTED = Variation(
         **{
             "pruning.experts.compression": "prune",
             "pruning.experts.importance": "soft_logits",
-            "pruning.experts.refit": True,
+            "pruning.refit_outputs": True,
         },
     ),
 )

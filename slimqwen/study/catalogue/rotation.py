@@ -22,7 +22,10 @@ WAYS: dict[str, tuple[str, Changes]] = {
     "compensated": ("+ compensation", {"pruning.compensate": True}),
     "rotated": ("rotation", ROTATED),
     "rotated_compensated": ("rotation + compensation", {**ROTATED, "pruning.compensate": True}),
-    "repaired": ("rotation + compensation + repair", {**ROTATED, "pruning.compensate": True, "pruning.repair": True}),
+    "repaired": (
+        "rotation + compensation + repair",
+        {**ROTATED, "pruning.compensate": True, "pruning.refit_readers": True},
+    ),
 }
 CUTS = {"12": Fraction(1, 8), "25": Fraction(1, 4), "37": Fraction(3, 8)}
 """Shares of the channels that are cut. The model is trained after the cut of the middle one."""
@@ -113,5 +116,5 @@ ROTATION = Definition(
             for budget, share in BUDGETS.items()
         ),
     ],
-    given={**PAPERS_WIDTH, "pruning.experts.refit": False},
+    given={**PAPERS_WIDTH, "pruning.refit_outputs": False},
 )

@@ -35,7 +35,7 @@ def _three_stages(first: str) -> Callable[[Recipe, Checkpoint], Changes]:
 
 DEPTH_FIRST: Changes = {"schedule": "depth_first"}
 LONGER_FIRST_STAGE: Changes = {"first_stage_token_fraction": 0.3}
-CARRIED: Changes = {"distil.optimizer_state": "carry"}
+CARRIED: Changes = {"distil.optimizer.at_cut": "carry"}
 
 
 def _two_stages(schedule: str, score: float, **changes: Any) -> Variation:

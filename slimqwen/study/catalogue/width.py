@@ -59,7 +59,8 @@ WIDTH = Definition(
             "rotation_repaired",
             "rotation, compensated, repaired (ours)",
             cut_along(
-                "hidden_size", **{"pruning.width": "rotation", "pruning.compensate": True, "pruning.repair": True}
+                "hidden_size",
+                **{"pruning.width": "rotation", "pruning.compensate": True, "pruning.refit_readers": True},
             ),
         ),
         Variation("layers_alone", "layers instead, equally many parameters", _equal_loss("num_hidden_layers")),
@@ -109,5 +110,5 @@ WIDTH = Definition(
             lower(KL, "experts_alone", "norm_activation"),
         ),
     ],
-    given={**PAPERS_WIDTH, "pruning.experts.refit": False},
+    given={**PAPERS_WIDTH, "pruning.refit_outputs": False},
 )
