@@ -27,7 +27,10 @@ from slimqwen.model.device import reproducible
 from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.recipe import DistilRecipe, PruningRecipe, Target
 from slimqwen.recipe.file import load_recipe
-from slimqwen.runs.store import Workshop
+from slimqwen.runs.checks import stages_of
+from slimqwen.runs.schedule import follow_schedule
+from slimqwen.runs.stages import Tokenizing
+from slimqwen.runs.store import ContentStore
 from slimqwen.study.variation import changed
 from slimqwen.training.distil import distil
 from slimqwen.training.learning_rate import FILE, RateChoice
@@ -50,13 +53,14 @@ class Bench:
         run_dir = json.dumps(str(out / "work"))
         recipe = load_recipe(DEMO_RECIPE, [f"run_dir={run_dir}", "schedule=one_shot", "baselines=[]"])
         recipe = changed(recipe, {"seed": seed, **STARTS[start]})
-        workshop = Workshop(recipe.run_dir, "benchmarks/learning_rate.py")
-        workshop.begin(recipe)
-        made = workshop.build(recipe, trains=False)
-        assert made.start is not None
-        self.out, self.student, self.seed = out, made.start, seed
-        self.tokens, self.length = workshop.tokens(recipe), recipe.data.sequence_length
+        store = ContentStore(recipe.run_dir, "benchmarks/learning_rate.py", recipe.execution)
+        store.begin(recipe)
         self.teacher_folder = checkpoint_folder(recipe.teacher)
+        self.tokens = store.get(Tokenizing(recipe.data, self.teacher_folder))
+        stages = stages_of(recipe, Checkpoint(self.teacher_folder))
+        made = follow_schedule(recipe, stages, store, tokens=self.tokens, trains=False)
+        self.out, self.student, self.seed = out, made.last, seed
+        self.length = recipe.data.sequence_length
         self.teacher = load(self.teacher_folder)
         self.rows = heldout_rows(self.tokens, self.length, measured_tokens)
         self.teacher_recording = self.record_model(self.teacher, self.teacher_folder)

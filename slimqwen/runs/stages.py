@@ -174,7 +174,7 @@ class Planning(Stage):
     depth: Path | None
 
     file = "plan.json"
-    revision = 1
+    revision = 2  # its criteria have the keys of today's recipe
 
     @property
     def inputs(self) -> Mapping[str, Any]:
