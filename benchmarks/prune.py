@@ -34,7 +34,7 @@ from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import group_experts
 from slimqwen.planning.plan import Plan
 from slimqwen.planning.width import kept_channels
-from slimqwen.recipe import PruningRecipe, Target
+from slimqwen.recipe import ExpertCompression, PruningRecipe, Target
 from slimqwen.shapes.target import completed, target_config
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "qwen3-next-80b-a3b.json"
@@ -62,7 +62,7 @@ def random_plan(source: Checkpoint, target: Target) -> Plan:
     experts = config["num_experts"]
     groups = {
         block: group_experts(
-            "partial",
+            ExpertCompression.PARTIAL,
             torch.rand(experts, generator=generator),
             torch.rand(experts, experts, generator=generator),
             target.num_experts,
