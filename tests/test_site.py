@@ -17,7 +17,7 @@ from mkdocs.exceptions import Abort
 
 import slimqwen
 from slimqwen.cli import app
-from slimqwen.recipe import DistilRecipe, PretrainRecipe, PruningRecipe, Recipe, Target
+from slimqwen.recipe import DistilFile, PretrainRecipe, PruningRecipe, Recipe, Target
 from slimqwen.recipe.file import describe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -183,7 +183,7 @@ def test_every_example_in_yaml_can_be_read(example: str, tmp_path: Path, capsys:
     """As a recipe, or some sections of one, or a target, or a section in a file of its own; without a warning."""
     values = yaml.safe_load(example)
     model = next(
-        model for model in (Recipe, Target, DistilRecipe, PruningRecipe) if set(values) <= set(model.model_fields)
+        model for model in (Recipe, Target, DistilFile, PruningRecipe) if set(values) <= set(model.model_fields)
     )
     if model is Recipe:
         values = {"run_dir": "run", "target": {"num_hidden_layers": 2}, "distil": {"tokens": 1_000_000}} | values
