@@ -1,5 +1,6 @@
 """Keys of recipes as version 0.1 had them: read as what they are now, with a warning for each."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,13 @@ def test_no_old_key_is_a_key_and_every_new_one_is() -> None:
     keys = {line.split(":")[0] for line in describe(Recipe).splitlines()}
     for row in RENAMED:
         assert row.old not in keys and row.new in keys, row
+
+
+def test_the_changelog_has_every_row() -> None:
+    changes = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
+    table = re.findall(r"^\| (`.+) \| `([\w.]+)`.* \|$", changes, flags=re.M)
+    told = {old: new for olds, new in table for old in re.findall(r"`([\w.]+)`", olds)}
+    assert told == {row.old: row.new for row in RENAMED}
 
 
 def test_a_recipe_of_old_keys_alone_is_the_new_one(tmp_path: Path) -> None:
