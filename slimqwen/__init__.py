@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from slimqwen.recipe import CalibrationRecipe as CalibrationRecipe
     from slimqwen.recipe import DistilRecipe as DistilRecipe
     from slimqwen.recipe import EvaluationRecipe as EvaluationRecipe
+    from slimqwen.recipe import Execution as Execution
     from slimqwen.recipe import PruningRecipe as PruningRecipe
     from slimqwen.recipe import Recipe as Recipe
     from slimqwen.recipe import Source as Source
@@ -33,6 +34,7 @@ _HOMES = {
     "CalibrationRecipe": "slimqwen.recipe",
     "DistilRecipe": "slimqwen.recipe",
     "EvaluationRecipe": "slimqwen.recipe",
+    "Execution": "slimqwen.recipe",
     "PruningRecipe": "slimqwen.recipe",
     "Recipe": "slimqwen.recipe",
     "Source": "slimqwen.recipe",
