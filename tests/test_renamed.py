@@ -9,7 +9,7 @@ import yaml
 
 from slimqwen.core.errors import UserError
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import DistilFile, PretrainRecipe, PruningRecipe, Recipe
+from slimqwen.recipe import DistilFile, DistilRecipe, PretrainRecipe, PruningRecipe, Recipe
 from slimqwen.recipe.file import describe, dump_recipe, load_recipe
 from slimqwen.recipe.renamed import RENAMED, SINCE, Renamed
 
@@ -168,6 +168,14 @@ def test_the_papers_method_is_its_criteria(tmp_path: Path, capsys: pytest.Captur
     assert alone == published.model_copy(update={"depth": "similarity"})
     with pytest.raises(UserError, match=f"pruning.method: is gone since {SINCE}"):
         recipe(tmp_path, put(needed(), "pruning.method", "paper"))
+
+
+def test_a_distil_section_alone_has_no_execution(tmp_path: Path) -> None:
+    (tmp_path / "distil.yaml").write_text("{tokens: 8, warmup_steps: 3, keep_states: 1}")
+    with pytest.raises(UserError, match=f"keep_states: is a key of the whole recipe since {SINCE}"):
+        load_recipe(tmp_path / "distil.yaml", model=DistilRecipe)
+    (tmp_path / "distil.yaml").write_text("{tokens: 8, warmup_steps: 3}")
+    assert str(load_recipe(tmp_path / "distil.yaml", model=DistilRecipe).warmup) == "3 steps"
 
 
 def test_what_is_a_section_of_its_own_now_is_refused_in_a_file_of_another(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def distil(
 
     rate = [] if learning_rate is None else [f"learning_rate={learning_rate}"]
     on = [] if device is None else [f"execution.device={device}"]
-    file = load_recipe(settings, [*(overrides or []), *rate, *on], model=DistilFile)
+    file = load_recipe(settings, [*(overrides or []), *rate, *on], model=DistilFile, quiet=rank() > 0)
     recipe, execution = file.settings(), file.execution
     result = run_stage(
         checkpoint_folder(student),

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from slimqwen.core import strict_yaml
-from slimqwen.recipe import DistilFile, PretrainRecipe, PruningRecipe, Recipe
+from slimqwen.recipe import DistilFile, DistilRecipe, PretrainRecipe, PruningRecipe, Recipe
 from slimqwen.recipe.pruning import PAPER
 
 SINCE = "0.2"
@@ -131,6 +131,7 @@ PREFIXES: Mapping[type[BaseModel], Mapping[str, str]] = {
     Recipe: {"": ""},
     PretrainRecipe: {"distil.": "training.", "data.": "data.", "device": "device", "execution.": "execution."},
     DistilFile: {"distil.": "", "execution.": "execution."},
+    DistilRecipe: {"distil.": ""},
     PruningRecipe: {"pruning.": ""},
 }
 
