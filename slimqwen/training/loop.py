@@ -94,8 +94,8 @@ def _open_states(trainer: Trainer, folder: Path) -> States:
     )
     if asynchronous and trainer.ranks.is_first:
         say(
-            "states are written while training goes on, from a copy in the host's memory of "
-            f"{bytes_in_words(states.copy_bytes)} per process; execution.async_save: false does without"
+            f"states are written while training goes on, from a copy of {bytes_in_words(states.copy_bytes)} in each process's "
+            "memory; execution.async_save: false avoids the copy"
         )
     return states
 
