@@ -13,6 +13,7 @@ from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families.axes import Axis
 from slimqwen.families.family import Block
 from slimqwen.model.experts import OBSERVED_EXPERTS, ExpertsObserver
+from slimqwen.model.internals import computed_by
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.model.routing import Routing
 
@@ -129,13 +130,11 @@ def _observed_experts(model: MtpCausalLM, block: Block, statistics: Statistics, 
             logits = Routing(*output).logits.float()
             add("logit_gram", logits.T @ logits)
 
-    usual = experts.config._experts_implementation
     hook = router.register_forward_hook(record)
     experts.slimqwen_observer = ExpertsObserver(add, watch)
-    experts.config._experts_implementation = OBSERVED_EXPERTS  # blocks share a config: the last to leave restores it
     try:
-        yield
+        with computed_by(OBSERVED_EXPERTS, experts):
+            yield
     finally:
-        experts.config._experts_implementation = usual
         del experts.slimqwen_observer
         hook.remove()

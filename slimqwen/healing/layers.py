@@ -17,10 +17,10 @@ from slimqwen.checkpoint.config import read_json
 from slimqwen.healing.objective import Objective, PredictionError, StreamError
 from slimqwen.healing.weights import round_as_stored, stored_tensors, trainable_weights
 from slimqwen.layerwise.courses import Course
-from slimqwen.layerwise.experts import computed_by
 from slimqwen.layerwise.side_by_side import CHANGED, LayerProgress, Target
 from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Stream, moe_block
+from slimqwen.model.internals import computed_by
 from slimqwen.model.kernels import BATCHED_EXPERTS
 from slimqwen.recipe import HealingRecipe
 from slimqwen.training.rate_search import FACTOR, lowest_point, next_exponent

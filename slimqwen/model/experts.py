@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from slimqwen.core.stopwatch import Stopwatch
+from slimqwen.model.internals import apply_gate, grouped_linear
 
 OBSERVED_EXPERTS = "slimqwen_observed"
 STREAMED_EXPERTS = "slimqwen_streamed"
@@ -107,7 +108,7 @@ def each_expert(experts: Any, x: Tensor, pairs: Pairs) -> Iterator[tuple[int, sl
     else.
     """
     for expert, rows in pairs.by_expert():
-        neurons = experts._apply_gate(F.linear(x[pairs.tokens[rows]], experts.gate_up_proj[expert]))
+        neurons = apply_gate(experts, F.linear(x[pairs.tokens[rows]], experts.gate_up_proj[expert]))
         yield expert, rows, neurons, F.linear(neurons, experts.down_proj[expert]).float()
 
 
@@ -137,8 +138,8 @@ def one_by_one(experts: Any, x: Tensor, pairs: Pairs, observer: ExpertsObserver)
 def grouped(experts: Any, x: Tensor, pairs: Pairs, observer: ExpertsObserver) -> Tensor:
     """Compute all experts in two grouped products, as Transformers' `grouped_mm_experts_forward`: for a GPU."""
     offsets = pairs.counts.cumsum(0, dtype=torch.int32)
-    neurons = experts._apply_gate(_grouped_linear(x[pairs.tokens], experts.gate_up_proj, offsets))
-    outputs = _grouped_linear(neurons, experts.down_proj, offsets)
+    neurons = apply_gate(experts, grouped_linear(x[pairs.tokens], experts.gate_up_proj, offsets))
+    outputs = grouped_linear(neurons, experts.down_proj, offsets)
     with observer.watch:
         observer.add("gated_norm_sums", _per_expert(pairs.shares * outputs.float().norm(dim=-1), pairs))
         observer.add("output_sums", _per_expert(outputs.float(), pairs))

@@ -19,6 +19,7 @@ from slimqwen.core.warning import warn
 from slimqwen.families import Config, Family, family_of
 from slimqwen.families.axes import Sizes
 from slimqwen.families.family import Block, Layout, TensorSpec
+from slimqwen.model.internals import mark_as_initialised, set_experts_function
 from slimqwen.model.kernels import check_rows
 from slimqwen.model.mtp import MTP_PREFIX, MtpModule
 from slimqwen.model.native import build_backbone
@@ -70,9 +71,9 @@ class MtpCausalLM(nn.Module):
 
     def set_experts_implementation(self, name: str) -> None:
         """Choose how routed experts are computed (a key of Transformers' ALL_EXPERTS_FUNCTIONS), in both parts."""
-        self.backbone.config._experts_implementation = name
+        set_experts_function(self.backbone.config, name)
         if self.mtp is not None:
-            self.mtp.config._experts_implementation = name
+            set_experts_function(self.mtp.config, name)
 
     def module_of(self, tensor: str) -> nn.Module:
         """Return the module that owns a checkpoint tensor: 'model.norm.weight' -> backbone.model.norm."""
@@ -104,8 +105,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.d
     model = weightless(checkpoint, dtype, device)
     allocate(model, device)
     fill(model.held(), checkpoint)
-    for tensor in model.held().values():  # or Transformers draws them anew for whoever builds on the backbone
-        vars(tensor)["_is_hf_initialized"] = True
+    for tensor in model.held().values():
+        mark_as_initialised(tensor)
     model.backbone.generation_config = generation_config(folder, model.backbone)
     for module in model.modules():
         if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):  # routed experts

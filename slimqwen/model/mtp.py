@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from slimqwen.families import Family
+from slimqwen.model.internals import initialise
 
 MTP_PREFIX = "mtp."  # of the module's tensors in a checkpoint
 
@@ -38,7 +39,7 @@ class MtpModule(nn.Module):
         self.layers = nn.ModuleList([layer_class(self.config, 0)])
         self.norm = norm_class(hidden_size, eps=eps)
         for module in self.modules():
-            backbone._init_weights(module)
+            initialise(backbone, module)
 
     def forward(
         self,

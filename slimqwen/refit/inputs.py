@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimqwen.model.experts import Pairs
+from slimqwen.model.internals import apply_gate
 from slimqwen.refit.matrices import Network
 
 
@@ -81,5 +82,4 @@ def _identity(neurons: Tensor) -> Tensor:
 
 def _compute_expert_neurons(experts: Any, expert: int, hidden_states: Tensor) -> Tensor:
     weight = experts.gate_up_proj[expert]
-    neurons: Tensor = experts._apply_gate(F.linear(hidden_states.to(weight), weight))
-    return neurons
+    return apply_gate(experts, F.linear(hidden_states.to(weight), weight))

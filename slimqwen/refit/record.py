@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from slimqwen.families.family import TensorSpec
-from slimqwen.layerwise.experts import computed_by
 from slimqwen.layerwise.side_by_side import LayerProgress
 from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Stream, moe_block
+from slimqwen.model.internals import computed_by
 from slimqwen.refit.inputs import RecordedInputs, replaced_forward
 from slimqwen.refit.matrices import Network
 
