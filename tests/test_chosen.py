@@ -16,7 +16,15 @@ from slimqwen.calibration.statistics import Statistics
 from slimqwen.cli import app
 from slimqwen.planning.chosen import choice_text, plan_warnings
 from slimqwen.planning.plan import Plan, plan
-from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.recipe import (
+    CalibrationRecipe,
+    DepthCriterion,
+    ExpertImportance,
+    ExpertSimilarity,
+    PruningRecipe,
+    Target,
+    WidthCriterion,
+)
 
 SUPER, ITS_BLOCK = 3, "model.layers.1"
 
@@ -124,6 +132,31 @@ def test_the_width_is_said_with_what_it_keeps(planned: Callable[..., Plan]) -> N
     assert choice_text(planned(target={"num_experts": 6})).splitlines() == [
         f"outliers   {ITS_BLOCK}: expert {SUPER}, outputs far larger than the others'"
     ]
+
+
+@pytest.mark.parametrize("criterion", [c for c in DepthCriterion if c != DepthCriterion.MEASURED])
+def test_every_depth_criterion_that_needs_no_measurement_plans(
+    planned: Callable[..., Plan], criterion: DepthCriterion
+) -> None:
+    made = planned(target={"num_hidden_layers": 3}, depth=criterion)
+    assert len(made.kept_layers) == 3 and f"by {criterion.in_words}" in choice_text(made)
+
+
+@pytest.mark.parametrize("criterion", WidthCriterion)
+def test_every_width_criterion_plans(planned: Callable[..., Plan], criterion: WidthCriterion) -> None:
+    made = planned(target={"hidden_size": 24}, width=criterion)
+    assert len(made.kept["hidden"]) == 24
+    assert (f"by {criterion.in_words}" in choice_text(made)) == (criterion != WidthCriterion.ROTATION)
+
+
+@pytest.mark.parametrize("importance", ExpertImportance)
+@pytest.mark.parametrize("similarity", ExpertSimilarity)
+def test_every_expert_criterion_plans(
+    planned: Callable[..., Plan], importance: ExpertImportance, similarity: ExpertSimilarity
+) -> None:
+    made = planned({"importance": importance, "similarity": similarity, "compression": "merge"})
+    assert f"by {importance.in_words}, others merged ('merge')" in choice_text(made)
+    assert sorted(member for group in made.expert_groups[ITS_BLOCK] for member in group.members) == list(range(6))
 
 
 def test_the_papers_method_protects_nobody(planned: Callable[..., Plan]) -> None:
