@@ -22,6 +22,7 @@ from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Rows, Stream, Visitor, file_backed
 from slimqwen.layerwise.walk import walk_layers
 from slimqwen.model.model import load
+from slimqwen.recipe import Execution
 
 ROWS, SEQUENCE_LENGTH, HIDDEN_SIZE = 7, 8, 32
 CPU = torch.device("cpu")
@@ -41,13 +42,10 @@ def tokens(checkpoint: Checkpoint) -> Tensor:
 def stream_of(checkpoint: Checkpoint, tokens: Rows, **options: Any) -> Stream:
     allotment = allot(
         checkpoint,
-        parts=0,
+        Execution(device="cpu", batch_size=2, memory_budget=10**9),
         rows=ROWS,
         sequence_length=SEQUENCE_LENGTH,
-        batch_size=2,
-        budget_bytes=10**9,
         dtype=torch.float32,
-        device=CPU,
     )
     assert (allotment.rows_per_pass, allotment.rows_per_chunk) == (2, ROWS)
     return Stream(checkpoint, tokens, allotment, torch.float32, CPU, **options)

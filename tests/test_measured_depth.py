@@ -285,12 +285,10 @@ def walk_of(model: Measurable, folder: Path, rows: Tensor | None = None) -> Laye
     settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
     allotment = allot(
         source,
-        parts=0,
+        Execution(device="cpu", batch_size=2, memory_budget=10_000_000),
         rows=SAMPLES,
         sequence_length=SEQUENCE_LENGTH,
-        batch_size=2,
-        budget_bytes=10_000_000,
-        **settings,
+        dtype=torch.float32,
     )
     parts = [Part("text", row % 2) for row in range(SAMPLES)]
     return LayerDrops(Stream(source, rows, allotment, **settings), parts, folder, "walk")

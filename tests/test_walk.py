@@ -223,13 +223,11 @@ def test_a_budget_is_shared_out(checkpoint: Path) -> None:
     def allotted(budget_bytes: int) -> memory.Allotment:
         return allot(
             Checkpoint(checkpoint),
-            parts=2,
+            Execution(device="cpu", batch_size=8, memory_budget=budget_bytes),
             rows=64,
             sequence_length=SEQUENCE_LENGTH,
-            batch_size=8,
-            budget_bytes=budget_bytes,
             dtype=torch.float32,
-            device=torch.device("cpu"),
+            parts=2,
         )
 
     smallest, largest = allotted(1), allotted(10**9)
@@ -296,13 +294,11 @@ def test_a_memory_limit_lowers_the_budget(
         monkeypatch.setattr(memory, "limit_bytes", lambda: limit)
         return allot(
             Checkpoint(checkpoint),
-            parts=2,
+            Execution(device="cpu", batch_size=8, memory_budget=10**9),
             rows=64,
             sequence_length=SEQUENCE_LENGTH,
-            batch_size=8,
-            budget_bytes=10**9,
             dtype=torch.float32,
-            device=torch.device("cpu"),
+            parts=2,
             beside_bytes=beside_bytes,
         )
 

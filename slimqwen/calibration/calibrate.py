@@ -49,7 +49,7 @@ def calibrate(
         assert tokens is not None, "there is no text to calibrate on"
         sources = {TRAINING_TEXT: tokens}
     text = CalibrationText(sources, source, samples=recipe.samples, sequence_length=sequence_length, seed=seed)
-    text.say_what_is_short()
+    text.warn_where_short()
     statistics = Statistics(
         checkpoint=source.fingerprint(),
         data=text.fingerprint,
@@ -58,27 +58,15 @@ def calibrate(
     torch_device = resolve_device(execution.device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     announce_slow(source.family, source.config, torch_device)
-    streaming = execution.streaming
-    if streaming is None:
-        streaming = is_unfinished(out) or not fits(
-            source,
-            parts=len(text.tokens),
-            budget_bytes=execution.memory_budget,
-            dtype=torch_dtype,
-            device=torch_device,
-            second_moments=second_moments,
-        )
     with reproducible(torch_device):
-        if streaming:
+        if _is_streamed(source, text, out, execution, torch_dtype, second_moments):
             allotment = allot(
                 source,
-                parts=len(text.tokens),
-                rows=max(text.tokens.values()) // sequence_length,
+                execution,
+                rows=max(text.sections),
                 sequence_length=sequence_length,
-                batch_size=execution.batch_size,
-                budget_bytes=execution.memory_budget,
                 dtype=torch_dtype,
-                device=torch_device,
+                parts=len(text.sections),
                 second_moments=second_moments,
             )
             Walk(source, text, allotment, torch_dtype, torch_device, second_moments).run(statistics, out, title)
@@ -87,6 +75,27 @@ def calibrate(
         _all_layers_at_once(model, text, execution.batch_size, torch_device, statistics, second_moments, title)
     statistics.save(out)
     return statistics
+
+
+def _is_streamed(
+    source: Checkpoint,
+    text: CalibrationText,
+    out: Path,
+    execution: Execution,
+    dtype: torch.dtype,
+    second_moments: bool,
+) -> bool:
+    """Return whether to measure layer by layer: by choice, to finish what was begun so, or where the model does not fit."""
+    if execution.streaming is not None:
+        return execution.streaming
+    return is_unfinished(out) or not fits(
+        source,
+        parts=len(text.sections),
+        budget_bytes=execution.memory_budget,
+        dtype=dtype,
+        device=resolve_device(execution.device),
+        second_moments=second_moments,
+    )
 
 
 def _all_layers_at_once(

@@ -1,6 +1,7 @@
 """The sequences that calibration measures on: rows of every source, even and odd ones apart."""
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ TRAINING_TEXT = "training"  # the name of the one source where a recipe names no
 
 
 class CalibrationText:
-    """`samples` sequences, spread evenly over `sources` (name -> folder written by `slimqwen tokens`).
+    """`samples` sequences, spread evenly over `sources`: folders written by `slimqwen tokens` by their names, or the one.
 
     Of each source they are the first ones of the training order of `seed`, so distillation on it sees them too. Where
     samples do not divide evenly the first sources have one more.
@@ -31,8 +32,16 @@ class CalibrationText:
     """
 
     def __init__(
-        self, sources: Mapping[str, Path], checkpoint: Checkpoint, *, samples: int, sequence_length: int, seed: int
+        self,
+        sources: Path | Mapping[str, Path],
+        checkpoint: Checkpoint,
+        *,
+        samples: int,
+        sequence_length: int,
+        seed: int,
     ) -> None:
+        if isinstance(sources, Path):
+            sources = {TRAINING_TEXT: sources}
         if samples > MOST_SAMPLES:
             raise UserError(
                 f"{samples:,} samples are more than the {MOST_SAMPLES:,} that can be counted: lower calibration.samples."
@@ -89,15 +98,20 @@ class CalibrationText:
             row -= count
         raise IndexError(row)
 
+    def read(self) -> "tuple[torch.Tensor, list[Part]]":
+        """Read all rows, int64 [rows, sequence_length + 1], and the part of each."""
+        import torch
+
+        batches = list(self.batches(max(self.sections)))
+        return torch.cat([rows for _, rows in batches]), [part for part, rows in batches for _ in rows]
+
     def batches(self, batch_size: int) -> Iterator[tuple[Part, "torch.Tensor"]]:
         """Yield every row once, `batch_size` rows of one part at a time, int64 [rows, sequence_length + 1]."""
-        first = 0
-        for part, count in zip(self.tokens, self.sections, strict=True):
-            for start in range(0, count, batch_size):
-                yield part, self[first + start : first + min(start + batch_size, count)]
-            first += count
+        for part, (first, end) in zip(self.tokens, pairwise(accumulate(self.sections, initial=0)), strict=True):
+            for start in range(first, end, batch_size):
+                yield part, self[start : min(start + batch_size, end)]
 
-    def say_what_is_short(self) -> None:
+    def warn_where_short(self) -> None:
         """Warn where a source has fewer sequences than are measured."""
         for name, stream in self._streams.items():
             if stream.rows_per_epoch < self._rows[name]:

@@ -10,15 +10,16 @@ What is missed least is not what the refit makes up for best. So the best sets o
 each as `slimqwen repair` would, and the KL on the other half decides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from slimqwen.artifacts import fingerprint_value, makes_file, scratch_folder, write_text
-from slimqwen.calibration.statistics import Statistics
-from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
+from slimqwen.calibration.statistics import Part, Statistics
+from slimqwen.calibration.text import CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.core.warning import warn
@@ -69,40 +70,14 @@ def measure_depth(
     Raises UserError for statistics of another checkpoint, and for a number of layers that is none to reach.
     """
     source = Checkpoint(checkpoint)
-    measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
-    layers = source.config["num_hidden_layers"]
-    if measured.checkpoint != source.fingerprint():
-        raise UserError(
-            f"the statistics were not measured on {checkpoint}, or by an earlier version of slimqwen: run `slimqwen calibrate` on it first."
-        )
-    if not 1 <= num_hidden_layers < layers:
-        raise UserError(f"{checkpoint} has {layers} layers, so 1 to {layers - 1} can stay, not {num_hidden_layers}.")
-    sums = measured.weighted()
-    influence = importance.block_influence(sums["layers/cosine_sums"], sums.tokens["main"]).tolist()
-    sources = {TRAINING_TEXT: tokens} if isinstance(tokens, Path) else tokens
-    text = CalibrationText(sources, source, samples=samples, sequence_length=sequence_length, seed=seed)
-    text.say_what_is_short()
-    batches = list(text.batches(execution.batch_size))
-    rows = torch.cat([batch for _, batch in batches])
-    parts = [part for part, batch in batches for _ in batch]
-    torch_device = resolve_device(execution.device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
-    allotment = allot(
-        source,
-        parts=0,
-        rows=len(rows),
-        sequence_length=sequence_length,
-        batch_size=execution.batch_size,
-        budget_bytes=execution.memory_budget,
-        dtype=torch_dtype,
-        device=torch_device,
-    )
-    measurable = unseen_rows(rows, parts)
-    if refit and not measurable.any():
-        warn(
-            "note: no sequence is left that a refit would not have seen, so the sets are chosen by the KL before it: raise --samples, "
-            "or give more text."
-        )
+    influence = _read_influence(source, statistics, num_hidden_layers)
+    text = CalibrationText(tokens, source, samples=samples, sequence_length=sequence_length, seed=seed)
+    text.warn_where_short()
+    rows, parts = text.read()
+    measurable = _rows_to_measure_a_refit(rows, parts) if refit else None
+    device = resolve_device(execution.device)
+    torch_dtype = resolve_dtype(dtype, device)
+    allotment = allot(source, execution, rows=len(rows), sequence_length=sequence_length, dtype=torch_dtype)
     made_from = [
         version("slimqwen"),
         source.fingerprint(),
@@ -112,25 +87,54 @@ def measure_depth(
         shortlist,
         refit,
     ]
-    settings = [allotment.rows_per_pass, allotment.rows_per_chunk, str(torch_dtype), torch_device.type]
+    settings = [allotment.rows_per_pass, allotment.rows_per_chunk, str(torch_dtype), device.type]
     rounds = out.with_name(f"{out.name}.rounds")
-    with (
-        scratch_folder(rounds, fingerprint_value([made_from, settings])) as folder,
-        reproducible(torch_device),
-        torch.inference_mode(),
-    ):
-        drops = LayerDrops(Stream(source, rows, allotment, torch_dtype, torch_device), parts, folder, title)
-        count = layers - num_hidden_layers
-        attention = source.family.attention_layers(source.config)
-        search = Search(influence, count, shortlist, attention, layers_at_once(source.config, count))
+    key = fingerprint_value([made_from, settings])
+    with scratch_folder(rounds, key) as folder, reproducible(device), torch.inference_mode():
+        drops = LayerDrops(Stream(source, rows, allotment, torch_dtype, device), parts, folder, title)
+        search = _search_of(source, influence, num_hidden_layers, shortlist)
         found = search.run(drops)
-        if refit and measurable.any():
+        if measurable is not None:
             found = [*found, *drops.measure_refitted(search.finalists(found), measurable)]
         result = MeasuredDepth(
             checkpoint=source.fingerprint(), data=text.fingerprint, tokens=rows[:, 1:].numel(), measured=found
         )
         write_text(out, result.model_dump_json(indent=1) + "\n")
     return result
+
+
+def _read_influence(source: Checkpoint, statistics: Path | Statistics, num_hidden_layers: int) -> list[float]:
+    """Return every layer's block influence. Raises UserError for other statistics, and a number of layers that cannot stay."""
+    measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
+    layers = source.config["num_hidden_layers"]
+    if measured.checkpoint != source.fingerprint():
+        raise UserError(
+            f"the statistics were not measured on {source.folder}, or by an earlier version of slimqwen: run `slimqwen calibrate` on it first."
+        )
+    if not 1 <= num_hidden_layers < layers:
+        raise UserError(f"{source.folder} has {layers} layers, so 1 to {layers - 1} can stay, not {num_hidden_layers}.")
+    sums = measured.weighted()
+    influence: list[float] = importance.block_influence(sums["layers/cosine_sums"], sums.tokens["main"]).tolist()
+    return influence
+
+
+def _rows_to_measure_a_refit(rows: Tensor, parts: Sequence[Part]) -> Tensor | None:
+    """Return the rows on which refits are measured, bool [rows]; warn, and return None, where there is none."""
+    measurable = unseen_rows(rows, parts)
+    if measurable.any():
+        return measurable
+    warn(
+        "note: no sequence is left that a refit would not have seen, so the sets are chosen by the KL before it: raise --samples, "
+        "or give more text."
+    )
+    return None
+
+
+def _search_of(source: Checkpoint, influence: Sequence[float], num_hidden_layers: int, shortlist: int) -> Search:
+    """Return the search for what to leave out for so many layers to stay."""
+    count = len(influence) - num_hidden_layers
+    attention = source.family.attention_layers(source.config)
+    return Search(influence, count, shortlist, attention, layers_at_once(source.config, count))
 
 
 def layers_at_once(config: Config, count: int) -> int:

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, scratch_folder
+from slimqwen.artifacts import fingerprint_value, makes_folder, scratch_folder
 from slimqwen.calibration.statistics import Part
-from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.core.errors import UserError
 from slimqwen.healing.layers import ARITHMETIC, Healing
 from slimqwen.model.device import reproducible
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution, HealingRecipe
-from slimqwen.refit.pair import Pair, write_changed
+from slimqwen.refit.pair import Pair
 
 HELD_FOR_GRADIENTS = 3  # times as much memory for activations as without gradients, about
 LEFT_OUT = 16  # of each source every 16th sequence is left out of the training
@@ -67,13 +66,7 @@ def heal(
         execution=passes,
         dtype=dtype,
     )
-    left_out = left_out_of(pair.parts)
-    in_training = training_of(pair.rows, left_out)
-    if not in_training.any():
-        raise UserError(
-            "healing leaves one sequence of each source out of its training, and this text has no other: give more of it, or "
-            "shorter sequences."
-        )
+    left_out, in_training = _split(pair)
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value(
         [version("slimqwen"), *pair.made_from, recipe.model_dump(mode="json"), *ARITHMETIC, LEFT_OUT]
@@ -91,10 +84,20 @@ def heal(
             rows_per_pass=pair.rows_per_pass,
         )
         changed = side_by_side.run(healing, folder, title)
-        with atomic_folder(out) as partial:
-            write_changed(pair.student, changed, partial)
-            copy_companions(student, partial)
+        pair.write(changed, out)
     return out
+
+
+def _split(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows that are left out and those to train on, bool [rows] both. Raises UserError where none is left."""
+    left_out = left_out_of(pair.parts)
+    in_training = training_of(pair.rows, left_out)
+    if not in_training.any():
+        raise UserError(
+            "healing leaves one sequence of each source out of its training, and this text has no other: give more of it, or "
+            "shorter sequences."
+        )
+    return left_out, in_training
 
 
 def check_samples(samples: int, sources: int) -> None:

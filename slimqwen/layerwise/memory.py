@@ -13,6 +13,8 @@ from slimqwen.core.progress import say
 from slimqwen.core.warning import warn
 from slimqwen.families.axes import Sizes, size
 from slimqwen.families.family import Block, Part, Table
+from slimqwen.model.device import resolve_device
+from slimqwen.recipe import Execution
 
 ADDED_AT_ONCE = 1 << 18  # numbers of a sum: PyTorch copies what it adds into the wider dtype first
 # Anonymous memory beside weights, sums and activations, measured: Python with PyTorch and Transformers; a name and a shape.
@@ -54,24 +56,27 @@ class Allotment:
 
 def allot(
     checkpoint: Checkpoint,
+    execution: Execution,
     *,
-    parts: int,
     rows: int,
     sequence_length: int,
-    batch_size: int,
-    budget_bytes: int,
     dtype: torch.dtype,
-    device: torch.device,
+    parts: int = 0,
     second_moments: bool = False,
     beside_bytes: int = 0,
 ) -> Allotment:
-    """Return as many rows at once as the budget for activations allows: at least 1, passes of at most `batch_size`.
+    """Return as many rows at once as `execution.memory_budget` allows: at least 1, passes of at most `execution.batch_size`.
 
-    On a CPU the budget is what the memory limit of this process leaves, where that is less: a limit, and not what is free at
-    the moment, so that the same command does the same. Where it leaves too little for one row, that is a warning.
+    The budget is for activations. On a CPU it is what the memory limit of this process leaves, where that is less: a limit,
+    and not what is free at the moment, so that the same command does the same. Where it leaves too little for one row, that
+    is a warning.
 
-    parts: how many are measured apart; rows: of the largest of them. beside_bytes: what the caller holds in memory meanwhile.
+    Args:
+        rows: of the text, or of the largest of its parts.
+        parts: how many of the text are measured apart, 0 where no statistics are.
+        beside_bytes: held in memory by the caller meanwhile.
     """
+    device, budget_bytes = resolve_device(execution.device), execution.memory_budget
     family, config = checkpoint.family, checkpoint.config
     sizes = family.sizes(config)
     steps = _steps(checkpoint)
@@ -97,7 +102,7 @@ def allot(
     in_experts = row * max(
         _held_by_experts(block, sizes, hidden, chosen) for block in layers if block.experts is not None
     )
-    rows_per_pass = int(min(batch_size, rows, max(1, budget_bytes // 2 // passing)))
+    rows_per_pass = int(min(execution.batch_size, rows, max(1, budget_bytes // 2 // passing)))
     left = budget_bytes - rows_per_pass * passing
     rows_per_chunk = int(min(rows, max(rows_per_pass, min(left // waiting, budget_bytes // in_experts))))
     allotment = replace(

@@ -6,15 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
-from slimqwen.calibration.statistics import Part
-from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
+from slimqwen.artifacts import atomic_folder
+from slimqwen.calibration.text import CalibrationText
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
-from slimqwen.checkpoint.writer import CheckpointWriter
+from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.core.progress import say
@@ -58,32 +57,20 @@ class Pair:
         check_belong_together(self.student, self.teacher, self.plan)
         self.projection = Projection(self.teacher, self.plan, plan if isinstance(plan, Path) else None)
         self.projection.check(self.student, self.teacher)
-        sources = {TRAINING_TEXT: tokens} if isinstance(tokens, Path) else tokens
-        text = CalibrationText(sources, self.student, samples=samples, sequence_length=sequence_length, seed=seed)
-        text.say_what_is_short()
-        batches = list(text.batches(execution.batch_size))
-        self.rows = torch.cat([batch for _, batch in batches])
-        self.parts: list[Part] = [part for part, batch in batches for _ in batch]
+        text = CalibrationText(tokens, self.student, samples=samples, sequence_length=sequence_length, seed=seed)
+        text.warn_where_short()
+        self.rows, self.parts = text.read()
         self.device = resolve_device(execution.device)
         self.dtype = resolve_dtype(dtype, self.device)
         self._allotments = [
-            allot(
-                checkpoint,
-                parts=0,
-                rows=len(self.rows),
-                sequence_length=sequence_length,
-                batch_size=execution.batch_size,
-                budget_bytes=execution.memory_budget,
-                dtype=self.dtype,
-                device=self.device,
-            )
+            allot(checkpoint, execution, rows=len(self.rows), sequence_length=sequence_length, dtype=self.dtype)
             for checkpoint in (self.student, self.teacher)
         ]
         self._text = text.fingerprint
 
     @property
     def made_from(self) -> list[Any]:
-        """All that the walk depends on."""
+        """Everything that the walk depends on."""
         return [
             FORMAT,
             self.student.fingerprint(),
@@ -107,6 +94,12 @@ class Pair:
             for checkpoint, allotment in zip((self.student, self.teacher), self._allotments, strict=True)
         )
         return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection.after)
+
+    def write(self, changed: Iterable[Path], out: Path) -> None:
+        """Write the student with the changed tensors in these files to the folder `out`, with what lies beside the weights."""
+        with atomic_folder(out) as partial:
+            write_changed(self.student, changed, partial)
+            copy_companions(self.student.folder, partial)
 
     def announce(self, folder: Path, title: str, scratch_sizes: int = 0) -> None:
         """Print what the work will take. Raises StageFailed where the disk is too small.

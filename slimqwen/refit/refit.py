@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import atomic_folder, fingerprint_value, makes_folder, scratch_folder
+from slimqwen.artifacts import fingerprint_value, makes_folder, scratch_folder
 from slimqwen.calibration.statistics import Part
-from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.model.device import reproducible
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution
 from slimqwen.refit.layers import RIDGE, SWEEPS, Refit
-from slimqwen.refit.pair import Pair, write_changed
+from slimqwen.refit.pair import Pair
 
 
 @makes_folder("student", "teacher", "tokens", "plan", kind="checkpoint")
@@ -64,9 +63,7 @@ def repair(
         pair.announce(folder, title, scratch_sizes=2)  # the networks' inputs, and what is to be explained
         stream, _, side_by_side = pair.side_by_side()
         refitted = side_by_side.run(Refit(stream, folds_of(pair.parts)), folder, title)
-        with atomic_folder(out) as partial:
-            write_changed(pair.student, refitted, partial)
-            copy_companions(student, partial)
+        pair.write(refitted, out)
     return out
 
 

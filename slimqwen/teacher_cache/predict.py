@@ -14,8 +14,9 @@ from slimqwen.core.progress import say
 from slimqwen.data.stream import Batch
 from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.stream import Stream
-from slimqwen.model.device import aligned
+from slimqwen.model.device import aligned, resolve_device
 from slimqwen.model.model import HiddenStates, load
+from slimqwen.recipe import Execution
 
 Advance = Callable[[int], None]
 
@@ -39,11 +40,13 @@ class InMemory(Predictor):
 
     passes = 1
 
-    def __init__(
-        self, checkpoint: Checkpoint, *, with_mtp: bool, batch_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._model = load(checkpoint.folder, dtype, device)
-        self._with_mtp, self._batch_size, self._device = with_mtp, batch_size, device
+    def __init__(self, checkpoint: Checkpoint, execution: Execution, *, with_mtp: bool, dtype: torch.dtype) -> None:
+        self._with_mtp, self._batch_size, self._device = (
+            with_mtp,
+            execution.batch_size,
+            resolve_device(execution.device),
+        )
+        self._model = load(checkpoint.folder, dtype, self._device)
         self.head = self._model.head
 
     def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
@@ -61,27 +64,22 @@ class LayerByLayer(Predictor):
     def __init__(
         self,
         checkpoint: Checkpoint,
+        execution: Execution,
         *,
         with_mtp: bool,
-        batch_size: int,
         sequences: int,
         sequence_length: int,
-        budget_bytes: int,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
-        """sequences: of a shard. budget_bytes: memory for activations beside the hidden states."""
-        self._batch_size = batch_size
+        """Allot the memory beside the hidden states of a shard of `sequences` sequences."""
+        self._batch_size, device = execution.batch_size, resolve_device(execution.device)
         held = (1 + with_mtp) * sequences * sequence_length * checkpoint.config["hidden_size"] * dtype.itemsize
         allotment = allot(
             checkpoint,
-            parts=0,
+            execution,
             rows=sequences,
             sequence_length=sequence_length,
-            batch_size=batch_size,
-            budget_bytes=budget_bytes,
             dtype=dtype,
-            device=device,
             beside_bytes=held,
         )
         no_text = torch.empty(0, sequence_length + 1, dtype=torch.int64)

@@ -195,28 +195,21 @@ def _announce(caches: list[Cache], out: Path, title: str) -> None:
 
 
 def _predictor(
-    checkpoint: Checkpoint,
-    execution: Execution,
-    manifest: CacheManifest,
-    device: torch.device,
-    dtype: torch.dtype,
+    checkpoint: Checkpoint, execution: Execution, manifest: CacheManifest, device: torch.device, dtype: torch.dtype
 ) -> Predictor:
     """Return the teacher, in memory where it fits and `execution` leaves it open."""
-    with_mtp, budget_bytes = "mtp" in manifest.heads, execution.memory_budget
-    streaming = execution.streaming
+    with_mtp, streaming = "mtp" in manifest.heads, execution.streaming
     if streaming is None:
-        streaming = not fits(checkpoint, dtype, device, budget_bytes)
+        streaming = not fits(checkpoint, dtype, device, execution.memory_budget)
     if not streaming:
-        return InMemory(checkpoint, with_mtp=with_mtp, batch_size=execution.batch_size, dtype=dtype, device=device)
+        return InMemory(checkpoint, execution, with_mtp=with_mtp, dtype=dtype)
     return LayerByLayer(
         checkpoint,
+        execution,
         with_mtp=with_mtp,
-        batch_size=execution.batch_size,
         sequences=min(manifest.sequences_per_shard, max(manifest.sequences, 1)),
         sequence_length=manifest.sequence_length,
-        budget_bytes=budget_bytes,
         dtype=dtype,
-        device=device,
     )
 
 
