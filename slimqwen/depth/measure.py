@@ -78,15 +78,8 @@ def measure_depth(
     device = resolve_device(execution.device)
     torch_dtype = resolve_dtype(dtype, device)
     allotment = allot(source, execution, rows=len(rows), sequence_length=sequence_length, dtype=torch_dtype)
-    made_from = [
-        version("slimqwen"),
-        source.fingerprint(),
-        text.fingerprint,
-        influence,
-        num_hidden_layers,
-        shortlist,
-        refit,
-    ]
+    measured = [source.fingerprint(), text.fingerprint, influence]
+    made_from = [version("slimqwen"), *measured, num_hidden_layers, shortlist, refit]
     settings = [allotment.rows_per_pass, allotment.rows_per_chunk, str(torch_dtype), device.type]
     rounds = out.with_name(f"{out.name}.rounds")
     key = fingerprint_value([made_from, settings])

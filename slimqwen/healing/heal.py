@@ -9,7 +9,7 @@ import torch
 from slimqwen.artifacts import fingerprint_value, makes_folder, scratch_folder
 from slimqwen.calibration.statistics import Part
 from slimqwen.core.errors import UserError
-from slimqwen.healing.layers import ARITHMETIC, Healing
+from slimqwen.healing.layers import ARITHMETIC, Healing, Split
 from slimqwen.model.device import reproducible
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution, HealingRecipe
@@ -66,7 +66,7 @@ def heal(
         execution=passes,
         dtype=dtype,
     )
-    left_out, in_training = _split(pair)
+    split = _split(pair)
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value(
         [version("slimqwen"), *pair.made_from, recipe.model_dump(mode="json"), *ARITHMETIC, LEFT_OUT]
@@ -75,21 +75,15 @@ def heal(
         pair.announce(folder, title)
         student_stream, teacher_stream, side_by_side = pair.side_by_side()
         healing = Healing(
-            student_stream,
-            teacher_stream,
-            recipe,
-            seed=seed,
-            left_out=left_out,
-            in_training=in_training,
-            rows_per_pass=pair.rows_per_pass,
+            student_stream, teacher_stream, recipe, seed=seed, split=split, rows_per_pass=pair.rows_per_pass
         )
         changed = side_by_side.run(healing, folder, title)
         pair.write(changed, out)
     return out
 
 
-def _split(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows that are left out and those to train on, bool [rows] both. Raises UserError where none is left."""
+def _split(pair: Pair) -> Split:
+    """Return the rows that are left out and those to train on. Raises UserError where there is none to train on."""
     left_out = left_out_of(pair.parts)
     in_training = training_of(pair.rows, left_out)
     if not in_training.any():
@@ -97,7 +91,7 @@ def _split(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
             "healing leaves one sequence of each source out of its training, and this text has no other: give more of it, or "
             "shorter sequences."
         )
-    return left_out, in_training
+    return Split(left_out, in_training)
 
 
 def check_samples(samples: int, sources: int) -> None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -38,6 +38,13 @@ ARITHMETIC = (WARMUP, BETAS, MAX_GRAD_NORM, FIRST_RATE, MOST_TRIALS, TRIAL, FEWE
 RATE = "rate.json"  # in the folder of each layer that is finished: where the search of the next layer begins
 
 
+class Split(NamedTuple):
+    """Rows of the text, bool [rows] both: to measure whether a layer has become better, and those that it is trained on."""
+
+    left_out: Tensor
+    in_training: Tensor
+
+
 class _Training:
     """The training of one layer: its weights and their start, its output for some rows, and the objective to lower."""
 
@@ -60,7 +67,6 @@ class Healing:
 
     A layer whose error on the rows left out did not fall stays as it was, and one that is where the teacher's is, to rounding.
 
-    left_out: rows to measure whether a layer has become better, bool [rows]; in_training: those that it is trained on.
     rows_per_pass: that go through a layer at once.
     """
 
@@ -71,8 +77,7 @@ class Healing:
         recipe: HealingRecipe,
         *,
         seed: int,
-        left_out: Tensor,
-        in_training: Tensor,
+        split: Split,
         rows_per_pass: int,
     ) -> None:
         self._student, self._teacher, self._recipe, self._seed = student, teacher, recipe, seed
@@ -81,8 +86,8 @@ class Healing:
         self._rows_per_pass = rows_per_pass
         self._rounding = max(UNCHANGED, torch.finfo(student.dtype).eps)
         self._seq: int = student.shape[1]
-        self._validation = left_out.nonzero()[:, 0]
-        self._training = in_training.nonzero()[:, 0]
+        self._validation = split.left_out.nonzero()[:, 0]
+        self._training = split.in_training.nonzero()[:, 0]
         self._steps = recipe.epochs * math.ceil(len(self._training) / recipe.batch_size)
 
     def passes(self, _course: Course) -> int:
