@@ -23,8 +23,8 @@ from slimqwen.losses.head import Logits
 from slimqwen.losses.loss import chunked_loss
 from slimqwen.losses.signal import LiveSignal, StoredSignal
 from slimqwen.model.model import load
-from slimqwen.teacher_cache.records import bytes_per_token, packed, unpacked
-from slimqwen.teacher_cache.write import CHUNK_TOKENS, most_likely
+from slimqwen.teacher_cache.records import bytes_per_token, pack, unpack
+from slimqwen.teacher_cache.write import CHUNK_TOKENS, select_most_likely
 
 SIZES = (8, 16, 32, 64, 128)
 
@@ -43,8 +43,8 @@ def measure(student: Recording, teacher: Recording, k: int) -> dict[str, float]:
     logits = Logits(teacher.head, CHUNK_TOKENS)
     tokens = tail = kl = coarse = 0.0
     for predictions, recorded in zip(student.predictions, teacher.predictions, strict=True):
-        top = most_likely(logits, recorded.hidden, k)
-        stored = StoredSignal(unpacked(packed(top, vocab, exact=False), vocab))
+        top = select_most_likely(logits, recorded.hidden, k)
+        stored = StoredSignal(unpack(pack(top, vocab, exact=False), vocab))
         sums = [
             chunked_loss(predictions, student.head, ONLY_MEASURED, teacher=signal, chunk_tokens=CHUNK_TOKENS)[1]
             for signal in (LiveSignal(recorded.hidden, teacher.head), stored)

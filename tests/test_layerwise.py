@@ -19,7 +19,7 @@ from slimqwen.core.errors import StageFailed
 from slimqwen.core.progress import Progress
 from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.step import Step
-from slimqwen.layerwise.stream import Rows, Stream, Visitor, file_backed
+from slimqwen.layerwise.stream import Rows, Stream, Visitor, create_file_backed
 from slimqwen.layerwise.walk import walk_layers
 from slimqwen.model.model import load
 from slimqwen.recipe import Execution
@@ -158,8 +158,8 @@ def test_hidden_states_in_a_file_are_written_through_and_read_back(
 
 
 def test_a_new_file_of_hidden_states_holds_zeros_whatever_lay_there(tmp_path: Path) -> None:
-    file_backed(tmp_path / "hidden", 2, 3).fill_(7.0)
-    assert torch.equal(file_backed(tmp_path / "hidden", 2, 3), torch.zeros(2, 3))
+    create_file_backed(tmp_path / "hidden", 2, 3).fill_(7.0)
+    assert torch.equal(create_file_backed(tmp_path / "hidden", 2, 3), torch.zeros(2, 3))
 
 
 def test_hidden_states_that_are_not_there_are_not_zeros(checkpoint: Checkpoint, tokens: Tensor, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_disk_without_room_for_hidden_states_is_one_sentence(tmp_path: Path, m
         walk_layers(
             tmp_path,
             1,
-            lambda _number, _before, after, _progress: file_backed(after / "hidden", 4) and None,
+            lambda _number, _before, after, _progress: create_file_backed(after / "hidden", 4) and None,
             tokens=1,
             title="walk",
             hidden_states=["hidden"],
@@ -189,7 +189,7 @@ def test_a_file_system_that_reserves_no_space_will_do(tmp_path: Path, monkeypatc
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    hidden = file_backed(tmp_path / "hidden", 2, 3)
+    hidden = create_file_backed(tmp_path / "hidden", 2, 3)
     hidden[1] = 5
     assert (tmp_path / "hidden").stat().st_size == 24
 

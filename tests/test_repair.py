@@ -37,7 +37,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.data.store import training_stream
 from slimqwen.families import Config
 from slimqwen.families.family import Layout
-from slimqwen.layerwise.courses import courses
+from slimqwen.layerwise.courses import pair_courses
 from slimqwen.planning.plan import cuts_only_channels
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
@@ -71,12 +71,12 @@ def test_courses_by_hand() -> None:
     """Layers 0, 1, 3 of 5: a layer before dropped ones ends where they do in the teacher, the last one at the teacher's end."""
     student: list[Any] = ["s0", "s1", "s3", "s mtp"]
     teacher: list[Any] = ["t0", "t1", "t2", "t3", "t4", "t mtp"]
-    paired = [(course.student, list(course.teacher)) for course in courses(student, teacher, [0, 1, 3])]
+    paired = [(course.student, list(course.teacher)) for course in pair_courses(student, teacher, [0, 1, 3])]
     assert paired == [("s0", ["t0"]), ("s1", ["t1", "t2"]), ("s3", ["t3", "t4"]), ("s mtp", ["t mtp"])]
 
 
 def test_courses_without_the_first_layer() -> None:
-    paired = [(one.student, list(one.teacher)) for one in courses(["s1", "s2"], ["t0", "t1", "t2"], [1, 2])]  # type: ignore[list-item]
+    paired = [(one.student, list(one.teacher)) for one in pair_courses(["s1", "s2"], ["t0", "t1", "t2"], [1, 2])]  # type: ignore[list-item]
     assert paired == [("s1", ["t0", "t1"]), ("s2", ["t2"])]
 
 

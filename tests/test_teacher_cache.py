@@ -33,7 +33,7 @@ from slimqwen.recipe import DistilRecipe, Source, TeacherRecipe
 from slimqwen.runs.recipe_run import run
 from slimqwen.teacher_cache import write
 from slimqwen.teacher_cache.folder import MANIFEST, TeacherCache
-from slimqwen.teacher_cache.records import bytes_per_token, packed, unpacked
+from slimqwen.teacher_cache.records import bytes_per_token, pack, unpack
 from slimqwen.teacher_cache.write import write_teacher_cache
 from slimqwen.training import distil as distil_stage
 from slimqwen.training.cached_teacher import open_teacher_cache
@@ -245,15 +245,15 @@ def test_ids_of_any_vocabulary_come_back(vocab_size: int) -> None:
     ids = torch.stack([torch.randperm(min(vocab_size, 100_000))[:k] for _ in range(rows)])
     ids[0, 0], ids[1, 1] = vocab_size - 1, 0
     top = TopTokens(ids, torch.full((rows, k), -2.0), torch.full((rows,), -1.13))
-    arrays = packed(top, vocab_size, exact=False)
+    arrays = pack(top, vocab_size, exact=False)
     assert sum(array.nbytes for array in arrays.values()) == rows * bytes_per_token(k, vocab_size, exact=False)
-    assert torch.equal(unpacked(arrays, vocab_size).ids, ids)
+    assert torch.equal(unpack(arrays, vocab_size).ids, ids)
 
 
 def test_what_is_read_is_a_distribution_as_near_as_it_says() -> None:
     teacher = Distribution.of(3 * torch.randn(500, 1000, generator=torch.Generator().manual_seed(0)).double())
     top = TopTokens.of(Distribution(teacher.log_probs, teacher.probs.clone()), 64)
-    found = unpacked(packed(top, 1000, exact=False), 1000)
+    found = unpack(pack(top, 1000, exact=False), 1000)
     total = found.log_probs.double().exp().sum(1) + found.log_tail.double().exp()
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
     assert (found.log_probs - top.log_probs).abs().max() < 2 / 4096
@@ -629,5 +629,5 @@ def test_a_run_that_learns_from_the_text_alone_writes_no_cache(tmp_path: Path) -
 def test_numpy_stays_out_of_the_ids() -> None:
     """uint16 has no place in torch's indexing: ids come as int64."""
     top = TopTokens(torch.tensor([[1, 0]]), torch.tensor([[-0.5, -1.5]]), torch.tensor([-1.75]))
-    arrays = packed(top, 2, exact=True)
-    assert arrays["log_probs"].dtype == np.float32 and unpacked(arrays, 2).ids.dtype == torch.int64
+    arrays = pack(top, 2, exact=True)
+    assert arrays["log_probs"].dtype == np.float32 and unpack(arrays, 2).ids.dtype == torch.int64

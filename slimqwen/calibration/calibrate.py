@@ -72,7 +72,7 @@ def calibrate(
             Walk(source, text, allotment, torch_dtype, torch_device, second_moments).run(statistics, out, title)
             return Statistics.load(out)
         model = load(checkpoint, torch_dtype, torch_device)
-        _all_layers_at_once(model, text, execution.batch_size, torch_device, statistics, second_moments, title)
+        _measure_in_memory(model, text, execution.batch_size, torch_device, statistics, second_moments, title)
     statistics.save(out)
     return statistics
 
@@ -98,7 +98,7 @@ def _is_streamed(
     )
 
 
-def _all_layers_at_once(
+def _measure_in_memory(
     model: MtpCausalLM,
     text: CalibrationText,
     batch_size: int,

@@ -29,7 +29,7 @@ def _layer_of(step: Step) -> Block:
     return next(block for block in step.blocks if block.recall is not None)
 
 
-def courses(student: Sequence[Step], teacher: Sequence[Step], kept_layers: Sequence[int]) -> list[Course]:
+def pair_courses(student: Sequence[Step], teacher: Sequence[Step], kept_layers: Sequence[int]) -> list[Course]:
     """Return each step of the student with the teacher's steps that it stands for: its own, and dropped ones.
 
     A layer before a gap stands for the layers in it, so that the next one has the input that it had in the teacher, and

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimqwen.core.progress import Progress
 from slimqwen.families.family import Block
-from slimqwen.layerwise.courses import Course, courses
+from slimqwen.layerwise.courses import Course, pair_courses
 from slimqwen.layerwise.stream import Stream
 from slimqwen.layerwise.walk import walk_layers
 
@@ -88,7 +88,7 @@ class SideBySide:
     ) -> None:
         self._student, self._teacher, self._projection = student, teacher, projection
         self._tokens = math.prod(student.shape[:2])
-        self._courses = courses(student.steps, teacher.steps, kept_layers)
+        self._courses = pair_courses(student.steps, teacher.steps, kept_layers)
 
     def run(self, change: LayerChange, folder: Path, title: str) -> list[Path]:
         """Change every layer; return the files with the changed tensors of each. What is finished in `folder` already is kept."""

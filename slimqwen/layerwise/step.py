@@ -64,7 +64,7 @@ def steps_of(model: MtpCausalLM) -> list[Step]:
     return steps
 
 
-def embeddings(model: MtpCausalLM, tokens: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def embed_tokens(model: MtpCausalLM, tokens: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the embeddings of tokens, [rows, seq, hidden], looked up where the table lies."""
     found: Tensor = model.backbone.get_decoder().embed_tokens(tokens)
     return found.to(device, dtype)
@@ -76,7 +76,7 @@ def _decode(decoder: nn.Module, hidden: Tensor, _tokens: Tensor) -> Tensor:
 
 
 def _draft(model: MtpCausalLM, mtp: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
-    following = embeddings(model, tokens[:, 1:], hidden.dtype, hidden.device)
+    following = embed_tokens(model, tokens[:, 1:], hidden.dtype, hidden.device)
     result: Tensor = mtp(hidden, following, model.backbone.get_decoder().rotary_emb)
     return result
 

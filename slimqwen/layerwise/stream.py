@@ -17,7 +17,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families.family import Block
 from slimqwen.layerwise.memory import Allotment
-from slimqwen.layerwise.step import Step, embeddings, steps_of
+from slimqwen.layerwise.step import Step, embed_tokens, steps_of
 from slimqwen.layerwise.weights import weights_of, without_weights
 from slimqwen.model.experts import STREAMED_EXPERTS
 from slimqwen.model.model import head_name
@@ -25,7 +25,7 @@ from slimqwen.model.model import head_name
 NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that cannot reserve space
 
 
-def file_backed(path: Path, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def create_file_backed(path: Path, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a tensor of zeros that lies in a new file: page cache, which the system takes back as it needs, and no memory.
 
     Raises OSError where the disk has no room for it: a mapped page without one would kill the process by SIGBUS.
@@ -133,7 +133,7 @@ class Stream:
 
     def create(self, path: Path) -> Tensor:
         """Create a file for hidden states, and return them, zeros."""
-        return file_backed(path, *self.shape, dtype=self._hidden_dtype)
+        return create_file_backed(path, *self.shape, dtype=self._hidden_dtype)
 
     def open(self, path: Path) -> Tensor:
         """Map the hidden states in a file, for reading: what is written to them does not reach it."""
@@ -143,7 +143,9 @@ class Stream:
     def embed(self, hidden: Tensor) -> Tensor:
         """Write what goes into the first layer to `hidden`, and return it."""
         for rows in self.passes():
-            hidden[rows] = embeddings(self.model, self.tokens[rows][:, :-1], self.dtype, hidden.device).to(hidden.dtype)
+            hidden[rows] = embed_tokens(self.model, self.tokens[rows][:, :-1], self.dtype, hidden.device).to(
+                hidden.dtype
+            )
         return hidden
 
     def advance(

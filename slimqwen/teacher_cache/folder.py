@@ -33,7 +33,7 @@ from slimqwen.core.regular_files import read_regular
 from slimqwen.data.packed import bin_path, idx_path
 from slimqwen.losses.signal import TopTokens
 from slimqwen.recipe import DocumentBoundaries, PositiveInt
-from slimqwen.teacher_cache.records import bytes_per_token, unpacked
+from slimqwen.teacher_cache.records import bytes_per_token, unpack
 
 MANIFEST = "manifest.json"
 OPEN_SHARDS = 256  # kept mapped at one time: a system allows some 65,000 mappings to a process
@@ -97,7 +97,7 @@ def shard_name(number: int) -> str:
 def write_shard(
     path: Path, sequences: Sequence[int], lengths: list[int], heads: Mapping[Head, Mapping[str, Array]]
 ) -> None:
-    """Write a shard atomically. lengths: predicted tokens of each sequence; heads: the arrays of `packed`, of all these tokens."""
+    """Write a shard atomically. lengths: predicted tokens of each sequence; heads: the arrays of `pack`, of all these tokens."""
     ends = np.cumsum(lengths, dtype=np.int64)
     arrays = {f"{head}.{name}": array for head, record in heads.items() for name, array in record.items()}
     digests = [_digest(array[end - n : end] for array in arrays.values()) for n, end in zip(lengths, ends, strict=True)]
@@ -166,7 +166,7 @@ class TeacherCache:
             a for arrays in heads.values() for a in arrays.values()
         ) != bytes(index["sha256"][row]):
             raise self._corrupt(number)
-        return {head: unpacked(arrays, self.manifest.vocab_size) for head, arrays in heads.items()}
+        return {head: unpack(arrays, self.manifest.vocab_size) for head, arrays in heads.items()}
 
     def _position(self, sequence: int) -> int | None:
         """Return the position among the sequences of this cache, or None."""

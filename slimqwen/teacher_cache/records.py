@@ -36,7 +36,7 @@ def bytes_per_token(k: int, vocab_size: int, exact: bool) -> int:
     return 2 * k + _high_bytes(k, vocab_size) + (4 if exact else 2) * k + 4
 
 
-def packed(top: TopTokens, vocab_size: int, exact: bool) -> dict[str, npt.NDArray[np.generic]]:
+def pack(top: TopTokens, vocab_size: int, exact: bool) -> dict[str, npt.NDArray[np.generic]]:
     """Pack into the arrays above, [tokens, per token]."""
     ids = top.ids.cpu().numpy()
     log_probs = top.log_probs.float().cpu().numpy()
@@ -52,8 +52,8 @@ def packed(top: TopTokens, vocab_size: int, exact: bool) -> dict[str, npt.NDArra
     }
 
 
-def unpacked(arrays: Arrays, vocab_size: int) -> TopTokens:
-    """Unpack what `packed` has packed, log-probabilities in float32."""
+def unpack(arrays: Arrays, vocab_size: int) -> TopTokens:
+    """Unpack what `pack` has packed, log-probabilities in float32."""
     low, steps = arrays["ids_low"].astype(np.int64), arrays["log_probs"]
     tokens, k = low.shape
     bits = np.arange(_high_bits(vocab_size))

@@ -33,7 +33,7 @@ from slimqwen.teacher_cache.folder import (
     write_shard,
 )
 from slimqwen.teacher_cache.predict import Advance, InMemory, LayerByLayer, Predictor, fits
-from slimqwen.teacher_cache.records import bytes_per_token, packed
+from slimqwen.teacher_cache.records import bytes_per_token, pack
 
 CHUNK_TOKENS = 1024  # whose logits exist at one time
 
@@ -99,7 +99,7 @@ def write_teacher_cache(
     sequence_bytes = sequence_length * len(heads) * bytes_per_token(recipe.top_k, vocab_size, recipe.exact)
     fingerprint = checkpoint.fingerprint()
     caches = []
-    for source, (stream, chosen) in _sources(tokens, sequence_length, seed, documents, sequences).items():
+    for source, (stream, chosen) in _read_sources(tokens, sequence_length, seed, documents, sequences).items():
         manifest = CacheManifest(
             teacher=fingerprint,
             dtype=str(torch_dtype).removeprefix("torch."),
@@ -138,7 +138,7 @@ def _write_all(
             pass
     caches = [cache for cache in caches if not cache.is_done]
     if caches:
-        predictor = _predictor(checkpoint, execution, caches[0].manifest, torch_device, torch_dtype)
+        predictor = _load_predictor(checkpoint, execution, caches[0].manifest, torch_device, torch_dtype)
         with torch.inference_mode(), reproducible(torch_device):
             for cache in caches:
                 _write(cache, predictor, title if cache.out == out else f"{title} {cache.out.name}")
@@ -155,7 +155,7 @@ def check_teacher(recipe: TeacherRecipe, teacher: Checkpoint, with_mtp: bool) ->
         raise UserError(f"{teacher.folder} has no MTP module whose predictions could be stored: leave them out.")
 
 
-def _sources(
+def _read_sources(
     tokens: Path, sequence_length: int, seed: int, documents: DocumentBoundaries, sequences: int | None
 ) -> dict[str | None, tuple[StoredRows, Sequence[int]]]:
     """Return for each source of a mixture, or the one text (None): its rows, and which of them to store (a range: all)."""
@@ -194,7 +194,7 @@ def _announce(caches: list[Cache], out: Path, title: str) -> None:
         )
 
 
-def _predictor(
+def _load_predictor(
     checkpoint: Checkpoint, execution: Execution, manifest: CacheManifest, device: torch.device, dtype: torch.dtype
 ) -> Predictor:
     """Return the teacher, in memory where it fits and `execution` leaves it open."""
@@ -229,12 +229,12 @@ def _write(cache: Cache, predictor: Predictor, title: str) -> None:
             for shard, file in zip(shards, files, strict=True):
                 if not file.exists():
                     rows = cache.stream.in_order(shard)
-                    write_shard(file, shard, *_records(rows, predictor, logits, manifest, progress.advance))
+                    write_shard(file, shard, *_compute_records(rows, predictor, logits, manifest, progress.advance))
         finished = manifest.model_copy(update={"shards": [shard_entry(file) for file in files]})
         write_json(folder / MANIFEST, finished.model_dump(mode="json"))
 
 
-def _records(
+def _compute_records(
     shard: Batch, predictor: Predictor, logits: Logits, manifest: CacheManifest, advance: Advance
 ) -> tuple[list[int], dict[Head, dict[str, Array]]]:
     """Return predicted tokens of each sequence, and each head's arrays of all of them."""
@@ -246,15 +246,15 @@ def _records(
         counted = aligned.main_mask.to(aligned.hidden.device)
         for head, states in (("main", aligned.hidden), ("mtp", aligned.mtp_hidden)):
             if head in manifest.heads and states is not None:
-                top = most_likely(logits, states[counted], manifest.top_k)
-                pieces[head].append(packed(top, manifest.vocab_size, manifest.exact))
+                top = select_most_likely(logits, states[counted], manifest.top_k)
+                pieces[head].append(pack(top, manifest.vocab_size, manifest.exact))
     return lengths, {
         head: {name: np.concatenate([piece[name] for piece in of_head]) for name in of_head[0]}
         for head, of_head in pieces.items()
     }
 
 
-def most_likely(logits: Logits, hidden: torch.Tensor, k: int) -> TopTokens:
+def select_most_likely(logits: Logits, hidden: torch.Tensor, k: int) -> TopTokens:
     """Return the k most likely tokens of each prediction, hidden [N, hidden]: computed as the live teacher's distributions are."""
     found = []
     for states in hidden.split(logits.chunk.shape[0]):
