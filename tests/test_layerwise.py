@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from tiny import write_tiny_checkpoint
 from torch import Tensor
 
+import slimqwen.layerwise
 from slimqwen.artifacts import make_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import StageFailed
@@ -221,3 +223,15 @@ def test_a_walk_continues_with_the_layer_under_way(tmp_path: Path, capsys: pytes
     assert [path.name for path in folders if (path / "hidden").exists()] == ["003"]
     assert "walk: 40/40 token-layers" in capsys.readouterr().err
     assert walk() == folders and len(taken) == 5  # all is there: nothing is taken again
+
+
+# One engine
+
+
+def test_no_other_room_takes_a_text_through_layers_by_itself() -> None:
+    """What puts a layer's weights in place is used by the room alone: others go through a Stream."""
+    parts_of_the_engine = re.compile(r"\b(weights_of|without_weights|steps_of|embed_tokens)\b")
+    for file in Path(slimqwen.layerwise.__path__[0]).parent.rglob("*.py"):
+        if file.parent.name != "layerwise":
+            imports = re.findall(r"from slimqwen\.layerwise[\w.]* import (\([^)]*\)|.*)", file.read_text())
+            assert not parts_of_the_engine.search(" ".join(imports)), file

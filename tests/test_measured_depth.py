@@ -125,13 +125,13 @@ def test_passes_by_hand() -> None:
 
 
 class Table:
-    """KLs by the layers left out, in place of a model: what is asked is remembered."""
+    """KLs by the layers left out, in place of a model: the sets that it measures are recorded."""
 
     def __init__(self, kl: dict[Dropped, float]) -> None:
-        self._kl, self.asked = kl, list[list[Dropped]]()
+        self._kl, self.measured_sets = kl, list[list[Dropped]]()
 
     def measure(self, sets: list[Dropped], name: str) -> list[MeasuredDrop]:
-        self.asked.append(sets)
+        self.measured_sets.append(sets)
         return [MeasuredDrop(dropped=drop, kl=self._kl.get(drop, 9.0)) for drop in sets]
 
 
@@ -140,7 +140,7 @@ def test_one_more_layer_in_each_round_and_runs_in_the_last() -> None:
     influence = [0.3, 0.1, 0.5, 0.2, 0.9]
     table = Table({(1,): 0.5, (3,): 0.4, (0,): 0.6, (1, 3): 0.9, (0, 3): 1.1, (0, 1): 0.8})
     found = Search(influence, 2, 3, []).run(table)
-    assert table.asked == [[(1,), (3,), (0,)], [(1, 3), (0, 3), (2, 3), (0, 1)]]
+    assert table.measured_sets == [[(1,), (3,), (0,)], [(1, 3), (0, 3), (2, 3), (0, 1)]]
     result = MeasuredDepth(checkpoint="", data="", tokens=1, measured=found)
     assert result.best(2) == (0, 1) and result.best(1) == (3,)
 
@@ -149,7 +149,7 @@ def test_a_round_grows_what_the_round_before_chose() -> None:
     """A run that beats it at the end is a candidate, and never a beginning."""
     table = Table({(0,): 0.1, (0, 2): 0.2, (0, 2, 3): 0.3})
     found = Search([0.1, 0.9, 0.2, 0.3, 0.8], 3, 2, []).run(table)
-    assert table.asked[:2] == [[(0,), (2,)], [(0, 2), (0, 3)]]
+    assert table.measured_sets[:2] == [[(0,), (2,)], [(0, 2), (0, 3)]]
     assert min(found, key=lambda drop: (-len(drop.dropped), drop.kl)).dropped == (0, 2, 3)
 
 
@@ -382,8 +382,8 @@ def test_whole_periods_go_where_the_target_is_some_of_them_fewer() -> None:
     influence = [0.5, 0.4, 0.1, 0.2, 0.1, 0.3, 0.9, 0.9, 0.8, 0.2, 0.2, 0.3, 0.2, 0.9, 0.9, 0.9]
     table = Table({(2, 3, 4, 5): 0.1, (2, 3, 4, 5, 9, 10, 11, 12): 0.3})
     found = Search(influence, 8, 2, [3, 7, 11, 15], at_once=4).run(table)
-    assert table.asked[0] == [(2, 3, 4, 5), (1, 2, 3, 4)]
-    assert len(table.asked) == 2
+    assert table.measured_sets[0] == [(2, 3, 4, 5), (1, 2, 3, 4)]
+    assert len(table.measured_sets) == 2
     for drop in found:
         left = [kind for layer, kind in enumerate(config["layer_types"]) if layer not in drop.dropped]
         assert full_attention_interval({"layer_types": left}) == 4

@@ -50,7 +50,7 @@ def experts_of(model: MtpCausalLM) -> Any:
 
 
 def routed(model: MtpCausalLM) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, chosen experts and gates of a batch in which nobody chooses the last expert."""
+    """Hidden states, chosen experts and gates of a batch in which no token chooses the last expert."""
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(TOKENS, model.config["hidden_size"], generator=generator)
     logits = torch.randn(TOKENS, model.config["num_experts"] - 1, generator=generator)
@@ -58,8 +58,8 @@ def routed(model: MtpCausalLM) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, experts, gates
 
 
-class Told(dict[str, Tensor]):
-    """What an observer is told, by name."""
+class RecordedSums(dict[str, Tensor]):
+    """The sums that an observer receives, by name."""
 
     def observer(self) -> ExpertsObserver:
         return ExpertsObserver(self.__setitem__, Stopwatch())
@@ -68,11 +68,11 @@ class Told(dict[str, Tensor]):
 @pytest.mark.parametrize("forward", [one_by_one, grouped])
 @torch.no_grad()
 def test_the_experts_function_computes_what_transformers_does(model: MtpCausalLM, forward: Any) -> None:
-    """And tells of each expert what running it by hand on its tokens tells."""
+    """And the sums of each expert are those of running it by hand on its tokens."""
     module, (hidden, experts, gates) = experts_of(model), routed(model)
-    told = Told()
+    sums = RecordedSums()
     pairs = Pairs.of(experts, gates, module.num_experts)
-    found = forward(module, hidden, pairs, told.observer())
+    found = forward(module, hidden, pairs, sums.observer())
     assert error(found, grouped_mm_experts_forward(module, hidden, experts, gates)) < SUM
 
     shares = gates / gates.sum(-1, keepdim=True)
@@ -81,25 +81,25 @@ def test_the_experts_function_computes_what_transformers_does(model: MtpCausalLM
         gate, up = (x @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
         neurons = F.silu(gate) * up
         outputs = neurons @ module.down_proj[expert].T
-        assert error(told["neuron_abs_sums"][expert], neurons.abs().sum(0)) < SUM
-        assert error(told["output_sums"][expert], outputs.sum(0)) < SUM
+        assert error(sums["neuron_abs_sums"][expert], neurons.abs().sum(0)) < SUM
+        assert error(sums["output_sums"][expert], outputs.sum(0)) < SUM
         gated = (shares[experts == expert] * outputs.norm(dim=-1)).sum()
-        assert error(told["gated_norm_sums"][expert], gated) < SUM
-    assert told["output_sums"][-1].eq(0).all() and told["output_sums"][:-1].ne(0).any(-1).all()
+        assert error(sums["gated_norm_sums"][expert], gated) < SUM
+    assert sums["output_sums"][-1].eq(0).all() and sums["output_sums"][:-1].ne(0).any(-1).all()
 
 
 @torch.no_grad()
 def test_the_streamed_function_asks_for_one_expert_at_a_time(model: MtpCausalLM) -> None:
-    """Of stacks that can only be indexed, and of no expert that nobody chose."""
+    """Of stacks that can only be indexed, and not of an expert that no token chose."""
     module, (hidden, experts, gates) = experts_of(model), routed(model)
-    asked: list[int] = []
+    read: list[int] = []
 
     class Stack:
         def __init__(self, tensor: Tensor) -> None:
             self.tensor = tensor
 
         def __getitem__(self, expert: int) -> Tensor:
-            asked.append(expert)
+            read.append(expert)
             return self.tensor[expert]
 
     lent = SimpleNamespace(
@@ -110,20 +110,20 @@ def test_the_streamed_function_asks_for_one_expert_at_a_time(model: MtpCausalLM)
     )
     found = streamed_experts_forward(lent, hidden, experts, gates)  # type: ignore[arg-type]
     assert error(found, grouped_mm_experts_forward(module, hidden, experts, gates)) < SUM
-    assert asked == [expert for expert in range(module.num_experts - 1) for _ in range(2)]
+    assert read == [expert for expert in range(module.num_experts - 1) for _ in range(2)]
 
 
 @torch.no_grad()
 def test_assignments_and_gates(model: MtpCausalLM) -> None:
     module, (hidden, experts, gates) = experts_of(model), routed(model)
-    told = Told()
-    module.slimqwen_observer = told.observer()
+    sums = RecordedSums()
+    module.slimqwen_observer = sums.observer()
     observed_experts_forward(module, hidden, experts, gates)
     del module.slimqwen_observer
     shares = gates / gates.sum(-1, keepdim=True)
     for expert in range(module.num_experts):
-        assert told["assignments"][expert] == (experts == expert).sum()
-        torch.testing.assert_close(told["gate_sums"][expert], shares[experts == expert].sum())
+        assert sums["assignments"][expert] == (experts == expert).sum()
+        torch.testing.assert_close(sums["gate_sums"][expert], shares[experts == expert].sum())
 
 
 def test_pairs_are_sorted_by_expert() -> None:

@@ -1,4 +1,4 @@
-"""Refitting one layer's output matrices: exact where the answer is known, never worse, the same in parts."""
+"""Refitting one layer's output matrices: exact where the right matrices are known, never worse, the same in parts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.rounding
 class Layer(NamedTuple):
     networks: list[Network]
     features: Tensor
-    """[tokens, networks, neurons], float64, zero where a network is not asked: for referees."""
+    """[tokens, networks, neurons], float64, zero where a network is not used: for referees."""
 
 
 def a_layer(tokens: int = 200, hidden: int = 6, neurons: int = 5) -> tuple[Layer, list[Tensor], list[Tensor]]:
-    """Tokens that choose two of three experts each and all ask a fourth, output matrices that are wrong, and right ones."""
+    """Tokens that choose two of three experts each and all of which use a fourth, output matrices that are wrong, and right ones."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, hidden, generator=generator)
     weights = torch.randn(4, neurons, hidden, generator=generator)
@@ -33,9 +33,9 @@ def a_layer(tokens: int = 200, hidden: int = 6, neurons: int = 5) -> tuple[Layer
     networks = []
     features = torch.zeros(tokens, 4, neurons, dtype=torch.float64)
     for number, weight in enumerate(weights):
-        asked = torch.arange(tokens) if number == 3 else (chosen == number).any(dim=1).nonzero()[:, 0]
-        networks.append(Network(partial(relu_of, weight), x, asked, gates[asked, number]))
-        features[asked, number] = (relu_of(weight, x[asked]) * gates[asked, number, None]).double()
+        used = torch.arange(tokens) if number == 3 else (chosen == number).any(dim=1).nonzero()[:, 0]
+        networks.append(Network(partial(relu_of, weight), x, used, gates[used, number]))
+        features[used, number] = (relu_of(weight, x[used]) * gates[used, number, None]).double()
     wrong, right = (list(torch.randn(4, hidden, neurons, generator=generator)) for _ in range(2))
     return Layer(networks, features), wrong, right
 
@@ -111,18 +111,18 @@ def test_parts_of_the_text_make_no_difference(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_network_without_tokens_stays() -> None:
     layer, matrices, right = a_layer()
-    nobody = replace(layer.networks[1], tokens=torch.zeros(0, dtype=torch.int64), gates=torch.zeros(0))
-    networks = [layer.networks[0], nobody, *layer.networks[2:]]
+    unused = replace(layer.networks[1], tokens=torch.zeros(0, dtype=torch.int64), gates=torch.zeros(0))
+    networks = [layer.networks[0], unused, *layer.networks[2:]]
     start = [matrix.clone() for matrix in matrices]
     list(refit.refit(networks, matrices, output_of(layer, right), ridge=1e-3, sweeps=1))
     assert torch.equal(matrices[1], start[1])
     assert not torch.equal(matrices[0], start[0])
 
 
-def test_nobody_asked_is_no_error() -> None:
+def test_networks_without_a_token_are_no_error() -> None:
     layer, matrices, _ = a_layer()
-    nobody = [replace(n, tokens=torch.zeros(0, dtype=torch.int64), gates=torch.zeros(0)) for n in layer.networks]
-    errors = list(refit.refit(nobody, matrices, unexplained(), ridge=1e-3, sweeps=2))
+    unused = [replace(n, tokens=torch.zeros(0, dtype=torch.int64), gates=torch.zeros(0)) for n in layer.networks]
+    errors = list(refit.refit(unused, matrices, unexplained(), ridge=1e-3, sweeps=2))
     assert errors == [squared_norm(unexplained())] * 3
 
 

@@ -111,8 +111,10 @@ def test_the_layout_on_disk_does_not_matter(tmp_path: Path, texts: Texts, dtype:
     assert_same(results["fused"], at_once, FORWARD)
 
 
-def test_weights_come_and_go(checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer's dense tensors are there while it runs, its experts never; nothing is before and after."""
+def test_a_layer_has_its_dense_weights_while_it_runs_and_its_experts_never(
+    checkpoint: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after it nothing is there."""
     models = []
     without_weights = weights.without_weights
 
@@ -190,12 +192,12 @@ def test_other_settings_begin_again(
 def calibrate_until_killed(command: list[str]) -> None:
     """kill -9 by itself in the third layer."""
 
-    def fall(statistics: Statistics, number: int, *rest: Any) -> None:
+    def kill(statistics: Statistics, number: int, *rest: Any) -> None:
         if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         add_layer_sums(statistics, number, *rest)
 
-    walk.add_layer_sums = fall
+    walk.add_layer_sums = kill
     app(command)
 
 
@@ -206,8 +208,8 @@ def test_killed_and_called_again(checkpoint: Path, texts: Texts, tmp_path: Path)
         options += ["--tokens", f"{name}={folder}"]
     options += ["--streaming", "--no-second-moments", "--device", "cpu"]
     command = ["calibrate", str(checkpoint), "--out", str(out), *options]
-    codes, said = Ranks(1, calibrate_until_killed, command).end()
-    assert codes == [-signal.SIGKILL], said
+    codes, printed = Ranks(1, calibrate_until_killed, command).end()
+    assert codes == [-signal.SIGKILL], printed
     assert not out.exists() and (tmp_path / ".statistics.layers.partial").is_dir()
 
     result = CliRunner().invoke(app, command)
@@ -270,17 +272,17 @@ def test_second_moments_are_within_what_is_promised(
     promised, peaks = [], []
     allotted, taken = calibrate_module.allot, walk.Walk._take
 
-    def allot_and_tell(*arguments: Any, **options: Any) -> memory.Allotment:
+    def allot_and_record(*arguments: Any, **options: Any) -> memory.Allotment:
         promised.append(allotted(*arguments, **options))
         return promised[-1]
 
-    def take_and_count(*arguments: Any) -> None:
+    def take_and_measure(*arguments: Any) -> None:
         with measured_peak(torch.device("cpu")) as peak:
             taken(*arguments)
         peaks.append(peak.extra_bytes)
 
-    monkeypatch.setattr(calibrate_module, "allot", allot_and_tell)
-    monkeypatch.setattr(walk.Walk, "_take", take_and_count)
+    monkeypatch.setattr(calibrate_module, "allot", allot_and_record)
+    monkeypatch.setattr(walk.Walk, "_take", take_and_measure)
     measured(wide, tmp_path / "s", texts, second_moments=True, streaming=True)
     (promise,) = promised
     assert promise.sums_bytes > 4 * 3 * 8 * 512**2  # of four parts
