@@ -14,6 +14,7 @@ from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.evaluation.benchmarks import (
     Benchmarks,
+    Tasks,
     benchmark,
     difference,
     group_difference,
@@ -23,6 +24,7 @@ from slimqwen.evaluation.benchmarks import (
 from slimqwen.evaluation.evalplus import CONSENT, DATA_VARIABLES, EVALPLUS, evalplus_identity, run_evalplus
 from slimqwen.evaluation.harness import GroupMetric, GroupScores, Harness, Metric, Scores, TaskScores
 from slimqwen.model.model import load
+from slimqwen.recipe import Execution
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("lm_eval")
@@ -117,9 +119,8 @@ def test_a_multiple_choice_task_scores_as_the_referee_does(world: Path, batch_si
 
 
 def test_side_by_side_with_paired_differences(world: Path, tmp_path: Path) -> None:
-    result = benchmark(
-        models(world), tmp_path / "benchmarks.json", tasks=["tiny_group"], tasks_dir=world / "tasks", teacher="teacher"
-    )
+    tasks = Tasks(["tiny_group"], world / "tasks")
+    result = benchmark(models(world), tmp_path / "benchmarks.json", tasks, teacher="teacher")
     rows = {(row.model, row.task, row.metric): row for row in result.results}
 
     assert list(result.models) == ["teacher", "student"]
@@ -151,14 +152,13 @@ def test_the_same_command_continues(world: Path, tmp_path: Path, monkeypatch: py
         ran.append(name)
         return really_run(self, model, tokenizer, name, batch_size)
 
-    def again(**options: int) -> Benchmarks:
+    def again(batch_size: int = 8, limit: int | None = None) -> Benchmarks:
         return benchmark(
             models(world),
             tmp_path / "benchmarks.json",
-            tasks=["tiny_choice", "tiny_generate"],
-            tasks_dir=world / "tasks",
+            Tasks(["tiny_choice", "tiny_generate"], world / "tasks", limit),
             teacher="teacher",
-            **options,
+            execution=Execution(batch_size=batch_size),
         )
 
     monkeypatch.setattr(Harness, "run", run)
@@ -274,7 +274,12 @@ def test_evalplus_runs_as_its_own_program(world: Path, tmp_path: Path, monkeypat
     assert EVALPLUS in suite_tasks("slimqwen")
 
     result = benchmark(
-        models(world), tmp_path / "out.json", tasks=[EVALPLUS], teacher="teacher", dtype="float32", device="cpu"
+        models(world),
+        tmp_path / "out.json",
+        Tasks([EVALPLUS]),
+        teacher="teacher",
+        execution=Execution(device="cpu"),
+        dtype="float32",
     )
     rows = {(row.model, row.task, row.filter): row for row in result.results}
     assert rows["student", "humaneval", "base"].value == 0.5
@@ -293,22 +298,15 @@ def test_a_suite_leaves_out_what_is_not_installed(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_a_few_documents(world: Path, tmp_path: Path, limit: int) -> None:
-    result = benchmark(
-        models(world),
-        tmp_path / "benchmarks.json",
-        tasks=["tiny_choice"],
-        tasks_dir=world / "tasks",
-        teacher="teacher",
-        limit=limit,
-    )
+    tasks = Tasks(["tiny_choice"], world / "tasks", limit)
+    result = benchmark(models(world), tmp_path / "benchmarks.json", tasks, teacher="teacher")
     assert all(row.documents == limit for row in result.results)
     assert all((row.stderr is None) == (limit == 1) for row in result.results)
 
 
 def test_the_table_shows_what_was_asked_for(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = benchmark(
-        {"a": world / "teacher"}, tmp_path / "benchmarks.json", tasks=["tiny_group"], tasks_dir=world / "tasks"
-    )
+    tasks = Tasks(["tiny_group"], world / "tasks")
+    result = benchmark({"a": world / "teacher"}, tmp_path / "benchmarks.json", tasks)
     print_benchmarks(result)
     printed = capsys.readouterr().out
     assert "tiny_group" in printed and "tiny_choice" not in printed

@@ -101,19 +101,16 @@ def evaluate(
         print_table(result)
         show(str(out))
     if tasks is not None or suite is not None:
-        from slimqwen.evaluation.benchmarks import benchmark, print_benchmarks, suite_tasks
+        from slimqwen.evaluation.benchmarks import Tasks, benchmark, print_benchmarks, suite_tasks
 
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        names = list(dict.fromkeys([*(suite_tasks(suite) if suite is not None else []), *names]))
         benchmarks = benchmark(
             models,
             benchmarks_out,
-            tasks=list(dict.fromkeys([*(suite_tasks(suite) if suite is not None else []), *names])),
-            tasks_dir=tasks_dir,
-            limit=limit,
-            shots=shots,
-            batch_size=batch_size,
+            Tasks(names, tasks_dir, limit, shots),
             teacher=compared_with,
-            device=device,
+            execution=Execution(device=device, batch_size=batch_size),
             dtype=dtype_of(dtype),
         )
         print_benchmarks(benchmarks)
@@ -155,17 +152,14 @@ def generate(
     are not always less time: --compare says.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.generation.generate import describe
+    from slimqwen.generation.generate import Decoding, describe
     from slimqwen.generation.generate import generate as run_stage
     from slimqwen.generation.sampling import Sampling
 
     result = run_stage(
         checkpoint_folder(checkpoint),
         prompt,
-        draft=draft,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_p),
-        seed=seed,
+        Decoding(draft, max_new_tokens, Sampling(temperature, top_p), seed),
         device=device,
         dtype=dtype_of(dtype),
         compare=compare,

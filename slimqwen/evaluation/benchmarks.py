@@ -6,6 +6,7 @@ times smaller than that of two separate scores.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from slimqwen.evaluation.evalplus import EVALPLUS, evalplus_identity, run_evalpl
 from slimqwen.evaluation.harness import GroupMetric, Harness, Metric, Scores
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.model.model import load
+from slimqwen.recipe import Execution
 
 SUITES = {
     "slimqwen": ("mmlu", "mmlu_pro", "mmlu_redux_generative", "bbh", "gsm8k", EVALPLUS, "ceval-valid", "cmmlu"),
@@ -41,18 +43,32 @@ class _Finished(BaseModel):
     scores: Scores
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks to run.
+
+    names: of tasks in lm-evaluation-harness, and "evalplus". tasks_dir, limit, shots: as in `Harness`; ignored by EvalPlus.
+    """
+
+    names: Sequence[str]
+    tasks_dir: Path | None = None
+    limit: int | None = None
+    shots: int | None = None
+
+    def harness(self) -> Harness | None:
+        """Open the tasks of lm-evaluation-harness; None where there are none."""
+        names = [name for name in self.names if name != EVALPLUS]
+        return Harness(names, self.tasks_dir, self.limit, self.shots) if names else None
+
+
 @makes_file("models", kind="benchmarks")
 def benchmark(
     models: Mapping[str, Path],
     out: Path,
+    tasks: Tasks,
     *,
-    tasks: Sequence[str],
-    tasks_dir: Path | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
-    batch_size: int = 8,
     teacher: str | None = None,
-    device: str = "auto",
+    execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
 ) -> Benchmarks:
     """Run every model on every task and write `out`, a JSON file.
@@ -62,9 +78,6 @@ def benchmark(
 
     Args:
         models: name -> checkpoint folder; the tokenizers may differ.
-        tasks: names of tasks in lm-evaluation-harness, and "evalplus".
-        tasks_dir, limit, shots: as in `Harness`; ignored by EvalPlus.
-        batch_size: sequences at a time.
         teacher: the name in `models` that all are compared with; None: no differences.
 
     Raises:
@@ -72,14 +85,13 @@ def benchmark(
         StageFailed: where a task fails.
     """
     checkpoints = {name: Checkpoint(models[name]) for name in sorted(models, key=lambda name: name != teacher)}
-    harness_tasks = [task for task in tasks if task != EVALPLUS]
-    harness = Harness(harness_tasks, tasks_dir, limit, shots) if harness_tasks else None
+    harness = tasks.harness()
     identities = {} if harness is None else harness.identities()
-    if EVALPLUS in tasks:
+    if EVALPLUS in tasks.names:
         identities[EVALPLUS] = evalplus_identity()
-    torch_device = resolve_device(device)
+    device = resolve_device(execution.device)
     runner = _Runner(
-        harness, identities, out.with_suffix(""), batch_size, torch_device, resolve_dtype(dtype, torch_device)
+        harness, identities, out.with_suffix(""), execution.batch_size, device, resolve_dtype(dtype, device)
     )
     measured = {name: identity_of(checkpoint.folder) for name, checkpoint in checkpoints.items()}
     scores = {name: runner.run(name, checkpoint.folder, measured[name]) for name, checkpoint in checkpoints.items()}
@@ -88,12 +100,12 @@ def benchmark(
         teacher=teacher,
         models={name: str(checkpoint.folder) for name, checkpoint in checkpoints.items()},
         identities=measured,
-        limit=limit,
-        shots=shots,
+        limit=tasks.limit,
+        shots=tasks.shots,
         results=[
             row
             for name in checkpoints
-            for task in tasks
+            for task in tasks.names
             for row in results_of(name, task, scores[name][task], None if teacher is None else scores[teacher][task])
         ],
     )

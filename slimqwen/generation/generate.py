@@ -1,6 +1,7 @@
 """The command `slimqwen generate`: continue a prompt, and measure speed and acceptance."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -68,14 +69,25 @@ class GenerationResult(BaseModel):
     comparison: Comparison | None
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """The settings of decoding.
+
+    draft: tokens that the MTP module drafts per verification; None: DEFAULT_DRAFT where there is one, else 0.
+    max_new_tokens: the most to generate. seed: of the random numbers of sampling.
+    """
+
+    draft: int | None = None
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    seed: int = 0
+
+
 def generate(
     folder: Path,
     prompt: str,
+    decoding: Decoding,
     *,
-    draft: int | None = None,
-    max_new_tokens: int = 128,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
     compare: bool = False,
@@ -84,7 +96,6 @@ def generate(
     """Continue a prompt with a checkpoint.
 
     Args:
-        draft: tokens that the MTP module drafts per verification; None: 3 where there is one, else 0.
         compare: also decode plainly, and report the speed-up of drafting.
         write: called with each piece of text as it is generated.
     Raises:
@@ -96,13 +107,20 @@ def generate(
     torch_device = resolve_device(device)
     model = load(folder, resolve_dtype(dtype, torch_device), torch_device)
     _check_ids(ids, model, folder)
-    draft = _choose_draft(model, folder, draft, compare)
+    draft = _choose_draft(model, folder, decoding.draft, compare)
     tokens = torch.tensor(ids, dtype=torch.long, device=torch_device)
     ends = _end_of_text(model.backbone.generation_config, tokenizer)
     text = _TextStream(tokenizer, write)
 
+    sampling = decoding.sampling
     decode = partial(
-        speculate, model, tokens, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, end_of_text=ends
+        speculate,
+        model,
+        tokens,
+        max_new_tokens=decoding.max_new_tokens,
+        sampling=sampling,
+        seed=decoding.seed,
+        end_of_text=ends,
     )
     made = decode(draft=draft, emit=text.add)
     comparison = None
@@ -115,7 +133,7 @@ def generate(
         draft=draft,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        seed=seed,
+        seed=decoding.seed,
         prompt_tokens=len(ids),
         text="".join(text.pieces),
         comparison=comparison,
