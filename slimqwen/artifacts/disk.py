@@ -1,13 +1,24 @@
-"""The one error message for a full disk."""
+"""The error messages for a full disk, before and during the work."""
 
 import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
 
+from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import StageFailed
 
 FULL_DISK_WORDS = ("No space left on device", "File too large", "Disk quota exceeded")  # as safetensors reports them
+
+
+def check_space(place: Path, needed_bytes: int, free_bytes: int, *remedies: str) -> None:
+    """Raise StageFailed where a disk has less space than the work needs. remedies: beside making room."""
+    if needed_bytes > free_bytes:
+        *most, last = ("make room", "write to another disk", *remedies)
+        raise StageFailed(
+            f"{bytes_in_words(needed_bytes)} are to be written to {place}, and {bytes_in_words(free_bytes)} are free: "
+            f"{', '.join(most)}, or {last}."
+        )
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from slimqwen.artifacts import fingerprint_value, scratch_folder
+from slimqwen.artifacts.disk import check_space
 from slimqwen.calibration.observe import add_layer_sums, observe_blocks
 from slimqwen.calibration.statistics import FORMAT, Statistics
 from slimqwen.calibration.text import CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.bytesize import bytes_in_words
-from slimqwen.core.errors import StageFailed
 from slimqwen.core.progress import Progress, say
 from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.layerwise.memory import Allotment
@@ -126,11 +126,7 @@ class Walk:
             f"{self._allotment.rows_per_chunk} through the experts; it takes {bytes_in_words(self._allotment.total_bytes)} "
             f"of memory (page cache apart) and {bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
         )
-        if needed > free:
-            raise StageFailed(
-                f"{bytes_in_words(needed)} are to be written to {folder.parent}, and {bytes_in_words(free)} are free: make "
-                "room, write to another disk, or measure fewer samples."
-            )
+        check_space(folder.parent, needed, free, "measure fewer samples")
 
     def _walk(self, folder: Path, blank: Statistics, title: str) -> list[Path]:
         """Take the text through every layer; return the folders of all of them."""

@@ -5,12 +5,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from slimqwen.artifacts import fingerprint_value, makes_folder, resumable_folder
+from slimqwen.artifacts.disk import check_space
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.core.bytesize import bytes_in_words
-from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.families.family import Layout
 from slimqwen.model.native import computed_config
@@ -85,11 +86,7 @@ def announce(writer: CheckpointWriter, cut: Cut, title: str) -> None:
         f"{bytes_in_words(predicted_memory_bytes(cut))} of memory (page cache apart) and {bytes_in_words(needed)} of disk, "
         f"{bytes_in_words(free)} are free"
     )
-    if needed > free:
-        raise StageFailed(
-            f"{bytes_in_words(needed)} are to be written to {writer.folder.parent}, and {bytes_in_words(free)} are free: "
-            "make room, or write to another disk."
-        )
+    check_space(writer.folder.parent, needed, free)
 
 
 def predicted_memory_bytes(cut: Cut) -> int:

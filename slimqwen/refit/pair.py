@@ -9,13 +9,14 @@ from typing import Any
 from safetensors import safe_open
 
 from slimqwen.artifacts import atomic_folder
+from slimqwen.artifacts.disk import check_space
 from slimqwen.calibration.text import CalibrationText
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.shards import TensorInfo
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.core.bytesize import bytes_in_words
-from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.side_by_side import SideBySide
@@ -115,11 +116,7 @@ class Pair:
             f"{title}: {layers} layers on {tokens:,} tokens; it takes "
             f"{bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
         )
-        if needed > free:
-            raise StageFailed(
-                f"{bytes_in_words(needed)} are to be written to {folder.parent}, and {bytes_in_words(free)} are free: make room, "
-                "write to another disk, or take fewer samples."
-            )
+        check_space(folder.parent, needed, free, "use fewer samples")
 
 
 def check_belong_together(student: Checkpoint, teacher: Checkpoint, plan: Plan) -> None:

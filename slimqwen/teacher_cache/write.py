@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from slimqwen.artifacts import alone, check_replaceable, fingerprint_value, make_folder, resumable_folder, write_json
+from slimqwen.artifacts.disk import check_space
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.bytesize import bytes_in_words
-from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.errors import UserError
 from slimqwen.core.progress import Progress, say
 from slimqwen.data import store
 from slimqwen.data.mixture import MixedStream
@@ -187,11 +188,7 @@ def _announce(caches: list[Cache], out: Path, title: str) -> None:
         f"{of.top_k:,} most likely of {of.vocab_size:,} in {of.bytes_per_token} bytes a token ({' and '.join(of.heads)} head): "
         f"{bytes_in_words(total)}, of which {bytes_in_words(left)} are to be written; {bytes_in_words(free)} are free"
     )
-    if left > free:
-        raise StageFailed(
-            f"{bytes_in_words(left)} are to be written to {out}, and {bytes_in_words(free)} are free: make room, write to "
-            "another disk, or lower distil.teacher.top_k or the number of sequences."
-        )
+    check_space(out, left, free, "lower distil.teacher.top_k or the number of sequences")
 
 
 def _load_predictor(
