@@ -14,4 +14,4 @@ def sections(section: type[Section], values: dict[str, Any]) -> dict[str, Any]:
 
 def paper(**changes: Any) -> PruningRecipe:
     """Return the paper's criteria but for `changes`."""
-    return PruningRecipe().as_published().model_copy(update=changes)
+    return PruningRecipe.model_validate({**dict(PruningRecipe().as_published()), **changes})
