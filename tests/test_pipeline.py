@@ -237,7 +237,7 @@ def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished
     with pytest.raises(UserError, match="nowhere"):
         run(tiny_recipe(folder, tmp_path / "run", data={"sources": [{"path": tmp_path / "nowhere"}]}))
     text = {"sources": [{"path": folder / "data" / "text"}], "separator": "<|nope|>"}
-    with pytest.raises(UserError, match=r"data\.separator '<\|nope\|>' is no token"):
+    with pytest.raises(UserError, match=r"data\.separator '<\|nope\|>' is not a token"):
         run(tiny_recipe(folder, tmp_path / "run", data=text))
     assert not (tmp_path / "run").exists()
 

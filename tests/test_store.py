@@ -176,7 +176,7 @@ def test_no_setting_of_the_section_execution_is_part_of_a_key(tmp_path: Path, te
         "keep_states": 7,
     }
     assert identities(execution=other) == usual
-    changed = identities(distil={"tokens": 128, "batch_size": 4, "weight_decay": 0.2})
+    changed = identities(distil={"tokens": 128, "batch_size": 4, "load_balancing_coefficient": 0.01})
     assert [name["stage"] for name, before in zip(changed, usual, strict=True) if name != before] == [
         "teacher_cache",
         "distilled",

@@ -126,6 +126,7 @@ class KlMeasuring(Stage):
         return {
             "target": self.target,
             "pruning": recipe.pruning,
+            "healing": recipe.healing,
             "calibration": recipe.calibration,
             "measured_tokens": recipe.evaluation.tokens,
             "sequence_length": recipe.data.sequence_length,
