@@ -50,10 +50,8 @@ def tokenize(
     Token ids made elsewhere are read once, to check them against the vocabulary, and linked to.
 
     Memory is bounded by two batches of `reader.BATCH_CHARACTERS`, or of one larger document, for each of `execution.workers`
-    (processes, by default one per usable core). The output does not depend on their number.
-
-    Raises `UserError` as `check_sources`, `documents`, `load_tokenizer` and `choose_frame` do, and for an empty split or
-    token ids outside the vocabulary.
+    (processes, by default one per usable core). The output does not depend on their number. Raises `UserError` as
+    `check_sources`, `documents`, `load_tokenizer` and `choose_frame` do, and for an empty split or ids outside the vocabulary.
     """
     check_sources(sources, heldout_sources)
     encoder = load_tokenizer(tokenizer)
