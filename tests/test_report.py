@@ -44,7 +44,7 @@ from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import cost, training
 from slimqwen.reporting.sections.shapes import source_shape
 from slimqwen.reporting.sections.summary import assess
-from slimqwen.reporting.sections.utilisation import utilisation
+from slimqwen.reporting.sections.utilisation import draw_utilisation
 
 
 class Page(HTMLParser):
@@ -193,9 +193,9 @@ def test_energy_is_only_told_of_a_device_that_is_known(full_run: Path) -> None:
     run = Run.read(full_run)
     assert run.provenance is not None
     on_a_gpu = replace(run, provenance=run.provenance.model_copy(update={"device": "NVIDIA H100 80GB HBM3"}))
-    assert "a H100 is rated at 700 W" in (cost.energy(on_a_gpu) or "")
+    assert "a H100 is rated at 700 W" in (cost.estimate_energy(on_a_gpu) or "")
     unknown = replace(run, provenance=run.provenance.model_copy(update={"device": ""}))
-    assert cost.energy(unknown) is None
+    assert cost.estimate_energy(unknown) is None
 
 
 def test_curves_are_drawn_against_tokens_flops_or_hours(full_run: Path) -> None:
@@ -207,20 +207,20 @@ def test_curves_are_drawn_against_tokens_flops_or_hours(full_run: Path) -> None:
     assert run.steps["slimqwen"].along["flops"][0] == per_token * STEP_TOKENS
     alone = run.steps["lm_only"].along["flops"][0]  # its teacher says nothing
     assert alone == 6 * first.active_without_input_embedding * STEP_TOKENS
-    chart = training.curves(run)[0]
+    chart = training.draw_curves(run)[0]
     assert list(chart.axes) == ["tokens", "flops", "hours"]
     assert all(len(axis["x"]) == len(chart.spec["data"]) for axis in chart.axes.values())
 
 
 def test_a_result_s_layers_stand_where_the_teacher_s_are(full_run: Path) -> None:
-    chart = utilisation(Run.read(full_run))[0]
+    chart = draw_utilisation(Run.read(full_run))[0]
     layers = {trace["name"]: trace["x"] for trace in chart.spec["data"]}
     assert layers["teacher"] == [*map(str, range(8)), "MTP"]
     assert layers["slimqwen"] == [*map(str, range(6)), "MTP"]
     dropped = replace(Run.read(full_run))
     dropped.plans[0].kept_layers[:] = [0, 1, 2, 4, 5, 6, 7]
     dropped.plans[1].kept_layers[:] = [0, 1, 3, 4, 5, 6]
-    again = {trace["name"]: trace["x"] for trace in utilisation(dropped)[0].spec["data"]}
+    again = {trace["name"]: trace["x"] for trace in draw_utilisation(dropped)[0].spec["data"]}
     assert again["slimqwen"] == ["0", "1", "4", "5", "6", "7", "MTP"]
 
 

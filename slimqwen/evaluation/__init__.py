@@ -1,1 +1,1 @@
-"""Measuring a model on held-out text: loss, distance from its teacher, accepted MTP drafts, expert utilisation."""
+"""Evaluation of models: loss, divergence from the teacher, MTP acceptance, expert utilisation, benchmarks, speed."""

@@ -11,7 +11,7 @@ from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import training
 from slimqwen.reporting.sections.amounts import NOTHING, Cell, amount
 from slimqwen.reporting.sections.cost import device_hours
-from slimqwen.reporting.sections.warnings import warnings
+from slimqwen.reporting.sections.warnings import collect_warnings
 from slimqwen.reporting.titles import MAIN_RUN
 
 ALWAYS_DIFFERENT = {"name", "run_dir"}  # fields of a recipe
@@ -46,9 +46,9 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
         columns=columns,
         rows=rows,
         cautions=cautions(runs),
-        warnings={name: raised for name, run in runs.items() if (raised := warnings(run))},
+        warnings={name: raised for name, run in runs.items() if (raised := collect_warnings(run))},
         axes=training.axis_names(steps),
-        curves=training.curves_of(steps),
+        curves=training.draw_runs(steps),
         differences=differences({name: run.recipe.model_dump(mode="json") for name, run in runs.items()}),
     )
     return out

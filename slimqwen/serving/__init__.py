@@ -1,1 +1,1 @@
-"""Where a checkpoint loads: what Transformers, vLLM, SGLang and llama.cpp take, as data, and the command `check`."""
+"""Requirements of serving engines (Transformers, vLLM, SGLang, llama.cpp) as data, and checks of a checkpoint against them."""

@@ -1,1 +1,1 @@
-"""What shapes there are between a model and nothing, and what each costs: counts and bytes from config.json alone."""
+"""Shapes that a model can be cut to, and their costs: counts and bytes from config.json alone."""

@@ -18,7 +18,7 @@ class BenchmarkTable:
     rows: list[tuple[str, str, list[Cell]]]  # name, title, cells
 
 
-def benchmarks(run: Run) -> BenchmarkTable | None:
+def tabulate_benchmarks(run: Run) -> BenchmarkTable | None:
     """Make the table: a row per model, the teacher first, and a column per task and metric."""
     found = run.benchmarks
     if found is None:

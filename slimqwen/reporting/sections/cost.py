@@ -41,7 +41,7 @@ class TimeRow:
     memory: str
 
 
-def times(run: Run) -> list[TimeRow]:
+def list_times(run: Run) -> list[TimeRow]:
     """List the last execution of each step."""
     longest = max((step.seconds for step in run.times), default=0.0) or 1.0
     return [
@@ -55,7 +55,7 @@ def times(run: Run) -> list[TimeRow]:
     ]
 
 
-def training_costs(run: Run) -> list[tuple[str, str, list[Cell]]]:
+def tabulate_costs(run: Run) -> list[tuple[str, str, list[Cell]]]:
     """Make a row per training: tokens, device hours, tokens per second, peak memory of a process, MFU."""
     rows = []
     for name, steps in run.steps.items():
@@ -83,7 +83,7 @@ def device_hours(run: Run, name: str) -> float | None:
     return float(steps.along["hours"][-1]) * (run.provenance.processes if run.provenance else 1)
 
 
-def energy(run: Run) -> str | None:
+def estimate_energy(run: Run) -> str | None:
     """Estimate the energy of all steps of the run, in a sentence; None where the device is unknown."""
     provenance = run.provenance
     if provenance is None or not run.times:

@@ -20,7 +20,7 @@ class ResultTable:
     rows: list[tuple[str, str, list[Cell]]]  # name, title, cells
 
 
-def results(run: Run) -> ResultTable | None:
+def tabulate_models(run: Run) -> ResultTable | None:
     """Make the final table: a row per model, the teacher first."""
     if run.evaluation is None:
         return None
@@ -56,7 +56,7 @@ def results(run: Run) -> ResultTable | None:
     return ResultTable(run.evaluation.tokens, run.evaluation.sequence_length, columns, rows)
 
 
-def where_the_loss_is(run: Run) -> list[Chart]:
+def draw_losses(run: Run) -> list[Chart]:
     """Make charts of the loss of each model by position in the text, and by frequency of the predicted token."""
     models = run.evaluation.models if run.evaluation else {}
     found = []
@@ -81,7 +81,7 @@ def where_the_loss_is(run: Run) -> list[Chart]:
     return found
 
 
-def samples(run: Run) -> list[tuple[str, Sample]]:
+def list_samples(run: Run) -> list[tuple[str, Sample]]:
     """List each model's continuation of the same prompt: teacher and result first, then the others."""
     models: dict[str, ModelEvaluation] = run.evaluation.models if run.evaluation else {}
     first = [name for name in ("teacher", MAIN_RUN) if name in models]

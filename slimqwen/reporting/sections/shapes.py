@@ -39,7 +39,7 @@ class Shapes:
     chart: Chart
 
 
-def shapes(run: Run) -> Shapes | None:
+def compare_shapes(run: Run) -> Shapes | None:
     """Compare sizes and parameters before the first plan and after the last."""
     if not run.plans:
         return None
@@ -102,7 +102,7 @@ class StageRow:
     share: str
 
 
-def stages(run: Run) -> list[StageRow]:
+def list_stages(run: Run) -> list[StageRow]:
     """List the stages over which the cut was spread."""
     if not run.plans:
         return []

@@ -29,7 +29,7 @@ class Tile:
     context: str
 
 
-def subtitle(run: Run) -> str:
+def describe_setup(run: Run) -> str:
     """Describe the run's setup in a sentence."""
     recipe = run.recipe
     teacher = "the built-in teacher" if recipe.teacher == BUILTIN_TEACHER else recipe.teacher
@@ -93,7 +93,7 @@ def _progress_sentence(run: Run) -> str:
     return f"Training has seen {steps.tokens[-1]:,.0f} tokens, {percent(done)} of the recipe’s; run the recipe again to continue."
 
 
-def tiles(run: Run) -> list[Tile]:
+def list_tiles(run: Run) -> list[Tile]:
     """List the main results."""
     found = []
     teacher, result = run.teacher, run.result

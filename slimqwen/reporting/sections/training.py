@@ -52,7 +52,7 @@ CURVES = (
 )
 
 
-def curves_of(runs: Mapping[str, Steps]) -> list[Chart]:
+def draw_runs(runs: Mapping[str, Steps]) -> list[Chart]:
     """Make one chart per logged metric, with all runs together, over the axes that they have in common."""
     found = []
     axes = axes_of(runs)
@@ -71,9 +71,9 @@ def curves_of(runs: Mapping[str, Steps]) -> list[Chart]:
     return found
 
 
-def curves(run: Run) -> list[Chart]:
+def draw_curves(run: Run) -> list[Chart]:
     """Make the charts of the run and its baselines, and of the run's loss weights and learning rate."""
-    found = curves_of(run.steps)
+    found = draw_runs(run.steps)
     if MAIN_RUN in run.steps:
         caption = "As set by the recipe: the weights of the loss terms, and one learning-rate curve over all stages."
         draw = partial(schedules, run.steps, MAIN_RUN)

@@ -11,7 +11,7 @@ from slimqwen.reporting.sections.chart import Chart
 from slimqwen.reporting.titles import MAIN_RUN, title_of
 
 
-def utilisation(run: Run) -> list[Chart]:
+def draw_utilisation(run: Run) -> list[Chart]:
     """Make charts of routing entropy and the busiest expert's load over depth, then of every expert's use."""
     models = run.evaluation.models if run.evaluation else {}
     shares = {

@@ -18,7 +18,7 @@ class Warned:
     text: str
 
 
-def warnings(run: Run) -> list[Warned]:
+def collect_warnings(run: Run) -> list[Warned]:
     """List the warnings in the order of their first occurrence, then held-out losses that rose again.
 
     They are of slow kernels, notes on the recipe, training steps that were left out or repeated, limits on serving.
