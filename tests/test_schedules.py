@@ -10,7 +10,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.planning.progressive import stage_steps
 from slimqwen.recipe import DistilRecipe, Ramp
 from slimqwen.training.course import Course, Level, course_of
-from slimqwen.training.distil import span_of
+from slimqwen.training.distil import parse_span
 from slimqwen.training.schedules import kd_weight, learning_rate, mtp_weight
 from slimqwen.training.trainer import Span
 
@@ -39,7 +39,13 @@ def test_a_growing_batch_by_hand() -> None:
     assert [list(rows) for rows in of_each_step(found)] == [[0], [1], [2, 3], [4, 5, 6], [7, 8, 9]]
     assert [found.tokens(step) for step in range(6)] == [0, 2, 4, 8, 14, 20]
     assert [found.progress(step) for step in range(5)] == [0, 1 / 7, 2 / 7, 4 / 7, 1]
-    assert [found.passes(step, 8) for step in range(5)] == [False, False, True, False, True]  # at 8 and over 16 tokens
+    assert [found.reaches_multiple(step, 8) for step in range(5)] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]  # at 8 and over 16 tokens
 
 
 @pytest.mark.parametrize(
@@ -161,8 +167,8 @@ def test_learning_rate_rises_to_the_peak_then_falls_to_the_end(total_steps: int,
 
 
 def test_the_span_of_a_stage_by_hand() -> None:
-    assert span_of("0:16", 160) == Span(0, 16, 160)
-    assert span_of("16:160", 160) == Span(16, 160, 160)
+    assert parse_span("0:16", 160) == Span(0, 16, 160)
+    assert parse_span("16:160", 160) == Span(16, 160, 160)
     for wrong in ("16", "16:", ":16", "16:16", "17:16", "0:161", "-1:5", "a:b"):
         with pytest.raises(UserError, match="write it as FIRST:END"):
-            span_of(wrong, 160)
+            parse_span(wrong, 160)

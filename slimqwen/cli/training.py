@@ -165,7 +165,7 @@ def distil(
     from slimqwen.recipe import DistilFile, TeacherRecipe
     from slimqwen.recipe.file import load_recipe
     from slimqwen.training.distil import distil as run_stage
-    from slimqwen.training.distil import span_of, total_steps
+    from slimqwen.training.distil import parse_span, total_steps
 
     rate = [] if learning_rate is None else [f"learning_rate={learning_rate}"]
     on = [] if device is None else [f"execution.device={device}"]
@@ -180,7 +180,7 @@ def distil(
         documents="isolated" if isolated else "packed",
         teacher=None if teacher is None else checkpoint_folder(teacher),
         teacher_cache=teacher_cache,
-        span=None if steps is None else span_of(steps, total_steps(recipe, sequence_length)),
+        span=None if steps is None else parse_span(steps, total_steps(recipe, sequence_length)),
         seed=seed,
         execution=execution,
         dtype=dtype_of(dtype),

@@ -51,7 +51,7 @@ class Course:
         """Return the run's progress at a step, by tokens: 0 at its first step, 1 at its last."""
         return self.first_row(step) / max(self.first_row(self.total_steps - 1), 1)
 
-    def passes(self, step: int, tokens: int) -> bool:
+    def reaches_multiple(self, step: int, tokens: int) -> bool:
         """Return whether the number of tokens trained on reaches a multiple of `tokens` in a step."""
         return self.tokens(step + 1) // tokens > self.tokens(step) // tokens
 
@@ -59,7 +59,7 @@ class Course:
         """Return whether a step reaches a multiple of `every`, in steps or tokens of the run; never for one in minutes."""
         if every.unit == "steps":
             return (step + 1) % int(every.amount) == 0
-        return every.unit == "tokens" and self.passes(step, int(every.amount))
+        return every.unit == "tokens" and self.reaches_multiple(step, int(every.amount))
 
     def step_fractions(self, token_fractions: Sequence[float]) -> list[float]:
         """Convert consecutive shares of the run's tokens into shares of its steps."""

@@ -57,7 +57,7 @@ def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
     return course.total_steps
 
 
-def span_of(steps: str, total: int) -> Span:
+def parse_span(steps: str, total: int) -> Span:
     """Parse `FIRST:END` as a span of a run of `total` steps. Raises UserError where it is none."""
     first, colon, end = steps.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= total):
@@ -125,7 +125,7 @@ def distil(
     check_loggers(execution.loggers)
     if moments is not None:
         check_moments(moments, checkpoint, recipe.optimizer)
-    heldout = HeldOut.of(execution, tokens, sequence_length, documents)
+    heldout = HeldOut.load(execution, tokens, sequence_length, documents)
     if span is None:
         steps = total_steps(recipe, sequence_length)
         span = Span(0, steps, steps)

@@ -35,7 +35,7 @@ class HeldOut:
     prompts: Tensor
 
     @classmethod
-    def of(
+    def load(
         cls, execution: Execution, tokens: Path, sequence_length: int, documents: DocumentBoundaries
     ) -> "HeldOut | None":
         """Load the text; None where `execution.evaluate_every` is not set. Raises UserError where there is too little of it."""
