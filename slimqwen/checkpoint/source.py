@@ -1,4 +1,4 @@
-"""What a cut reads from: tensors by the names of a family's table, and the matrices of routed experts in either layout."""
+"""Sources of tensors for a cut: by the names of a family's table, with the matrices of routed experts in either layout."""
 
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,9 @@ from slimqwen.families.family import Block, Config, ExpertTable, Family, Layout,
 
 
 class TensorSource(Protocol):
-    """The tensors of one model: a checkpoint's weights, or something of the same names and shapes, as an optimiser's moments.
+    """The tensors of one model: a checkpoint's weights, or tensors of the same names and shapes, such as AdamW's moments.
 
-    layouts: block name -> how its experts lie. specs: tensor name -> its row of the table.
+    layouts: block name -> layout of its experts. specs: tensor name -> its row of the table.
     """
 
     folder: Path
@@ -31,7 +31,7 @@ class TensorSource(Protocol):
 
 
 class ExpertReader:
-    """The matrices of one block's routed experts, by their names in `ExpertTable.per_expert`, whatever their layout."""
+    """A reader of one block's routed experts, by the names in `ExpertTable.per_expert`, for either layout."""
 
     def __init__(self, source: TensorSource, block: Block) -> None:
         assert block.experts is not None, f"{block.name} routes to no experts"
@@ -46,18 +46,18 @@ class ExpertReader:
         return self._prefix + holder
 
     def read(self, pattern: str, expert: int) -> torch.Tensor:
-        """Return one matrix, [rows, columns], a view of what the source reads."""
+        """Return one matrix, [rows, columns], as a view of the source's tensor."""
         tensor = self._source.read(self.stored_name(pattern, expert))
         return tensor[expert][self._rows[pattern]] if self._is_stacked else tensor
 
     def read_joined(self, stacked: str, expert: int) -> list[torch.Tensor]:
-        """Return what makes up an expert's rows of a stacked tensor, from the top: one view, or a matrix for each part."""
+        """Return an expert's rows of a stacked tensor, in order: one view, or one matrix per part."""
         if self._is_stacked:
             return [self._source.read(self._prefix + stacked)[expert]]
         return [self.read(pattern, expert) for pattern in self._table.fused[stacked]]
 
     @cached_property
     def _rows(self) -> dict[str, slice]:
-        """Each matrix' rows of its stacked tensor."""
+        """The rows of each matrix in its stacked tensor."""
         sizes = self._source.family.sizes(self._source.config)
         return {pattern: self._table.rows(pattern, sizes) for pattern in self._table.per_expert}
