@@ -9,7 +9,6 @@ from slimqwen.artifacts import fingerprint
 from slimqwen.checkpoint.identity import tokenizer_fingerprint
 from slimqwen.data.packed import bin_path, idx_path
 from slimqwen.data.sources import files_of
-from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT
 from slimqwen.recipe import DataRecipe, Source
 
 # Bytes read of one file for its fingerprint, so that terabytes take seconds: a file up to this size is read whole.
@@ -17,9 +16,8 @@ MOST_BYTES = 8 << 20
 
 
 def text_identity(data: DataRecipe, tokenizer: Path) -> dict[str, Any]:
-    """Return the settings, and fingerprints of the tokenizer in the folder `tokenizer` and of the text."""
+    """Return fingerprints of the tokenizer in the folder `tokenizer` and of the text that `data` names."""
     return {
-        "data": data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "python": platform.python_version(),  # determines the text of 'python-stdlib'
         "packages": _installed_packages() if any(s.builtin == "python-packages" for s in data.sources) else None,

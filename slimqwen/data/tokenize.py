@@ -23,9 +23,6 @@ from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.data.worker import Ids
 from slimqwen.recipe import Execution, Source
 
-# Fields of DataRecipe that do not change what is written.
-FIELDS_WITHOUT_EFFECT = {"sequence_length", "documents"}
-
 
 @makes_folder("tokenizer", "sources", "heldout_sources", kind="tokens")
 def tokenize(

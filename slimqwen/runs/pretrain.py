@@ -14,7 +14,6 @@ from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
 from slimqwen.data.division import divide
 from slimqwen.data.identity import text_contents
 from slimqwen.data.sources import check_sources, describe, documents, is_mixture
-from slimqwen.data.tokenize import FIELDS_WITHOUT_EFFECT
 from slimqwen.data.tokenizer import train_tokenizer
 from slimqwen.families import Config, family_of
 from slimqwen.model.device import resolve_device
@@ -23,7 +22,7 @@ from slimqwen.recipe import DataRecipe, Execution, PretrainRecipe
 from slimqwen.runs.places import check_apart, text_of
 from slimqwen.runs.record import Steps
 from slimqwen.runs.stage import Stage
-from slimqwen.runs.stages import Tokenizing
+from slimqwen.runs.stages import Tokenizing, source_settings
 from slimqwen.runs.store import RunStore
 from slimqwen.runs.training_stages import Initialising
 from slimqwen.training.distil import distil, state_folder_of
@@ -77,8 +76,7 @@ class TokenizerTraining(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        data = self.data.model_dump(mode="json", exclude=FIELDS_WITHOUT_EFFECT)
-        return {"data": data, "documents": self.documents, "vocab_size": self.vocab_size}
+        return {**source_settings(self.data), "documents": self.documents, "vocab_size": self.vocab_size}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         train_tokenizer(islice(training_texts(self.data), self.documents), self.vocab_size, out)

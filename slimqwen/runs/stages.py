@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +34,14 @@ class Tokenizing(Stage):
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        return {name: value for name, value in self._identity.items() if name != "data"}
+        return text_identity(self.data, self.tokenizer)
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"data": self._identity["data"]}
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        return text_identity(self.data, self.tokenizer)
+        return {**source_settings(self.data), "separator": self.data.separator}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
-        tokenize(
-            self.data.sources,
-            self.tokenizer,
-            out,
-            heldout_sources=self.data.heldout_sources,
-            heldout_fraction=self.data.heldout_fraction,
-            separator=self.data.separator,
-            execution=execution,
-            title=title,
-        )
+        tokenize(tokenizer=self.tokenizer, out=out, execution=execution, title=title, **self.method)
 
 
 @dataclass(frozen=True)
@@ -291,6 +277,15 @@ class Healing(Stage):
             title=title,
             **text_settings(self.recipe),
         )
+
+
+def source_settings(data: DataRecipe) -> dict[str, Any]:
+    """Return what decides which text is read, and which of it is held out."""
+    return {
+        "sources": data.sources,
+        "heldout_sources": data.heldout_sources,
+        "heldout_fraction": data.heldout_fraction,
+    }
 
 
 def text_settings(recipe: Recipe) -> dict[str, Any]:
