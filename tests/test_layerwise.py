@@ -19,10 +19,13 @@ from slimqwen.artifacts import make_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import StageFailed
 from slimqwen.core.progress import Progress
+from slimqwen.families.family import Block
+from slimqwen.layerwise import stream as stream_module
 from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Rows, Stream, Visitor, create_file_backed
 from slimqwen.layerwise.walk import walk_layers
+from slimqwen.layerwise.weights import dense_tensors
 from slimqwen.model.model import load
 from slimqwen.recipe import Execution
 
@@ -141,6 +144,28 @@ def test_another_text_and_fewer_layers_leave_the_stream_as_it_is(checkpoint: Che
     assert stream.on(tokens[:2]).shape == (2, SEQUENCE_LENGTH, HIDDEN_SIZE)
     assert [step.number for step in stream.without([1]).steps] == [0, 2, 3]
     assert stream.shape == (ROWS, SEQUENCE_LENGTH, HIDDEN_SIZE) and stream.steps == steps
+
+
+@pytest.mark.rounding
+def test_the_norm_after_the_last_layer_needs_no_weights_of_the_layer(
+    checkpoint: Checkpoint, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = stream_of(checkpoint, tokens)
+    last = [step for step in stream.steps if step.number is not None][-1]
+    before = torch.randn(stream.shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = load(checkpoint.folder).backbone.get_decoder().norm(before)
+        put: list[str] = []
+        usual = stream_module.weights_of
+
+        def record(blocks: list[Block], *rest: Any) -> Any:
+            put.extend(name for block in blocks for name in dense_tensors(block))
+            return usual(blocks, *rest)
+
+        monkeypatch.setattr(stream_module, "weights_of", record)
+        stream.apply_norm(last, before)
+    assert put == ["model.norm.weight"]
+    assert rounding.error(before, expected) < rounding.FORWARD
 
 
 # Files of hidden states

@@ -182,7 +182,7 @@ class Stream:
     def apply_norm(self, step: Step, hidden: Tensor) -> None:
         """Take the text through the norm that follows a layer, in place, if there is one."""
         if step.norm is not None:
-            with self.weights_of(step):
+            with self.weights_of(step) if step.number is None else self.weights_after(step):
                 for rows in self.passes():
                     hidden[rows] = step.norm(self.prepare(hidden[rows])).to(hidden.device, hidden.dtype)
 
