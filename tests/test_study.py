@@ -253,7 +253,7 @@ def test_what_cannot_be_studied_is_refused(recipe: Recipe, tmp_path: Path) -> No
     uncut = recipe.model_copy(update={"target": Target(hidden_size=24)})
     with pytest.raises(UserError, match="the arm 'last': it cuts nothing"):
         study("depth", uncut, tmp_path, seeds=1)
-    with pytest.raises(UserError, match=r"the recipe cannot be varied by .*repair"):
+    with pytest.raises(UserError, match=r"the recipe cannot be varied by .*refit_readers"):
         changed(recipe, {"pruning.width": "random"})
     with pytest.raises(UserError, match="`target` and `init: pruned`"):
         study("init", recipe.model_copy(update={"init": "random"}), tmp_path, seeds=1)
