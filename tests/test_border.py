@@ -68,7 +68,7 @@ def test_links_that_lead_to_one_another_are_no_fault(slimqwen: Program, tmp_path
     checkpoint = write_tiny_checkpoint(tmp_path / "model")
     (tmp_path / "loop").symlink_to("loop")
     for out in (tmp_path / "loop", tmp_path / "loop" / "target.yaml"):
-        result = slimqwen("plan", checkpoint, "--fit", "1GB", "--out", out)
+        result = slimqwen("plan", "fit", checkpoint, "1GB", "--out", out)
         assert result.code == 2 and "loop" in result.err and "fault" not in result.err, result.err
         assert result.err.count("error:") == 1
 
@@ -214,10 +214,10 @@ def test_a_tilde_is_the_home_folder_where_the_shell_leaves_it(
     monkeypatch.chdir(here)
     write_tiny_checkpoint(home / "model")
     assert slimqwen("check", "~/model").code == 0
-    assert slimqwen("plan", "~/model", "--html=~/page.html").code == 0
+    assert slimqwen("plan", "page", "~/model", "--out=~/page.html").code == 0
     assert (home / "page.html").is_file() and not list(here.iterdir())
     (here / "~").mkdir()
-    assert slimqwen("plan", "~/model", "--html=./~/page.html").code == 0
+    assert slimqwen("plan", "page", "~/model", "--out=./~/page.html").code == 0
     assert (here / "~" / "page.html").is_file()
     assert str(home / "no") in slimqwen("calibrate", "~/model", "--tokens", "wiki=~/no", "--out", "s").err
     assert str(home / "no") in slimqwen("tokens", "wiki=~/no", "--tokenizer", "~/model", "--out=~/t").err
@@ -301,21 +301,9 @@ NO_FIELD = {
     "tokens": {"tokenizer", "out"},
     "calibrate": {"out", "second_moments"},
     "measure-depth": {"target", "statistics", "out", "shortlist"},
-    "plan": {
-        "target",
-        "out",
-        "as_json",
-        "context_length",
-        "gpus",
-        "micro_batch_size",
-        "html",
-        "statistics",
-        "pruning",
-        "paper",
-        "method",
-        "depth",
-    }
-    | {"stability", "budgets", "align", "pick", "tokens", "work", "shapes"},
+    "plan": {"target", "out", "as_json", "context_length", "gpus", "micro_batch_size", "html"}
+    | {"statistics", "pruning", "paper", "depth", "stability"},
+    "plan search": {"tokens", "out", "pick", "align", "shapes", "pruning", "paper", "statistics", "work", "as_json"},
     "prune": {"plan", "out", "shard_size", "layout"},
     "repair": {"teacher", "plan", "out"},
     "heal": {"teacher", "plan", "out"},

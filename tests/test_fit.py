@@ -168,7 +168,7 @@ def test_what_meets_a_budget(written: str, lowest: float, highest: float) -> Non
         ),
         ("checkpoint=1MB", r"the smallest shape has checkpoint [0-9,]+ bytes"),
         ("total=90B", "the largest shape has total 79,674,391,296"),
-        ("total=23B,active=400M", r"no shape meets --fit total=23B,active=400M; the nearest has total [0-9,]+, active"),
+        ("total=23B,active=400M", r"no shape meets total=23B,active=400M; the nearest has total [0-9,]+, active"),
     ],
 )
 def test_what_cannot_be_met_is_one_sentence(wanted: str, words: str) -> None:

@@ -85,7 +85,7 @@ def passages() -> list[Passage]:
     """All prose that is kept true: documents line by line, comments, docstrings and other strings of slimqwen."""
     found = []
     for name in FILES:
-        if name in ("CHANGELOG.md", "slimqwen/recipe/renamed.py"):  # they speak of what was
+        if name in ("CHANGELOG.md", "slimqwen/recipe/renamed.py", "slimqwen/cli/old_spellings.py"):  # of what was
             continue
         if name.endswith(".md"):
             found += of_document(name, (ROOT / name).read_text(encoding="utf-8"))
@@ -227,12 +227,11 @@ def wrong_commands(prose: list[Passage]) -> list[str]:
     problems = []
     for passage in prose:
         for line in commands_in(passage):
-            words = line.split("#")[0].split()
-            problems += [f"{passage.place}: {problem}" for problem in unknown(words[1], words[2:])]
+            problems += [f"{passage.place}: {problem}" for problem in unknown(line.split("#")[0].split()[1:])]
         for span in passage.spans():  # `prune --plan`
-            command, *words = span.split()
+            command, words = command_of(span.split())
             if command in OPTIONS and words and words[0].startswith("--"):
-                problems += [f"{passage.place}: {problem}" for problem in unknown(command, words)]
+                problems += [f"{passage.place}: {problem}" for problem in unknown(span.split())]
     return problems
 
 
@@ -240,8 +239,15 @@ def test_every_command_named_is_one_and_has_its_options() -> None:
     assert not (problems := wrong_commands(passages())), told(problems)
 
 
-def unknown(command: str, words: list[str]) -> list[str]:
+def command_of(words: list[str]) -> tuple[str, list[str]]:
+    """A command's name, which may have two words, and what follows it."""
+    length = 2 if " ".join(words[:2]) in OPTIONS else 1
+    return " ".join(words[:length]), words[length:]
+
+
+def unknown(line: list[str]) -> list[str]:
     """What of a command line slimqwen does not have."""
+    command, words = command_of(line)
     if command.startswith("--"):  # `slimqwen --version`
         return [] if command in PROGRAM else [f"slimqwen {command}"]
     if command not in OPTIONS:
@@ -339,7 +345,7 @@ def test_every_word_of_the_glossary_has_a_meaning_and_a_place() -> None:
     ]
     for word, meaning, place in rows:
         if place.startswith("slimqwen "):
-            assert not unknown(*(place.split()[1], place.split()[2:])), word
+            assert not unknown(place.split()[1:]), word
         else:
             assert (ROOT / place).exists() if "/" in place else is_key(place), (word, place)
         assert len(meaning.split()) > 3, word
@@ -410,6 +416,7 @@ def test_nothing_that_grows_is_counted_in_prose() -> None:
         (missing_names, "add it to `FAMILIES_FOREIGN`", "add it to `FAMILIES_NATIVE`"),
         (wrong_commands, "run `slimqwen distill student`", "run `slimqwen distil student`"),
         (wrong_commands, "run `slimqwen prune --layers 3`", "run `slimqwen prune --layout fused`"),
+        (wrong_commands, "run `slimqwen plan fit x --tokens y`", "run `slimqwen plan search x --tokens y`"),
         (wrong_commands, "`calibrate --stream` does", "`calibrate --streaming` does"),
         (wrong_commands, "    torchrun -m slimqwen distil a --token b", "    torchrun -m slimqwen distil a --tokens b"),
         (wrong_keys, "set distil.lr", "set distil.learning_rate"),
@@ -440,4 +447,4 @@ def test_all_that_is_written_is_read() -> None:
         "recipes/README.md",
     } <= read
     lines = [line for passage in passages() for line in commands_in(passage)]
-    assert {line.split()[1] for line in lines} >= set(OPTIONS)
+    assert {command_of(line.split()[1:])[0] for line in lines} >= set(OPTIONS)

@@ -266,7 +266,7 @@ def test_pinned_sizes_count_for_every_shape(world: World, tmp_path: Path) -> Non
 def test_the_command(world: World, tmp_path: Path) -> None:
     (tmp_path / "pruning.yaml").write_text("{experts: {refit: false}}")
     budgets = f"{BUDGETS},hidden_size=32,num_experts_per_tok=2"
-    command = ("plan", world.teacher, "--fit", budgets, "--align", 4, "--tokens", world.tokens)
+    command = ("plan", "search", world.teacher, budgets, "--align", 4, "--tokens", world.tokens)
     command += ("--pruning", "pruning.yaml")
     small = ("--shapes", 1, "--samples", 8, "--sequence-length", SEQUENCE_LENGTH, "--measured-tokens", 64)
     result = slimqwen(*command, *small, "--out", "target.yaml", cwd=tmp_path)
@@ -281,14 +281,15 @@ def test_the_command(world: World, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_measured_is_one_sentence(world: World, tmp_path: Path) -> None:
-    fit = ("plan", world.teacher, "--fit", BUDGETS, "--align", 4)
-    config = world.teacher / "config.json"
-    assert_one_sentence(slimqwen("plan", config, *fit[2:], "--tokens", world.tokens), 2, "config without weights")
-    assert_one_sentence(slimqwen("plan", world.teacher, "--tokens", world.tokens), 2, "give --fit too")
-    assert_one_sentence(slimqwen(*fit, "--tokens", tmp_path / "none", "--work", tmp_path / "w"), 2, "folder of tokens")
+    search = ("plan", "search", world.teacher, BUDGETS, "--align", 4)
+    config = ("plan", "search", world.teacher / "config.json", *search[3:])
+    assert_one_sentence(slimqwen(*config, "--tokens", world.tokens), 2, "config without weights", "slimqwen plan fit")
+    assert_one_sentence(
+        slimqwen(*search, "--tokens", tmp_path / "none", "--work", tmp_path / "w"), 2, "folder of tokens"
+    )
     heldout = load_manifest(world.tokens).heldout.tokens
     longer = ("--sequence-length", heldout, "--work", tmp_path / "w")
-    assert_one_sentence(slimqwen(*fit, "--tokens", world.tokens, *longer), 2, f"{heldout:,} held-out tokens")
-    too_small = ("plan", world.teacher, "--fit", "total=1K", "--tokens", world.tokens, "--work", tmp_path / "w")
+    assert_one_sentence(slimqwen(*search, "--tokens", world.tokens, *longer), 2, f"{heldout:,} held-out tokens")
+    too_small = ("plan", "search", world.teacher, "total=1K", "--tokens", world.tokens, "--work", tmp_path / "w")
     assert_one_sentence(slimqwen(*too_small), 2, "can't be reached")
     assert not (tmp_path / "w").exists(), "nothing was begun"

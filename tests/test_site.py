@@ -140,12 +140,17 @@ def shown(markdown: str) -> str:
     return " ".join(re.sub(r"`([^`]*)`", r"\1", markdown).split())
 
 
+def anchor_of(command: str) -> str:
+    """The anchor of a command, whose name may have two words."""
+    return command.replace(" ", "-")
+
+
 def test_every_command_has_its_help_and_options(site: Path, pages: dict[Path, Page]) -> None:
     page = pages[site / "reference" / "commands.html"]
-    assert set(GROUP.commands) <= page.anchors
+    assert {anchor_of(name) for name in GROUP.commands} <= page.anchors
     html = (site / "reference" / "commands.html").read_text(encoding="utf-8")
     for name, command in GROUP.commands.items():
-        section = Page(html[html.index(f'<h2 id="{name}"') :].split("<h2", 2)[1])
+        section = Page(html[html.index(f'<h2 id="{anchor_of(name)}"') :].split("<h2", 2)[1])
         assert shown(command.help) in section.text, name
         for parameter in command.params:
             assert (

@@ -8,11 +8,15 @@ import typer
 from typer.core import TyperGroup
 
 from slimqwen.cli.border import safe_usage_error
+from slimqwen.cli.old_spellings import current_spelling
 from slimqwen.core.terminal import show
 
 
 class Commands(TyperGroup):
-    """The program's commands; what is wrong with the words of a command line is told without their control characters."""
+    """The program's commands. A name may have two words, as `plan fit` has; `plan` alone is a command too.
+
+    What is wrong with the words of a command line is printed without their control characters.
+    """
 
     def make_context(self, *args: Any, **settings: Any) -> Any:
         with safe_usage_error():
@@ -21,6 +25,11 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with safe_usage_error():
             return super().invoke(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        args = current_spelling(args)
+        two_words = " ".join(args[:2])
+        return super().resolve_command(ctx, [two_words, *args[2:]] if two_words in self.commands else args)
 
 
 app = typer.Typer(

@@ -32,7 +32,7 @@ LEFT = {
     "measure-depth": FILES_STAY,
     "teacher-cache": FILES_STAY,
     "calibrate": "nothing is left half written; the same command continues where it measures layer by layer, and else starts again.",
-    "plan": "nothing is left half written; the same command starts again, after what --work holds of a search.",
+    "plan search": "nothing is left half written; the same command continues after what --work holds of the search.",
     "evaluate": "the models and the benchmarks that are finished stay measured: the same command continues with the next.",
     "check": NOTHING_WRITTEN,
     "generate": NOTHING_WRITTEN,
@@ -76,7 +76,8 @@ OPTION_OF: dict[str, dict[str, str]] = {
         "calibration.sources": "tokens",
         **{f"healing.{name}": name for name in ("samples", "epochs", "batch_size", "learning_rate")},
     },
-    "plan": {
+    "plan": {"pruning.source_weights": "source_weights"},
+    "plan search": {
         "pruning.source_weights": "source_weights",
         "calibration.samples": "samples",
         "evaluation.tokens": "measured_tokens",
@@ -90,7 +91,8 @@ OPTION_OF: dict[str, dict[str, str]] = {
     "distil": {"data.documents": "isolated"},
     "evaluate": {"evaluation.tokens": "measured_tokens", "data.documents": "isolated"},
 }
-SECTION_FILES = {"distil": "distil", "plan": "pruning"}  # commands that read one section of a recipe as a file
+# Commands that read one section of a recipe as a file.
+SECTION_FILES = {"distil": "distil", "plan": "pruning", "plan search": "pruning"}
 FIELD = re.compile(
     r"(?<![\w./-])(?P<key>(?P<sections>(?:(?:data|calibration|evaluation|distil|execution|healing|pruning)\.(?:[a-z_]+\.)*)?)"
     r"(?P<name>[a-z]+(?:_[a-z]+)*))(?![\w/(]|\.\w)(?P<setting>: (?=[\w.\[]))?"

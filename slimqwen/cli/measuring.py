@@ -1,67 +1,76 @@
-"""What a checkpoint is worth: evaluate, generate, check, bench."""
+"""The commands that measure a checkpoint: evaluate, generate, check, bench."""
 
 import json
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from slimqwen.artifacts import check_file_replaceable
 from slimqwen.cli.options import (
+    AsJson,
     CheckpointName,
+    CheckpointNames,
     Device,
     DtypeOption,
     Isolated,
+    MeasuredTokens,
     SequenceLength,
     dtype_of,
+    one_of,
 )
-from slimqwen.core.errors import EXIT_FAILED, UserError, did_you_mean
+from slimqwen.core.errors import EXIT_FAILED, UserError
 from slimqwen.core.progress import say
 from slimqwen.core.terminal import show, show_generated, show_json, show_result
 
+if TYPE_CHECKING:  # it takes torch, which no command's --help should wait for
+    from slimqwen.evaluation.benchmarks import Tasks
+
 commands = typer.Typer()
+
+TEACHER = "teacher"  # its name in the tables
+HeldoutTokens = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder written by `slimqwen tokens`; may be left out with --tasks or --suite."),
+]
+Suite = Annotated[str | None, typer.Option(help="Benchmarks by preset: 'slimqwen' are the paper's eight.")]
+TaskNames = Annotated[
+    str | None,
+    typer.Option(metavar="NAME,NAME...", help="Benchmarks of lm-evaluation-harness, or of --tasks-dir; evalplus."),
+]
+TasksFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="More tasks in the harness's YAML. They may run Python from DIR: trust it."),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Documents of each task, the first ones. Default: all.", show_default=False),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option(min=0, help="Solved examples before each question. Default: as the task says.", show_default=False),
+]
 
 
 @commands.command()
 def evaluate(
-    checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or 'builtin'.")
-    ],
-    tokens: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder written by `slimqwen tokens`; may be left out with --tasks or --suite."
-        ),
-    ] = None,
+    checkpoints: CheckpointNames,
+    tokens: HeldoutTokens = None,
     teacher: Annotated[str | None, typer.Option(help="Checkpoint that the others are compared to.")] = None,
     out: Annotated[Path, typer.Option(help="File to write; benchmarks.json goes beside it.")] = Path("evaluation.json"),
-    tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,NAME...", help="Benchmarks of lm-evaluation-harness, or of --tasks-dir; evalplus."),
-    ] = None,
-    suite: Annotated[str | None, typer.Option(help="Benchmarks by preset: 'slimqwen' are the paper's eight.")] = None,
-    tasks_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="More tasks in the harness's YAML. They may run Python from DIR: trust it."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Documents of each task, the first ones. Default: all.", show_default=False),
-    ] = None,
-    shots: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Solved examples before each question. Default: as the task says.", show_default=False
-        ),
-    ] = None,
+    tasks: TaskNames = None,
+    suite: Suite = None,
+    tasks_dir: TasksFolder = None,
+    limit: Limit = None,
+    shots: Shots = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time in benchmarks.")] = 8,
-    measured_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")] = 65_536,
+    measured_tokens: MeasuredTokens = 65_536,
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Held-out loss, KL to a teacher, agreement and MTP acceptance of checkpoints (--tokens); benchmarks (--tasks, --suite).
+    """Measure held-out loss, KL to a teacher, agreement and MTP acceptance of checkpoints (--tokens); benchmarks (--tasks, --suite).
 
     acc_k: share of positions at which the first k + 1 drafts of the MTP module are all accepted. tokens/pass: what a forward
     pass yields in real speculative decoding, as `slimqwen generate` does it, on four held-out prompts; 1 without drafting.
@@ -69,25 +78,18 @@ def evaluate(
     Each model's numbers, and the teacher's hidden states on the text, are kept beside --out in a hidden folder: interrupted, or
     given with one model more, the same command measures only what is not there yet.
     """
-    from slimqwen.builtin import checkpoint_folder
-    from slimqwen.evaluation.evaluate import evaluate as run_stage
     from slimqwen.recipe import EvaluationRecipe, Execution
-    from slimqwen.reporting.table import print_table
 
-    if tokens is None and tasks is None and suite is None:
+    has_benchmarks = tasks is not None or suite is not None
+    if tokens is None and not has_benchmarks:
         raise UserError(
             "there is nothing to measure: give --tokens DIR for held-out text, --tasks or --suite for benchmarks, or both."
         )
-    models = {"teacher": checkpoint_folder(teacher)} if teacher is not None else {}
-    if teacher is not None and "teacher" in checkpoints:
-        raise UserError("a checkpoint is called 'teacher' like --teacher's row: give it as ./teacher.")
-    models |= {name: checkpoint_folder(name) for name in checkpoints}
-    compared_with = None if teacher is None else "teacher"
-    benchmarks_out = out.with_name("benchmarks.json")
-    if tasks is not None or suite is not None:
-        check_file_replaceable(benchmarks_out, *models.values())
+    models, compared_with = _models(checkpoints, teacher)
+    if has_benchmarks:
+        check_file_replaceable(out.with_name("benchmarks.json"), *models.values())
     if tokens is not None:
-        result = run_stage(
+        _evaluate_text(
             models,
             out,
             tokens=tokens,
@@ -98,23 +100,53 @@ def evaluate(
             execution=Execution(device=device),
             dtype=dtype_of(dtype),
         )
-        print_table(result)
-        show(str(out))
-    if tasks is not None or suite is not None:
-        from slimqwen.evaluation.benchmarks import Tasks, benchmark, print_benchmarks, suite_tasks
-
-        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        names = list(dict.fromkeys([*(suite_tasks(suite) if suite is not None else []), *names]))
-        benchmarks = benchmark(
+    if has_benchmarks:
+        _benchmark(
             models,
-            benchmarks_out,
-            Tasks(names, tasks_dir, limit, shots),
+            out.with_name("benchmarks.json"),
+            _tasks(tasks, suite, tasks_dir, limit, shots),
             teacher=compared_with,
             execution=Execution(device=device, batch_size=batch_size),
             dtype=dtype_of(dtype),
         )
-        print_benchmarks(benchmarks)
-        show(str(benchmarks_out))
+
+
+def _models(checkpoints: list[str], teacher: str | None) -> tuple[dict[str, Path], str | None]:
+    """Return the folders by their names in the tables, the teacher's first; and the name of the teacher's row, if any."""
+    from slimqwen.builtin import checkpoint_folder
+
+    if teacher is not None and TEACHER in checkpoints:
+        raise UserError("a checkpoint is called 'teacher' like --teacher's row: give it as ./teacher.")
+    models = {name: checkpoint_folder(name) for name in checkpoints}
+    return (models, None) if teacher is None else ({TEACHER: checkpoint_folder(teacher), **models}, TEACHER)
+
+
+def _evaluate_text(models: dict[str, Path], out: Path, **settings: Any) -> None:
+    """Evaluate on held-out text, and print the table."""
+    from slimqwen.evaluation.evaluate import evaluate as run_stage
+    from slimqwen.reporting.table import print_table
+
+    print_table(run_stage(models, out, **settings))
+    show(str(out))
+
+
+def _benchmark(models: dict[str, Path], out: Path, tasks: "Tasks", **settings: Any) -> None:
+    """Run benchmarks, and print the table."""
+    from slimqwen.evaluation.benchmarks import benchmark, print_benchmarks
+
+    print_benchmarks(benchmark(models, out, tasks, **settings))
+    show(str(out))
+
+
+def _tasks(
+    listed: str | None, suite: str | None, tasks_dir: Path | None, limit: int | None, shots: int | None
+) -> "Tasks":
+    """Return the benchmarks: those of a preset and those of a list with commas, each once."""
+    from slimqwen.evaluation.benchmarks import Tasks, suite_tasks
+
+    names = [name.strip() for name in (listed or "").split(",") if name.strip()]
+    every = list(dict.fromkeys([*(suite_tasks(suite) if suite is not None else []), *names]))
+    return Tasks(every, tasks_dir, limit, shots)
 
 
 @commands.command()
@@ -140,16 +172,16 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers of sampling.")] = 0,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Decode plainly too, in turns, and say how much faster drafting is.")
+        bool, typer.Option("--compare", help="Decode plainly too, in turns, and show how much faster drafting is.")
     ] = False,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print text and numbers as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt, the checkpoint's own MTP module drafting: the backbone's text in fewer passes of the backbone.
+    """Continue a prompt with drafts of the checkpoint's own MTP module: the backbone's text in fewer passes of the backbone.
 
     The text goes to stdout as it comes; acceptance by depth and tokens/s go to stderr (docs/generation.md). Fewer passes
-    are not always less time: --compare says.
+    are not always less time: --compare measures it.
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.generation.generate import Decoding, describe
@@ -186,9 +218,9 @@ def check(
     quick: Annotated[
         bool, typer.Option("--quick", help="Look for NaN and infinity in a sample of the tensors only, not in all.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Tell whether a checkpoint is whole, finite and loads in Transformers and, with --engine, elsewhere; reads every tensor."""
+    """Check that a checkpoint is whole, finite and loads in Transformers and, with --engine, elsewhere; reads every tensor."""
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.serving.check import check_checkpoint, describe
 
@@ -200,9 +232,7 @@ def check(
 
 @commands.command()
 def bench(
-    checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or 'builtin'.")
-    ],
+    checkpoints: CheckpointNames,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after each prompt.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
@@ -211,9 +241,9 @@ def bench(
     engine: Annotated[str, typer.Option(help="'transformers', or 'vllm' where it is installed.")] = "transformers",
     device: Device = "auto",
     dtype: DtypeOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print every run as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Speed of reading and generating, and peak memory, of several checkpoints; each in a process of its own.
+    """Measure the speed of reading and generating, and the peak memory, of checkpoints; each in a process of its own.
 
     The defaults are the paper's protocol (Table 11): some 3,300 tokens per checkpoint and sequence, minutes on a CPU; try
     `--new-tokens 32 --runs 3` first. Prompts are random tokens, nothing is drafted (`slimqwen generate --compare` does that).
@@ -224,12 +254,8 @@ def bench(
     from slimqwen.evaluation.speed import Engine, Protocol, print_speeds
     from slimqwen.evaluation.speed import bench as run_stage
 
-    known = get_args(Engine)
-    if engine not in known:
-        raise UserError(f"--engine {engine}{did_you_mean(engine, known)}: must be one of {', '.join(known)}.")
-    protocol = Protocol(
-        prompt_tokens, new_tokens, batch_size, runs, warmups, cast(Engine, engine), device, dtype_of(dtype)
-    )
+    engine = cast(Engine, one_of("--engine", engine, get_args(Engine)))
+    protocol = Protocol(prompt_tokens, new_tokens, batch_size, runs, warmups, engine, device, dtype_of(dtype))
     speeds = run_stage([checkpoint_folder(name) for name in checkpoints], protocol)
     if as_json:
         show_json(json.dumps({"protocol": asdict(protocol), "speeds": [asdict(speed) for speed in speeds]}, indent=2))

@@ -1,18 +1,18 @@
-"""Options that several commands have, and what their words mean."""
+"""Options that several commands have, and the reading of their values."""
 
 import os
 import shlex
 import sys
 from math import nan
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
 from slimqwen.core.errors import UserError, did_you_mean
 from slimqwen.core.terminal import visible
 from slimqwen.families.family import Layout
-from slimqwen.recipe import Dtype, TextFormat
+from slimqwen.recipe import Dtype, Execution, PruningRecipe, TextFormat
 from slimqwen.recipe.section import LARGEST, SMALLEST
 
 Overrides = Annotated[
@@ -27,18 +27,58 @@ RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe; `slimqwen recipe` lists its fields.")
 ]
 CheckpointName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or 'builtin'.")]
+CheckpointNames = Annotated[
+    list[str], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or 'builtin'.")
+]
+ConfigOrCheckpoint = Annotated[
+    str, typer.Argument(metavar="CONFIG_OR_CHECKPOINT", help="A config.json, a checkpoint folder, or 'builtin'.")
+]
+TargetFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--target",
+        metavar="TARGET.yaml",
+        help="The shape to reach: num_hidden_layers, hidden_size, num_experts, num_experts_per_tok, ...",
+    ),
+]
+PrunedFrom = Annotated[str, typer.Option("--teacher", help="The checkpoint that was pruned: a folder, or 'builtin'.")]
+CheckpointOut = Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")]
+PlanFile = Annotated[Path, typer.Option("--plan", metavar="FILE", help="Written by `slimqwen plan`.")]
+PrunedBy = Annotated[Path, typer.Option("--plan", metavar="FILE", help="The plan that the student was pruned by.")]
 TokensFolder = Annotated[Path, typer.Option("--tokens", metavar="DIR", help="Folder written by `slimqwen tokens`.")]
+TokensFolders = Annotated[
+    list[str],
+    typer.Option(
+        "--tokens",
+        metavar="[NAME=]DIR",
+        help="Folder written by `slimqwen tokens`. Repeatable: each is a source of its own, called NAME or as the folder.",
+    ),
+]
 SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens in one sequence.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")]
+MeasuredTokens = Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")]
 Isolated = Annotated[
     bool, typer.Option("--isolated/--packed", help="One document to a sequence, padded, or documents back to back.")
+]
+Streaming = Annotated[
+    bool | None,
+    typer.Option(
+        "--streaming/--no-streaming",
+        help="Run the model layer by layer, the other weights left on disk. Default: where it does not fit into memory.",
+        show_default=False,
+    ),
+]
+MemoryBudget = Annotated[
+    str, typer.Option(metavar="SIZE", help="Memory for activations where a model runs layer by layer.")
 ]
 Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")]
 DtypeOption = Annotated[str, typer.Option(help="'auto' (bfloat16 on a GPU, float32 on a CPU), 'float32', 'bfloat16'.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the data order.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def token_folders(folders: list[str]) -> dict[str, Path]:
-    """Token folders by the name of the source: `wiki=DIR`, or the folder's own name."""
+    """Return token folders by the name of the source: that of `wiki=DIR`, or the folder's own name."""
     sources: dict[str, Path] = {}
     for given in folders:
         name, named, folder = given.partition("=")
@@ -51,6 +91,7 @@ def token_folders(folders: list[str]) -> dict[str, Path]:
 
 
 def weights_of(option: str, given: list[str]) -> dict[str, float]:
+    """Read weights by name, as in `wiki=0.7`. Raises UserError that names the option."""
     weights: dict[str, float] = {}
     for text in given:
         name, _, weight = text.rpartition("=")
@@ -63,8 +104,21 @@ def weights_of(option: str, given: list[str]) -> dict[str, float]:
     return weights
 
 
+def criteria_of(file: Path | None, paper: bool, source_weights: list[str] | None) -> PruningRecipe:
+    """Return the criteria of a file, the paper's, or the default ones, with the weights of the sources that are given."""
+    from slimqwen.recipe.file import load_recipe
+
+    if paper and file is not None:
+        raise UserError("--paper is a `pruning` section of its own: give it without --pruning.")
+    criteria = PruningRecipe() if file is None else load_recipe(file, model=PruningRecipe)
+    if paper:
+        criteria = criteria.as_published()
+    weights = weights_of("--source-weight", source_weights or [])
+    return criteria.model_copy(update={"source_weights": weights}) if weights else criteria
+
+
 def rate_of(option: str, given: str) -> float | Literal["auto"]:
-    """A learning rate as a number, or 'auto'."""
+    """Read a learning rate: a number, or 'auto'. Raises UserError that names the option."""
     if given == "auto":
         return "auto"
     try:
@@ -77,6 +131,7 @@ def rate_of(option: str, given: str) -> float | Literal["auto"]:
 
 
 def config_path(name: str) -> Path:
+    """Return the config.json or the checkpoint folder that an argument names; 'builtin' is the built-in teacher."""
     from slimqwen.builtin import TEACHER
     from slimqwen.checkpoint.folder import snapshot_of
     from slimqwen.recipe import BUILTIN_TEACHER
@@ -85,7 +140,7 @@ def config_path(name: str) -> Path:
 
 
 def source_texts(given: list[str]) -> list[str]:
-    """`[NAME=]SOURCE` with the home folder for a leading ~, also after the name, where the shell leaves it."""
+    """Replace a leading ~ by the home folder in each `[NAME=]SOURCE`; the shell does not replace one after a name."""
     parts = [text.rpartition("=~") for text in given]
     return [
         f"{name}={os.path.expanduser('~' + path)}" if found else os.path.expanduser(path) for name, found, path in parts
@@ -93,7 +148,7 @@ def source_texts(given: list[str]) -> list[str]:
 
 
 def size_of(option: str, text: str) -> int:
-    """The bytes that an option says: 5GB, 512MiB."""
+    """Read the bytes of an option's value, such as 5GB or 512MiB. Raises UserError that names the option."""
     from slimqwen.core.bytesize import bytes_of
 
     try:
@@ -102,27 +157,33 @@ def size_of(option: str, text: str) -> int:
         raise UserError(f"{option}: {error.args[0]}") from None
 
 
+def one_of(option: str, given: str, known: tuple[str, ...]) -> str:
+    """Return a value that must be one of some words. Raises UserError that names the option and suggests a word."""
+    if given not in known:
+        raise UserError(f"{option} {given}{did_you_mean(given, known)}: must be one of {', '.join(known)}.")
+    return given
+
+
+def execution_of(*, memory_budget: str, **settings: Any) -> Execution:
+    """Return the section `execution` of a command that has the option `--memory-budget`."""
+    return Execution(memory_budget=size_of("--memory-budget", memory_budget), **settings)
+
+
 def layout_of(name: str | None) -> Layout | None:
-    known = get_args(Layout)
-    if name is not None and name not in known:
-        raise UserError(f"--layout {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
-    return cast(Layout | None, name)
+    """Read the value of `--layout`."""
+    return None if name is None else cast(Layout, one_of("--layout", name, get_args(Layout)))
 
 
 def dtype_of(name: str) -> str:
-    known = get_args(Dtype)
-    if name not in known:
-        raise UserError(f"--dtype {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
-    return name
+    """Read the value of `--dtype`."""
+    return one_of("--dtype", name, get_args(Dtype))
 
 
 def text_format_of(name: str | None) -> TextFormat | None:
-    known = get_args(TextFormat)
-    if name is not None and name not in known:
-        raise UserError(f"--format {name}{did_you_mean(name, known)}: must be one of {', '.join(known)}.")
-    return cast(TextFormat | None, name)
+    """Read the value of `--format`."""
+    return None if name is None else cast(TextFormat, one_of("--format", name, get_args(TextFormat)))
 
 
 def command_line() -> str:
-    """What was given, to be read and to be given again."""
+    """Return the command line of this process as a shell takes it, without control characters."""
     return visible(shlex.join(["slimqwen", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""What is looked at afterwards: the report, and the studies."""
+"""The commands that write pages: report, study."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Training a student, and what training needs beside it."""
+"""The commands that train a student, or prepare its training: teacher-cache, distil, carry."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,21 +6,75 @@ from typing import Annotated
 import typer
 
 from slimqwen.cli.options import (
+    BatchSize,
     CheckpointName,
+    CheckpointOut,
     Device,
     DtypeOption,
     Isolated,
+    MemoryBudget,
     Overrides,
     Seed,
     SequenceLength,
+    Streaming,
     TokensFolder,
     dtype_of,
+    execution_of,
     size_of,
 )
 from slimqwen.core.terminal import show
 from slimqwen.core.torchrun import rank
 
 commands = typer.Typer()
+
+DistilFileName = Annotated[
+    Path,
+    typer.Option(
+        "--recipe",
+        metavar="FILE.yaml",
+        help="The recipe's `distil` section as a file; in it its section `execution`.",
+    ),
+]
+Teacher = Annotated[str | None, typer.Option(help="Checkpoint folder, or 'builtin'. Not needed without kd terms.")]
+TeacherCache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Written by `slimqwen teacher-cache`; no teacher is loaded, and --teacher only compared with it.",
+    ),
+]
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIRST:END",
+        help="Train only these optimiser steps, 0:16 say, of the run that the recipe's tokens pay for: a stage of it. Schedules and "
+        "data order go on where the stage before ended. Default: all of them.",
+    ),
+]
+Moments = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="AdamW's moments to begin with, written by `slimqwen carry`. Default: zeros."),
+]
+KeepState = Annotated[
+    bool,
+    typer.Option(
+        "--keep-state", help="Leave the training state beside the result, in `.NAME.state`, for `slimqwen carry`."
+    ),
+]
+LearningRate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|NUMBER",
+        help="Instead of the recipe's learning_rate; auto: found by short forks (docs/learning-rate.md).",
+        show_default=False,
+    ),
+]
+RecipeDevice = Annotated[
+    str | None,
+    typer.Option(
+        help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'. Default: the recipe's.", show_default=False
+    ),
+]
 
 
 @commands.command()
@@ -30,7 +84,7 @@ def teacher_cache(
     out: Annotated[Path, typer.Option(help="Folder to write; of a mixture, a folder for each source.")],
     top_k: Annotated[int, typer.Option(min=1, help="Most likely tokens to keep, beside the sum of the others.")] = 64,
     mtp: Annotated[
-        bool, typer.Option("--mtp", help="Keep what the MTP head says too, for distil.mtp_target: mtp.")
+        bool, typer.Option("--mtp", help="Keep the MTP head's predictions too, for distil.mtp_target: mtp.")
     ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Log-probabilities as float32 instead of 16 bits.")] = False,
     sequences: Annotated[
@@ -41,34 +95,25 @@ def teacher_cache(
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    batch_size: BatchSize = 8,
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Size of a file, which is what an interruption costs.")
     ] = "256MB",
-    streaming: Annotated[
-        bool | None,
-        typer.Option(
-            "--streaming/--no-streaming",
-            help="Run the teacher layer by layer, the other weights left on disk, once for each file. "
-            "Default: where it does not fit into memory.",
-            show_default=False,
-        ),
-    ] = None,
-    memory_budget: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory for activations when running layer by layer.")
-    ] = "2GB",
+    streaming: Streaming = None,
+    memory_budget: MemoryBudget = "2GB",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
     """Run a teacher once and keep its most likely tokens, so that `distil` needs it no more.
 
-    Interrupted, the same command continues with the first file that is not complete.
+    Interrupted, the same command continues with the first file that is not complete. Layer by layer (--streaming) the teacher
+    runs once for each file.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.recipe import Execution, TeacherRecipe
+    from slimqwen.recipe import TeacherRecipe
     from slimqwen.teacher_cache.write import write_teacher_cache
 
     write_teacher_cache(
@@ -81,11 +126,11 @@ def teacher_cache(
         with_mtp=mtp,
         sequences=sequences,
         seed=seed,
-        execution=Execution(
+        execution=execution_of(
             device=device,
             batch_size=batch_size,
             streaming=streaming,
-            memory_budget=size_of("--memory-budget", memory_budget),
+            memory_budget=memory_budget,
             cache_file_bytes=size_of("--shard-size", shard_size),
         ),
         dtype=dtype_of(dtype),
@@ -97,62 +142,18 @@ def teacher_cache(
 def distil(
     student: CheckpointName,
     tokens: TokensFolder,
-    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    settings: Annotated[
-        Path,
-        typer.Option(
-            "--recipe",
-            metavar="FILE.yaml",
-            help="The recipe's `distil` section as a file; in it its section `execution`.",
-        ),
-    ],
-    teacher: Annotated[
-        str | None, typer.Option(help="Checkpoint folder, or 'builtin'. Not needed without kd terms.")
-    ] = None,
-    teacher_cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Written by `slimqwen teacher-cache`; no teacher is loaded, and --teacher only compared with it.",
-        ),
-    ] = None,
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FIRST:END",
-            help="Train only these optimiser steps, 0:16 say, of the run that the recipe's tokens pay for: a stage of it. Schedules and "
-            "data order go on where the stage before ended. Default: all of them.",
-        ),
-    ] = None,
-    moments: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="AdamW's moments to begin with, written by `slimqwen carry`. Default: zeros."
-        ),
-    ] = None,
-    keep_state: Annotated[
-        bool,
-        typer.Option(
-            "--keep-state", help="Leave the training state beside the result, in `.NAME.state`, for `slimqwen carry`."
-        ),
-    ] = False,
-    learning_rate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|NUMBER",
-            help="Instead of the recipe's learning_rate; auto: found by short forks (docs/learning-rate.md).",
-            show_default=False,
-        ),
-    ] = None,
+    out: CheckpointOut,
+    settings: DistilFileName,
+    teacher: Teacher = None,
+    teacher_cache: TeacherCache = None,
+    steps: Steps = None,
+    moments: Moments = None,
+    keep_state: KeepState = False,
+    learning_rate: LearningRate = None,
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     seed: Seed = 0,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'. Default: the recipe's.", show_default=False
-        ),
-    ] = None,
+    device: RecipeDevice = None,
     dtype: DtypeOption = "auto",
     overrides: Overrides = None,
 ) -> None:

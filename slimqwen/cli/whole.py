@@ -1,4 +1,4 @@
-"""Whole runs, and the recipes that they are."""
+"""The commands for whole runs and their recipes: run, demo, recipe, pretrain."""
 
 import json
 import time

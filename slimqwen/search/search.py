@@ -1,4 +1,4 @@
-"""The search of `slimqwen plan --fit ... --tokens DIR`: shapes ranked by the KL to the teacher after the cut."""
+"""The search of `slimqwen plan search`: shapes ranked by the KL to the teacher after the cut."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The argument of `slimqwen plan --fit`: budgets to meet and pinned sizes."""
+"""The argument of `slimqwen plan fit` and `plan search`: budgets to meet and pinned sizes."""
 
 import re
 from dataclasses import dataclass
@@ -47,24 +47,22 @@ def parse(wanted: str) -> tuple[list[Budget], Target]:
         name, equals, value = (text.strip() for text in item.partition("="))
         if name not in known:
             raise UserError(
-                f"--fit: {name!r} is not known{did_you_mean(name, known)}; budgets are {', '.join(QUANTITIES)}, and any "
+                f"budgets: {name!r} is not known{did_you_mean(name, known)}; budgets are {', '.join(QUANTITIES)}, and any "
                 f"size can be pinned ({', '.join(Target.model_fields)})."
             )
         if not equals or name in pinned or name in [budget.quantity for budget in budgets]:
-            raise UserError(f"--fit: {name} must be given once, with a value: {name}=...")
+            raise UserError(f"budgets: {name} must be given once, with a value: {name}=...")
         if name in QUANTITIES:
             budgets.append(_budget(name, value))
         else:
             pinned[name] = value
     if not budgets:
-        raise UserError(
-            f"--fit needs a budget: one or more of {', '.join(QUANTITIES)}, e.g. --fit total=23B,active=2B."
-        )
+        raise UserError(f"a shape needs a budget: one or more of {', '.join(QUANTITIES)}, e.g. total=23B,active=2B.")
     try:
         return budgets, Target.model_validate_strings(pinned)
     except ValidationError as error:
         field = error.errors()[0]["loc"][0]
-        raise UserError(f"--fit: {field} must be a positive whole number, is {pinned[str(field)]!r}.") from None
+        raise UserError(f"budgets: {field} must be a positive whole number, is {pinned[str(field)]!r}.") from None
 
 
 def _budget(quantity: str, written: str) -> Budget:
@@ -75,7 +73,7 @@ def _budget(quantity: str, written: str) -> Budget:
     unit = PARAMETER_UNITS.get(match[3].upper()) if match else None
     if match is None or unit is None or float(match[1]) == 0:
         units = ", ".join(filter(None, PARAMETER_UNITS))
-        raise UserError(f"--fit: {quantity}={written!r} must be a number and one of {units}, e.g. 23B.")
+        raise UserError(f"budgets: {quantity}={written!r} must be a number and one of {units}, e.g. 23B.")
     amount = float(match[1]) * unit
     margin = max(amount * TOLERANCE, unit * 0.5 * 10 ** -len(match[2] or ""))
     return Budget(quantity, written, amount, amount - margin, amount + margin)

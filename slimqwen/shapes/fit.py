@@ -1,4 +1,4 @@
-"""Shapes that meet a budget: `slimqwen plan CONFIG --fit total=23B,active=2B`. No weights, no torch.
+"""Shapes that meet a budget: `slimqwen plan fit CONFIG total=23B,active=2B`. No weights, no torch.
 
 Every shape of a grid is counted (`families.count.tally` is vectorised), and those within the budgets are ranked.
 Sizes that are neither searched nor pinned stay the source's.
@@ -133,7 +133,7 @@ class Feasible:
                 break
         if not counted:
             raise UserError(
-                f"{self.family.model_type} refuses every shape that meets --fit: change a budget or a pinned size."
+                f"{self.family.model_type} refuses every shape within the budgets: change a budget or a pinned size."
             )
         return counted
 
@@ -159,7 +159,7 @@ def feasible(family: Family, config: Config, wanted: str, *, align: int = 128) -
     if not meets.any():
         nearest = grid.describe(int((off**2).sum(axis=0).argmin()), [budget.quantity for budget in budgets])
         raise UserError(
-            f"no shape meets --fit {wanted}; the nearest has {nearest}: change a budget or a pinned size, or lower --align."
+            f"no shape meets {wanted}; the nearest has {nearest}: change a budget or a pinned size, or lower --align."
         )
     distance = distances(grid.shapes[meets], grid.source, off[:, meets])
     is_whole = grid.shapes[meets, 0] % period(config["layer_types"]) == 0
@@ -224,12 +224,12 @@ def check_reachable(budget: Budget, grid: Grid) -> None:
     numbers = grid.quantities[budget.quantity]
     if numbers.min() > budget.highest:
         raise UserError(
-            f"--fit {budget} can't be reached: the smallest shape has "
+            f"{budget} can't be reached: the smallest shape has "
             f"{grid.describe(int(numbers.argmin()), [budget.quantity])}; pin a size to go below it, or lower --align."
         )
     if numbers.max() < budget.lowest:
         raise UserError(
-            f"--fit {budget} is out of reach: the largest shape has "
+            f"{budget} is out of reach: the largest shape has "
             f"{grid.describe(int(numbers.argmax()), [budget.quantity])}."
         )
 
