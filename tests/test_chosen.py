@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.cli import app
+from slimqwen.core.errors import UserError
 from slimqwen.planning.chosen import choice_text, plan_warnings
 from slimqwen.planning.plan import Plan, plan
 from slimqwen.recipe import (
@@ -175,3 +176,21 @@ def test_the_command_prints_it(measured: Measured, tmp_path: Path) -> None:
     assert choice_text(Plan.load(tmp_path / "plan.json")) in result.stdout
     as_json = CliRunner().invoke(app, ["plan", str(measured.checkpoint), *map(str, options), "--json"])
     assert as_json.stdout.startswith("{")
+
+
+def test_the_command_chooses_by_the_papers_criteria(measured: Measured, tmp_path: Path) -> None:
+    """By --paper, and by the --method of before with a warning; a file of criteria beside it is refused."""
+    (tmp_path / "target.yaml").write_text("num_hidden_layers: 3\nnum_experts: 4\n")
+    (tmp_path / "pruning.yaml").write_text("depth: last\n")
+    measured.statistics.save(tmp_path / "s.safetensors")
+    common = ["plan", measured.checkpoint, "--target", tmp_path / "target.yaml"]
+    common += ["--statistics", tmp_path / "s.safetensors", "--out", tmp_path / "plan.json"]
+    warnings = []
+    for option in (["--paper"], ["--method", "slimqwen-paper"]):
+        result = CliRunner().invoke(app, list(map(str, [*common, *option])))
+        assert result.exit_code == 0, result.output
+        assert Plan.load(tmp_path / "plan.json").pruning == PruningRecipe().as_published()
+        warnings.append("--method slimqwen-paper is written --paper since 0.2" in result.stderr)
+    assert warnings == [False, True]
+    refused = CliRunner().invoke(app, list(map(str, [*common, "--paper", "--pruning", tmp_path / "pruning.yaml"])))
+    assert isinstance(refused.exception, UserError) and "without --pruning" in str(refused.exception)
