@@ -32,7 +32,7 @@ from slimqwen.study.variation import Variation
 from slimqwen.teacher_cache.write import write_teacher_cache
 from slimqwen.training import learning_rate, schedules
 from slimqwen.training.cached_teacher import CachedTeacher
-from slimqwen.training.course import course_of
+from slimqwen.training.course import compute_course
 from slimqwen.training.distil import distil, state_folder_of
 from slimqwen.training.learning_rate import (
     FEWEST_STEPS,
@@ -344,7 +344,7 @@ def test_each_stage_of_a_run_has_its_own_rate(tmp_path: Path) -> None:
         for line in (line for line in lines if line["run"] == run_name):
             rate = choices[f"{folder}{line['stage']}"].rate
             expected = schedules.learning_rate(
-                line["step"], course_of(wanted.distil, 16), rate, 3e-5 * rate / AUTO_REFERENCE
+                line["step"], compute_course(wanted.distil, 16), rate, 3e-5 * rate / AUTO_REFERENCE
             )
             assert line["learning_rate"] == pytest.approx(expected)  # one curve over the run, at the stage's own height
 

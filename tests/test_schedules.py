@@ -9,14 +9,14 @@ from pydantic import ValidationError
 from slimqwen.core.errors import UserError
 from slimqwen.planning.progressive import stage_steps
 from slimqwen.recipe import DistilRecipe, Ramp
-from slimqwen.training.course import Course, Level, course_of
+from slimqwen.training.course import Course, Level, compute_course
 from slimqwen.training.distil import parse_span
 from slimqwen.training.schedules import kd_weight, learning_rate, mtp_weight
 from slimqwen.training.trainer import Span
 
 
 def course(tokens: int, sequence_length: int = 2, **settings: Any) -> Course:
-    return course_of(DistilRecipe.model_validate({"tokens": tokens, **settings}), sequence_length)
+    return compute_course(DistilRecipe.model_validate({"tokens": tokens, **settings}), sequence_length)
 
 
 def even(total_steps: int, warmup_steps: int) -> Course:

@@ -33,7 +33,7 @@ from slimqwen.serving.loadable import loadable, refusals_in_words
 from slimqwen.shapes.target import completed, shape_of, size_of, target_config
 from slimqwen.teacher_cache.write import check_teacher
 from slimqwen.training.cached_teacher import check_temperature
-from slimqwen.training.course import course_of
+from slimqwen.training.course import compute_course
 from slimqwen.training.distil import check_terms, total_steps
 from slimqwen.training.loggers import check_loggers
 from slimqwen.training.optimizer import check_optimizer
@@ -120,7 +120,7 @@ def announce_text(tokens: Path, recipe: Recipe, total_steps: int) -> None:
     """Say how often the run reads its training text, where that is too often. Raises UserError where there is too little."""
     length = recipe.data.sequence_length
     stream = training_stream(tokens, length, recipe.seed, recipe.data.documents)
-    for note in notes_of_passes(stream, course_of(recipe.distil, length).first_row(total_steps)):
+    for note in notes_of_passes(stream, compute_course(recipe.distil, length).first_row(total_steps)):
         warn(note)
 
 
@@ -151,7 +151,7 @@ def stages_of(recipe: Recipe, source: Checkpoint) -> list[ScheduleStage]:
         if recipe.pruning.width == WidthCriterion.ROTATION and targets[-1].hidden_size != config["hidden_size"]:
             stretches(source)  # raises where this model cannot be rotated
     total = total_steps(recipe.distil, recipe.data.sequence_length)
-    fractions = course_of(recipe.distil, recipe.data.sequence_length).step_fractions(fractions)
+    fractions = compute_course(recipe.distil, recipe.data.sequence_length).step_fractions(fractions)
     stages, done = [], 0
     for number, (target, steps) in enumerate(zip(targets, stage_steps(fractions, total), strict=True), start=1):
         after = target_config(source.family, config, target)
@@ -182,7 +182,7 @@ def announce(recipe: Recipe, source: Checkpoint, stages: list[ScheduleStage]) ->
     """Say what was derived from the recipe before hours are spent on it."""
     family, config = source.family, source.config
     before = count(family, config)
-    course = course_of(recipe.distil, recipe.data.sequence_length)
+    course = compute_course(recipe.distil, recipe.data.sequence_length)
     say(f"teacher   {source.folder}: {_shape(shape_of(source.family, config), before)}")
     for stage in stages:
         after = count(family, target_config(family, config, stage.target))

@@ -19,7 +19,7 @@ from slimqwen.recipe import DataRecipe, Execution, HealingRecipe, Recipe, Target
 from slimqwen.refit.refit import repair
 from slimqwen.runs.stage import Stage
 from slimqwen.teacher_cache.write import write_teacher_cache
-from slimqwen.training.course import course_of
+from slimqwen.training.course import compute_course
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TeacherCaching(Stage):
             **text_settings(recipe),
             "documents": recipe.data.documents,
             "with_mtp": recipe.distil.is_taught_by_mtp,
-            "sequences": course_of(recipe.distil, recipe.data.sequence_length).first_row(self.total_steps),
+            "sequences": compute_course(recipe.distil, recipe.data.sequence_length).first_row(self.total_steps),
         }
 
     def make(self, out: Path, execution: Execution, title: str) -> None:

@@ -75,7 +75,7 @@ class Course:
         return self.levels[bisect_right(self.levels, step, key=lambda level: level.first_step) - 1]
 
 
-def course_of(recipe: DistilRecipe, sequence_length: int, total_steps: int | None = None) -> Course:
+def compute_course(recipe: DistilRecipe, sequence_length: int, total_steps: int | None = None) -> Course:
     """Compute the course of a recipe. total_steps: None for as many whole steps as its tokens are enough for."""
     levels = _batch_levels(recipe, sequence_length)
     if total_steps is None:

@@ -31,7 +31,7 @@ from slimqwen.parallel.ranks import Ranks, join_ranks
 from slimqwen.parallel.sharded_checkpoint import export, fill_own, load_sharded
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries, Execution
 from slimqwen.training.cached_teacher import CachedTeacher, open_teacher_cache
-from slimqwen.training.course import course_of
+from slimqwen.training.course import compute_course
 from slimqwen.training.dry_run import dry_run
 from slimqwen.training.heldout import HeldOut
 from slimqwen.training.learning_rate import FILE as LEARNING_RATE_FILE
@@ -48,7 +48,7 @@ from slimqwen.training.trainer import Span, Student, Trainer
 
 def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
     """Return how many optimiser steps the recipe's tokens are enough for. Raises UserError where they do not fill one."""
-    course = course_of(recipe, sequence_length)
+    course = compute_course(recipe, sequence_length)
     if course.total_steps == 0:
         raise UserError(
             f"distil.tokens = {recipe.tokens:,} is less than one step of {course.rows(0)} sequences of {sequence_length}: "
@@ -138,7 +138,7 @@ def distil(
             if read is not None and ranks.experts_mesh is not None:
                 check_expert_ranks(read, ranks.experts_mesh["expert"].size())
         stream = training_stream(tokens, sequence_length, seed, documents)
-        course = course_of(recipe, sequence_length, span.total_steps)
+        course = compute_course(recipe, sequence_length, span.total_steps)
         cached_teacher: CachedTeacher | None = None
         if recipe.is_taught and not is_live:
             cached_teacher = open_teacher_cache(

@@ -28,7 +28,7 @@ from slimqwen.parallel.ranks import ALONE, Ranks, clip_grad_norm, fully_sharded
 from slimqwen.recipe import DistilRecipe, Execution
 from slimqwen.training import schedules
 from slimqwen.training.average import Average
-from slimqwen.training.course import course_of
+from slimqwen.training.course import compute_course
 from slimqwen.training.guard import Guard
 from slimqwen.training.optimizer import build_optimizer, freeze_untrained, parts_of, set_learning_rate
 from slimqwen.training.teacher import Teacher
@@ -86,7 +86,7 @@ class Trainer:
         self.recipe = recipe
         self.execution = execution
         self.span = span
-        self.course = course_of(recipe, stream.sequence_length, span.total_steps)
+        self.course = compute_course(recipe, stream.sequence_length, span.total_steps)
         self.ranks = ranks
         self.guard = Guard(execution.bad_steps.spike_factor)
         self.micro_batch_size = execution.micro_batch_size or recipe.batch_size
