@@ -34,7 +34,7 @@ from slimqwen.model.model import load
 from slimqwen.planning.plan import cuts_only_channels, plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, DistilRecipe, Duration, HealingRecipe, PruningRecipe, Target
-from slimqwen.refit.refit import repair
+from slimqwen.refit.refit import refit
 from slimqwen.training.distil import distil
 
 SEQUENCE_LENGTH = 256
@@ -150,7 +150,7 @@ class Bench:
             "seed": draw,
         }
         if criteria.refit_outputs and not cuts_only_channels(Checkpoint(self.teacher), made_plan):
-            made = repair(made, work / "repaired", samples=self.samples, **settings)
+            made = refit(made, work / "refitted", samples=self.samples, **settings)
         if "healed" in way:
             made = heal(made, work / "healed", recipe=HEALING, **settings)
         return made

@@ -52,7 +52,7 @@ from slimqwen.recipe import (
     TeacherRecipe,
 )
 from slimqwen.recipe.file import dump_recipe
-from slimqwen.refit.refit import repair
+from slimqwen.refit.refit import refit
 from slimqwen.reporting.report import report
 from slimqwen.runs.recipe_run import run
 from slimqwen.teacher_cache.write import write_teacher_cache
@@ -133,8 +133,8 @@ def run_prune(inputs: Path, work: Path, earlier: bool) -> object:
     return prune(inputs / "teacher", work / "out", plan=inputs / "plan.json", shard_bytes=size)
 
 
-def run_repair(inputs: Path, work: Path, earlier: bool) -> object:
-    return repair(
+def run_refit(inputs: Path, work: Path, earlier: bool) -> object:
+    return refit(
         inputs / "pruned",
         work / "out",
         teacher=inputs / "teacher",

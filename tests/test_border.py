@@ -305,7 +305,7 @@ NO_FIELD = {
     | {"statistics", "pruning", "paper", "depth", "stability"},
     "plan search": {"tokens", "out", "pick", "align", "shapes", "pruning", "paper", "statistics", "work", "as_json"},
     "prune": {"plan", "out", "shard_size", "layout"},
-    "repair": {"teacher", "plan", "out"},
+    "refit": {"teacher", "plan", "out"},
     "heal": {"teacher", "plan", "out"},
     "teacher-cache": {"tokens", "out", "mtp", "sequences"},
     "distil": {
@@ -377,14 +377,14 @@ def test_what_is_wrong_with_an_option_begins_with_it_or_names_it(
     tokenize = ("tokens", "text", "--tokenizer", "builtin", "--out", "other", "--workers", "1")
     calibrate = ("calibrate", "builtin", "--tokens", "tokens")
     cache = ("teacher-cache", "builtin", "--tokens", "tokens", "--out", "cache")
-    repair = ("repair", "builtin", "--teacher", "builtin", "--tokens", "tokens", "--plan", "p", "--out", "o")
+    refit = ("refit", "builtin", "--teacher", "builtin", "--tokens", "tokens", "--plan", "p", "--out", "o")
     for arguments, words in {
         (*calibrate, "--tokens", "more=tokens", "--samples", "1"): "raise --samples",
         (*calibrate, "--samples", "99999999999"): "lower --samples",
         (*calibrate, "--sequence-length", "100000"): "lower --sequence-length",
         (*calibrate, "--memory-budget", "0GB"): "--memory-budget: '0GB' is not a size",
         (*calibrate, "--device", "gpu"): "try --device auto",
-        (*repair, "--memory-budget", "much"): "--memory-budget: 'much' is not a size",
+        (*refit, "--memory-budget", "much"): "--memory-budget: 'much' is not a size",
         (*cache, "--shard-size", "0"): "--shard-size: '0' is not a size",
         (*cache, "--memory-budget", "-1GB"): "--memory-budget: '-1GB' is not a size",
         (*cache, "--top-k", "9999999"): "--top-k 9,999,999 is more than",

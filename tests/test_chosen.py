@@ -126,7 +126,7 @@ def test_the_width_is_said_with_what_it_keeps(planned: Callable[..., Plan]) -> N
     text = choice_text(planned(target={"hidden_size": 24}))
     made = planned(target={"hidden_size": 24})
     assert f"width      32 -> 24 directions with {sum(made.scores.hidden[:24]):.1%} of the second moments" in text
-    assert "readers repaired, ridge" in text and "on one source of text ('training')" in text
+    assert "readers refitted, ridge" in text and "on one source of text ('training')" in text
     assert "experts" not in text
     channels = choice_text(planned(target={"hidden_size": 24}, width="norm_activation"))
     assert channels.splitlines()[0] == "width      32 -> 24 channels by mean |norm output| ('norm_activation')"

@@ -33,7 +33,7 @@ FEW_DRAFTS = {"acceptance_prompts": 1, "acceptance_prompt_tokens": 8, "acceptanc
 LESS_WORK = {
     "calibrate": ["--samples", "4", "--sequence-length", "16"],
     "measure-depth": ["--samples", "4", "--sequence-length", "16"],
-    "repair": ["--samples", "4", "--sequence-length", "16"],
+    "refit": ["--samples", "4", "--sequence-length", "16"],
     "heal": ["--samples", "4", "--sequence-length", "16"],
     "teacher-cache": ["--sequences", "4", "--sequence-length", "16"],
     "distil": ["--set", "tokens=256", "--sequence-length", "16"],

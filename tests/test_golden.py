@@ -62,9 +62,9 @@ def test_a_difference_is_seen_and_told(made: tuple[Path, dict[str, Artefact]]) -
     folder, artefacts = made
 
     for name, key in (
-        ("qwen3_next/run/stage-1/repaired", "model.layers.1.mlp.experts.*.down_proj.weight"),
-        ("mixtral/run/one_shot/repaired", "model.layers.1.block_sparse_moe.experts.*.w2.weight"),
-        ("glm4_moe/run/one_shot/repaired", "model.layers.1.mlp.experts.*.down_proj.weight"),
+        ("qwen3_next/run/stage-1/refitted", "model.layers.1.mlp.experts.*.down_proj.weight"),
+        ("mixtral/run/one_shot/refitted", "model.layers.1.block_sparse_moe.experts.*.w2.weight"),
+        ("glm4_moe/run/one_shot/refitted", "model.layers.1.mlp.experts.*.down_proj.weight"),
     ):
         values = artefacts[name].numbers[key].copy()
         values[: len(values) // 4] *= 1.001  # one of the four experts that are kept

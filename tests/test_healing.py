@@ -226,7 +226,7 @@ def test_what_does_not_belong_together_is_one_sentence(tmp_path: Path, texts: Te
     trained = with_noise(cut.student, tmp_path / "trained", only="embed_tokens", size=0.5)
     with pytest.raises(UserError, match=r"the embeddings of .*trained are not what the plan makes of those of") as told:
         healed(cut._replace(student=trained), texts, tmp_path / "out")
-    assert "repair" not in str(told.value)  # which is another command
+    assert "refit" not in str(told.value)  # which is another command
     with pytest.raises(UserError, match="the plan was not made for"):
         healed(cut._replace(teacher=cut.student), texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()

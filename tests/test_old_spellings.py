@@ -21,6 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
+        ("repair s --teacher t --out o", "refit s --teacher t --out o"),
         ("plan c --fit total=1M", "plan fit c total=1M"),
         ("plan c --fit=total=1M --out t.yaml --json", "plan fit c --out t.yaml --json total=1M"),
         ("plan --align 4 --fit total=1M c", "plan fit --align 4 c total=1M"),
@@ -38,7 +39,9 @@ def test_an_old_spelling_has_a_new_one(old: str, new: str, capsys: pytest.Captur
     assert capsys.readouterr().err == f"`slimqwen {old}` is written `slimqwen {new}` since 0.2\n"
 
 
-@pytest.mark.parametrize("line", ["", "plan", "plan c --target t.yaml", "plan fit c total=1M", "run fit", "--version"])
+@pytest.mark.parametrize(
+    "line", ["", "plan", "plan c --target t.yaml", "plan fit c total=1M", "run repair", "--version"]
+)
 def test_other_command_lines_stay_as_they_are(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert current_spelling(line.split()) == line.split()
     assert capsys.readouterr().err == ""
@@ -47,6 +50,26 @@ def test_other_command_lines_stay_as_they_are(line: str, capsys: pytest.CaptureF
 def test_a_warning_is_fit_for_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     current_spelling(["plan", "\x1b[31m", "--fit", "total=1M"])
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_repair_is_refit(model: Path, tmp_path: Path) -> None:
+    words = (
+        model,
+        "--teacher",
+        model,
+        "--tokens",
+        tmp_path,
+        "--plan",
+        tmp_path / "plan.json",
+        "--out",
+        tmp_path / "out",
+    )
+    old, new = slimqwen("repair", *words), slimqwen("refit", *words)
+    warning, _, message = old.stderr.partition("\n")
+    assert warning.startswith("`slimqwen repair ") and "since 0.2" in warning
+    assert (old.returncode, message) == (new.returncode, new.stderr) and old.returncode == 2
+    assert "repair" not in slimqwen("--help").stdout
+    assert_one_sentence(slimqwen("repai"), 2, "No such command 'repai'")
 
 
 def test_plan_with_fit_lists_shapes_as_plan_fit_does(model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ COMMANDS = {
     "fit": "plan fit teacher/config.json total=90000 --align 4 --out OUT",
     "search": "plan search teacher total=1M --tokens data/tokens --work search --out OUT",
     "prune": "prune teacher --plan plan.json --out OUT",
-    "repair": "repair student --teacher teacher --tokens data/tokens --plan plan.json --out OUT",
+    "refit": "refit student --teacher teacher --tokens data/tokens --plan plan.json --out OUT",
     "heal": "heal student --teacher teacher --tokens data/tokens --plan plan.json --out OUT",
     "teacher-cache": "teacher-cache teacher --tokens data/tokens --sequence-length 16 --out OUT",
     "distil": "distil student --teacher teacher --tokens data/tokens --recipe distil.yaml --out OUT",
@@ -31,7 +31,7 @@ COMMANDS = {
     "report": "report run --out OUT",
     "compare": "report run other --out OUT",
 }
-FOLDERS = {"tokens", "prune", "repair", "heal", "teacher-cache", "distil", "carry"}
+FOLDERS = {"tokens", "prune", "refit", "heal", "teacher-cache", "distil", "carry"}
 DESTROYED = {
     "tokens": ["data/text", "data/text/sub", "data", "teacher"],
     "calibrate": ["teacher/model.safetensors", "teacher/new.safetensors", "data/tokens/train.bin"],
@@ -41,7 +41,7 @@ DESTROYED = {
     "fit": ["teacher/config.json"],
     "search": ["teacher/config.json", "data/tokens/manifest.json"],
     "prune": ["teacher", "teacher/pruned", "plan.json"],
-    "repair": ["teacher", "student", "data/tokens/sub", "."],
+    "refit": ["teacher", "student", "data/tokens/sub", "."],
     "heal": ["teacher", "student", "data/tokens/sub", "."],
     "teacher-cache": ["teacher", "data/tokens", "data"],
     "distil": ["student", "teacher/distilled", "data/tokens"],

@@ -310,12 +310,12 @@ def test_ours_and_the_papers_cut_in_one_run(tmp_path: Path) -> None:
     )
     assert papers == paper()
     for folder in ("stage-1", "stage-2", "one_shot"):
-        assert (tmp_path / "run" / folder / "repaired" / "model.safetensors").is_file()
-        assert not (tmp_path / "run" / "paper" / folder / "repaired").exists()
+        assert (tmp_path / "run" / folder / "refitted" / "model.safetensors").is_file()
+        assert not (tmp_path / "run" / "paper" / folder / "refitted").exists()
     assert not (tmp_path / "run" / "paper" / "stage-1" / "statistics.safetensors").exists()
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert final.config.hidden_size == 24
-    assert Checkpoint(tmp_path / "run" / "stage-2" / "repaired").config["num_experts"] == 4
+    assert Checkpoint(tmp_path / "run" / "stage-2" / "refitted").config["num_experts"] == 4
     models = Evaluation.load(tmp_path / "run" / "evaluation.json").models
     assert list(models) == ["teacher", "paper_pruned", "pruned", "paper", "slimqwen"]
     pipeline = Pipeline(recipe, "slimqwen run")
@@ -370,7 +370,7 @@ def test_what_another_schedule_left_is_removed_and_nothing_else(finished: Recipe
 
     for name in ("stage-2/plan.json", "stage-3/plan.json", "stage-3/pruned", "stage-4/distilled"):
         made(name)
-    for name in ("paper/stage-3/pruned", "paper/stage-3/repaired", "stage-5/pruned", "stage-6/plan.json"):
+    for name in ("paper/stage-3/pruned", "paper/stage-3/refitted", "stage-5/pruned", "stage-6/plan.json"):
         made(name)
     claim_folder(state_folder_of(tmp_path / "stage-4" / "distilled"), "key")
     users = {
@@ -380,7 +380,7 @@ def test_what_another_schedule_left_is_removed_and_nothing_else(finished: Recipe
         "within/stage-3/plan.json",
         "within/stage-3/pruned/config.json",
         "stage-3/notes.txt",  # beside what we made, and in it
-        "paper/stage-3/repaired/notes.txt",
+        "paper/stage-3/refitted/notes.txt",
         "stage-5/pruned/config.json",  # in the place of what we made
         "stage-6/plan.json",
     }
@@ -394,6 +394,27 @@ def test_what_another_schedule_left_is_removed_and_nothing_else(finished: Recipe
     assert [record.made for record in pipeline.steps.records()] == ["stage-2/plan.json"]
     pipeline.forget_other_schedules()  # and a second time there is nothing to do
     assert files_in(tmp_path) == users | {"stage-2/plan.json", "stages.jsonl"}
+
+
+def test_what_version_0_1_called_otherwise_stays_and_is_named(
+    finished: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = Pipeline(finished.model_copy(update={"run_dir": tmp_path}), "slimqwen run")
+
+    def make(name: str) -> None:
+        with atomic_folder(tmp_path / name) as folder:
+            written(folder, "config.json")
+
+    for name in ("stage-1/repaired", "stage-1/pruned"):
+        pipeline.steps.step(name, tmp_path / name, {}, lambda name=name: make(name))
+    written(tmp_path, "stage-2/repaired/config.json", "the user's, of which this run has no record")
+    before = files_in(tmp_path)
+    capsys.readouterr()
+    pipeline.forget_other_schedules()
+    pipeline.announce_old_names()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {tmp_path}/stage-1/repaired is called refitted since 0.2")
+    assert files_in(tmp_path) == before
 
 
 def test_init_random_leaves_somebodys_plan_alone(tmp_path: Path, finished: Recipe) -> None:

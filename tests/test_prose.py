@@ -409,7 +409,7 @@ def test_nothing_that_grows_is_counted_in_prose() -> None:
 @pytest.mark.parametrize(
     ("check", "false", "true"),
     [
-        (missing_files, "see docs/recipes.md", "see docs/repair.md"),
+        (missing_files, "see docs/recipes.md", "see docs/refit.md"),
         (missing_files, "in `slimqwen/planing/`", "in `slimqwen/planning/`"),
         (missing_files, "as `prunning.py` has it", "as `prune.py` has it"),
         (missing_names, "see `losses/loss.py: aligned`", "see `losses/loss.py: align`"),

@@ -195,7 +195,7 @@ FILES = (
     "stage-2/plan.json",
     "lm_only/stage-2/plan.json",
 )
-FOLDERS = ("tokens", "final", "stage-1/pruned", "stage-2/distilled", "random_init/initial", "one_shot/repaired")
+FOLDERS = ("tokens", "final", "stage-1/pruned", "stage-2/distilled", "random_init/initial", "one_shot/refitted")
 
 
 @pytest.mark.parametrize("name", [*FILES, *(f"{folder}/thesis.txt" for folder in FOLDERS)])

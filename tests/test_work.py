@@ -76,7 +76,7 @@ def test_a_cut_of_experts_is_refitted(tmp_path: Path, teacher: tuple[Path, Path]
     assert steps_of_a_cut(tmp_path, teacher, Target(hidden_size=24, num_experts=4)) == [
         "plan.json",
         "pruned",
-        "repaired",
+        "refitted",
     ]
 
 
@@ -88,7 +88,7 @@ def test_a_cut_is_healed_where_the_recipe_asks_and_the_plan_is_the_same(
     assert steps_of_a_cut(tmp_path, teacher, target, healing=healing) == [
         "plan.json",
         "pruned",
-        "repaired",
+        "refitted",
         "healed",
     ]
     assert (

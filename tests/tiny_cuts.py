@@ -105,7 +105,7 @@ def with_noise(checkpoint: Path, out: Path, only: str, size: float) -> Path:
 
 @torch.no_grad()
 def distance(student: Path, teacher: Path, texts: Texts, channels: list[int] | None = None) -> float:
-    """|student's - teacher's stream|^2 / |teacher's|^2 after the last layer, on the text that the repair used."""
+    """|student's - teacher's stream|^2 / |teacher's|^2 after the last layer, on the text that the refit used."""
     rows = training_stream(texts.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens
     ours, theirs = (before_the_norm(folder, rows) for folder in (student, teacher))
     theirs = theirs if channels is None else theirs[..., channels]

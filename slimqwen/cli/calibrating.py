@@ -178,7 +178,7 @@ def measure_depth(
     refit: Annotated[
         bool,
         typer.Option(
-            "--refit/--no-refit", help="Refit what the best sets leave, as `slimqwen repair` will, and choose by that."
+            "--refit/--no-refit", help="Refit what the best sets leave, as `slimqwen refit` will, and choose by that."
         ),
     ] = True,
     batch_size: BatchSize = 8,

@@ -27,7 +27,7 @@ LEFT = {
     "pretrain": STEPS_STAY,
     "distil": TRAINING_STAYS,
     "prune": FILES_STAY,
-    "repair": FILES_STAY,
+    "refit": FILES_STAY,
     "heal": FILES_STAY,
     "measure-depth": FILES_STAY,
     "teacher-cache": FILES_STAY,
@@ -71,7 +71,7 @@ OPTION_OF: dict[str, dict[str, str]] = {
         "calibration.depth_samples": "samples",
         "pruning.refit_outputs": "refit",
     },
-    "repair": FIT_ON_TEXT,
+    "refit": FIT_ON_TEXT,
     "heal": {
         "calibration.sources": "tokens",
         **{f"healing.{name}": name for name in ("samples", "epochs", "batch_size", "learning_rate")},

@@ -1,4 +1,4 @@
-"""The commands that make a smaller checkpoint without training it: prune, repair, heal."""
+"""The commands that make a smaller checkpoint without training it: prune, refit, heal."""
 
 from typing import Annotated
 
@@ -58,7 +58,7 @@ def prune(
 
 
 @commands.command()
-def repair(
+def refit(
     student: CheckpointName,
     teacher: PrunedFrom,
     tokens: TokensFolders,
@@ -74,11 +74,11 @@ def repair(
 ) -> None:
     """Refit the experts and MLPs of a freshly pruned checkpoint so that each layer ends where the teacher's does. No training.
 
-    Ridge regression of their output matrices, layer by layer on the student's own stream; docs/repair.md says what
+    Ridge regression of their output matrices, layer by layer on the student's own stream; docs/refit.md says what
     it gains. Interrupted, the same command continues with the layer under way.
     """
     from slimqwen.builtin import checkpoint_folder
-    from slimqwen.refit.refit import repair as run_stage
+    from slimqwen.refit.refit import refit as run_stage
 
     run_stage(
         checkpoint_folder(student),

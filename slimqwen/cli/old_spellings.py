@@ -7,7 +7,7 @@ from slimqwen.core.terminal import visible
 from slimqwen.core.warning import warn
 
 SINCE = "0.2"
-COMMANDS: dict[str, str] = {}  # old name -> new name
+COMMANDS = {"repair": "refit"}
 
 # `plan --fit BUDGETS` ignored options that belong to other work of `plan`; each of these takes a value.
 COSTS = ("--context-length", "--gpus", "--micro-batch-size")

@@ -7,7 +7,7 @@ first layer in which two of them differ, and every layer's weights are read once
 regularly (three DeltaNet layers and one of attention) whole periods go where the target is some of them fewer.
 
 What is missed least is not what the refit makes up for best. So the best sets of the last round are refitted too, on half of the text,
-each as `slimqwen repair` would, and the KL on the other half decides.
+each as `slimqwen refit` would, and the KL on the other half decides.
 """
 
 from collections.abc import Mapping, Sequence

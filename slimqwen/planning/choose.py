@@ -87,7 +87,13 @@ def choose(
     keep, basis = size_of(target.hidden_size), None
     if pruning.width == WidthCriterion.ROTATION and keep < source.config["hidden_size"]:
         basis, shares = choose_basis(
-            source, sums, layers, keep, compensate=pruning.compensate, repair=pruning.refit_readers, folds=folds
+            source,
+            sums,
+            layers,
+            keep,
+            compensate=pruning.compensate,
+            refit_readers=pruning.refit_readers,
+            folds=folds,
         )
         scores = scores.model_copy(update={"hidden": shares.tolist()})
     channels = kept_channels(torch.tensor(scores.hidden, dtype=torch.float64), keep)

@@ -64,7 +64,7 @@ def _width(plan: "Plan") -> Iterator[str]:
         share = sum(plan.scores.hidden[:kept])
         yield f"width      {len(plan.scores.hidden)} -> {kept} directions with {share:.1%} of the second moments"
         if plan.readers:
-            yield f"           readers repaired, {strengths_in_words(plan.readers)}"
+            yield f"           readers refitted, {strengths_in_words(plan.readers)}"
         if plan.readers and len(plan.sources) == 1:
             yield (
                 f"           on one source of text ('{next(iter(plan.sources))}'): part of what that wins is not there on other text; "

@@ -85,6 +85,6 @@ def strengths_in_words(strengths: Mapping[str, float | None]) -> str:
     used = [strength for strength in strengths.values() if strength is not None]
     left = len(strengths) - len(used)
     if not used:
-        return "left as rotated: on calibration text that was left out no repair helped"
+        return "left as rotated: on calibration text that was left out no refit helped"
     ridge = f"ridge {min(used):g}" + (f" to {max(used):g}" if max(used) > min(used) else "")
     return ridge + (f" ({left} of {len(strengths)} norms left as rotated)" if left else "")

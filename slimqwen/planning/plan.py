@@ -40,7 +40,7 @@ class Plan(BaseModel):
     of dropped layers do not appear. `kept`: axis name -> what stays of it; an axis within blocks that keeps all of its
     units does not appear, and experts have `expert_groups` instead. With a `basis` the hidden axis counts directions of it and
     not channels. `sources` are the tokens measured of each source of calibration text; `pruning.source_weights` is what they counted for.
-    `readers`: norm -> the ridge that its repaired readers were found with, None where they are left as rotated.
+    `readers`: norm -> the ridge that its refitted readers were found with, None where they are left as rotated.
     `outliers`: block name -> its source experts whose outputs are far larger than the others' (`choose.expert_outliers`), kept or not.
     """
 

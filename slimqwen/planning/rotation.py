@@ -41,10 +41,10 @@ class Basis:
     directions: B, [hidden, kept] float64, orthonormal: the residual stream becomes B'(t * x), t as in `mtp.Stretches`.
     scales: norm -> the gain of the cut norm, the same for all channels.
     readers: norm -> R [hidden, kept] float32, which predicts z from its kept coordinates, z ~ R B'(t * z). Empty where readers
-    are not repaired: then R = diag(1 / t) B.
+    are not refitted: then R = diag(1 / t) B.
     strengths: norm -> the ridge that R was found with (`readers.STRENGTHS`); None: R is diag(1 / t) B here. Not saved.
 
-    Of Qwen3-Next-80B, 2048 -> 1536: 25 MB, with repaired readers 1.3 GB.
+    Of Qwen3-Next-80B, 2048 -> 1536: 25 MB, with refitted readers 1.3 GB.
     """
 
     directions: Tensor
@@ -94,12 +94,12 @@ def choose_basis(
     keep: int,
     *,
     compensate: bool,
-    repair: bool,
+    refit_readers: bool,
     folds: Sequence[Fold] = (),
 ) -> tuple[Basis, Tensor]:
     """Choose the `keep` best coordinates for a model of these layers, and the share of sum_n E|z|^2 in each of all, [hidden].
 
-    The MTP module's norms follow the backbone's choice. How strongly each norm's readers are repaired is chosen by `folds`.
+    The MTP module's norms follow the backbone's choice. How strongly each norm's readers are refitted is chosen by `folds`.
     Raises UserError where the statistics have no second moments.
     """
     stretched = stretches(source)
@@ -118,7 +118,7 @@ def choose_basis(
         moment = second_moment(sums, name, block.is_mtp)
         t = stretched.norms[name][:, None]
         scales[name] = cut_gain(moment, t[:, 0], keep if compensate else len(t))
-        if repair:
+        if refit_readers:
             coordinates, plain = t * directions, directions / t
             strengths[name] = best_strength(
                 [

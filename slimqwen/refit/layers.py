@@ -14,7 +14,7 @@ from slimqwen.refit.matrices import Network, agreement, refit, squared_norm, sub
 from slimqwen.refit.outputs import matrices_of, output_specs
 from slimqwen.refit.record import record_networks
 
-# Measured on the built-in teacher, 32 -> 16 experts (docs/repair.md).
+# Measured on the built-in teacher, 32 -> 16 experts (docs/refit.md).
 RIDGE = 1e-2
 SWEEPS = 2
 UNCHANGED = 1e-3  # of what a layer's networks should add: less that is missing is rounding, and the layer stays

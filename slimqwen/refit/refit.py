@@ -1,4 +1,4 @@
-"""The stage `repair`: a freshly pruned checkpoint, its teacher and tokens in, the same checkpoint with refitted matrices out."""
+"""The stage `refit`: a freshly pruned checkpoint, its teacher and tokens in, the same checkpoint with refitted matrices out."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from slimqwen.refit.pair import Pair
 
 
 @makes_folder("student", "teacher", "tokens", "plan", kind="checkpoint")
-def repair(
+def refit(
     student: Path,
     out: Path,
     *,
@@ -28,7 +28,7 @@ def repair(
     seed: int = 0,
     execution: Execution = Execution(),  # noqa: B008 - immutable
     dtype: str = "auto",
-    title: str = "repair",
+    title: str = "refit",
 ) -> Path:
     """Refit the output matrices of `student`'s experts (routed, shared) and dense MLPs, MTP's too; returns `out`.
 

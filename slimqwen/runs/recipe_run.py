@@ -25,7 +25,7 @@ from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
 from slimqwen.core.errors import UserError
-from slimqwen.core.progress import duration
+from slimqwen.core.progress import duration, say
 from slimqwen.core.terminal import visible
 from slimqwen.core.warning import warn
 from slimqwen.evaluation.benchmark_results import Benchmarks
@@ -62,6 +62,7 @@ from slimqwen.training.metrics import forget_stages_after
 OUTPUTS = (Tokenizing.file, TeacherCaching.file, Evaluating.file, "final", "report.html")
 STAGES = (Calibrating, DepthMeasuring, Planning, Pruning, Refitting, Healing, Initialising, Carrying, Distilling)
 STAGE_OUTPUTS = (*(stage.file for stage in STAGES), "plan.basis.safetensors")
+RENAMED = {"repaired": Refitting.file}  # name in a run that version 0.1 began -> name since 0.2
 
 
 def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
@@ -84,6 +85,7 @@ def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
         announce(recipe, pipeline.source, pipeline.stages)
         pipeline.read_what_is_optional()
     pipeline.forget_other_schedules()
+    pipeline.announce_old_names()
     tokens = pipeline.tokens()
     models = pipeline.models(tokens)
     evaluated = pipeline.store.get(Evaluating(recipe, models, tokens))
@@ -148,6 +150,16 @@ class Pipeline:
                 folder.rmdir()
                 folder.parent.rmdir()
         forget_stages_after(self.run_dir / "metrics.jsonl", len(self.stages), TITLES)
+
+    def announce_old_names(self) -> None:
+        """Name what lies under a name of version 0.1: it stays, is not read, and is made again under today's name."""
+        for record in self.steps.records():
+            made = self.run_dir / record.made
+            if made.name in RENAMED and made.exists():
+                say(
+                    f"note: {made} is called {RENAMED[made.name]} since 0.2 and is made again as that; nothing reads the old one, "
+                    "and it may be removed"
+                )
 
     def _forget(self, record: StepRecord) -> None:
         """Remove what a step made, and with a plan the basis that lies beside it."""

@@ -16,7 +16,7 @@ from slimqwen.healing.heal import heal
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import DataRecipe, Execution, HealingRecipe, Recipe, Target, WidthCriterion
-from slimqwen.refit.refit import repair
+from slimqwen.refit.refit import refit
 from slimqwen.runs.stage import Stage
 from slimqwen.teacher_cache.write import write_teacher_cache
 from slimqwen.training.course import compute_course
@@ -213,7 +213,7 @@ class Refitting(Stage):
     plan: Path
     tokens: Path
 
-    file = "repaired"
+    file = "refitted"
     revision = 1
 
     @property
@@ -226,7 +226,7 @@ class Refitting(Stage):
         return {**text_settings(self.recipe), "samples": self.recipe.calibration.samples}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
-        repair(
+        refit(
             self.cut,
             out,
             teacher=self.checkpoint,

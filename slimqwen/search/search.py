@@ -46,7 +46,7 @@ def search(
     reuses those that it has in common with this one.
 
     Args:
-        recipe: the teacher, `pruning` (criteria, repair), `calibration`, `evaluation.tokens`, seed, device and dtype.
+        recipe: the teacher, `pruning` (criteria, refit), `calibration`, `evaluation.tokens`, seed, device and dtype.
             Its other sections are not used.
         budgets: in the form of `fit`.
         tokens: folder written by `tokenize`; calibration reads its training text, measurement its held-out text.

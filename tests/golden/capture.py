@@ -194,9 +194,9 @@ PLANS = {
 }
 CHECKPOINTS = {
     "run/stage-1/pruned": SUM,
-    "run/stage-1/repaired": FORWARD,
+    "run/stage-1/refitted": FORWARD,
     "run/one_shot/pruned": FORWARD,
-    "run/one_shot/repaired": FORWARD,
+    "run/one_shot/refitted": FORWARD,
     "run/paper/one_shot/pruned": FORWARD,
     "run/stage-2/pruned": GRADIENT,
     "run/stage-2/distilled": GRADIENT,

@@ -22,7 +22,7 @@ STAGES: dict[type[Stage], str] = {  # stage -> names of its artefacts in golden.
     Calibrating: r".*/statistics",
     Planning: r".*/plan\.json",
     Pruning: r".*/(pruned|fused/.*)",
-    Refitting: r".*/repaired",
+    Refitting: r".*/refitted",
     Carrying: r".*/moments/.*",
     Distilling: r".*/(distilled|trained|metrics)",
     Evaluating: r".*/evaluation",

@@ -1,4 +1,4 @@
-"""The stage `repair`: what was cut is made up for in every family, and the result is the same however the work is cut."""
+"""The stage `refit`: what was cut is made up for in every family, and the result is the same however the work is cut."""
 
 import json
 import re
@@ -43,7 +43,7 @@ from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target
 from slimqwen.refit import layers
-from slimqwen.refit.refit import folds_of, repair
+from slimqwen.refit.refit import folds_of, refit
 
 pytestmark = pytest.mark.rounding
 
@@ -59,9 +59,9 @@ def cut(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Cut:
     return without_some_experts(write_tiny_checkpoint(folder / "teacher", tokenizer=texts.tokenizer), folder)
 
 
-def repaired(cut: Cut, texts: Texts, out: Path, **changed: Any) -> Path:
+def refitted(cut: Cut, texts: Texts, out: Path, **changed: Any) -> Path:
     settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH, "execution": Execution(batch_size=8)} | changed
-    return repair(cut.student, out, teacher=cut.teacher, plan=cut.plan, tokens=texts.tokens, **settings)
+    return refit(cut.student, out, teacher=cut.teacher, plan=cut.plan, tokens=texts.tokens, **settings)
 
 
 # Layer after layer
@@ -92,7 +92,7 @@ def test_damaged_networks_are_restored(
     teacher = write_tiny_checkpoint(tmp_path / "teacher", layout=layout, tokenizer=texts.tokenizer)
     student = with_noise(teacher, tmp_path / "student", only=OUTPUT_MATRICES, size=0.1)
     assert distance(student, teacher, texts) > 1e-2
-    out = repaired(Cut(teacher, student, a_plan(teacher, Target())), texts, tmp_path / "out", samples=80)
+    out = refitted(Cut(teacher, student, a_plan(teacher, Target())), texts, tmp_path / "out", samples=80)
     assert distance(out, teacher, texts) < 1e-6
     right, found = (load_file(folder / "model.safetensors") for folder in (teacher, out))
     for name in right:
@@ -104,7 +104,7 @@ def test_an_exact_student_stays(tmp_path: Path, texts: Texts, native: Config) ->
     """Nothing was dropped, so nothing is to be made up for: what is found of the networks and their weights is all there is."""
     teacher = write_tiny_checkpoint(tmp_path / "teacher", native=native, tokenizer=texts.tokenizer)
     student = shutil.copytree(teacher, tmp_path / "student")
-    out = repaired(Cut(teacher, student, a_plan(teacher, Target())), texts, tmp_path / "out", samples=8)
+    out = refitted(Cut(teacher, student, a_plan(teacher, Target())), texts, tmp_path / "out", samples=8)
     before, after = (load_file(folder / "model.safetensors") for folder in (student, out))
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-4)
@@ -119,7 +119,7 @@ def test_every_family_comes_nearer_to_its_teacher(
     layout: Layout = "fused" if number % 2 else "per_expert"  # that both are read and written, damaged experts show
     teacher = write_tiny_checkpoint(tmp_path / "teacher", native=native, layout=layout, tokenizer=texts.tokenizer)
     cut = cut_by(teacher, tmp_path)
-    out = repaired(cut, texts, tmp_path / "out")
+    out = refitted(cut, texts, tmp_path / "out")
     assert distance(out, teacher, texts) < 0.8 * distance(cut.student, teacher, texts)
     before, after = (load_file(folder / "model.safetensors") for folder in (cut.student, out))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -134,7 +134,7 @@ def test_every_family_comes_nearer_to_its_teacher(
 def test_bfloat16_stays_bfloat16(tmp_path: Path, texts: Texts) -> None:
     teacher = write_tiny_checkpoint(tmp_path / "teacher", dtype=torch.bfloat16, tokenizer=texts.tokenizer)
     cut = without_some_experts(teacher, tmp_path)
-    out = repaired(cut, texts, tmp_path / "out")
+    out = refitted(cut, texts, tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (cut.student, out))
     assert {name: tensor.dtype for name, tensor in after.items()} == {
         name: tensor.dtype for name, tensor in before.items()
@@ -148,7 +148,7 @@ def test_a_student_with_fewer_channels(tmp_path: Path, texts: Texts) -> None:
     channels = [c for c in range(32) if c % 4]
     plan = a_plan(teacher, Target(hidden_size=24), hidden=channels)
     cut = Cut(teacher, prune(teacher, tmp_path / "student", plan=plan), plan)
-    out = repaired(cut, texts, tmp_path / "out")
+    out = refitted(cut, texts, tmp_path / "out")
     assert distance(out, teacher, texts, channels) < 0.9 * distance(cut.student, teacher, texts, channels)
 
 
@@ -168,7 +168,7 @@ def test_a_student_with_rotated_channels(tmp_path: Path, texts: Texts) -> None:
     make_plan(teacher, plan, statistics=statistics, target=target, pruning=PruningRecipe(width="rotation"))
     student = prune(teacher, tmp_path / "student", plan=plan)
     settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
-    out = repair(student, tmp_path / "out", teacher=teacher, plan=plan, tokens=texts.tokens, **settings)
+    out = refit(student, tmp_path / "out", teacher=teacher, plan=plan, tokens=texts.tokens, **settings)
     rows = training_stream(texts.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens
     pruned, better, wanted = (predictions(folder, rows) for folder in (student, out, teacher))
     assert kl_div(better, wanted, log_target=True, reduction="sum") < 0.9 * kl_div(
@@ -181,7 +181,7 @@ def test_a_student_with_fewer_layers(tmp_path: Path, texts: Texts) -> None:
     kept = [0, 2, 3]
     plan = a_plan(teacher, Target(num_hidden_layers=3), kept_layers=kept)
     cut = Cut(teacher, prune(teacher, tmp_path / "student", plan=plan), plan)
-    out = repaired(cut, texts, tmp_path / "out")
+    out = refitted(cut, texts, tmp_path / "out")
     assert distance(out, teacher, texts) < 0.9 * distance(cut.student, teacher, texts)
 
 
@@ -191,7 +191,7 @@ def test_layers_where_the_teacher_is_stay_to_the_bit(tmp_path: Path, texts: Text
     plan = a_plan(teacher, Target(num_hidden_layers=3), kept_layers=[0, 1, 3])
     cut = Cut(teacher, prune(teacher, tmp_path / "student", plan=plan), plan)
     before, after = (
-        load_file(folder / "model.safetensors") for folder in (cut.student, repaired(cut, texts, tmp_path / "out"))
+        load_file(folder / "model.safetensors") for folder in (cut.student, refitted(cut, texts, tmp_path / "out"))
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if re.search(OUTPUT_MATRICES, name) and ".layers.0." not in name} | {
@@ -205,7 +205,7 @@ def test_a_student_without_the_last_layer(tmp_path: Path, texts: Texts) -> None:
     layers_left = list(range(FAMILIES_NATIVE["mixtral"]["num_hidden_layers"] - 1))
     plan = a_plan(teacher, Target(num_hidden_layers=len(layers_left)), kept_layers=layers_left)
     cut = Cut(teacher, prune(teacher, tmp_path / "student", plan=plan), plan)
-    out = repaired(cut, texts, tmp_path / "out")
+    out = refitted(cut, texts, tmp_path / "out")
     assert distance(out, teacher, texts) < 0.9 * distance(cut.student, teacher, texts)
 
 
@@ -214,7 +214,7 @@ def test_several_sources_are_left_out_in_turn_and_one_by_halves(tmp_path: Path, 
     assert [fold.tolist() for fold in folds_of(parts)] == [[True, True, False], [False, False, True]]
     assert [fold.tolist() for fold in folds_of(parts[:2])] == [[True, False], [False, True]]
     assert folds_of(parts[:1]) == []
-    both = repair(
+    both = refit(
         cut.student,
         tmp_path / "both",
         teacher=cut.teacher,
@@ -243,8 +243,8 @@ def test_which_plans_take_only_channels(tmp_path: Path) -> None:
 
 
 def test_passes_make_no_difference(tmp_path: Path, texts: Texts, cut: Cut) -> None:
-    one = repaired(cut, texts, tmp_path / "one")
-    other = repaired(cut, texts, tmp_path / "other", execution=Execution(batch_size=3, memory_budget=1_000_000))
+    one = refitted(cut, texts, tmp_path / "one")
+    other = refitted(cut, texts, tmp_path / "other", execution=Execution(batch_size=3, memory_budget=1_000_000))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
@@ -253,19 +253,19 @@ def test_passes_make_no_difference(tmp_path: Path, texts: Texts, cut: Cut) -> No
 def test_interrupted_and_continued_is_uninterrupted(
     tmp_path: Path, texts: Texts, cut: Cut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = repaired(cut, texts, tmp_path / "whole")
-    refitted: list[str] = []
+    whole = refitted(cut, texts, tmp_path / "whole")
+    layers_refitted: list[str] = []
     usual = layers.Refit._refit
 
     def two_layers(self: Any, course: Any, *rest: Any) -> None:
-        if len(refitted) == 2:
+        if len(layers_refitted) == 2:
             raise KeyboardInterrupt
-        refitted.append(course.block.name)
+        layers_refitted.append(course.block.name)
         usual(self, course, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(layers.Refit, "_refit", two_layers)
-        repaired(cut, texts, tmp_path / "out")
+        refitted(cut, texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     continued = []
     monkeypatch.setattr(
@@ -273,8 +273,8 @@ def test_interrupted_and_continued_is_uninterrupted(
         "_refit",
         lambda self, course, *rest: continued.append(course.block.name) or usual(self, course, *rest),
     )
-    out = repaired(cut, texts, tmp_path / "out")
-    assert refitted == ["model.layers.0", "model.layers.1"]
+    out = refitted(cut, texts, tmp_path / "out")
+    assert layers_refitted == ["model.layers.0", "model.layers.1"]
     assert continued == ["model.layers.2", "model.layers.3", "mtp.layers.0"]
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert [path.name for path in tmp_path.iterdir() if "layers" in path.name] == []
@@ -285,14 +285,14 @@ def test_what_does_not_belong_together_is_one_sentence(tmp_path: Path, texts: Te
     with pytest.raises(
         UserError, match=r"the embeddings of .*trained are not what the plan makes of those of .*teacher"
     ):
-        repaired(cut._replace(student=trained), texts, tmp_path / "out")
+        refitted(cut._replace(student=trained), texts, tmp_path / "out")
     with pytest.raises(UserError, match=r"has num_experts 8 and the plan leaves 4"):
-        repaired(cut._replace(student=cut.teacher), texts, tmp_path / "out")
+        refitted(cut._replace(student=cut.teacher), texts, tmp_path / "out")
     with pytest.raises(UserError, match="the plan was not made for"):
-        repaired(cut._replace(teacher=cut.student), texts, tmp_path / "out")
+        refitted(cut._replace(teacher=cut.student), texts, tmp_path / "out")
     backwards = cut.plan.model_copy(update={"kept_layers": [1, 0, 2, 3]})
     with pytest.raises(UserError, match="changes the order of the layers"):
-        repaired(cut._replace(plan=backwards), texts, tmp_path / "out")
+        refitted(cut._replace(plan=backwards), texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -300,16 +300,16 @@ def test_the_command(tmp_path: Path, texts: Texts, cut: Cut) -> None:
     cut.plan.save(tmp_path / "plan.json")
     options = ["--teacher", cut.teacher, "--tokens", texts.tokens, "--plan", tmp_path / "plan.json"]
     options += ["--out", tmp_path / "out", "--samples", SAMPLES, "--sequence-length", SEQUENCE_LENGTH]
-    result = CliRunner().invoke(app, ["repair", str(cut.student), *map(str, options)])
+    result = CliRunner().invoke(app, ["refit", str(cut.student), *map(str, options)])
     assert result.exit_code == 0, result.output
-    expected = repaired(cut, texts, tmp_path / "expected")
+    expected = refitted(cut, texts, tmp_path / "expected")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
 def test_progress_counts_every_token_once_in_every_layer(
     tmp_path: Path, texts: Texts, cut: Cut, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    repaired(cut, texts, tmp_path / "out")
+    refitted(cut, texts, tmp_path / "out")
     said = [line for line in capsys.readouterr().err.splitlines() if "layer 5/5" in line]
     done = f"{5 * SAMPLES * SEQUENCE_LENGTH:,}"
-    assert said[-1].startswith(f"repair: {done}/{done} token-layers, ")  # every pass was counted, and none twice
+    assert said[-1].startswith(f"refit: {done}/{done} token-layers, ")  # every pass was counted, and none twice
