@@ -179,18 +179,14 @@ def test_the_command_prints_it(measured: Measured, tmp_path: Path) -> None:
 
 
 def test_the_command_chooses_by_the_papers_criteria(measured: Measured, tmp_path: Path) -> None:
-    """By --paper, and by the --method of before with a warning; a file of criteria beside it is refused."""
+    """By --paper; a file of criteria beside it is refused."""
     (tmp_path / "target.yaml").write_text("num_hidden_layers: 3\nnum_experts: 4\n")
     (tmp_path / "pruning.yaml").write_text("depth: last\n")
     measured.statistics.save(tmp_path / "s.safetensors")
     common = ["plan", measured.checkpoint, "--target", tmp_path / "target.yaml"]
     common += ["--statistics", tmp_path / "s.safetensors", "--out", tmp_path / "plan.json"]
-    warnings = []
-    for option in (["--paper"], ["--method", "slimqwen-paper"]):
-        result = CliRunner().invoke(app, list(map(str, [*common, *option])))
-        assert result.exit_code == 0, result.output
-        assert Plan.load(tmp_path / "plan.json").pruning == PruningRecipe().as_published()
-        warnings.append("--method slimqwen-paper is written --paper since 0.2" in result.stderr)
-    assert warnings == [False, True]
+    result = CliRunner().invoke(app, list(map(str, [*common, "--paper"])))
+    assert result.exit_code == 0, result.output
+    assert Plan.load(tmp_path / "plan.json").pruning == PruningRecipe().as_published()
     refused = CliRunner().invoke(app, list(map(str, [*common, "--paper", "--pruning", tmp_path / "pruning.yaml"])))
     assert isinstance(refused.exception, UserError) and "without --pruning" in str(refused.exception)
