@@ -203,10 +203,7 @@ def run_evaluate(inputs: Path, work: Path, earlier: bool) -> object:
 def evaluation(earlier: bool) -> EvaluationRecipe:
     return EvaluationRecipe(
         tokens=32 if earlier else 64,
-        acceptance_prompts=1,
-        acceptance_prompt_tokens=8,
-        acceptance_new_tokens=6,
-        acceptance_depth=3,
+        acceptance={"prompts": 1, "prompt_tokens": 8, "new_tokens": 6, "depth": 3},
     )
 
 

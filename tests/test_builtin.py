@@ -63,7 +63,7 @@ def test_the_teacher_knows_python_it_has_not_seen(tmp_path: Path) -> None:
     source = Source(builtin="python-stdlib", keep_fraction=0.4)
     assert any(is_heldout(d.name, 0.05) for d in documents(source))
     tokenize([source], TEACHER, tmp_path / "tokens")
-    recipe = EvaluationRecipe(tokens=4096, acceptance_prompts=4, acceptance_new_tokens=24)
+    recipe = EvaluationRecipe(tokens=4096, acceptance={"prompts": 4, "new_tokens": 24})
     evaluation = evaluate(
         {"teacher": TEACHER}, tmp_path / "e.json", tokens=tmp_path / "tokens", recipe=recipe, sequence_length=256
     )

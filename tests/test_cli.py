@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-FEW_DRAFTS = {"acceptance_prompts": 1, "acceptance_prompt_tokens": 8, "acceptance_new_tokens": 6, "acceptance_depth": 2}
+FEW_DRAFTS = {"acceptance": {"prompts": 1, "prompt_tokens": 8, "new_tokens": 6, "depth": 2}}
 # Of an option that is given twice the last counts.
 LESS_WORK = {
     "calibrate": ["--samples", "4", "--sequence-length", "16"],

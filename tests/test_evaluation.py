@@ -65,10 +65,7 @@ CONFIG: Config = canonical(
 FAMILY = family_of(CONFIG, "the test")
 RECIPE = EvaluationRecipe(
     tokens=6 * SEQUENCE_LENGTH,
-    acceptance_prompts=3,
-    acceptance_prompt_tokens=6,
-    acceptance_new_tokens=8,
-    acceptance_depth=3,
+    acceptance={"prompts": 3, "prompt_tokens": 6, "new_tokens": 8, "depth": 3},
 )
 
 

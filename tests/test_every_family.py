@@ -408,10 +408,7 @@ def recipe(teacher: Path, text: Path, target: dict[str, int]) -> Recipe:
             "distil": {"tokens": 16 * 2 * 3, "batch_size": 2, "warmup": "1 steps"},
             "evaluation": {
                 "tokens": 64,
-                "acceptance_prompts": 1,
-                "acceptance_prompt_tokens": 8,
-                "acceptance_new_tokens": 6,
-                "acceptance_depth": 2,
+                "acceptance": {"prompts": 1, "prompt_tokens": 8, "new_tokens": 6, "depth": 2},
             },
         }
     )

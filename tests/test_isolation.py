@@ -283,9 +283,7 @@ def test_about_as_many_held_out_tokens_as_were_asked_for(folder: Path, tmp_path:
     tokens = folder / "tokens"
     rows = heldout_rows(tokens, 16, 200, "isolated")
     assert 150 < count_targets(rows.tokens, rows.mask)[0] <= 216
-    recipe = EvaluationRecipe(
-        tokens=10**6, acceptance_prompts=1, acceptance_prompt_tokens=4, acceptance_new_tokens=6, acceptance_depth=2
-    )
+    recipe = EvaluationRecipe(tokens=10**6, acceptance={"prompts": 1, "prompt_tokens": 4, "new_tokens": 6, "depth": 2})
     models = {"teacher": folder / "teacher"}
     result = evaluate(
         models,

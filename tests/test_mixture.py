@@ -348,10 +348,7 @@ def test_a_recipe_mixes_and_isolates(world: Path, tmp_path: Path) -> None:
         "distil": {"tokens": 32 * 2 * 2, "batch_size": 2, "warmup": "0 steps"},
         "evaluation": {
             "tokens": 64,
-            "acceptance_prompts": 1,
-            "acceptance_prompt_tokens": 4,
-            "acceptance_new_tokens": 6,
-            "acceptance_depth": 2,
+            "acceptance": {"prompts": 1, "prompt_tokens": 4, "new_tokens": 6, "depth": 2},
         },
     }
     recipe = Recipe.model_validate(values)

@@ -55,10 +55,7 @@ def tiny_recipe(folder: Path, run_dir: Path, **overrides: object) -> Recipe:
         "baselines": ["pruned", "random_init", "lm_only"],
         "evaluation": {
             "tokens": 64,
-            "acceptance_prompts": 2,
-            "acceptance_prompt_tokens": 8,
-            "acceptance_new_tokens": 12,
-            "acceptance_depth": 3,
+            "acceptance": {"prompts": 2, "prompt_tokens": 8, "new_tokens": 12, "depth": 3},
         },
     }
     return Recipe.model_validate({**values, **overrides})

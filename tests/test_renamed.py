@@ -33,6 +33,8 @@ SAMPLES: dict[str, Any] = {  # of keys whose values cannot be made up by their t
     "pruning.experts.refit": False,
     "pruning.healing": {"samples": 32},
     "distil.reshard_teacher": False,
+    "evaluation.acceptance_prompts": 16,
+    "evaluation.acceptance_depth": 8,
 }
 BOOLEANS = ("streaming", "activation_checkpointing", "async_save", "teacher_cache.exact")
 

@@ -189,7 +189,7 @@ def test_the_measured_kl_is_that_of_evaluate(world: World, found: tuple[Path, Se
         {"teacher": world.teacher, "pruned": tmp_path / "pruned"},
         tmp_path / "evaluation.json",
         tokens=world.tokens,
-        recipe=EvaluationRecipe(tokens=MEASURED_TOKENS, acceptance_prompts=1, acceptance_new_tokens=8),
+        recipe=EvaluationRecipe(tokens=MEASURED_TOKENS, acceptance={"prompts": 1, "new_tokens": 8}),
         sequence_length=SEQUENCE_LENGTH,
     )
     assert best.measured_kl == pytest.approx(evaluation.models["pruned"].kl_to_teacher, rel=FORWARD)

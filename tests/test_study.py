@@ -136,9 +136,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def test_drafts_are_measured_by_real_decoding(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="acceptance_depth"):
+    with pytest.raises(UserError, match=r"acceptance\.depth"):
         study("mtp", recipe, tmp_path, seeds=1)
-    deeper = changed(recipe, {"evaluation.acceptance_depth": 4, "run_dir": str(tmp_path / "runs")})
+    deeper = changed(recipe, {"evaluation.acceptance.depth": 4, "run_dir": str(tmp_path / "runs")})
     result = study("mtp", deeper, tmp_path / "mtp", seeds=1)
     for arm in result.runs:
         assert arm.metrics is not None and arm.one_shot is not None

@@ -18,7 +18,7 @@ def heldout_prompts(tokens: Path, prompts: int, prompt_tokens: int) -> Tensor:
     if starts < 1:
         raise UserError(
             f"{packed.prefix}.bin has {packed.total_tokens} tokens, fewer than the {prompt_tokens} of one prompt: "
-            "add held-out text, or in a recipe lower evaluation.acceptance_prompt_tokens."
+            "add held-out text, or in a recipe lower evaluation.acceptance.prompt_tokens."
         )
     first = [i * starts // prompts for i in range(prompts)]
     return torch.stack([torch.from_numpy(packed.slice(start, start + prompt_tokens)) for start in first])

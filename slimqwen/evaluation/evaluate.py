@@ -126,7 +126,7 @@ class Examination:
         self._ranks = token_ranks(text, like.config["vocab_size"])
         self._device = resolve_device(execution.device)
         self._dtype = resolve_dtype(dtype, self._device)
-        prompts = heldout_prompts(tokens, recipe.acceptance_prompts, recipe.acceptance_prompt_tokens)
+        prompts = heldout_prompts(tokens, recipe.acceptance.prompts, recipe.acceptance.prompt_tokens)
         self._prompts = prompts.to(self._device)
         self._teachers_recording: Recording | None = None
         text_settings = {
@@ -226,7 +226,7 @@ def _generate(
 
     batches: of prompts, each [prompts, prompt], on the model's device.
     """
-    new_tokens, prompt_tokens = recipe.acceptance_new_tokens, batches[0].shape[1]
+    new_tokens, prompt_tokens = recipe.acceptance.new_tokens, batches[0].shape[1]
     if model.mtp is None:
         batches = [batches[0][:1]]  # the sample's
     sequences, accepted = [], []
@@ -235,7 +235,7 @@ def _generate(
         for batch in batches:
             sequences.append(continue_greedily(model.backbone, batch, new_tokens))
             if model.mtp is not None:
-                accepted.append(accepted_drafts(model, sequences[-1], prompt_tokens, recipe.acceptance_depth))
+                accepted.append(accepted_drafts(model, sequences[-1], prompt_tokens, recipe.acceptance.depth))
             progress.advance(len(batch) * new_tokens)
     acceptance = torch.cat(accepted).double().mean(dim=(0, 1)).tolist() if accepted else []
     prompt, completion = sequences[0][0].split([prompt_tokens, new_tokens])
@@ -250,7 +250,7 @@ def _speculate(model: MtpCausalLM, prompts: torch.Tensor, recipe: EvaluationReci
     if model.mtp is None:
         return None
     few = prompts[:: math.ceil(len(prompts) / SPECULATED_PROMPTS)]
-    new_tokens = recipe.acceptance_new_tokens
+    new_tokens = recipe.acceptance.new_tokens
     measured = speculative_acceptance(model, few, draft=DEFAULT_DRAFT, new_tokens=new_tokens, title=title)
     return measured["tokens_per_verification"]
 

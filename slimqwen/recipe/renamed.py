@@ -119,6 +119,10 @@ RENAMED: tuple[Renamed, ...] = (
     ),
     Renamed("distil.temperature", "distil.divergence.temperature"),
     Renamed("distil.jsd_beta", "distil.divergence.beta"),
+    *(
+        Renamed(f"evaluation.acceptance_{name}", f"evaluation.acceptance.{name}")
+        for name in ("prompts", "prompt_tokens", "new_tokens", "depth")
+    ),
     Renamed("pruning.repair", "pruning.refit_readers"),
     Renamed("pruning.experts.refit", "pruning.refit_outputs"),
     Renamed("pruning.healing", "healing"),

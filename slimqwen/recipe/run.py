@@ -18,24 +18,26 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Baseline = Literal["pruned", "paper_pruned", "paper", "random_init", "lm_only"]
 
 
+class AcceptanceRecipe(Section):
+    """How often the backbone accepts the MTP module's drafts, in greedy continuations of held-out prompts."""
+
+    prompts: PositiveInt = Field(32, description="Held-out prompts to continue.")
+    prompt_tokens: PositiveInt = Field(64, description="Tokens of each prompt.")
+    new_tokens: PositiveInt = Field(64, description="Tokens of each greedy continuation.")
+    depth: PositiveInt = Field(4, description="Tokens drafted per position: acc_0 .. acc_{depth-1}.")
+
+    @model_validator(mode="after")
+    def _continuations_hold_a_draft(self) -> "AcceptanceRecipe":
+        if self.new_tokens <= self.depth:
+            raise ValueError(f"new_tokens {self.new_tokens} must be more than depth {self.depth}")
+        return self
+
+
 class EvaluationRecipe(Section):
     """What is measured on held-out text at the end."""
 
     tokens: TokenCount = Field(65_536, description="Held-out tokens to measure loss, KL and agreement on.")
-    acceptance_prompts: PositiveInt = Field(
-        32, description="Held-out prompts whose greedy continuations the MTP head drafts."
-    )
-    acceptance_prompt_tokens: PositiveInt = Field(64, description="Tokens of each prompt.")
-    acceptance_new_tokens: PositiveInt = Field(64, description="Tokens of each greedy continuation.")
-    acceptance_depth: PositiveInt = Field(4, description="Tokens drafted per position: acc_0 .. acc_{depth-1}.")
-
-    @model_validator(mode="after")
-    def _continuations_hold_a_draft(self) -> "EvaluationRecipe":
-        if self.acceptance_new_tokens <= self.acceptance_depth:
-            raise ValueError(
-                f"acceptance_new_tokens {self.acceptance_new_tokens} must be more than acceptance_depth {self.acceptance_depth}"
-            )
-        return self
+    acceptance: AcceptanceRecipe = Field(AcceptanceRecipe(), description="Measuring the MTP module's drafts.")
 
 
 class StageRecipe(Section):

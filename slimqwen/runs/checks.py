@@ -107,7 +107,7 @@ def check_experts(recipe: Recipe, hidden: int, intermediate: int, where: str) ->
 
 def check_heldout(tokens: Path, recipe: Recipe) -> None:
     """Raise UserError where there is too little held-out text for evaluation."""
-    needed = max(recipe.data.sequence_length, recipe.evaluation.acceptance_prompt_tokens) + 1
+    needed = max(recipe.data.sequence_length, recipe.evaluation.acceptance.prompt_tokens) + 1
     heldout = load_manifest(tokens).heldout.tokens
     if heldout < needed:
         raise UserError(

@@ -59,10 +59,10 @@ class Drafting(Stage):
     def method(self) -> Mapping[str, Any]:
         evaluation = self.recipe.evaluation
         return {
-            "prompts": evaluation.acceptance_prompts,
-            "prompt_tokens": evaluation.acceptance_prompt_tokens,
-            "draft": evaluation.acceptance_depth,
-            "new_tokens": evaluation.acceptance_new_tokens,
+            "prompts": evaluation.acceptance.prompts,
+            "prompt_tokens": evaluation.acceptance.prompt_tokens,
+            "draft": evaluation.acceptance.depth,
+            "new_tokens": evaluation.acceptance.new_tokens,
             "dtype": self.recipe.dtype,
         }
 

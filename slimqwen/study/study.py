@@ -121,9 +121,9 @@ def check_recipe(recipe: Recipe, definition: Definition) -> None:
     """Raise UserError for a recipe that the study cannot vary."""
     if recipe.target is None or recipe.init != "pruned":
         raise UserError("a study varies a recipe with a `target` and `init: pruned`: give these and no `stages`.")
-    if definition.drafts and recipe.evaluation.acceptance_depth < DRAFTS:
+    if definition.drafts and recipe.evaluation.acceptance.depth < DRAFTS:
         raise UserError(
-            f"the study '{definition.name}' compares {DRAFTS} drafts: set evaluation.acceptance_depth to {DRAFTS} or more."
+            f"the study '{definition.name}' compares {DRAFTS} drafts: set evaluation.acceptance.depth to {DRAFTS} or more."
         )
 
 

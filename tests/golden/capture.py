@@ -125,10 +125,7 @@ def recipe_of(native: Mapping[str, Any]) -> dict[str, Any]:
         "baselines": ["pruned", "paper_pruned"],
         "evaluation": {
             "tokens": 64,
-            "acceptance_prompts": 2,
-            "acceptance_prompt_tokens": 8,
-            "acceptance_new_tokens": 8,
-            "acceptance_depth": 3,
+            "acceptance": {"prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "depth": 3},
         },
     }
 

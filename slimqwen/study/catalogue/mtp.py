@@ -10,7 +10,7 @@ _ACCEPTANCE = ("acc_0", "acc_1", "acc_2", "acc_3", "acc_4")
 
 def _more_prompts(recipe: Recipe) -> Changes:
     """Return four times the recipe's number: this study compares acceptance, which is noisy."""
-    return {"evaluation.acceptance_prompts": 4 * recipe.evaluation.acceptance_prompts}
+    return {"evaluation.acceptance.prompts": 4 * recipe.evaluation.acceptance.prompts}
 
 
 MTP = Definition(
