@@ -20,12 +20,10 @@ from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
 from slimqwen.recipe import (
     CalibrationRecipe,
-    DataRecipe,
-    DistilRecipe,
     EvaluationRecipe,
+    Execution,
     ExpertRecipe,
     PruningRecipe,
-    Recipe,
     Target,
 )
 from slimqwen.recipe.file import load_recipe
@@ -34,6 +32,7 @@ from slimqwen.search.gauge import Gauge
 from slimqwen.search.result import SearchResult, tables
 from slimqwen.search.search import search
 from slimqwen.search.sensitivity import Axes, Curve, agreeing_pairs, predicted, spread
+from slimqwen.search.settings import SearchSettings
 from slimqwen.shapes.fit import SEARCHED, feasible
 
 SEQUENCE_LENGTH = 16
@@ -67,21 +66,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(teacher, tokens)
 
 
-def search_recipe(world: World, work: Path, pruning: PruningRecipe = PRUNING) -> Recipe:
-    return Recipe(
-        run_dir=work,
-        teacher=str(world.teacher),
-        target=Target(),
+def settings(pruning: PruningRecipe = PRUNING, shapes: int = 2) -> SearchSettings:
+    return SearchSettings(
         pruning=pruning,
-        data=DataRecipe(sequence_length=SEQUENCE_LENGTH),
-        calibration=CalibrationRecipe(samples=16),
-        evaluation=EvaluationRecipe(tokens=MEASURED_TOKENS),
-        distil=DistilRecipe(tokens=1),
+        samples=16,
+        measured_tokens=MEASURED_TOKENS,
+        sequence_length=SEQUENCE_LENGTH,
+        align=4,
+        sizes_per_axis=2,
+        shapes=shapes,
     )
 
 
 def run_search(world: World, work: Path, budgets: str = BUDGETS, shapes: int = 2) -> SearchResult:
-    return search(search_recipe(world, work), budgets, tokens=world.tokens, align=4, sizes_per_axis=2, shapes=shapes)
+    return search(str(world.teacher), budgets, work, tokens=world.tokens, settings=settings(shapes=shapes))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +244,9 @@ def test_a_refitted_model_is_what_is_measured(world: World, tmp_path: Path) -> N
     refit = PRUNING.model_copy(update={"refit_outputs": True})
     target = Target(num_experts=8, moe_intermediate_size=8)
     plain, refitted = (
-        Gauge(search_recipe(world, tmp_path, pruning), world.tokens, None, "test").kl(target)
+        Gauge(settings(pruning).recipe(str(world.teacher), tmp_path, Execution()), world.tokens, None, "test").kl(
+            target
+        )
         for pruning in (PRUNING, refit)
     )
     assert refitted > 0 and abs(refitted / plain - 1) > 1e-3

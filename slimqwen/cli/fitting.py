@@ -27,15 +27,7 @@ from slimqwen.cli.options import (
 from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.core.terminal import show, show_json, show_result
-from slimqwen.recipe import (
-    CalibrationRecipe,
-    DataRecipe,
-    DistilRecipe,
-    EvaluationRecipe,
-    Execution,
-    Recipe,
-    Target,
-)
+from slimqwen.recipe import Execution, Target
 
 if TYPE_CHECKING:  # it takes numpy, which no other command's --help should wait for
     from slimqwen.shapes.fit import Candidate
@@ -130,29 +122,34 @@ def plan_search(
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.search.result import tables
     from slimqwen.search.search import search
+    from slimqwen.search.settings import SearchSettings
 
     if config_path(checkpoint).is_file():
         raise UserError(
             f"a search measures cut models, and {checkpoint} is a config without weights: give a checkpoint folder, or "
             "search by arithmetic, with `slimqwen plan fit`."
         )
-    recipe = Recipe(
-        teacher=checkpoint,
-        run_dir=work,
-        target=Target(),
-        pruning=criteria_of(pruning, paper, source_weights),
-        data=DataRecipe(sequence_length=sequence_length),
-        calibration=CalibrationRecipe(samples=samples),
-        evaluation=EvaluationRecipe(tokens=measured_tokens),
-        distil=DistilRecipe(tokens=1),
-        seed=seed,
-        execution=Execution(device=device),
-        dtype=dtype_of(dtype),
-    )
     if out is not None:
         check_file_replaceable(out, tokens, checkpoint_folder(checkpoint))
+    settings = SearchSettings(
+        pruning=criteria_of(pruning, paper, source_weights),
+        samples=samples,
+        measured_tokens=measured_tokens,
+        sequence_length=sequence_length,
+        seed=seed,
+        dtype=dtype_of(dtype),
+        align=align,
+        shapes=shapes,
+    )
     result = search(
-        recipe, budgets, tokens=tokens, statistics=statistics, align=align, shapes=shapes, command=command_line()
+        checkpoint,
+        budgets,
+        work,
+        tokens=tokens,
+        statistics=statistics,
+        settings=settings,
+        execution=Execution(device=device),
+        command=command_line(),
     )
     show_result(result, tables, as_json)
     _write_picked([shape.candidate for shape in result.shapes], pick, out)

@@ -12,11 +12,12 @@ from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.data.store import check_vocabulary, load_manifest
 from slimqwen.families.count import Counts
-from slimqwen.recipe import Recipe, Target
+from slimqwen.recipe import Execution, Target
 from slimqwen.runs.places import check_apart
 from slimqwen.search.gauge import Gauge
 from slimqwen.search.result import SearchResult, Sensitivity, Shape
 from slimqwen.search.sensitivity import Axes, Curve, agreeing_pairs, predicted
+from slimqwen.search.settings import SearchSettings
 from slimqwen.shapes.fit import Feasible, feasible
 
 RESULT = "search.json"
@@ -24,17 +25,17 @@ LISTED = 10
 
 
 def search(
-    recipe: Recipe,
+    teacher: str,
     budgets: str,
+    work: Path,
     *,
     tokens: Path,
     statistics: Path | None = None,
-    align: int = 128,
-    sizes_per_axis: int = 3,
-    shapes: int = 4,
-    command: str = "slimqwen plan",
+    settings: SearchSettings = SearchSettings(),  # noqa: B008 - immutable
+    execution: Execution = Execution(),  # noqa: B008 - immutable
+    command: str = "slimqwen plan search",
 ) -> SearchResult:
-    """Rank the shapes that meet `budgets` by KL to the teacher, and write search.json to `recipe.run_dir`.
+    """Rank the shapes that meet `budgets` by KL to the teacher, and write search.json to the folder `work`.
 
     Where shapes of whole blocks of layers meet the budgets, only these are searched; `fit` lists them first, too.
 
@@ -42,61 +43,63 @@ def search(
     2. For each shape the KL of its axes is added up: the prediction.
     3. The `shapes` with the lowest prediction, and the best by arithmetic (`fit`), are cut and measured.
 
-    Measurements are kept in `recipe.run_dir` by content: after an interruption the same call continues, and another search
+    Measurements are kept in `work` by content: after an interruption the same call continues, and another search
     reuses those that it has in common with this one.
 
     Args:
-        recipe: the teacher, `pruning` (criteria, refit), `calibration`, `evaluation.tokens`, seed, device and dtype.
-            Its other sections are not used.
+        teacher: a checkpoint folder, or 'builtin'.
         budgets: in the form of `fit`.
         tokens: folder written by `tokenize`; calibration reads its training text, measurement its held-out text.
         statistics: of the teacher, from `calibrate`; None makes them here.
 
     Raises UserError, before anything is measured, for arguments that conflict and where no shape meets the budgets.
     """
-    with alone_in(recipe.run_dir):
-        return _search(recipe, budgets, tokens, statistics, align, sizes_per_axis, shapes, command)
+    with alone_in(work):
+        check_file_replaceable(work / RESULT)
+        source = Checkpoint(checkpoint_folder(teacher))
+        check_apart("--work", work, {"the teacher": [source.folder], "the tokens": [tokens]})
+        found = feasible(source.family, source.config, budgets, align=settings.align).of_whole_blocks()
+        check_tokens(tokens, source, settings.sequence_length)
+        axes = Axes(found)
+        cuts = axes.cuts(settings.sizes_per_axis)
+        say(
+            f"search: {len(found.shapes):,} shapes meet {budgets}; {len(cuts)} cuts of one axis and about "
+            f"{settings.shapes + 1} shapes to measure"
+        )
+        gauge = Gauge(settings.recipe(teacher, work, execution), tokens, statistics, command)
+        result = measure_shapes(found, axes, cuts, gauge, settings, checkpoint=source.fingerprint(), budgets=budgets)
+        result.save(work / RESULT)
+        return result
 
 
-def _search(
-    recipe: Recipe,
+def measure_shapes(
+    found: Feasible,
+    axes: Axes,
+    cuts: Sequence[tuple[str, int, Counts]],
+    gauge: Gauge,
+    settings: SearchSettings,
+    *,
+    checkpoint: str,
     budgets: str,
-    tokens: Path,
-    statistics: Path | None,
-    align: int,
-    sizes_per_axis: int,
-    shapes: int,
-    command: str,
 ) -> SearchResult:
-    """Search with the lock on `recipe.run_dir` held."""
-    check_file_replaceable(recipe.run_dir / RESULT)
-    source = Checkpoint(checkpoint_folder(recipe.teacher))
-    check_apart("--work", recipe.run_dir, {"the teacher": [source.folder], "the tokens": [tokens]})
-    found = feasible(source.family, source.config, budgets, align=align).of_whole_blocks()
-    check_tokens(tokens, source, recipe.data.sequence_length)
-    axes = Axes(found)
-    cuts = axes.cuts(sizes_per_axis)
-    say(
-        f"search: {len(found.shapes):,} shapes meet {budgets}; {len(cuts)} cuts of one axis and about {shapes + 1} shapes to measure"
-    )
-    gauge = Gauge(recipe, tokens, statistics, command)
-    gauge.expect((axes.base != Target()) + len(cuts) + shapes)
+    """Measure the cuts of one axis, predict, and measure the shapes that look best; checkpoint: the teacher's fingerprint."""
+    gauge.expect((axes.base != Target()) + len(cuts) + settings.shapes)
     base_kl = gauge.kl(axes.base)
     sensitivities = [_sensitivity(axes, gauge, base_kl, *cut) for cut in cuts]
     prediction = predicted(found.shapes, _curves(found, sensitivities), base_kl)
-    ranked = found.candidates(np.argsort(prediction, kind="stable"), max(shapes, LISTED))
+    ranked = found.candidates(np.argsort(prediction, kind="stable"), max(settings.shapes, LISTED))
     by_arithmetic = found.candidates(range(len(found.shapes)), 1)
-    to_measure = dict(list(ranked.items())[:shapes]) | by_arithmetic
+    to_measure = dict(list(ranked.items())[: settings.shapes]) | by_arithmetic
     gauge.expect(len(to_measure))
     measured = {index: gauge.kl(candidate.target) for index, candidate in to_measure.items()}
 
     order = sorted(measured, key=measured.__getitem__) + [index for index in ranked if index not in measured]
     agreeing, pairs = agreeing_pairs([prediction[index] for index in measured], list(measured.values()))
-    result = SearchResult(
-        checkpoint=source.fingerprint(),
+    return SearchResult(
+        checkpoint=checkpoint,
         budgets=budgets,
-        pruning=recipe.pruning,
-        measured_tokens=recipe.evaluation.tokens,
+        pruning=settings.pruning,
+        measured_tokens=settings.measured_tokens,
         base=axes.base,
         base_kl=base_kl,
         sensitivities=sensitivities,
@@ -113,8 +116,6 @@ def _search(
         agreeing_pairs=agreeing,
         pairs=pairs,
     )
-    result.save(recipe.run_dir / RESULT)
-    return result
 
 
 def check_tokens(tokens: Path, source: Checkpoint, sequence_length: int) -> None:
