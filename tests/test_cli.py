@@ -112,6 +112,23 @@ def test_every_command_explains_itself(command: str) -> None:
     assert len(result.stdout.split()) > 25
 
 
+def test_commands_are_listed_in_the_order_of_the_work() -> None:
+    work = ["tokens", "calibrate", "plan", "prune", "refit", "heal", "distil", "evaluate", "report"]
+    listed = re.findall(r"^│ ([a-z][a-z-]*(?: [a-z]+)?)  ", slimqwen("--help").stdout, flags=re.M)
+    assert [name for name in listed if name in work] == work
+    assert listed == list(COMMANDS)
+    assert listed.index("plan") + 1 == listed.index("plan fit")
+
+
+def test_a_command_of_two_words_is_one_command_and_plan_alone_another(world: Path) -> None:
+    assert "BUDGETS" in slimqwen("plan", "fit", "--help").stdout
+    assert "BUDGETS" not in slimqwen("plan", "--help").stdout.split("Arguments")[1].split("Options")[0]
+    assert_one_sentence(
+        slimqwen("plan", "fit", world / "teacher"), 2, "slimqwen plan fit", "Missing argument 'BUDGETS'"
+    )
+    assert_one_sentence(slimqwen("plan", "fitt"), 2, "fitt")  # a checkpoint, which is not there
+
+
 def test_mistyped_command_and_option_are_suggested(world: Path) -> None:
     assert_one_sentence(slimqwen("evalute"), 2, "evaluate")
     assert_one_sentence(slimqwen("prune", "x", "--plann", "y", "--out", "z"), 2, "--plan")

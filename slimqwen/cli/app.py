@@ -47,9 +47,9 @@ app = typer.Typer(
 )
 
 
-def show_version(asked: bool) -> None:
+def show_version(wanted: bool) -> None:
     """Print the version and those of the libraries that results depend on, and end."""
-    if asked:
+    if wanted:
         libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers"))
         show(f"slimqwen {version('slimqwen')} ({libraries}, Python {platform.python_version()})")
         raise typer.Exit
@@ -57,9 +57,9 @@ def show_version(asked: bool) -> None:
 
 @app.callback()
 def program(
-    _asked: Annotated[
+    _version: Annotated[
         bool,
         typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Take the options that stand before a command; the help above is the program's."""
+    """Read the options that stand before a command."""

@@ -1,7 +1,7 @@
-"""The outermost border of the program: whatever happens inside leaves it as one sentence and an exit code.
+"""The border of the program: every error leaves it as one sentence and an exit code.
 
-A fault of our own is a sentence too, and its traceback goes into a file to be reported with; SLIMQWEN_TRACEBACK=1 prints
-it instead, and keeps the file away.
+A fault of slimqwen itself is a sentence too. Its traceback goes into a file, to be sent with a report; SLIMQWEN_TRACEBACK=1 prints
+it instead.
 """
 
 import errno
@@ -70,10 +70,10 @@ def guarded(program: Callable[[], object]) -> None:
 
 
 def end(code: int, *lines: str) -> NoReturn:
-    """Say an error and exit; where several processes may report one, it is said which."""
-    speaker = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    """Print an error and exit; where several processes run, with the rank."""
+    prefix = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     first, *others = lines
-    say(f"{speaker}error: {first}", *others)
+    say(f"{prefix}error: {first}", *others)
     sys.exit(code)
 
 
@@ -86,7 +86,7 @@ def check_arguments(arguments: list[str]) -> None:
 
 
 def exit_code_of(error: UserError) -> int:
-    """The error's own; but a disk that was full is no wrong input, wherever it was noticed."""
+    """Return the error's own exit code, or EXIT_FAILED where its cause was a full disk, which is no wrong input."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in FULL_DISK:
@@ -96,7 +96,7 @@ def exit_code_of(error: UserError) -> int:
 
 
 def sentence_of(error: OSError) -> str:
-    """The system's own words, the name, and what to do."""
+    """Return the file, the system's description of the error, and what to do."""
     problem = f"{error.filename or 'a file'}: {error.strerror or error}"
     if error.errno in FULL_DISK:
         return f"{problem}. Free some space and run the same command again."
@@ -108,7 +108,7 @@ def sentence_of(error: OSError) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the host's or a device's memory ran out (PyTorch's class is not imported for it)."""
+    """Return whether the host's or a device's memory ran out (PyTorch's class is not imported for it)."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -117,16 +117,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def report_fault(error: Exception) -> str:
-    """Write down what happened; the sentence that says so."""
+    """Write the traceback to a file, or print it, and return the sentence that names the place."""
     about = f"slimqwen {version('slimqwen')}, Python {platform.python_version()}, {platform.platform()}"
     text = visible(
         f"{about}\n{shlex.join(['slimqwen', *sys.argv[1:]])}\n\n{''.join(traceback.format_exception(error))}",
         keep="\n\t",
     )
-    said = " ".join(str(error).split())[:300]
-    problem = (
-        f"{type(error).__name__}{f': {said}' if said else ''}. This is a fault of slimqwen: please report it with "
-    )
+    message = " ".join(str(error).split())[:300]
+    problem = f"{type(error).__name__}{f': {message}' if message else ''}. This is a fault of slimqwen: please report it with "
     if not os.environ.get(TRACEBACK):
         try:
             with tempfile.NamedTemporaryFile(
@@ -142,7 +140,7 @@ def report_fault(error: Exception) -> str:
 
 @contextmanager
 def safe_usage_error() -> Iterator[None]:
-    """Make what is wrong with a command line fit for a terminal, which typer would print as it was given."""
+    """Replace control characters in a usage error, which typer prints with the words that were given."""
     try:
         yield
     except Exception as error:

@@ -45,7 +45,7 @@ TextFormatName = Annotated[
     str | None,
     typer.Option(
         "--format",
-        help="Read the sources as 'text', 'json', 'jsonl', 'csv', 'tsv' or 'parquet'. Default: as their names say.",
+        help="Read the sources as 'text', 'json', 'jsonl', 'csv', 'tsv' or 'parquet'. Default: by their suffixes.",
         show_default=False,
     ),
 ]
@@ -57,15 +57,15 @@ HeldoutFraction = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        help="Share of documents held out where no --heldout is given; of too few documents, the end of the text.",
+        help="Share of the documents to hold out where no --heldout is given; with too few documents, the end of the text is held out.",
     ),
 ]
 Separator = Annotated[
     str | None,
     typer.Option(
         metavar="TOKEN",
-        help="Token that ends each document, such as '<|endoftext|>': text that is one token. Default: the tokenizer's eos, or where this "
-        "only ends a turn of its chat template the token that ends a text.",
+        help="Token that ends each document, such as '<|endoftext|>'. Default: the tokenizer's eos, or, where that only ends a turn of its "
+        "chat template, the token that ends a text.",
         show_default=False,
     ),
 ]
@@ -93,14 +93,12 @@ def tokens(
     weights: SourceWeights = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=1024, help="Processes; 1 is this one. Default: one per usable core.", show_default=False
-        ),
+        typer.Option(min=1, max=1024, help="Number of processes. Default: one per usable core.", show_default=False),
     ] = None,
 ) -> None:
-    """Turn text into packed tokens: train and held-out splits in Megatron's .bin/.idx format.
+    """Turn text into packed tokens: training and held-out splits in Megatron's .bin/.idx format.
 
-    Sources with weights lie in a folder each, which `calibrate` takes for a source too.
+    Each source that has a weight gets a folder of its own, which `calibrate --tokens` accepts too.
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.data.sources import named_sources, source_named
@@ -136,7 +134,7 @@ def calibrate(
         bool,
         typer.Option(
             "--second-moments/--no-second-moments",
-            help="Measure what a plan with pruning.width rotation needs too: a matrix per norm, hidden size x hidden size.",
+            help="Also measure what `pruning.width: rotation` needs: a matrix per norm, hidden size x hidden size.",
         ),
     ] = True,
     seed: Seed = 0,
@@ -145,7 +143,7 @@ def calibrate(
 ) -> None:
     """Measure the importance of every layer, channel, expert, head and neuron in one forward pass over text.
 
-    Layer by layer (--streaming), the same command continues where it was interrupted.
+    Where it goes layer by layer (--streaming), the same command continues after an interruption.
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.calibration.calibrate import calibrate as run_stage
@@ -178,7 +176,8 @@ def measure_depth(
     refit: Annotated[
         bool,
         typer.Option(
-            "--refit/--no-refit", help="Refit what the best sets leave, as `slimqwen refit` will, and choose by that."
+            "--refit/--no-refit",
+            help="Refit the cut of each of the best sets as `slimqwen refit` does, and choose by that.",
         ),
     ] = True,
     batch_size: BatchSize = 8,
@@ -190,8 +189,7 @@ def measure_depth(
 ) -> None:
     """Find the layers to drop by dropping them: the KL to the whole model without each, one more in every round.
 
-    What it writes is what `plan --depth` reads for `depth: measured`. Interrupted, the same command continues with the
-    round under way.
+    `plan --depth` reads the result, for `depth: measured`. Interrupted, the same command continues with the round under way.
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.depth.measure import measure_depth as run_stage

@@ -1,4 +1,4 @@
-"""What all commands have in common: what their options may hold, and the words in which they fail or are interrupted."""
+"""What all commands have in common: the range of their numbers, and the words of their errors and interruptions."""
 
 import math
 import os
@@ -40,8 +40,8 @@ LEFT = {
     "recipe": NOTHING_WRITTEN,
 }
 
-# What each stage command has as an option of what a recipe has as a field: stages speak of fields in their errors. A field
-# that stands alone in a sentence (`heldout_fraction`) is known by its last word, where that is one of several.
+# Which option of a command sets which field of a recipe: the errors of stages name fields. A field that stands alone in a
+# sentence (`heldout_fraction`) is found by the last part of its key, where that has several words.
 EVERY_STAGE = {
     "data.sequence_length": "sequence_length",
     "seed": "seed",
@@ -100,7 +100,7 @@ FIELD = re.compile(
 
 
 class Command(TyperCommand):
-    """A command whose numbers are bounded and finite, whose paths know ~, and whose errors name its own options."""
+    """A command whose numbers are bounded and finite, whose paths know ~, and whose errors name its own options in place of fields."""
 
     def invoke(self, ctx: Any) -> Any:
         if self.name != "distil" and world_size() > 1:
@@ -114,13 +114,13 @@ class Command(TyperCommand):
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {LEFT.get(self.name or '', NOTHING_STAYS)}") from None
         except UserError as error:
-            if "overrides" not in ctx.params or self.name in SECTION_FILES:  # else it is told what its recipe says
+            if "overrides" not in ctx.params or self.name in SECTION_FILES:  # else the fields are those of its recipe
                 error.args = tuple(in_options(line, self.name or "", options_of(self)) for line in error.args)
             raise
 
 
 def let_paths_begin_at_home(command: Callable[..., Any]) -> None:
-    """Make a leading ~ the home folder in every path that the function of a command takes: `--out=~/x` leaves it."""
+    """Replace a leading ~ by the home folder in every path of a command; in `--out=~/x` the shell does not replace it."""
     for annotation in get_type_hints(command, include_extras=True).values():
         kind, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         for declared in metadata:
@@ -130,16 +130,17 @@ def let_paths_begin_at_home(command: Callable[..., Any]) -> None:
 
 
 def path_of(text: str) -> Path:
+    """Return a path, with the home folder for a leading ~."""
     return Path(os.path.expanduser(text))
 
 
 def options_of(command: TyperCommand) -> dict[str, str]:
-    """The options of a command by the name of what they set: {"sequence_length": "--sequence-length"}."""
+    """Return the options of a command by the name of what they set: {"sequence_length": "--sequence-length"}."""
     return {param.name: max(param.opts, key=len) for param in command.params if param.name and param.opts[0][0] == "-"}
 
 
 def check_numbers(values: Mapping[str, Any], options: Mapping[str, str]) -> None:
-    """Raise UserError for a number that nothing can be done with, which options accept as one: 2^70, nan, inf."""
+    """Raise UserError for numbers that options accept and nothing can be computed with: 2^70, nan, inf."""
     for name, value in values.items():
         option = options.get(name, name)
         most = LARGEST_SEED if name == "seed" else MOST
@@ -150,15 +151,14 @@ def check_numbers(values: Mapping[str, Any], options: Mapping[str, str]) -> None
 
 
 def in_options(sentence: str, command: str, options: Mapping[str, str]) -> str:
-    """A stage's sentence in the words of the command that was given: `--sequence-length` for `data.sequence_length`.
+    """Replace the recipe's fields in a stage's sentence by the command's options: `data.sequence_length` by `--sequence-length`.
 
-    Stages speak of recipe fields, which a single command has as options, or in a file with one section of a recipe.
+    Where the command reads one section of a recipe as a file, the fields of that section lose its name.
     """
-
     fields = EVERY_STAGE | OPTION_OF.get(command, {})
     by_last_word = {key.rpartition(".")[2]: name for key, name in fields.items() if "_" in key.rpartition(".")[2]}
 
-    def named(found: re.Match[str]) -> str:
+    def replacement(found: re.Match[str]) -> str:
         key, sections, setting = found["key"], found["sections"], found["setting"] or ""
         if sections or (setting and key in fields):
             option = options.get(fields.get(key, ""))
@@ -169,4 +169,4 @@ def in_options(sentence: str, command: str, options: Mapping[str, str]) -> str:
         own = SECTION_FILES.get(command)
         return found[0].removeprefix(f"{own}.") if own is not None and sections.startswith(f"{own}.") else found[0]
 
-    return FIELD.sub(named, sentence)
+    return FIELD.sub(replacement, sentence)

@@ -105,7 +105,7 @@ def heal(
     samples: Annotated[
         int, typer.Option(min=2, help="Sequences to train on, spread evenly over the sources; a sixteenth is left out.")
     ] = 512,
-    epochs: Annotated[int, typer.Option(min=1, help="Times that each layer sees them.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over them, for each layer.")] = 2,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimiser step.")] = 8,
     learning_rate: Annotated[
         str, typer.Option(metavar="RATE", help="AdamW's, at its peak; 'auto': chosen for each layer by short trials.")

@@ -38,7 +38,7 @@ Budgets = Annotated[
     str,
     typer.Argument(
         metavar="BUDGETS",
-        help="What the shape may have: `total=23B,active=2B` or `checkpoint=40GB`. Sizes can be pinned: "
+        help="Sizes to meet: `total=23B,active=2B` or `checkpoint=40GB`. Sizes can be pinned: "
         "`total=23B,num_hidden_layers=36`.",
     ),
 ]
@@ -53,7 +53,9 @@ HowToCut = Annotated[
 ]
 SourceWeights = Annotated[
     list[str] | None,
-    typer.Option("--source-weight", metavar="NAME=WEIGHT", help="What a source of --statistics counts for."),
+    typer.Option(
+        "--source-weight", metavar="NAME=WEIGHT", help="Weight of a source of --statistics; give one for each."
+    ),
 ]
 Statistics = Annotated[
     Path | None,

@@ -48,7 +48,7 @@ Limit = Annotated[
 ]
 Shots = Annotated[
     int | None,
-    typer.Option(min=0, help="Solved examples before each question. Default: as the task says.", show_default=False),
+    typer.Option(min=0, help="Solved examples before each question. Default: as the task sets it.", show_default=False),
 ]
 
 
@@ -72,11 +72,11 @@ def evaluate(
 ) -> None:
     """Measure held-out loss, KL to a teacher, agreement and MTP acceptance of checkpoints (--tokens); benchmarks (--tasks, --suite).
 
-    acc_k: share of positions at which the first k + 1 drafts of the MTP module are all accepted. tokens/pass: what a forward
-    pass yields in real speculative decoding, as `slimqwen generate` does it, on four held-out prompts; 1 without drafting.
+    acc_k: share of positions at which the first k + 1 drafts of the MTP module are all accepted. tokens/pass: tokens
+    per forward pass in real speculative decoding, as `slimqwen generate` does it, on four held-out prompts; 1 without drafting.
 
     Each model's numbers, and the teacher's hidden states on the text, are kept beside --out in a hidden folder: interrupted, or
-    given with one model more, the same command measures only what is not there yet.
+    given with one more model, the same command measures only what is missing.
     """
     from slimqwen.recipe import EvaluationRecipe, Execution
 
@@ -164,7 +164,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the most likely token; more is more random.")
+        float, typer.Option(min=0.0, help="0 takes the most likely token; higher values are more random.")
     ] = 0.0,
     top_p: Annotated[
         float,
@@ -211,7 +211,7 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Also compare names, shapes and config.json with what this engine's loader takes: transformers, vllm, "
+            help="Also compare names, shapes and config.json with what this engine's loader accepts: transformers, vllm, "
             "sglang, llama.cpp or all. Repeatable. Exit code 1 where one cannot load it.",
         ),
     ] = None,
@@ -237,7 +237,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated after each prompt.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 10,
-    warmups: Annotated[int, typer.Option(min=0, help="Runs before them.")] = 3,
+    warmups: Annotated[int, typer.Option(min=0, help="Untimed runs before those.")] = 3,
     engine: Annotated[str, typer.Option(help="'transformers', or 'vllm' where it is installed.")] = "transformers",
     device: Device = "auto",
     dtype: DtypeOption = "auto",

@@ -58,7 +58,10 @@ SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens in one sequence
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")]
 MeasuredTokens = Annotated[int, typer.Option(min=1, help="Held-out tokens to measure on.")]
 Isolated = Annotated[
-    bool, typer.Option("--isolated/--packed", help="One document to a sequence, padded, or documents back to back.")
+    bool,
+    typer.Option(
+        "--isolated/--packed", help="Put one document into a sequence, padded, or pack documents back to back."
+    ),
 ]
 Streaming = Annotated[
     bool | None,

@@ -65,7 +65,7 @@ SourceWeights = Annotated[
     typer.Option(
         "--source-weight",
         metavar="NAME=WEIGHT",
-        help="What a source of the statistics counts for; give one for each. Default: as much as it has tokens.",
+        help="Weight of a source of the statistics; give one for each. Default: its number of tokens.",
         rich_help_panel=CHOOSING,
     ),
 ]

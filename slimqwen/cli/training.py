@@ -32,7 +32,7 @@ DistilFileName = Annotated[
     typer.Option(
         "--recipe",
         metavar="FILE.yaml",
-        help="The recipe's `distil` section as a file; in it its section `execution`.",
+        help="File with the recipe's `distil` section, and in it a section `execution`.",
     ),
 ]
 Teacher = Annotated[str | None, typer.Option(help="Checkpoint folder, or 'builtin'. Not needed without kd terms.")]
@@ -40,15 +40,15 @@ TeacherCache = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Written by `slimqwen teacher-cache`; no teacher is loaded, and --teacher only compared with it.",
+        help="Written by `slimqwen teacher-cache`. No teacher is loaded; --teacher is only compared with it.",
     ),
 ]
 Steps = Annotated[
     str | None,
     typer.Option(
         metavar="FIRST:END",
-        help="Train only these optimiser steps, 0:16 say, of the run that the recipe's tokens pay for: a stage of it. Schedules and "
-        "data order go on where the stage before ended. Default: all of them.",
+        help="Optimiser steps to train, such as 0:16, of those that the recipe's tokens are enough for: one stage. Schedules and data order "
+        "continue from the stage before. Default: all of them.",
     ),
 ]
 Moments = Annotated[
@@ -65,7 +65,7 @@ LearningRate = Annotated[
     str | None,
     typer.Option(
         metavar="auto|NUMBER",
-        help="Instead of the recipe's learning_rate; auto: found by short forks (docs/learning-rate.md).",
+        help="Replaces the recipe's learning_rate; auto: found by short forks (docs/learning-rate.md).",
         show_default=False,
     ),
 ]
@@ -86,12 +86,14 @@ def teacher_cache(
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Keep the MTP head's predictions too, for distil.mtp_target: mtp.")
     ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Log-probabilities as float32 instead of 16 bits.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Store log-probabilities as float32 instead of 16 bits.")
+    ] = False,
     sequences: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Only the first so many of the training order of --seed. Default: the whole text, for any seed.",
+            help="Number of sequences, the first in the training order of --seed. Default: the whole text, for any seed.",
             show_default=False,
         ),
     ] = None,
@@ -99,7 +101,7 @@ def teacher_cache(
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Size of a file, which is what an interruption costs.")
+        str, typer.Option(metavar="SIZE", help="Size of a file; an interruption loses at most one.")
     ] = "256MB",
     streaming: Streaming = None,
     memory_budget: MemoryBudget = "2GB",
@@ -107,7 +109,7 @@ def teacher_cache(
     device: Device = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Run a teacher once and keep its most likely tokens, so that `distil` needs it no more.
+    """Run a teacher once and keep its most likely tokens, so that `distil` need not run it.
 
     Interrupted, the same command continues with the first file that is not complete. Layer by layer (--streaming) the teacher
     runs once for each file.
@@ -160,7 +162,7 @@ def distil(
     """Train a student on text and a teacher's predictions. Continues where it was interrupted.
 
     On many devices: `torchrun --nproc-per-node 8 -m slimqwen distil ...` (docs/multi-device.md). Exit code 75 after
-    SIGTERM: the training state is saved, the same command continues.
+    SIGTERM: the training state is saved, and the same command continues.
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.recipe import DistilFile, TeacherRecipe
@@ -204,8 +206,8 @@ def carry(
 ) -> None:
     """Cut the optimiser's moments as a plan cuts the weights, for `distil --moments` of the next stage.
 
-    The training must have been one with `distil --keep-state`. In a recipe for `slimqwen run` it is one line:
-    `at_cut: carry` of its `optimizer`.
+    The training must have been run with `distil --keep-state`. A recipe for `slimqwen run` does both by `at_cut: carry` in its
+    `optimizer`.
     """
     from slimqwen.training.moments import carry as run_stage
 

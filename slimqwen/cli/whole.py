@@ -13,6 +13,7 @@ from slimqwen.cli.options import (
     command_line,
 )
 from slimqwen.core.terminal import show
+from slimqwen.recipe import PretrainRecipe, Recipe
 
 commands = typer.Typer()
 
@@ -44,7 +45,8 @@ def demo(
     _run(load_recipe(DEMO_RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *(overrides or [])]))
 
 
-def _run(recipe) -> None:  # type: ignore[no-untyped-def]
+def _run(recipe: Recipe) -> None:
+    """Run a recipe, and print its table and where everything lies."""
     from slimqwen.evaluation.result import Evaluation
     from slimqwen.reporting.table import print_table
     from slimqwen.runs.recipe_run import run as run_recipe
@@ -59,11 +61,10 @@ def _run(recipe) -> None:  # type: ignore[no-untyped-def]
 @commands.command()
 def recipe(
     pretraining: Annotated[
-        bool, typer.Option("--pretrain", help="The fields of a `slimqwen pretrain` recipe instead.")
+        bool, typer.Option("--pretrain", help="List the fields of a `slimqwen pretrain` recipe instead.")
     ] = False,
 ) -> None:
     """List every field of a recipe with its type, default and meaning."""
-    from slimqwen.recipe import PretrainRecipe, Recipe
     from slimqwen.recipe.file import describe
 
     show(*describe(PretrainRecipe if pretraining else Recipe).split("\n"))
@@ -77,7 +78,6 @@ def pretrain(
     overrides: Overrides = None,
 ) -> None:
     """Train a tokenizer and a small model from random weights: how the built-in teacher was made."""
-    from slimqwen.recipe import PretrainRecipe
     from slimqwen.recipe.file import load_recipe
     from slimqwen.runs.pretrain import pretrain as run_stage
 
