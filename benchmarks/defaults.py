@@ -27,15 +27,24 @@ import torch
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.depth.measure import measure_depth
+from slimqwen.depth.measure import DepthEffort, measure_depth
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.healing.heal import heal
 from slimqwen.model.model import load
 from slimqwen.planning.plan import cuts_only_channels, plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import CalibrationRecipe, DistilRecipe, Duration, HealingRecipe, PruningRecipe, Target
+from slimqwen.recipe import (
+    CalibrationRecipe,
+    DistilRecipe,
+    Duration,
+    HealingRecipe,
+    PruningRecipe,
+    Target,
+    TextSettings,
+)
 from slimqwen.refit.refit import refit
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 
 SEQUENCE_LENGTH = 256
 
@@ -98,7 +107,10 @@ class Bench:
         path = self.out / f"statistics-{self.name}-{draw}.safetensors"
         if not path.exists():
             recipe = CalibrationRecipe(samples=self.samples, sources=self.sources)
-            settings: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "seed": draw, "second_moments": True}
+            settings: dict[str, Any] = {
+                "text": TextSettings(sequence_length=SEQUENCE_LENGTH, seed=draw),
+                "second_moments": True,
+            }
             calibrate(self.teacher, path, recipe=recipe, **settings)
         return path
 
@@ -112,9 +124,8 @@ class Bench:
                 statistics=self.statistics(draw),
                 tokens=self.sources,
                 num_hidden_layers=target.num_hidden_layers or 0,
-                samples=self.depth_samples,
-                sequence_length=SEQUENCE_LENGTH,
-                seed=draw,
+                effort=DepthEffort(samples=self.depth_samples),
+                text=TextSettings(sequence_length=SEQUENCE_LENGTH, seed=draw),
             )
         return path
 
@@ -146,8 +157,7 @@ class Bench:
             "teacher": self.teacher,
             "plan": file,
             "tokens": self.sources,
-            "sequence_length": SEQUENCE_LENGTH,
-            "seed": draw,
+            "text": TextSettings(sequence_length=SEQUENCE_LENGTH, seed=draw),
         }
         if criteria.refit_outputs and not cuts_only_channels(Checkpoint(self.teacher), made_plan):
             made = refit(made, work / "refitted", samples=self.samples, **settings)
@@ -165,10 +175,12 @@ class Bench:
             warmup=Duration(max(1, tokens // (4 * SEQUENCE_LENGTH) // 20), "steps"),
             terms=["lm", "kd"],
         )
-        settings: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "seed": draw}
         home = self.texts["home"]
         return distil(
-            student, work / f"trained-{learning_rate}", tokens=home, teacher=self.teacher, recipe=recipe, **settings
+            TrainingInputs(student, home, teacher=self.teacher),
+            work / f"trained-{learning_rate}",
+            recipe=recipe,
+            text=TextSettings(sequence_length=SEQUENCE_LENGTH, seed=draw),
         )
 
     def measure(self, student: Path) -> dict[str, float]:

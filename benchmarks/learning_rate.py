@@ -25,7 +25,7 @@ from slimqwen.data.store import training_stream
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.model.device import reproducible
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import DistilRecipe, PruningRecipe, Target
+from slimqwen.recipe import DistilRecipe, PruningRecipe, Target, TextSettings
 from slimqwen.recipe.file import load_recipe
 from slimqwen.runs.checks import stages_of
 from slimqwen.runs.schedule import follow_schedule
@@ -33,6 +33,7 @@ from slimqwen.runs.stages import Tokenizing
 from slimqwen.runs.store import ContentStore
 from slimqwen.study.variation import changed
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.learning_rate import FILE, RateChoice
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
@@ -103,13 +104,10 @@ class Bench:
     def train_auto(self, steps: int, name: str) -> dict[str, float]:
         """Return the KL after a training with `auto`, the chosen rate, and the cost of choosing it."""
         trained = distil(
-            self.student,
+            TrainingInputs(self.student, self.tokens, teacher=self.teacher_folder),
             self.out / name,
-            tokens=self.tokens,
             recipe=self.recipe(steps, None),
-            sequence_length=self.length,
-            teacher=self.teacher_folder,
-            seed=self.seed,
+            text=TextSettings(sequence_length=self.length, seed=self.seed),
             title=name,
         )
         choice = RateChoice.load(trained / FILE)

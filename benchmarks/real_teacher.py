@@ -41,8 +41,9 @@ from slimqwen.data.store import heldout_stream, training_stream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
 from slimqwen.model.model import load
-from slimqwen.recipe import DistilRecipe, Duration, Execution, OptimizerRecipe, Ramp, Source
+from slimqwen.recipe import DistilRecipe, Duration, Execution, OptimizerRecipe, Ramp, Source, TextSettings
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END_OF_TEXT = "<|endoftext|>"  # the document separator of its pretraining; chat turns end with another token
@@ -277,12 +278,10 @@ def train(start: Path, out: Path, teacher: Path, folder: Path, tokens: int, lear
         ),
     )
     distil(
-        start,
+        TrainingInputs(start, folder / "tokens-mixed", teacher=teacher),
         out,
-        tokens=folder / "tokens-mixed",
         recipe=recipe,
-        sequence_length=SEQUENCE_LENGTH,
-        teacher=teacher,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         execution=Execution(save_every=[Duration(5, "steps")], keep_states=1),
     )
 

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from slimqwen.recipe import Recipe as Recipe
     from slimqwen.recipe import Source as Source
     from slimqwen.recipe import Target as Target
+    from slimqwen.recipe import TextSettings as TextSettings
     from slimqwen.recipe.file import load_recipe as load_recipe
     from slimqwen.reporting.report import report as report
     from slimqwen.runs.pretrain import pretrain as pretrain
     from slimqwen.runs.recipe_run import run as run
     from slimqwen.training.distil import distil as distil
+    from slimqwen.training.inputs import TrainingInputs as TrainingInputs
 
 _HOMES = {
     "CalibrationRecipe": "slimqwen.recipe",
@@ -39,6 +41,8 @@ _HOMES = {
     "Recipe": "slimqwen.recipe",
     "Source": "slimqwen.recipe",
     "Target": "slimqwen.recipe",
+    "TextSettings": "slimqwen.recipe",
+    "TrainingInputs": "slimqwen.training.inputs",
     "calibrate": "slimqwen.calibration.calibrate",
     "distil": "slimqwen.training.distil",
     "evaluate": "slimqwen.evaluation.evaluate",

@@ -25,7 +25,7 @@ from slimqwen.model.model import load
 from slimqwen.planning.chosen import choice_text
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import CalibrationRecipe, DivergenceName, PruningRecipe, Recipe, Target
+from slimqwen.recipe import CalibrationRecipe, DivergenceName, PruningRecipe, Recipe, Target, TextSettings
 from slimqwen.recipe.file import describe, load_recipe
 from slimqwen.reporting.report import report
 
@@ -57,7 +57,7 @@ def criteria(folder: Path) -> dict[str, Any]:
         folder / "statistics.safetensors",
         tokens=tokens,
         recipe=CalibrationRecipe(samples=4),
-        sequence_length=32,
+        text=TextSettings(sequence_length=32),
     )
     (folder / "pruning.yaml").write_text(CRITERIA)
     target = Target(num_hidden_layers=2, hidden_size=20, num_experts=4)
@@ -146,7 +146,7 @@ def family(folder: Path) -> dict[str, Any]:
         folder / "other.safetensors",
         tokens=tokens,
         recipe=CalibrationRecipe(samples=4),
-        sequence_length=32,
+        text=TextSettings(sequence_length=32),
     )
     pruning = PruningRecipe.model_validate({"depth": "last", "width": "norm_activation"})
 

@@ -33,7 +33,7 @@ from tiny import write_tiny_checkpoint, write_tiny_tokens
 from slimqwen.calibration.calibrate import calibrate
 from slimqwen.core.errors import UserError
 from slimqwen.data.tokenize import tokenize
-from slimqwen.depth.measure import measure_depth
+from slimqwen.depth.measure import DepthEffort, measure_depth
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.healing.heal import heal
 from slimqwen.planning.plan import plan
@@ -50,6 +50,7 @@ from slimqwen.recipe import (
     Source,
     Target,
     TeacherRecipe,
+    TextSettings,
 )
 from slimqwen.recipe.file import dump_recipe
 from slimqwen.refit.refit import refit
@@ -57,6 +58,7 @@ from slimqwen.reporting.report import report
 from slimqwen.runs.recipe_run import run
 from slimqwen.teacher_cache.write import write_teacher_cache
 from slimqwen.training.distil import distil, state_folder_of
+from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.moments import carry
 
 torch.set_num_threads(1)
@@ -97,7 +99,7 @@ def run_calibrate(inputs: Path, work: Path, earlier: bool, *, streaming: bool = 
         tokens=inputs / "tokens",
         recipe=CalibrationRecipe(samples=2 if earlier else 4),
         execution=Execution(streaming=streaming),
-        sequence_length=LENGTH,
+        text=TextSettings(sequence_length=LENGTH),
         second_moments=True,
     )
 
@@ -113,8 +115,8 @@ def run_measure_depth(inputs: Path, work: Path, earlier: bool) -> object:
         statistics=inputs / "statistics.safetensors",
         tokens=inputs / "tokens",
         num_hidden_layers=3 if earlier else 2,
-        samples=2,
-        sequence_length=LENGTH,
+        effort=DepthEffort(samples=2),
+        text=TextSettings(sequence_length=LENGTH),
     )
 
 
@@ -141,7 +143,7 @@ def run_refit(inputs: Path, work: Path, earlier: bool) -> object:
         plan=inputs / "plan.json",
         tokens=inputs / "tokens",
         samples=2 if earlier else 4,
-        sequence_length=LENGTH,
+        text=TextSettings(sequence_length=LENGTH),
     )
 
 
@@ -153,7 +155,7 @@ def run_heal(inputs: Path, work: Path, earlier: bool) -> object:
         plan=inputs / "plan.json",
         tokens=inputs / "tokens",
         recipe=HealingRecipe(samples=2 if earlier else 4, epochs=1),
-        sequence_length=LENGTH,
+        text=TextSettings(sequence_length=LENGTH),
     )
 
 
@@ -164,20 +166,18 @@ def run_teacher_cache(inputs: Path, work: Path, earlier: bool) -> object:
         tokens=inputs / "tokens",
         recipe=TeacherRecipe(top_k=4 if earlier else 8),
         execution=Execution(cache_file_bytes=2_000),
-        sequence_length=LENGTH,
+        text=TextSettings(sequence_length=LENGTH),
         sequences=12,
     )
 
 
 def run_distil(inputs: Path, work: Path, earlier: bool, save_every: Duration | None = None, **values: Any) -> object:
     return distil(
-        inputs / "pruned",
+        TrainingInputs(inputs / "pruned", inputs / "tokens", teacher=inputs / "teacher"),
         work / "out",
-        tokens=inputs / "tokens",
         recipe=settings(earlier, **values),
         execution=OFTEN if save_every is None else OFTEN.model_copy(update={"save_every": [save_every]}),
-        sequence_length=LENGTH,
-        teacher=inputs / "teacher",
+        text=TextSettings(sequence_length=LENGTH),
     )
 
 
@@ -196,7 +196,7 @@ def run_evaluate(inputs: Path, work: Path, earlier: bool) -> object:
         work / "out.json",
         tokens=inputs / "tokens",
         recipe=evaluation(earlier),
-        sequence_length=LENGTH,
+        text=TextSettings(sequence_length=LENGTH),
     )
 
 
@@ -259,7 +259,7 @@ def make_inputs(folder: Path) -> None:
             tokens=tokens,
             recipe=CalibrationRecipe(samples=4),
             execution=Execution(streaming=False),
-            sequence_length=LENGTH,
+            text=TextSettings(sequence_length=LENGTH),
             second_moments=True,
         )
         return out
@@ -270,12 +270,11 @@ def make_inputs(folder: Path) -> None:
     prune(teacher, folder / "pruned", plan=plan_file)
     trained = folder / "trained"
     distil(
-        folder / "pruned",
+        TrainingInputs(folder / "pruned", tokens),
         trained,
-        tokens=tokens,
         recipe=settings(True, terms=["lm"]),
         execution=OFTEN,
-        sequence_length=LENGTH,
+        text=TextSettings(sequence_length=LENGTH),
         keep_state=True,
     )
     statistics = measured(trained, folder / "second.safetensors")

@@ -13,10 +13,11 @@ from slimqwen.data.sources import documents, is_heldout
 from slimqwen.data.tokenize import tokenize
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.families.count import count
-from slimqwen.recipe import DistilRecipe, EvaluationRecipe, PretrainRecipe, PruningRecipe, Source
+from slimqwen.recipe import DistilRecipe, EvaluationRecipe, PretrainRecipe, PruningRecipe, Source, TextSettings
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.target import completed, target_config
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +66,11 @@ def test_the_teacher_knows_python_it_has_not_seen(tmp_path: Path) -> None:
     tokenize([source], TEACHER, tmp_path / "tokens")
     recipe = EvaluationRecipe(tokens=4096, acceptance={"prompts": 4, "new_tokens": 24})
     evaluation = evaluate(
-        {"teacher": TEACHER}, tmp_path / "e.json", tokens=tmp_path / "tokens", recipe=recipe, sequence_length=256
+        {"teacher": TEACHER},
+        tmp_path / "e.json",
+        tokens=tmp_path / "tokens",
+        recipe=recipe,
+        text=TextSettings(sequence_length=256),
     )
     teacher = evaluation.models["teacher"]
     assert teacher.loss < 4.0
@@ -85,7 +90,12 @@ def test_two_threads_train_to_the_same_bits_twice(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
         for name in ("once", "again"):
-            distil(TEACHER, tmp_path / name, tokens=tmp_path / "tokens", recipe=recipe, sequence_length=256)
+            distil(
+                TrainingInputs(TEACHER, tmp_path / "tokens"),
+                tmp_path / name,
+                recipe=recipe,
+                text=TextSettings(sequence_length=256),
+            )
     finally:
         torch.set_num_threads(threads)
     once, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "again"))

@@ -23,7 +23,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.data.packed import PackedTokens
 from slimqwen.data.stream import TokenStream
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import CalibrationRecipe, Execution
+from slimqwen.recipe import CalibrationRecipe, Execution, TextSettings
 
 pytestmark = pytest.mark.rounding
 
@@ -221,9 +221,8 @@ def test_the_batch_size_does_not_matter(files: tuple[Path, Path], tmp_path: Path
         tmp_path / "s.safetensors",
         tokens=tokens,
         recipe=recipe,
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH, seed=3),
         execution=Execution(device="cpu", batch_size=batch_size),
-        seed=3,
     )
     stream = TokenStream(PackedTokens(tokens / "train"), SEQUENCE_LENGTH, seed=3)
     assert_same_sums(found.weighted(), observed(checkpoint, [stream.batch(0, 5).tokens]).weighted(), relative=FORWARD)
@@ -315,7 +314,11 @@ def test_sources_are_measured_apart(files: tuple[Path, Path], tmp_path: Path) ->
     shutil.copytree(tokens, tmp_path / "more")
     recipe = CalibrationRecipe(sources={"code": tokens, "more": tmp_path / "more"}, samples=5)
     found = calibrate(
-        checkpoint, tmp_path / "s", recipe=recipe, sequence_length=SEQUENCE_LENGTH, execution=Execution(device="cpu")
+        checkpoint,
+        tmp_path / "s",
+        recipe=recipe,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
+        execution=Execution(device="cpu"),
     )
     assert {part: counts["main"] for part, counts in found.tokens.items()} == {
         Part("code", 0): 32,
@@ -332,7 +335,7 @@ def test_sources_are_measured_apart(files: tuple[Path, Path], tmp_path: Path) ->
             checkpoint,
             tmp_path / "s",
             recipe=recipe.model_copy(update={"samples": 1}),
-            sequence_length=SEQUENCE_LENGTH,
+            text=TextSettings(sequence_length=SEQUENCE_LENGTH),
             execution=Execution(device="cpu"),
         )
 
@@ -342,7 +345,12 @@ def test_a_source_shorter_than_its_samples_is_announced(
 ) -> None:
     recipe = CalibrationRecipe(samples=12)
     calibrate(
-        files[0], tmp_path / "s", tokens=files[1], recipe=recipe, sequence_length=512, execution=Execution(device="cpu")
+        files[0],
+        tmp_path / "s",
+        tokens=files[1],
+        recipe=recipe,
+        text=TextSettings(sequence_length=512),
+        execution=Execution(device="cpu"),
     )
     assert "note: 'training' has" in capsys.readouterr().err
 
@@ -370,7 +378,7 @@ def test_saved_is_what_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> No
         path,
         tokens=files[1],
         recipe=recipe,
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         execution=Execution(device="cpu"),
     )
     loaded = Statistics.load(path)
@@ -385,9 +393,8 @@ def test_saved_is_what_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> No
         tmp_path / "again",
         tokens=files[1],
         recipe=recipe,
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH, seed=1),
         execution=Execution(device="cpu"),
-        seed=1,
     )
     assert again.data != made.data and again.checkpoint == made.checkpoint
 
@@ -434,7 +441,7 @@ def test_a_model_that_overflows_is_found_out_by_the_one_who_measures_it(
             out,
             tokens=files[1],
             recipe=CalibrationRecipe(samples=2),
-            sequence_length=SEQUENCE_LENGTH,
+            text=TextSettings(sequence_length=SEQUENCE_LENGTH),
             execution=Execution(device="cpu"),
         )
     assert not out.exists()
@@ -499,7 +506,7 @@ def test_tokens_of_another_tokenizer_are_refused(files: tuple[Path, Path], tmp_p
             tmp_path / "s",
             tokens=other,
             recipe=CalibrationRecipe(),
-            sequence_length=SEQUENCE_LENGTH,
+            text=TextSettings(sequence_length=SEQUENCE_LENGTH),
             execution=Execution(device="cpu"),
         )
     small = write_tiny_checkpoint(tmp_path / "small", vocab_size=270)
@@ -509,6 +516,6 @@ def test_tokens_of_another_tokenizer_are_refused(files: tuple[Path, Path], tmp_p
             tmp_path / "s",
             tokens=files[1],
             recipe=CalibrationRecipe(),
-            sequence_length=SEQUENCE_LENGTH,
+            text=TextSettings(sequence_length=SEQUENCE_LENGTH),
             execution=Execution(device="cpu"),
         )

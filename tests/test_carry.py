@@ -22,10 +22,12 @@ from slimqwen.planning.choose import Scores
 from slimqwen.planning.experts import ExpertGroup
 from slimqwen.planning.plan import Plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DistilRecipe, Target
+from slimqwen.recipe import DistilRecipe, Target, TextSettings
 from slimqwen.runs.recipe_run import run
 from slimqwen.shapes.target import completed
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
+from slimqwen.training.metrics import StepLog
 from slimqwen.training.moments import MOMENTS, carry
 from slimqwen.training.trainer import Span, Trainer
 
@@ -64,15 +66,13 @@ def train(
         "optimizer": {"at_cut": "carry"},
     }
     return distil(
-        student,
+        TrainingInputs(student, folder / "tokens", moments=moments),
         out,
-        tokens=folder / "tokens",
         **sections(DistilRecipe, usual | (changes or {})),
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         span=span,
-        stage=stage,
+        log=StepLog(stage=stage),
         keep_state=True,
-        moments=moments,
     )
 
 

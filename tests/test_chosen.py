@@ -24,6 +24,7 @@ from slimqwen.recipe import (
     ExpertSimilarity,
     PruningRecipe,
     Target,
+    TextSettings,
     WidthCriterion,
 )
 
@@ -49,7 +50,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
         folder / "statistics.safetensors",
         tokens=tokens,
         recipe=recipe,
-        sequence_length=32,
+        text=TextSettings(sequence_length=32),
         second_moments=True,
     )
     sums = dict(statistics.sums)

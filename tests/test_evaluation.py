@@ -27,7 +27,7 @@ from slimqwen.families.count import count
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.generation.speculative import speculate
 from slimqwen.model.model import MtpCausalLM, initialise, load, save
-from slimqwen.recipe import EvaluationRecipe, Execution, Source
+from slimqwen.recipe import EvaluationRecipe, Execution, Source, TextSettings
 
 pytestmark = pytest.mark.rounding
 
@@ -307,7 +307,7 @@ def test_prompts_are_evenly_spaced_windows(tmp_path):
 
 def run(models: dict[str, Path], out: Path, tokens: Path, **options) -> Evaluation:
     options = {"recipe": RECIPE, "execution": Execution(device="cpu", batch_size=4)} | options
-    return evaluate(models, out, tokens=tokens, sequence_length=SEQUENCE_LENGTH, **options)
+    return evaluate(models, out, tokens=tokens, text=TextSettings(sequence_length=SEQUENCE_LENGTH), **options)
 
 
 def test_evaluation(teacher, student, tokens, tmp_path):

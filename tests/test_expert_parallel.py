@@ -22,8 +22,9 @@ from slimqwen.model.routing import observe_routing
 from slimqwen.parallel.expert_parallel import check_expert_ranks
 from slimqwen.parallel.ranks import join_ranks
 from slimqwen.parallel.sharded_checkpoint import export, load_sharded, whole
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import DistilRecipe, TextSettings
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.trainer import Trainer
 
 SEQUENCE_LENGTH = 16
@@ -140,12 +141,10 @@ def train(folder: Path, student: str, out: Path, changes: dict[str, Any], end_be
     }
     try:
         distil(
-            folder / student,
+            TrainingInputs(folder / student, folder / "tokens", teacher=folder / "teacher"),
             out,
-            tokens=folder / "tokens",
             **sections(DistilRecipe, settings | changes),
-            sequence_length=SEQUENCE_LENGTH,
-            teacher=folder / "teacher",
+            text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         )
     finally:
         Trainer.step = original  # type: ignore[method-assign]

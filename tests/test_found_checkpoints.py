@@ -31,11 +31,12 @@ from slimqwen.families import FAMILIES, family_of
 from slimqwen.model.model import load, save
 from slimqwen.model.native import native_config
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DistilRecipe, Execution
+from slimqwen.recipe import DistilRecipe, Execution, TextSettings
 from slimqwen.runs.recipe_run import run
 from slimqwen.serving import check
 from slimqwen.serving.check import check_checkpoint, describe
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 
 TOKENS = tiny_tokens(rows=2, columns=13)
 Tensors = dict[str, Tensor]
@@ -638,11 +639,10 @@ def test_training_has_no_noise_that_nothing_seeds(
             {"tokens": 3 * 32, "batch_size": 2, "learning_rate": 1e-3, "warmup": "1 steps", "terms": ["lm"]}
         )
         out = distil(
-            student,
+            TrainingInputs(student, tokens),
             tmp_path / name,
-            tokens=tokens,
             recipe=recipe,
-            sequence_length=16,
+            text=TextSettings(sequence_length=16),
             execution=Execution(device="cpu"),
         )
         outs.append((out / "model.safetensors").read_bytes())

@@ -40,7 +40,7 @@ from slimqwen.healing.layers import FIRST_RATE, LONGER, Healing, share_of_peak
 from slimqwen.healing.objective import PredictionError, StreamError
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import CalibrationRecipe, Execution, HealingRecipe, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, Execution, HealingRecipe, PruningRecipe, Target, TextSettings
 
 pytestmark = pytest.mark.rounding
 
@@ -60,8 +60,8 @@ def cut(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Cut:
 
 
 def healed(cut: Cut, texts: Texts, out: Path, recipe: HealingRecipe = RECIPE, **changed: Any) -> Path:
-    settings = {"teacher": cut.teacher, "plan": cut.plan, "tokens": texts.tokens, "sequence_length": SEQUENCE_LENGTH}
-    return heal(cut.student, out, recipe=recipe, **(settings | changed))
+    settings = {"text": TextSettings(sequence_length=SEQUENCE_LENGTH)} | changed
+    return heal(cut.student, out, teacher=cut.teacher, plan=cut.plan, tokens=texts.tokens, recipe=recipe, **settings)
 
 
 def changed_tensors(before: Path, after: Path) -> set[str]:
@@ -135,7 +135,7 @@ def test_a_student_with_rotated_channels(tmp_path: Path, texts: Texts) -> None:
         tmp_path / "statistics.safetensors",
         tokens=texts.tokens,
         recipe=CalibrationRecipe(samples=SAMPLES),
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         second_moments=True,
     )
     plan = tmp_path / "plan.json"
@@ -149,7 +149,7 @@ def test_a_student_with_rotated_channels(tmp_path: Path, texts: Texts) -> None:
         plan=plan,
         tokens=texts.tokens,
         recipe=RECIPE,
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
     )
     rows = training_stream(texts.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens
     pruned, better, wanted = (predictions(folder, rows) for folder in (student, out, teacher))
@@ -307,13 +307,15 @@ def test_no_sequence_is_both_trained_on_and_left_out() -> None:
 
 def test_a_text_of_one_sequence_is_one_sentence(tmp_path: Path, texts: Texts, cut: Cut) -> None:
     with pytest.raises(UserError, match="leaves one sequence of each source out of its training, and this text has no"):
-        healed(cut, texts, tmp_path / "out", sequence_length=4_000)
+        healed(cut, texts, tmp_path / "out", text=TextSettings(sequence_length=4_000))
     assert not (tmp_path / "out").exists()
 
 
 def test_any_seed_that_is_taken_can_be_trained_with(tmp_path: Path, texts: Texts, cut: Cut) -> None:
     recipe = RECIPE.model_copy(update={"samples": 2, "epochs": 1})
-    assert healed(cut, texts, tmp_path / "out", recipe, seed=2**63 - 1).is_dir()
+    assert healed(
+        cut, texts, tmp_path / "out", recipe, text=TextSettings(sequence_length=SEQUENCE_LENGTH, seed=2**63 - 1)
+    ).is_dir()
 
 
 def test_a_search_that_breaks_everywhere_leaves_the_layer(

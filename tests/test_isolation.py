@@ -23,8 +23,9 @@ from slimqwen.evaluation.fidelity import compare, heldout_rows, record
 from slimqwen.losses.balance import expert_counts
 from slimqwen.losses.loss import LossWeights, count_targets
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import DistilRecipe, EvaluationRecipe, Execution
+from slimqwen.recipe import DistilRecipe, EvaluationRecipe, Execution, TextSettings
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
@@ -236,13 +237,10 @@ def test_distillation_says_what_padding_costs(folder: Path, tmp_path: Path, caps
     recipe = DistilRecipe(tokens=2 * 4 * 300, batch_size=4, warmup="0 steps")
     for documents in ("packed", "isolated"):
         distil(
-            folder / "student",
+            TrainingInputs(folder / "student", folder / "tokens", teacher=folder / "teacher"),
             tmp_path / documents,
-            tokens=folder / "tokens",
             recipe=recipe,
-            sequence_length=300,
-            documents=documents,
-            teacher=folder / "teacher",
+            text=TextSettings(sequence_length=300, documents=documents),
             execution=Execution(device="cpu"),
         )
         said = capsys.readouterr().err
@@ -290,8 +288,7 @@ def test_about_as_many_held_out_tokens_as_were_asked_for(folder: Path, tmp_path:
         tmp_path / "e.json",
         tokens=tokens,
         recipe=recipe,
-        sequence_length=64,
-        documents="isolated",
+        text=TextSettings(sequence_length=64, documents="isolated"),
         execution=Execution(device="cpu"),
     )
     heldout = load_manifest(tokens).heldout

@@ -24,7 +24,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.core.errors import Preempted, StageFailed, UserError
 from slimqwen.data.tokenize import tokenize
-from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Execution, Recipe, Source, TeacherRecipe
+from slimqwen.recipe import AUTO_REFERENCE, DistilRecipe, Execution, Recipe, Source, TeacherRecipe, TextSettings
 from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.runs.recipe_run import run
 from slimqwen.study.catalogue.definition import at_both_rates
@@ -34,6 +34,7 @@ from slimqwen.training import learning_rate, schedules
 from slimqwen.training.cached_teacher import CachedTeacher
 from slimqwen.training.course import compute_course
 from slimqwen.training.distil import distil, state_folder_of
+from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.learning_rate import (
     FEWEST_STEPS,
     FILE,
@@ -75,8 +76,10 @@ def recipe(**changes: Any) -> dict[str, Any]:
 
 def train(folder: Path, out: Path, changes: dict[str, Any] | None = None, **arguments: Any) -> Path:
     """`distil` on the files of `folder`, by one process or, called in each, by several."""
-    given = {"teacher": folder / "teacher", "sequence_length": LENGTH, **arguments}
-    return distil(folder / "student", out, tokens=folder / "tokens", **recipe(**changes or {}), **given)
+    read = {name: arguments.pop(name) for name in ("teacher_cache", "moments") if name in arguments}
+    teacher = arguments.pop("teacher", folder / "teacher")
+    inputs = TrainingInputs(folder / "student", folder / "tokens", teacher=teacher, **read)
+    return distil(inputs, out, **recipe(**changes or {}), **{"text": TextSettings(sequence_length=LENGTH)} | arguments)
 
 
 @pytest.fixture(scope="module")
@@ -251,12 +254,10 @@ def test_without_held_out_text_rows_that_no_fork_trains_on_decide(folder: Path, 
         execution=Execution(workers=1),
     )
     distil(
-        folder / "student",
+        TrainingInputs(folder / "student", tokens, teacher=folder / "teacher"),
         tmp_path / "out",
-        tokens=tokens,
         **recipe(),
-        sequence_length=LENGTH,
-        teacher=folder / "teacher",
+        text=TextSettings(sequence_length=LENGTH),
     )
     assert RateChoice.load(tmp_path / "out" / FILE).text == "training"
 
@@ -265,7 +266,11 @@ def test_a_cached_teacher_decides_on_rows_that_no_fork_trains_on(folder: Path, t
     """Nothing is stored about the held-out text."""
     settings = TeacherRecipe(top_k=128, exact=True)
     cache = write_teacher_cache(
-        folder / "teacher", tmp_path / "cache", tokens=folder / "tokens", recipe=settings, sequence_length=LENGTH
+        folder / "teacher",
+        tmp_path / "cache",
+        tokens=folder / "tokens",
+        recipe=settings,
+        text=TextSettings(sequence_length=LENGTH),
     )
     read: list[set[int]] = []
     signal_of = CachedTeacher.signal

@@ -27,11 +27,12 @@ from slimqwen.data.stream import Batch
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
 from slimqwen.model.model import load
 from slimqwen.model.peaks import peak_of
-from slimqwen.recipe import DistilRecipe
+from slimqwen.recipe import DistilRecipe, TextSettings
 from slimqwen.shapes.footprint import forward_flops
 from slimqwen.training import heldout, loggers, speed
 from slimqwen.training.distil import distil
 from slimqwen.training.guard import FEWEST, WINDOW, Guard, GuardRecord, Rollback
+from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.loggers import check_loggers, open_loggers
 from slimqwen.training.metrics import MetricsLog
 from slimqwen.training.trainer import MAX_ROLLBACKS, Trainer
@@ -65,12 +66,10 @@ def train(folder: Path, out: Path, **changes: Any) -> Path:
         "loss_chunk_tokens": 24,
     }
     return distil(
-        folder / "student",
+        TrainingInputs(folder / "student", folder / "tokens", teacher=folder / "teacher"),
         out,
-        tokens=folder / "tokens",
         **sections(DistilRecipe, settings | changes),
-        sequence_length=SEQUENCE_LENGTH,
-        teacher=folder / "teacher",
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
     )
 
 

@@ -20,7 +20,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.data.store import training_stream
 from slimqwen.depth import drops
 from slimqwen.depth.drops import LayerDrops, count_passes, keep_coordinates, seen_folds, unseen_rows
-from slimqwen.depth.measure import layers_at_once, measure_depth
+from slimqwen.depth.measure import DepthEffort, layers_at_once, measure_depth
 from slimqwen.depth.search import REFITTED, Search
 from slimqwen.families.canonical import full_attention_interval
 from slimqwen.layerwise.memory import allot
@@ -30,7 +30,7 @@ from slimqwen.model.model import load
 from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.cut import Cut
-from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target, TextSettings
 from slimqwen.refit.layers import Refit
 
 SEQUENCE_LENGTH, SAMPLES = 16, 6
@@ -59,7 +59,13 @@ def measurable(folder: Path, model_type: str = "mixtral", layers: int = 5) -> Me
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     statistics = folder / "statistics.safetensors"
     recipe = CalibrationRecipe(samples=SAMPLES)
-    calibrate(checkpoint, statistics, tokens=tokens, recipe=recipe, sequence_length=SEQUENCE_LENGTH, dtype="float32")
+    calibrate(
+        checkpoint,
+        statistics,
+        tokens=tokens,
+        recipe=recipe,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH, dtype="float32"),
+    )
     return Measurable(checkpoint, statistics, tokens)
 
 
@@ -69,13 +75,17 @@ def kinds(native: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def measured(model: Measurable, out: Path, keep: int, **changed: Any) -> MeasuredDepth:
-    settings: dict[str, Any] = {
-        "samples": SAMPLES,
-        "sequence_length": SEQUENCE_LENGTH,
-        "execution": Execution(batch_size=4),
-    }
-    settings |= {"tokens": model.tokens} | changed
-    return measure_depth(model.checkpoint, out, statistics=model.statistics, num_hidden_layers=keep, **settings)
+    effort = {name: changed.pop(name) for name in DepthEffort.model_fields if name in changed}
+    settings: dict[str, Any] = {"tokens": model.tokens, "execution": Execution(batch_size=4)} | changed
+    return measure_depth(
+        model.checkpoint,
+        out,
+        statistics=model.statistics,
+        num_hidden_layers=keep,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
+        effort=DepthEffort(**{"samples": SAMPLES} | effort),
+        **settings,
+    )
 
 
 @torch.no_grad()

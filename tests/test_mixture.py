@@ -24,9 +24,10 @@ from slimqwen.data.stream import TokenStream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.evaluation.evaluate import evaluate
-from slimqwen.recipe import CalibrationRecipe, DistilRecipe, EvaluationRecipe, Execution, Recipe, Source
+from slimqwen.recipe import CalibrationRecipe, DistilRecipe, EvaluationRecipe, Execution, Recipe, Source, TextSettings
 from slimqwen.runs.recipe_run import run
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 
 
 def pack(prefix: Path, documents: list[list[int]], vocab_size: int = 300) -> PackedTokens:
@@ -190,7 +191,7 @@ def test_a_stream_of_a_mixture_draws_by_its_weights(store: Path) -> None:
 
 def test_one_source_of_a_mixture_can_be_calibrated_on(world: Path, store: Path, tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "model", tokenizer=world / "tokenizer")
-    settings: dict[str, Any] = {"sequence_length": 16, "device": "cpu"}
+    settings: dict[str, Any] = {"text": TextSettings(sequence_length=16), "execution": Execution(device="cpu")}
     by_source = CalibrationRecipe(sources={"wiki": store / "wiki", "code": store / "code"}, samples=4)
     apart = calibrate(checkpoint, tmp_path / "apart", recipe=by_source, **settings)
     assert apart.sources == {"wiki": 32, "code": 32}
@@ -198,7 +199,9 @@ def test_one_source_of_a_mixture_can_be_calibrated_on(world: Path, store: Path, 
     assert whole.sources == {"training": 64}
     with pytest.raises(UserError, match="is a source of the mixture in"):
         models, recipe = {"teacher": checkpoint}, EvaluationRecipe(tokens=16)
-        evaluate(models, tmp_path / "e.json", tokens=store / "wiki", recipe=recipe, sequence_length=16)
+        evaluate(
+            models, tmp_path / "e.json", tokens=store / "wiki", recipe=recipe, text=TextSettings(sequence_length=16)
+        )
 
 
 def test_distillation_says_what_it_draws(
@@ -207,7 +210,11 @@ def test_distillation_says_what_it_draws(
     checkpoint = write_tiny_checkpoint(tmp_path / "model", tokenizer=world / "tokenizer", max_position_embeddings=15)
     recipe = DistilRecipe(tokens=16 * 4 * 2, batch_size=4, warmup="0 steps", terms=["lm"])
     distil(
-        checkpoint, tmp_path / "out", tokens=store, recipe=recipe, sequence_length=16, execution=Execution(device="cpu")
+        TrainingInputs(checkpoint, store),
+        tmp_path / "out",
+        recipe=recipe,
+        text=TextSettings(sequence_length=16),
+        execution=Execution(device="cpu"),
     )
     epochs = 2 / TokenStream(PackedTokens(store / "wiki" / "train"), 16, 0).rows_per_epoch
     said = capsys.readouterr().err

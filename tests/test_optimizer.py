@@ -20,9 +20,10 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.model.model import load
 from slimqwen.parallel.ranks import Ranks
-from slimqwen.recipe import DistilRecipe, OptimizerRecipe
+from slimqwen.recipe import DistilRecipe, OptimizerRecipe, TextSettings
 from slimqwen.training.average import Average
-from slimqwen.training.distil import check_batch, distil
+from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs, check_batch
 from slimqwen.training.optimizer import (
     MUON_PARTS,
     build_optimizer,
@@ -65,11 +66,10 @@ def recipe(**changes: Any) -> dict[str, Any]:
 def train(folder: Path, out: Path, changes: dict[str, Any], span: Span | None = None) -> Path:
     """`distil` without a teacher, by one process or, called in each, by several."""
     return distil(
-        folder / "student",
+        TrainingInputs(folder / "student", folder / "tokens"),
         out,
-        tokens=folder / "tokens",
         **recipe(**changes),
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         span=span,
     )
 

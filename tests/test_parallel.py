@@ -28,9 +28,10 @@ from slimqwen.losses.loss import count_targets
 from slimqwen.model.model import load
 from slimqwen.parallel.ranks import join_ranks
 from slimqwen.parallel.sharded_checkpoint import export, load_sharded
-from slimqwen.recipe import DistilRecipe, DocumentBoundaries, Source
+from slimqwen.recipe import DistilRecipe, DocumentBoundaries, Source, TextSettings
 from slimqwen.training import heldout, trainer
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.trainer import Trainer
 
 SEQUENCE_LENGTH = 16
@@ -70,13 +71,10 @@ def train(
         "load_balancing_coefficient": 0.5,  # large, so that experts counted per rank would be seen
     }
     distil(
-        folder / student,
+        TrainingInputs(folder / student, folder / "tokens", teacher=folder / "teacher"),
         out,
-        tokens=folder / "tokens",
         **sections(DistilRecipe, settings | changes),
-        sequence_length=SEQUENCE_LENGTH,
-        documents=documents,
-        teacher=folder / "teacher",
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH, documents=documents),
     )
 
 

@@ -13,7 +13,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.planning.norm_readers import STRENGTHS, Reading, best_strength, strengths_in_words
 from slimqwen.planning.plan import plan
 from slimqwen.planning.rotation import Basis
-from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, PruningRecipe, Target, TextSettings
 
 HIDDEN, KEPT = 7, 4
 
@@ -139,7 +139,7 @@ def test_a_plan_says_how_strongly_each_norm_is_repaired(tmp_path: Path) -> None:
         tmp_path / "statistics.safetensors",
         tokens=tokens,
         recipe=CalibrationRecipe(samples=12),
-        sequence_length=32,
+        text=TextSettings(sequence_length=32),
         second_moments=True,
     )
     made = plan(

@@ -41,7 +41,7 @@ from slimqwen.layerwise.courses import pair_courses
 from slimqwen.planning.plan import cuts_only_channels
 from slimqwen.planning.plan import plan as make_plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, Execution, PruningRecipe, Target, TextSettings
 from slimqwen.refit import layers
 from slimqwen.refit.refit import folds_of, refit
 
@@ -60,8 +60,9 @@ def cut(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Cut:
 
 
 def refitted(cut: Cut, texts: Texts, out: Path, **changed: Any) -> Path:
-    settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH, "execution": Execution(batch_size=8)} | changed
-    return refit(cut.student, out, teacher=cut.teacher, plan=cut.plan, tokens=texts.tokens, **settings)
+    settings = {"samples": SAMPLES, "execution": Execution(batch_size=8)} | changed
+    text = TextSettings(sequence_length=SEQUENCE_LENGTH)
+    return refit(cut.student, out, teacher=cut.teacher, plan=cut.plan, tokens=texts.tokens, text=text, **settings)
 
 
 # Layer after layer
@@ -160,15 +161,22 @@ def test_a_student_with_rotated_channels(tmp_path: Path, texts: Texts) -> None:
         tmp_path / "statistics.safetensors",
         tokens=texts.tokens,
         recipe=CalibrationRecipe(samples=SAMPLES),
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         second_moments=True,
     )
     plan = tmp_path / "plan.json"
     target = Target(hidden_size=24, num_experts=KEPT_EXPERTS)
     make_plan(teacher, plan, statistics=statistics, target=target, pruning=PruningRecipe(width="rotation"))
     student = prune(teacher, tmp_path / "student", plan=plan)
-    settings = {"samples": SAMPLES, "sequence_length": SEQUENCE_LENGTH}
-    out = refit(student, tmp_path / "out", teacher=teacher, plan=plan, tokens=texts.tokens, **settings)
+    out = refit(
+        student,
+        tmp_path / "out",
+        teacher=teacher,
+        plan=plan,
+        tokens=texts.tokens,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
+        samples=SAMPLES,
+    )
     rows = training_stream(texts.tokens, SEQUENCE_LENGTH, 0).batch(0, SAMPLES).tokens
     pruned, better, wanted = (predictions(folder, rows) for folder in (student, out, teacher))
     assert kl_div(better, wanted, log_target=True, reduction="sum") < 0.9 * kl_div(
@@ -221,7 +229,7 @@ def test_several_sources_are_left_out_in_turn_and_one_by_halves(tmp_path: Path, 
         plan=cut.plan,
         tokens={"a": texts.tokens, "b": texts.tokens},
         samples=SAMPLES,
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
     )
     assert distance(both, cut.teacher, texts) < distance(cut.student, cut.teacher, texts)
 

@@ -27,7 +27,7 @@ from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.planned import planned_cut
 from slimqwen.pruning.prune import prune
 from slimqwen.pruning.residual import Residual
-from slimqwen.recipe import CalibrationRecipe, DepthCriterion, Execution, PruningRecipe, Target
+from slimqwen.recipe import CalibrationRecipe, DepthCriterion, Execution, PruningRecipe, Target, TextSettings
 
 pytestmark = pytest.mark.rounding
 
@@ -160,7 +160,7 @@ def measured(checkpoint: Path, out: Path, tokens: Path, second_moments: bool = T
         out,
         tokens=tokens,
         recipe=recipe,
-        sequence_length=32,
+        text=TextSettings(sequence_length=32),
         execution=Execution(device="cpu"),
         second_moments=second_moments,
     )

@@ -25,6 +25,7 @@ from slimqwen.recipe import (
     ExpertRecipe,
     PruningRecipe,
     Target,
+    TextSettings,
 )
 from slimqwen.recipe.file import load_recipe
 from slimqwen.search import gauge
@@ -173,7 +174,7 @@ def test_the_measured_kl_is_that_of_evaluate(world: World, found: tuple[Path, Se
         tmp_path / "statistics.safetensors",
         tokens=world.tokens,
         recipe=CalibrationRecipe(samples=16),
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
     )
     plan(
         world.teacher,
@@ -188,7 +189,7 @@ def test_the_measured_kl_is_that_of_evaluate(world: World, found: tuple[Path, Se
         tmp_path / "evaluation.json",
         tokens=world.tokens,
         recipe=EvaluationRecipe(tokens=MEASURED_TOKENS, acceptance={"prompts": 1, "new_tokens": 8}),
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
     )
     assert best.measured_kl == pytest.approx(evaluation.models["pruned"].kl_to_teacher, rel=FORWARD)
     assert evaluation.models["pruned"].total_parameters == best.candidate.counts.total_parameters

@@ -29,7 +29,7 @@ from slimqwen.losses.divergence import Distribution, Divergence
 from slimqwen.losses.loss import LossWeights, align, chunked_loss
 from slimqwen.losses.signal import LiveSignal, StoredSignal, TopTokens
 from slimqwen.model.model import load
-from slimqwen.recipe import DistilRecipe, Source, TeacherRecipe
+from slimqwen.recipe import DistilRecipe, Source, TeacherRecipe, TextSettings
 from slimqwen.runs.recipe_run import run
 from slimqwen.teacher_cache import write
 from slimqwen.teacher_cache.folder import MANIFEST, TeacherCache
@@ -38,6 +38,7 @@ from slimqwen.teacher_cache.write import write_teacher_cache
 from slimqwen.training import distil as distil_stage
 from slimqwen.training.cached_teacher import open_teacher_cache
 from slimqwen.training.distil import distil
+from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Trainer
 
@@ -61,13 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cached(folder: Path, out: Path, *, teacher: str = "teacher", tokens: str = "tokens", **changes: Any) -> Path:
     """A cache with shards of a few sequences; what is not an argument of the stage is the recipe's."""
-    stage = {name: changes.pop(name) for name in ("with_mtp", "sequences", "seed", "documents") if name in changes}
+    stage = {name: changes.pop(name) for name in ("with_mtp", "sequences") if name in changes}
+    text = {name: changes.pop(name) for name in ("seed", "documents") if name in changes}
     usual = {"cache_file_bytes": 200_000, "batch_size": 3}
     return write_teacher_cache(
         folder / teacher,
         out,
         tokens=folder / tokens,
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH, **text),
         **sections(TeacherRecipe, usual | changes),
         **stage,
     )
@@ -88,16 +90,17 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 def train(folder: Path, out: Path, cache: Path | None, *, tokens: str = "tokens", **changes: Any) -> Path:
     """`distil` with the live teacher, or with a cache alone."""
-    stage = {name: changes.pop(name) for name in ("documents", "seed") if name in changes}
+    text = {name: changes.pop(name) for name in ("documents", "seed") if name in changes}
     return distil(
-        folder / "student",
+        TrainingInputs(
+            folder / "student",
+            folder / tokens,
+            teacher=folder / "teacher" if cache is None else None,
+            teacher_cache=cache,
+        ),
         out,
-        tokens=folder / tokens,
         **settings(teacher="live" if cache is None else "cache", **changes),
-        sequence_length=SEQUENCE_LENGTH,
-        teacher=folder / "teacher" if cache is None else None,
-        teacher_cache=cache,
-        **stage,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH, **text),
     )
 
 

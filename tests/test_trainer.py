@@ -23,8 +23,10 @@ from slimqwen.data.stream import TokenStream
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.losses.loss import LossWeights, count_targets
 from slimqwen.model.model import MtpCausalLM, initialise, load
-from slimqwen.recipe import DistilRecipe
-from slimqwen.training.distil import check_terms, distil, total_steps
+from slimqwen.recipe import DistilRecipe, TextSettings
+from slimqwen.training.distil import distil, total_steps
+from slimqwen.training.inputs import TrainingInputs, check_terms
+from slimqwen.training.metrics import StepLog
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import MAX_SKIPPED_IN_A_ROW, Span, Student, Trainer
 
@@ -61,16 +63,19 @@ def recipe(**changes: Any) -> dict[str, Any]:
 
 def train(folder: Path, out: Path, *, teacher: str | None = "teacher", seed: int = 0, **changes: Any) -> Path:
     """`distil` on the files of `folder`; `span`, `stage` and `run` may be given, all else is the recipe's."""
-    labels = {name: changes.pop(name) for name in ("span", "stage", "run") if name in changes}
+    span = changes.pop("span", None)
+    labels = {name: changes.pop(name) for name in ("stage", "run") if name in changes}
     return distil(
-        folder / changes.pop("student", "student"),
+        TrainingInputs(
+            folder / changes.pop("student", "student"),
+            folder / "tokens",
+            teacher=None if teacher is None else folder / teacher,
+        ),
         out,
-        tokens=folder / "tokens",
         **recipe(**changes),
-        sequence_length=SEQUENCE_LENGTH,
-        teacher=None if teacher is None else folder / teacher,
-        seed=seed,
-        **labels,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH, seed=seed),
+        span=span,
+        log=StepLog(**labels),
     )
 
 

@@ -30,7 +30,7 @@ from slimqwen.layerwise import memory, stream, weights
 from slimqwen.layerwise.memory import allot
 from slimqwen.model.device import ALIGNMENT_BYTES
 from slimqwen.model.live_bytes import measured_peak
-from slimqwen.recipe import CalibrationRecipe, Execution
+from slimqwen.recipe import CalibrationRecipe, Execution, TextSettings
 
 pytestmark = pytest.mark.rounding
 
@@ -60,7 +60,7 @@ def measured(checkpoint: Path, out: Path, texts: Texts, second_moments: bool = F
     return calibrate(
         checkpoint,
         out,
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         second_moments=second_moments,
         **sections(CalibrationRecipe, usual | options),
     )
@@ -87,7 +87,7 @@ def test_layer_by_layer_is_all_at_once(tmp_path: Path, texts: Texts, model_type:
         checkpoint,
         tmp_path / "at_once",
         recipe=recipe,
-        sequence_length=SEQUENCE_LENGTH,
+        text=TextSettings(sequence_length=SEQUENCE_LENGTH),
         execution=Execution(device="cpu", batch_size=1, streaming=False),
         second_moments=True,
     )

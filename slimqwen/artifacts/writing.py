@@ -1,6 +1,7 @@
 """Atomic writing of artefacts: under a hidden name, flushed to the disk, then renamed."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -95,7 +96,7 @@ def _decorator(
 
 
 def _paths(value: object) -> list[Path]:
-    """Collect every path in an argument, also inside a recipe's section or a list of sources."""
+    """Collect every path in an argument, also inside a recipe's section, a list of sources or a dataclass of inputs."""
     match value:
         case Path():
             return [value]
@@ -105,6 +106,8 @@ def _paths(value: object) -> list[Path]:
             return [path for item in value for path in _paths(item)]
         case BaseModel():
             return [path for _, item in value for path in _paths(item)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [path for field in dataclasses.fields(value) for path in _paths(getattr(value, field.name))]
     return []
 
 

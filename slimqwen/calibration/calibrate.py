@@ -16,7 +16,7 @@ from slimqwen.layerwise.memory import allot, fits
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import announce_slow
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import CalibrationRecipe, Execution
+from slimqwen.recipe import CalibrationRecipe, Execution, TextSettings
 
 
 @makes_file("checkpoint", "tokens", "recipe", kind="safetensors")
@@ -27,10 +27,8 @@ def calibrate(
     *,
     tokens: Path | None = None,
     recipe: CalibrationRecipe,
-    sequence_length: int,
-    seed: int = 0,
+    text: TextSettings,
     execution: Execution = Execution(),  # noqa: B008 - immutable
-    dtype: str = "auto",
     second_moments: bool = False,
     title: str = "calibrate",
 ) -> Statistics:
@@ -48,31 +46,35 @@ def calibrate(
     if not sources:
         assert tokens is not None, "there is no text to calibrate on"
         sources = {TRAINING_TEXT: tokens}
-    text = CalibrationText(sources, source, samples=recipe.samples, sequence_length=sequence_length, seed=seed)
-    text.warn_where_short()
+    sequences = CalibrationText(
+        sources, source, samples=recipe.samples, sequence_length=text.sequence_length, seed=text.seed
+    )
+    sequences.warn_where_short()
     statistics = Statistics(
         checkpoint=source.fingerprint(),
-        data=text.fingerprint,
-        tokens={part: {"main": count, "mtp": count if source.has_mtp else 0} for part, count in text.tokens.items()},
+        data=sequences.fingerprint,
+        tokens={
+            part: {"main": count, "mtp": count if source.has_mtp else 0} for part, count in sequences.tokens.items()
+        },
     )
     torch_device = resolve_device(execution.device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
+    torch_dtype = resolve_dtype(text.dtype, torch_device)
     announce_slow(source.family, source.config, torch_device)
     with reproducible(torch_device):
-        if _is_streamed(source, text, out, execution, torch_dtype, second_moments):
+        if _is_streamed(source, sequences, out, execution, torch_dtype, second_moments):
             allotment = allot(
                 source,
                 execution,
-                rows=max(text.sections),
-                sequence_length=sequence_length,
+                rows=max(sequences.sections),
+                sequence_length=text.sequence_length,
                 dtype=torch_dtype,
-                parts=len(text.sections),
+                parts=len(sequences.sections),
                 second_moments=second_moments,
             )
-            Walk(source, text, allotment, torch_dtype, torch_device, second_moments).run(statistics, out, title)
+            Walk(source, sequences, allotment, torch_dtype, torch_device, second_moments).run(statistics, out, title)
             return Statistics.load(out)
         model = load(checkpoint, torch_dtype, torch_device)
-        _measure_in_memory(model, text, execution.batch_size, torch_device, statistics, second_moments, title)
+        _measure_in_memory(model, sequences, execution.batch_size, torch_device, statistics, second_moments, title)
     statistics.save(out)
     return statistics
 

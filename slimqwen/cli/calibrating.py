@@ -15,10 +15,10 @@ from slimqwen.cli.options import (
     SequenceLength,
     Streaming,
     TokensFolders,
-    dtype_of,
     execution_of,
     source_texts,
     text_format_of,
+    text_settings,
     token_folders,
     weights_of,
 )
@@ -153,10 +153,8 @@ def calibrate(
         checkpoint_folder(checkpoint),
         out,
         recipe=CalibrationRecipe(sources=token_folders(tokens), samples=samples),
-        sequence_length=sequence_length,
-        seed=seed,
+        text=text_settings(sequence_length, seed=seed, dtype=dtype),
         execution=execution_of(device=device, batch_size=batch_size, streaming=streaming, memory_budget=memory_budget),
-        dtype=dtype_of(dtype),
         second_moments=second_moments,
     )
     show(str(out))
@@ -192,6 +190,7 @@ def measure_depth(
     `plan --depth` reads the result, for `depth: measured`. Interrupted, the same command continues with the round under way.
     """
     from slimqwen.builtin import checkpoint_folder
+    from slimqwen.depth.measure import DepthEffort
     from slimqwen.depth.measure import measure_depth as run_stage
     from slimqwen.recipe import Target
     from slimqwen.recipe.file import load_recipe
@@ -205,12 +204,8 @@ def measure_depth(
         statistics=statistics,
         tokens=token_folders(tokens),
         num_hidden_layers=layers,
-        samples=samples,
-        shortlist=shortlist,
-        refit=refit,
-        sequence_length=sequence_length,
-        seed=seed,
+        effort=DepthEffort(samples=samples, shortlist=shortlist, refit=refit),
+        text=text_settings(sequence_length, seed=seed, dtype=dtype),
         execution=execution_of(device=device, batch_size=batch_size, memory_budget=memory_budget),
-        dtype=dtype_of(dtype),
     )
     show(str(out))

@@ -17,11 +17,11 @@ from slimqwen.cli.options import (
     Seed,
     SequenceLength,
     TokensFolders,
-    dtype_of,
     execution_of,
     layout_of,
     rate_of,
     size_of,
+    text_settings,
     token_folders,
 )
 from slimqwen.core.terminal import show
@@ -87,10 +87,8 @@ def refit(
         plan=plan,
         tokens=token_folders(tokens),
         samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
+        text=text_settings(sequence_length, seed=seed, dtype=dtype),
         execution=execution_of(device=device, batch_size=batch_size, memory_budget=memory_budget),
-        dtype=dtype_of(dtype),
     )
     show(str(out))
 
@@ -137,9 +135,7 @@ def heal(
             batch_size=batch_size,
             learning_rate=rate_of("--learning-rate", learning_rate),
         ),
-        sequence_length=sequence_length,
-        seed=seed,
+        text=text_settings(sequence_length, seed=seed, dtype=dtype),
         execution=execution_of(device=device, memory_budget=memory_budget),
-        dtype=dtype_of(dtype),
     )
     show(str(out))

@@ -18,6 +18,7 @@ from slimqwen.cli.options import (
     SequenceLength,
     dtype_of,
     one_of,
+    text_settings,
 )
 from slimqwen.core.errors import EXIT_FAILED, UserError
 from slimqwen.core.progress import say
@@ -94,11 +95,9 @@ def evaluate(
             out,
             tokens=tokens,
             recipe=EvaluationRecipe(tokens=measured_tokens),
-            sequence_length=sequence_length,
-            documents="isolated" if isolated else "packed",
+            text=text_settings(sequence_length, isolated=isolated, dtype=dtype),
             teacher=compared_with,
             execution=Execution(device=device),
-            dtype=dtype_of(dtype),
         )
     if has_benchmarks:
         _benchmark(

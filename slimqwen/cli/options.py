@@ -12,7 +12,7 @@ import typer
 from slimqwen.core.errors import UserError, did_you_mean
 from slimqwen.core.terminal import visible
 from slimqwen.families.family import Layout
-from slimqwen.recipe import Dtype, Execution, PruningRecipe, TextFormat
+from slimqwen.recipe import Dtype, Execution, PruningRecipe, TextFormat, TextSettings
 from slimqwen.recipe.section import LARGEST, SMALLEST
 
 Overrides = Annotated[
@@ -180,6 +180,16 @@ def layout_of(name: str | None) -> Layout | None:
 def dtype_of(name: str) -> str:
     """Read the value of `--dtype`."""
     return one_of("--dtype", name, get_args(Dtype))
+
+
+def text_settings(sequence_length: int, *, isolated: bool = False, seed: int = 0, dtype: str = "auto") -> TextSettings:
+    """Return how a command's stage reads its text, of the options of these names."""
+    return TextSettings(
+        sequence_length=sequence_length,
+        documents="isolated" if isolated else "packed",
+        seed=seed,
+        dtype=cast(Dtype, dtype_of(dtype)),
+    )
 
 
 def text_format_of(name: str | None) -> TextFormat | None:

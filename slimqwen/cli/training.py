@@ -18,9 +18,9 @@ from slimqwen.cli.options import (
     SequenceLength,
     Streaming,
     TokensFolder,
-    dtype_of,
     execution_of,
     size_of,
+    text_settings,
 )
 from slimqwen.core.terminal import show
 from slimqwen.core.torchrun import rank
@@ -123,11 +123,9 @@ def teacher_cache(
         out,
         tokens=tokens,
         recipe=TeacherRecipe(kind="cache", top_k=top_k, exact=exact),
-        sequence_length=sequence_length,
-        documents="isolated" if isolated else "packed",
+        text=text_settings(sequence_length, isolated=isolated, seed=seed, dtype=dtype),
         with_mtp=mtp,
         sequences=sequences,
-        seed=seed,
         execution=execution_of(
             device=device,
             batch_size=batch_size,
@@ -135,7 +133,6 @@ def teacher_cache(
             memory_budget=memory_budget,
             cache_file_bytes=size_of("--shard-size", shard_size),
         ),
-        dtype=dtype_of(dtype),
     )
     show(str(out))
 
@@ -169,27 +166,28 @@ def distil(
     from slimqwen.recipe.file import load_recipe
     from slimqwen.training.distil import distil as run_stage
     from slimqwen.training.distil import parse_span, total_steps
+    from slimqwen.training.inputs import TrainingInputs
+    from slimqwen.training.metrics import StepLog
 
     rate = [] if learning_rate is None else [f"learning_rate={learning_rate}"]
     on = [] if device is None else [f"execution.device={device}"]
     file = load_recipe(settings, [*(overrides or []), *rate, *on], model=DistilFile, quiet=rank() > 0)
     recipe, execution = file.settings(), file.execution
     result = run_stage(
-        checkpoint_folder(student),
+        TrainingInputs(
+            checkpoint_folder(student),
+            tokens,
+            teacher=None if teacher is None else checkpoint_folder(teacher),
+            teacher_cache=teacher_cache,
+            moments=moments,
+        ),
         out,
-        tokens=tokens,
         recipe=recipe if teacher_cache is None else recipe.model_copy(update={"teacher": TeacherRecipe(kind="cache")}),
-        sequence_length=sequence_length,
-        documents="isolated" if isolated else "packed",
-        teacher=None if teacher is None else checkpoint_folder(teacher),
-        teacher_cache=teacher_cache,
+        text=text_settings(sequence_length, isolated=isolated, seed=seed, dtype=dtype),
         span=None if steps is None else parse_span(steps, total_steps(recipe, sequence_length)),
-        seed=seed,
         execution=execution,
-        dtype=dtype_of(dtype),
-        run=out.name,
+        log=StepLog(run=out.name),
         keep_state=keep_state,
-        moments=moments,
     )
     if rank() == 0:
         show(str(result))

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from slimqwen.artifacts import fingerprint_value, makes_file, scratch_folder, write_text
@@ -32,10 +33,15 @@ from slimqwen.layerwise.stream import Stream
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.planning import importance
 from slimqwen.planning.measured_depth import MeasuredDepth
-from slimqwen.recipe import Execution
+from slimqwen.recipe import Execution, Section, TextSettings
 
-SAMPLES = 32
-SHORTLIST = 8
+
+class DepthEffort(Section):
+    """How much is measured."""
+
+    samples: int = Field(32, description="Sequences to measure on.")
+    shortlist: int = Field(8, description="Layers of the least influence that each round leaves out in turn.")
+    refit: bool = Field(True, description="Whether the cut will be refitted (`pruning.refit_outputs`).")
 
 
 @makes_file("checkpoint", "statistics", "tokens", kind="depth")
@@ -46,51 +52,48 @@ def measure_depth(
     statistics: Path | Statistics,
     tokens: Path | Mapping[str, Path],
     num_hidden_layers: int,
-    samples: int = SAMPLES,
-    shortlist: int = SHORTLIST,
-    refit: bool = True,
-    sequence_length: int = 256,
-    seed: int = 0,
+    text: TextSettings,
+    effort: DepthEffort = DepthEffort(),  # noqa: B008 - immutable
     execution: Execution = Execution(),  # noqa: B008 - immutable
-    dtype: str = "auto",
     title: str = "measure-depth",
 ) -> MeasuredDepth:
     """Find what to leave out for `num_hidden_layers` layers to stay; write all that was measured to `out` and return it.
 
-    Every round adds to the layers left out so far the one, of `shortlist` with the least block influence, without which the
+    Every round adds to the layers left out so far the one, of `effort.shortlist` with the least block influence, without which the
     KL is smallest; with the last round come the contiguous runs with the least influence, half as many. The best of that round
     and the layers with the least influence are then refitted on half of the text and measured on the other. Layer by layer:
     one layer's weights in memory at a time, the hidden states in files. Interrupted, it continues with the round under way.
 
     Args:
         statistics: of the same checkpoint, for the block influence.
-        tokens: folder written by `tokenize`, or several by the names of their sources; `samples` sequences are used.
-        refit: whether the cut will be refitted (`pruning.refit_outputs`).
+        tokens: folder written by `tokenize`, or several by the names of their sources; `effort.samples` sequences are used.
 
     Raises UserError for statistics of another checkpoint, and for a number of layers that is none to reach.
     """
     source = Checkpoint(checkpoint)
     influence = _read_influence(source, statistics, num_hidden_layers)
-    text = CalibrationText(tokens, source, samples=samples, sequence_length=sequence_length, seed=seed)
-    text.warn_where_short()
-    rows, parts = text.read()
-    measurable = _rows_to_measure_a_refit(rows, parts) if refit else None
+    sequences = CalibrationText(
+        tokens, source, samples=effort.samples, sequence_length=text.sequence_length, seed=text.seed
+    )
+    sequences.warn_where_short()
+    rows, parts = sequences.read()
+    measurable = _rows_to_measure_a_refit(rows, parts) if effort.refit else None
     device = resolve_device(execution.device)
-    torch_dtype = resolve_dtype(dtype, device)
-    allotment = allot(source, execution, rows=len(rows), sequence_length=sequence_length, dtype=torch_dtype)
-    measured = [source.fingerprint(), text.fingerprint, influence]
-    made_from = [version("slimqwen"), *measured, num_hidden_layers, shortlist, refit]
+    torch_dtype = resolve_dtype(text.dtype, device)
+    allotment = allot(source, execution, rows=len(rows), sequence_length=text.sequence_length, dtype=torch_dtype)
+    measured = [source.fingerprint(), sequences.fingerprint, influence]
+    made_from = [version("slimqwen"), *measured, num_hidden_layers, effort.shortlist, effort.refit]
     settings = [allotment.rows_per_pass, allotment.rows_per_chunk, str(torch_dtype), device.type]
     rounds = out.with_name(f"{out.name}.rounds")
     key = fingerprint_value([made_from, settings])
     with scratch_folder(rounds, key) as folder, reproducible(device), torch.inference_mode():
         drops = LayerDrops(Stream(source, rows, allotment, torch_dtype, device), parts, folder, title)
-        search = _search_of(source, influence, num_hidden_layers, shortlist)
+        search = _search_of(source, influence, num_hidden_layers, effort.shortlist)
         found = search.run(drops)
         if measurable is not None:
             found = [*found, *drops.measure_refitted(search.finalists(found), measurable)]
         result = MeasuredDepth(
-            checkpoint=source.fingerprint(), data=text.fingerprint, tokens=rows[:, 1:].numel(), measured=found
+            checkpoint=source.fingerprint(), data=sequences.fingerprint, tokens=rows[:, 1:].numel(), measured=found
         )
         write_text(out, result.model_dump_json(indent=1) + "\n")
     return result

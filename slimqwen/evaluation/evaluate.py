@@ -25,7 +25,7 @@ from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.losses.loss import count_targets
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.model.model import MtpCausalLM, load
-from slimqwen.recipe import DocumentBoundaries, EvaluationRecipe, Execution
+from slimqwen.recipe import EvaluationRecipe, Execution, TextSettings
 
 LARGEST_LOSS = 700.0  # e^710 is beyond float64
 SPECULATED_PROMPTS = 4  # one at a time: 64 tokens after each take the built-in teacher 6 s of a CPU core
@@ -38,11 +38,9 @@ def evaluate(
     *,
     tokens: Path,
     recipe: EvaluationRecipe,
-    sequence_length: int,
-    documents: DocumentBoundaries = "packed",
+    text: TextSettings,
     teacher: str | None = "teacher",
     execution: Execution = Execution(),  # noqa: B008 - immutable
-    dtype: str = "auto",
     title: str = "evaluate",
 ) -> Evaluation:
     """Measure checkpoints on the same held-out text and write `out`, a JSON file (`Evaluation`).
@@ -55,10 +53,8 @@ def evaluate(
         models: name -> checkpoint folder, all over the same vocabulary.
         tokens: folder written by `tokenize`, made with the models' tokenizer.
         recipe: the amounts to measure.
-        sequence_length: tokens of context.
-        documents: whether a row may hold several documents, which then attend to each other.
+        text: its dtype is that of the forward passes, for all models; its seed is not used.
         teacher: the name in `models` that all are compared with; None: no comparisons.
-        dtype: of the forward passes, for all models: 'auto' is bfloat16 on a GPU and float32 on a CPU.
         title: shown with the progress.
     Raises:
         UserError: for a checkpoint or token folder that is broken or incompatible with the others; too little held-out text.
@@ -70,10 +66,8 @@ def evaluate(
         None if teacher is None else checkpoints[teacher],
         tokens=tokens,
         recipe=recipe,
-        sequence_length=sequence_length,
-        documents=documents,
+        text=text,
         execution=execution,
-        dtype=dtype,
         keep=kept_folder(out),
     )
     evaluations = {}
@@ -89,7 +83,7 @@ def evaluate(
                 say(f"{title} {name}: measured already")
             evaluations[name] = numbers.model_copy(update={"checkpoint": str(checkpoint.folder)})
     predicted, _ = count_targets(examination.rows.tokens, examination.rows.mask)
-    evaluation = Evaluation(format=FORMAT, tokens=predicted, sequence_length=sequence_length, models=evaluations)
+    evaluation = Evaluation(format=FORMAT, tokens=predicted, sequence_length=text.sequence_length, models=evaluations)
     write_json(out, evaluation.model_dump(mode="json"))
     return evaluation
 
@@ -109,37 +103,35 @@ class Examination:
         *,
         tokens: Path,
         recipe: EvaluationRecipe,
-        sequence_length: int,
-        documents: DocumentBoundaries = "packed",
+        text: TextSettings,
         execution: Execution = Execution(),  # noqa: B008 - immutable
-        dtype: str = "auto",
         keep: Path | None = None,
     ) -> None:
-        self.rows = heldout_rows(tokens, sequence_length, recipe.tokens, documents)
+        self.rows = heldout_rows(tokens, text.sequence_length, recipe.tokens, text.documents)
         self._teacher = teacher
         self._recipe = recipe
         self._execution = execution
-        self._sequence_length = sequence_length
+        self._sequence_length = text.sequence_length
         self._manifest = load_manifest(tokens)
         self._tokenizer = load_tokenizer(like.folder)
-        text = tokens / "train" if bin_path(tokens / "train").exists() else tokens / "heldout"  # else a mixture
-        self._ranks = token_ranks(text, like.config["vocab_size"])
+        counted = tokens / "train" if bin_path(tokens / "train").exists() else tokens / "heldout"  # else a mixture
+        self._ranks = token_ranks(counted, like.config["vocab_size"])
         self._device = resolve_device(execution.device)
-        self._dtype = resolve_dtype(dtype, self._device)
+        self._dtype = resolve_dtype(text.dtype, self._device)
         prompts = heldout_prompts(tokens, recipe.acceptance.prompts, recipe.acceptance.prompt_tokens)
         self._prompts = prompts.to(self._device)
         self._teachers_recording: Recording | None = None
-        text_settings = {
+        read = {
             "tokens": fingerprint(tokens),
-            "sequence_length": sequence_length,
-            "documents": documents,
+            "sequence_length": text.sequence_length,
+            "documents": text.documents,
             "dtype": str(self._dtype),
             "device": self._device.type,
             "teacher": None if teacher is None else teacher.fingerprint(),
         }
         # What numbers depend on beside the model; how many sequences are computed at once is rounding.
-        self.made_from = text_settings | {"evaluation": recipe.model_dump(mode="json")}
-        recorded_from = text_settings | {"measured_tokens": recipe.tokens}
+        self.made_from = read | {"evaluation": recipe.model_dump(mode="json")}
+        recorded_from = read | {"measured_tokens": recipe.tokens}
         self._kept = None if keep is None or teacher is None else KeptRecording(keep, recorded_from)
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.healing.layers import ARITHMETIC, Healing, Split
 from slimqwen.model.device import reproducible
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import Execution, HealingRecipe
+from slimqwen.recipe import Execution, HealingRecipe, TextSettings
 from slimqwen.refit.pair import Pair
 
 HELD_FOR_GRADIENTS = 3  # times as much memory for activations as without gradients, about
@@ -27,11 +27,9 @@ def heal(
     teacher: Path,
     plan: Path | Plan,
     tokens: Path | Mapping[str, Path],
+    text: TextSettings,
     recipe: HealingRecipe = HealingRecipe(),  # noqa: B008 - immutable
-    sequence_length: int = 256,
-    seed: int = 0,
     execution: Execution = Execution(),  # noqa: B008 - immutable
-    dtype: str = "auto",
     title: str = "heal",
 ) -> Path:
     """Train every layer of `student` alone so that it ends where the teacher's does, MTP's too; returns `out`.
@@ -45,9 +43,9 @@ def heal(
     Args:
         student: what `prune` made of `teacher` by `plan`, refitted or not, embeddings not trained since.
         tokens: folder written by `tokenize`, or several by the names of their sources; the first sequences of their training orders of
-            `seed` are used. Of each source every 16th is left out, to measure whether a layer has become better.
+            `text.seed` are used. Of each source every 16th is left out, to measure whether a layer has become better.
         execution: its memory_budget is for activations; the batches are those of the training, `recipe.batch_size`.
-        seed: also of the order in which a layer sees the sequences.
+        text: its seed is also that of the order in which a layer sees the sequences.
 
     Raises UserError where plan, student and teacher do not belong together, where the embeddings were trained since, for one
     sequence, and where the disk is too small.
@@ -55,17 +53,7 @@ def heal(
     check_samples(recipe.samples, 1 if isinstance(tokens, Path) else len(tokens))
     budget = execution.memory_budget // HELD_FOR_GRADIENTS
     passes = execution.model_copy(update={"batch_size": recipe.batch_size, "memory_budget": budget})
-    pair = Pair(
-        student,
-        teacher,
-        plan=plan,
-        tokens=tokens,
-        samples=recipe.samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        execution=passes,
-        dtype=dtype,
-    )
+    pair = Pair(student, teacher, plan=plan, tokens=tokens, text=text, samples=recipe.samples, execution=passes)
     split = _split(pair)
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value(
@@ -75,7 +63,7 @@ def heal(
         pair.announce(folder, title)
         student_stream, teacher_stream, side_by_side = pair.side_by_side()
         healing = Healing(
-            student_stream, teacher_stream, recipe, seed=seed, split=split, rows_per_pass=pair.rows_per_pass
+            student_stream, teacher_stream, recipe, seed=text.seed, split=split, rows_per_pass=pair.rows_per_pass
         )
         changed = side_by_side.run(healing, folder, title)
         pair.write(changed, out)

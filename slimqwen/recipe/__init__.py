@@ -37,7 +37,6 @@ from slimqwen.recipe.run import (
     BUILTIN_TEACHER,
     Baseline,
     DistilFile,
-    Dtype,
     EvaluationRecipe,
     PretrainRecipe,
     Recipe,
@@ -45,6 +44,7 @@ from slimqwen.recipe.run import (
     StageRecipe,
 )
 from slimqwen.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+from slimqwen.recipe.text import Dtype, TextSettings
 from slimqwen.recipe.units import ByteCount, Duration, TokenCount
 
 __all__ = [
@@ -91,6 +91,7 @@ __all__ = [
     "Target",
     "TeacherRecipe",
     "TextFormat",
+    "TextSettings",
     "TokenCount",
     "TrainedPart",
     "WidthCriterion",

@@ -177,22 +177,13 @@ def translate(values: Values, model: type[BaseModel]) -> tuple[list[str], list[s
         found = _pop(values, row.old)
         if found is None or found[0] is None:
             continue
-        value = found[0]
-        if not row.new:
-            problems.append(
-                f"{row.old}: is a key of the whole recipe since {SINCE}, not of this section: leave it out here"
-            )
+        problem = _problem_of(row, values)
+        if problem is not None:
+            problems.append(problem)
             continue
-        if _find(values, row.new) is not None:
-            problems.append(f"{row.old}: is written {row.new} since {SINCE}, which is given too: leave out {row.old}")
-            continue
-        new = row.convert(value)
-        warnings.append(f"{row.old}: {_inline(value)} is written {row.new}: {_inline(new)} since {SINCE}")
-        if row.as_list:
-            new = [*moved.get(row.new, []), new]
-        elif row.new in moved:
-            new = row.join(moved[row.new], new)
-        moved[row.new] = new
+        new = row.convert(found[0])
+        warnings.append(f"{row.old}: {_inline(found[0])} is written {row.new}: {_inline(new)} since {SINCE}")
+        moved[row.new] = _joined(row, moved, new)
     for key, value in moved.items():
         if key.endswith("save_every") and not any(str(item).endswith("steps") for item in value):
             value = [DEFAULT_SAVING, *value]
@@ -201,6 +192,22 @@ def translate(values: Values, model: type[BaseModel]) -> tuple[list[str], list[s
         if values.get(section) == {}:
             del values[section]
     return warnings, problems
+
+
+def _problem_of(row: Renamed, values: Values) -> str | None:
+    """Return why the old key of a row cannot be given its new name; None where it can."""
+    if not row.new:
+        return f"{row.old}: is a key of the whole recipe since {SINCE}, not of this section: leave it out here"
+    if _find(values, row.new) is not None:
+        return f"{row.old}: is written {row.new} since {SINCE}, which is given too: leave out {row.old}"
+    return None
+
+
+def _joined(row: Renamed, moved: Values, new: Any) -> Any:
+    """Return the value of the new key, together with that of another old key that is the same now."""
+    if row.as_list:
+        return [*moved.get(row.new, []), new]
+    return row.join(moved[row.new], new) if row.new in moved else new
 
 
 def _write_out_method(values: Values, model: type[BaseModel], warnings: list[str], problems: list[str]) -> None:

@@ -9,12 +9,12 @@ from slimqwen.recipe.distil import DistilRecipe
 from slimqwen.recipe.execution import Execution
 from slimqwen.recipe.pruning import CalibrationRecipe, HealingRecipe, PruningRecipe, Target
 from slimqwen.recipe.section import CheckpointField, PathField, PositiveInt, Section, SeedInt
+from slimqwen.recipe.text import Dtype, TextSettings
 from slimqwen.recipe.units import TokenCount
 
 BUILTIN_TEACHER = "builtin"
 
 Schedule = Literal["one_shot", "depth_first", "width_first", "joint"]
-Dtype = Literal["auto", "float32", "bfloat16"]
 Baseline = Literal["pruned", "paper_pruned", "paper", "random_init", "lm_only"]
 
 
@@ -109,6 +109,14 @@ class Recipe(Section):
     evaluation: EvaluationRecipe = Field(EvaluationRecipe(), description="Measuring the result.")
     execution: Execution = Field(Execution(), description="How it is carried out.")
 
+    @property
+    def text(self) -> TextSettings:
+        """How every stage reads the text."""
+        data = self.data
+        return TextSettings(
+            sequence_length=data.sequence_length, documents=data.documents, seed=self.seed, dtype=self.dtype
+        )
+
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> "Recipe":
         self.execution.check_batch_size(self.distil.batch_size)
@@ -143,6 +151,11 @@ class PretrainRecipe(Section):
     data: DataRecipe = Field(DataRecipe(), description="Text.")
     training: DistilRecipe = Field(description="Training; terms must be among lm and mtp_lm: there is no teacher.")
     execution: Execution = Field(Execution(), description="How it is carried out.")
+
+    @property
+    def text(self) -> TextSettings:
+        """How the training reads the text; there is no teacher that would have a dtype."""
+        return TextSettings(sequence_length=self.data.sequence_length, documents=self.data.documents, seed=self.seed)
 
     @model_validator(mode="after")
     def _no_teacher(self) -> "PretrainRecipe":

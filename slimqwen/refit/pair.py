@@ -23,7 +23,7 @@ from slimqwen.layerwise.side_by_side import SideBySide
 from slimqwen.layerwise.stream import Stream
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import Execution
+from slimqwen.recipe import Execution, TextSettings
 from slimqwen.refit.projection import Projection
 
 FORMAT = "slimqwen.layerwise/1"  # of the folder in which finished layers are kept
@@ -42,11 +42,9 @@ class Pair:
         *,
         plan: Path | Plan,
         tokens: Path | Mapping[str, Path],
+        text: TextSettings,
         samples: int,
-        sequence_length: int,
-        seed: int,
         execution: Execution,
-        dtype: str,
     ) -> None:
         """Read both models, the plan and the text.
 
@@ -58,16 +56,18 @@ class Pair:
         check_belong_together(self.student, self.teacher, self.plan)
         self.projection = Projection(self.teacher, self.plan, plan if isinstance(plan, Path) else None)
         self.projection.check(self.student, self.teacher)
-        text = CalibrationText(tokens, self.student, samples=samples, sequence_length=sequence_length, seed=seed)
-        text.warn_where_short()
-        self.rows, self.parts = text.read()
+        sequences = CalibrationText(
+            tokens, self.student, samples=samples, sequence_length=text.sequence_length, seed=text.seed
+        )
+        sequences.warn_where_short()
+        self.rows, self.parts = sequences.read()
         self.device = resolve_device(execution.device)
-        self.dtype = resolve_dtype(dtype, self.device)
+        self.dtype = resolve_dtype(text.dtype, self.device)
         self._allotments = [
-            allot(checkpoint, execution, rows=len(self.rows), sequence_length=sequence_length, dtype=self.dtype)
+            allot(checkpoint, execution, rows=len(self.rows), sequence_length=text.sequence_length, dtype=self.dtype)
             for checkpoint in (self.student, self.teacher)
         ]
-        self._text = text.fingerprint
+        self._text = sequences.fingerprint
 
     @property
     def made_from(self) -> list[Any]:

@@ -10,7 +10,7 @@ from slimqwen.artifacts import fingerprint_value, makes_folder, scratch_folder
 from slimqwen.calibration.statistics import Part
 from slimqwen.model.device import reproducible
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import Execution
+from slimqwen.recipe import Execution, TextSettings
 from slimqwen.refit.layers import RIDGE, SWEEPS, Refit
 from slimqwen.refit.pair import Pair
 
@@ -23,11 +23,9 @@ def refit(
     teacher: Path,
     plan: Path | Plan,
     tokens: Path | Mapping[str, Path],
+    text: TextSettings,
     samples: int = 512,
-    sequence_length: int = 256,
-    seed: int = 0,
     execution: Execution = Execution(),  # noqa: B008 - immutable
-    dtype: str = "auto",
     title: str = "refit",
 ) -> Path:
     """Refit the output matrices of `student`'s experts (routed, shared) and dense MLPs, MTP's too; returns `out`.
@@ -39,24 +37,14 @@ def refit(
     Args:
         student: what `prune` made of `teacher` by `plan`, not trained since.
         tokens: folder written by `tokenize`, or several by the names of their sources; the first `samples` sequences of their training
-            orders of `seed` are used. How far a layer's refit is taken is measured on text left out: each source in turn, or of
+            orders of `text.seed` are used. How far a layer's refit is taken is measured on text left out: each source in turn, or of
             one each half.
         execution: its batch_size is how many sequences a token mixer takes at once, at most.
 
     Raises UserError where plan, student and teacher do not belong together, where the student was trained since, and where
     the disk is too small.
     """
-    pair = Pair(
-        student,
-        teacher,
-        plan=plan,
-        tokens=tokens,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        execution=execution,
-        dtype=dtype,
-    )
+    pair = Pair(student, teacher, plan=plan, tokens=tokens, text=text, samples=samples, execution=execution)
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value([version("slimqwen"), *pair.made_from, RIDGE, SWEEPS])
     with scratch_folder(layers, key) as folder, reproducible(pair.device), torch.inference_mode():

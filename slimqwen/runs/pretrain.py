@@ -26,6 +26,8 @@ from slimqwen.runs.stages import Tokenizing, source_settings
 from slimqwen.runs.store import RunStore
 from slimqwen.runs.training_stages import Initialising
 from slimqwen.training.distil import distil, state_folder_of
+from slimqwen.training.inputs import TrainingInputs
+from slimqwen.training.metrics import StepLog
 
 
 def pretrain(recipe: PretrainRecipe, command: str = "slimqwen pretrain") -> Path:
@@ -108,24 +110,18 @@ class Pretraining(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"training": self.recipe.training, **self._settings}
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        data = self.recipe.data
-        return {"sequence_length": data.sequence_length, "documents": data.documents, "seed": self.recipe.seed}
+        return {"recipe": self.recipe.training, "text": self.recipe.text}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         distil(
-            self.initial,
+            TrainingInputs(self.initial, self.tokens),
             out,
-            tokens=self.tokens,
             recipe=self.recipe.training,
+            text=self.recipe.text,
             execution=execution,
-            run=self.recipe.name,
+            log=StepLog(run=self.recipe.name),
             title=self.recipe.name,
             keep_state=True,
-            **self._settings,
         )
 
     def scratch_of(self, out: Path) -> Sequence[Path]:

@@ -11,11 +11,11 @@ from slimqwen.calibration.text import TRAINING_TEXT
 from slimqwen.data.identity import text_identity
 from slimqwen.data.store import load_manifest
 from slimqwen.data.tokenize import tokenize
-from slimqwen.depth.measure import measure_depth
+from slimqwen.depth.measure import DepthEffort, measure_depth
 from slimqwen.healing.heal import heal
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.prune import prune
-from slimqwen.recipe import DataRecipe, Execution, HealingRecipe, Recipe, Target, WidthCriterion
+from slimqwen.recipe import DataRecipe, Execution, Recipe, Target, WidthCriterion
 from slimqwen.refit.refit import refit
 from slimqwen.runs.stage import Stage
 from slimqwen.teacher_cache.write import write_teacher_cache
@@ -61,22 +61,18 @@ class TeacherCaching(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"teacher_cache": self.recipe.distil.teacher, **self._settings}
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        recipe = self.recipe
         return {
-            **text_settings(recipe),
-            "documents": recipe.data.documents,
-            "with_mtp": recipe.distil.is_taught_by_mtp,
-            "sequences": compute_course(recipe.distil, recipe.data.sequence_length).first_row(self.total_steps),
+            "recipe": self.recipe.distil.teacher,
+            "text": self.recipe.text,
+            "with_mtp": self.recipe.distil.is_taught_by_mtp,
+            "sequences": compute_course(self.recipe.distil, self.recipe.text.sequence_length).first_row(
+                self.total_steps
+            ),
         }
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
-        teacher, recipe = checkpoint_folder(self.recipe.teacher), self.recipe.distil.teacher
-        settings = {"recipe": recipe, "execution": execution, **self._settings}
-        write_teacher_cache(teacher, out, tokens=self.tokens, title=title, **settings)
+        teacher = checkpoint_folder(self.recipe.teacher)
+        write_teacher_cache(teacher, out, tokens=self.tokens, execution=execution, title=title, **self.method)
 
 
 @dataclass(frozen=True)
@@ -96,17 +92,27 @@ class Calibrating(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"samples": self.recipe.calibration.samples, **self._settings}
+        return {
+            "text": self.recipe.text,
+            "samples": self.recipe.calibration.samples,
+            "second_moments": self._has_second_moments,
+        }
 
     @property
-    def _settings(self) -> dict[str, Any]:
-        return {**text_settings(self.recipe), "second_moments": self.recipe.pruning.width == WidthCriterion.ROTATION}
+    def _has_second_moments(self) -> bool:
+        return self.recipe.pruning.width == WidthCriterion.ROTATION
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         sources = calibration_sources(self.recipe, self.tokens)
-        recipe = self.recipe.calibration.model_copy(update={"sources": sources})
-        settings = {"recipe": recipe, "execution": execution, **self._settings}
-        calibrate(self.checkpoint, out, title=title, **settings)
+        calibrate(
+            self.checkpoint,
+            out,
+            recipe=self.recipe.calibration.model_copy(update={"sources": sources}),
+            text=self.recipe.text,
+            second_moments=self._has_second_moments,
+            execution=execution,
+            title=title,
+        )
 
 
 @dataclass(frozen=True)
@@ -130,11 +136,11 @@ class DepthMeasuring(Stage):
     @property
     def method(self) -> Mapping[str, Any]:
         recipe, sources = self.recipe, calibration_sources(self.recipe, self.tokens)
+        samples = max(recipe.calibration.depth_samples, len(sources))
         return {
-            **text_settings(recipe),
+            "text": recipe.text,
             "num_hidden_layers": self.target.num_hidden_layers,
-            "refit": recipe.pruning.refit_outputs,
-            "samples": max(recipe.calibration.depth_samples, len(sources)),
+            "effort": DepthEffort(samples=samples, refit=recipe.pruning.refit_outputs),
         }
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
@@ -223,7 +229,7 @@ class Refitting(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {**text_settings(self.recipe), "samples": self.recipe.calibration.samples}
+        return {"text": self.recipe.text, "samples": self.recipe.calibration.samples}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         refit(
@@ -258,12 +264,8 @@ class Healing(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {**text_settings(self.recipe), "healing": self._settings}
-
-    @property
-    def _settings(self) -> HealingRecipe:
         assert self.recipe.healing is not None
-        return self.recipe.healing
+        return {"text": self.recipe.text, "recipe": self.recipe.healing}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         heal(
@@ -272,10 +274,9 @@ class Healing(Stage):
             teacher=self.checkpoint,
             plan=self.plan,
             tokens=calibration_sources(self.recipe, self.tokens),
-            recipe=self._settings,
             execution=execution,
             title=title,
-            **text_settings(self.recipe),
+            **self.method,
         )
 
 
@@ -286,11 +287,6 @@ def source_settings(data: DataRecipe) -> dict[str, Any]:
         "heldout_sources": data.heldout_sources,
         "heldout_fraction": data.heldout_fraction,
     }
-
-
-def text_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return what all stages that run a model on text have in common."""
-    return {"sequence_length": recipe.data.sequence_length, "seed": recipe.seed, "dtype": recipe.dtype}
 
 
 def calibration_sources(recipe: Recipe, tokens: Path) -> dict[str, Path]:

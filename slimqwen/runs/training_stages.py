@@ -17,6 +17,8 @@ from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.runs.checks import ScheduleStage
 from slimqwen.runs.stage import Lazy, Stage
 from slimqwen.training.distil import distil, state_folder_of
+from slimqwen.training.inputs import TrainingInputs
+from slimqwen.training.metrics import StepLog
 from slimqwen.training.moments import carry
 
 
@@ -81,7 +83,7 @@ class Distilling(Stage):
 
     moments: those that the optimiser continues with, twice the model; None: it begins anew. Where the next stage carries
     its moments on, the training's state stays beside the result.
-    run, metrics: as `distil` has them.
+    run, metrics: as `StepLog` has them.
     """
 
     recipe: Recipe
@@ -111,34 +113,29 @@ class Distilling(Stage):
         span = self.stage.span
         return {
             "distil": self.recipe.distil,
-            "sequence_length": self.recipe.data.sequence_length,
-            "documents": self.recipe.data.documents,
-            "seed": self.recipe.seed,
-            "dtype": self.recipe.dtype,
+            "text": self.recipe.text,
             "span": [span.first_step, span.end_step, span.total_steps],
             "label": [self.run, self.stage.number],  # of the lines in metrics.jsonl
         }
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
-        distil(
+        inputs = TrainingInputs(
             self.student,
-            out,
-            tokens=self.tokens,
-            recipe=self.recipe.distil,
-            sequence_length=self.recipe.data.sequence_length,
-            documents=self.recipe.data.documents,
+            self.tokens,
             teacher=checkpoint_folder(self.recipe.teacher),
             teacher_cache=self.teacher_cache,
+            moments=None if self.moments is None else self.moments.get(),
+        )
+        distil(
+            inputs,
+            out,
+            recipe=self.recipe.distil,
+            text=self.recipe.text,
             span=self.stage.span,
-            seed=self.recipe.seed,
             execution=execution,
-            dtype=self.recipe.dtype,
-            metrics=self.metrics,
-            run=self.run,
-            stage=self.stage.number,
+            log=StepLog(self.metrics, self.run, self.stage.number),
             title=title,
             keep_state=True,
-            moments=None if self.moments is None else self.moments.get(),
         )
 
     @property
@@ -168,17 +165,7 @@ class Evaluating(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"evaluation": self.recipe.evaluation, **self._settings}
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        data = self.recipe.data
-        return {
-            "sequence_length": data.sequence_length,
-            "documents": data.documents,
-            "dtype": self.recipe.dtype,
-        }
+        return {"recipe": self.recipe.evaluation, "text": self.recipe.text}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
-        settings = {"recipe": self.recipe.evaluation, "execution": execution, **self._settings}
-        evaluate(self.models, out, tokens=self.tokens, title=title, **settings)
+        evaluate(self.models, out, tokens=self.tokens, execution=execution, title=title, **self.method)

@@ -90,10 +90,8 @@ def examined(recipe: Recipe, checkpoints: Sequence[Path], tokens: Path, store: C
             source,
             tokens=tokens,
             recipe=recipe.evaluation,
-            sequence_length=recipe.data.sequence_length,
-            documents=recipe.data.documents,
+            text=recipe.text,
             execution=store.execution,
-            dtype=recipe.dtype,
             keep=store.folder / "teacher",
         )
 

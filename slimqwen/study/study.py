@@ -2,7 +2,7 @@
 
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -66,14 +66,7 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
     store.begin(recipe)
     tokens = store.get(Tokenizing(recipe.data, teacher.folder))
     check_heldout(tokens, recipe)
-    made = []
-    for number, (arm, _, varied) in enumerate(planned, start=1):
-        passed = time.monotonic() - clock
-        left = f", {duration(passed / (number - 1) * (len(planned) - number + 1))} left" if number > 1 else ""
-        say(f"study {name}: {arm.title}, seed {varied.seed} ({number} of {len(planned)}{left})")
-        stages = stages_of(varied, teacher)
-        made.append(follow_schedule(varied, stages, store, tokens=tokens, trains=arm.trains))
-
+    made = follow(name, planned, teacher, store, tokens)
     teacher_evaluation, *evaluations = examined(recipe, [teacher.folder, *_checkpoints(made)], tokens, store)
     sizes = dict(zip(_checkpoints(made), evaluations, strict=True))
     numbers = {path: _numbers(model) for path, model in sizes.items()}
@@ -108,6 +101,21 @@ def study(name: str, recipe: Recipe, out: Path, *, seeds: int, command: str = "s
     write_json(out / "results.json", result.model_dump(mode="json"))
     write_page(result, out / "index.html")
     return result
+
+
+def follow(
+    name: str, planned: Sequence[PlannedRun], teacher: Checkpoint, store: ContentStore, tokens: Path
+) -> list[Made]:
+    """Make every planned run by its schedule, and print which one and how long the others may take."""
+    made: list[Made] = []
+    clock = time.monotonic()
+    for number, (arm, _, varied) in enumerate(planned, start=1):
+        passed = time.monotonic() - clock
+        left = f", {duration(passed / (number - 1) * (len(planned) - number + 1))} left" if number > 1 else ""
+        say(f"study {name}: {arm.title}, seed {varied.seed} ({number} of {len(planned)}{left})")
+        stages = stages_of(varied, teacher)
+        made.append(follow_schedule(varied, stages, store, tokens=tokens, trains=arm.trains))
+    return made
 
 
 def definition_of(name: str) -> Definition:

@@ -21,7 +21,7 @@ from slimqwen.losses.head import Logits
 from slimqwen.losses.loss import align
 from slimqwen.losses.signal import TopTokens
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.recipe import DocumentBoundaries, Execution, TeacherRecipe
+from slimqwen.recipe import Execution, TeacherRecipe, TextSettings
 from slimqwen.teacher_cache.folder import (
     MANIFEST,
     Array,
@@ -72,13 +72,10 @@ def write_teacher_cache(
     *,
     tokens: Path,
     recipe: TeacherRecipe,
-    sequence_length: int,
-    documents: DocumentBoundaries = "packed",
+    text: TextSettings,
     with_mtp: bool = False,
     sequences: int | None = None,
-    seed: int = 0,
     execution: Execution = Execution(),  # noqa: B008 - immutable
-    dtype: str = "auto",
     title: str = "teacher-cache",
 ) -> Path:
     """Write `teacher`'s distributions for the training text of the folder `tokens` to the folder `out`; return `out`.
@@ -87,26 +84,26 @@ def write_teacher_cache(
 
     Args:
         with_mtp: the teacher's MTP head's, too (for `mtp_target: mtp`).
-        sequences: only so many, the first in the training order of `seed`. Default: the whole text, which serves any seed.
+        sequences: only so many, the first in the training order of `text.seed`. Default: the whole text, which serves any seed.
     """
     checkpoint = Checkpoint(teacher)
     vocab_size = checkpoint.config["vocab_size"]
     store.check_vocabulary(store.load_manifest(tokens), tokens, teacher, vocab_size)
     check_teacher(recipe, checkpoint, with_mtp)
     torch_device = resolve_device(execution.device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
+    torch_dtype = resolve_dtype(text.dtype, torch_device)
 
     heads: list[Head] = ["main", "mtp"] if with_mtp else ["main"]
-    sequence_bytes = sequence_length * len(heads) * bytes_per_token(recipe.top_k, vocab_size, recipe.exact)
+    sequence_bytes = text.sequence_length * len(heads) * bytes_per_token(recipe.top_k, vocab_size, recipe.exact)
     fingerprint = checkpoint.fingerprint()
     caches = []
-    for source, (stream, chosen) in _read_sources(tokens, sequence_length, seed, documents, sequences).items():
+    for source, (stream, chosen) in _read_sources(tokens, text, sequences).items():
         manifest = CacheManifest(
             teacher=fingerprint,
             dtype=str(torch_dtype).removeprefix("torch."),
             text=text_fingerprint(stream.tokens.prefix),
-            sequence_length=sequence_length,
-            documents=documents,
+            sequence_length=text.sequence_length,
+            documents=text.documents,
             vocab_size=vocab_size,
             top_k=recipe.top_k,
             exact=recipe.exact,
@@ -157,10 +154,10 @@ def check_teacher(recipe: TeacherRecipe, teacher: Checkpoint, with_mtp: bool) ->
 
 
 def _read_sources(
-    tokens: Path, sequence_length: int, seed: int, documents: DocumentBoundaries, sequences: int | None
+    tokens: Path, text: TextSettings, sequences: int | None
 ) -> dict[str | None, tuple[StoredRows, Sequence[int]]]:
     """Return for each source of a mixture, or the one text (None): its rows, and which of them to store (a range: all)."""
-    stream = store.training_stream(tokens, sequence_length, seed, documents)
+    stream = store.training_stream(tokens, text.sequence_length, text.seed, text.documents)
     parts: dict[str | None, tuple[StoredRows, int | None]]
     if isinstance(stream, MixedStream):
         counts = dict.fromkeys(stream.streams) if sequences is None else stream.rows_of_sources(sequences)

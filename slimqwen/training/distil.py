@@ -1,5 +1,6 @@
 """The stage `distil`: trains a student checkpoint on tokens, and on a teacher's distributions where there is one."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -7,40 +8,38 @@ import torch
 from slimqwen.artifacts import (
     atomic_folder,
     claim_folder,
-    fingerprint,
     fingerprint_value,
     makes_folder,
     remove_ours,
     tidy,
     write_json,
 )
-from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.data.announcement import announce, notes_of_length, notes_of_overlap
-from slimqwen.data.store import check_vocabulary, load_manifest, training_stream
+from slimqwen.data.store import training_stream
+from slimqwen.data.stream import RowStream
 from slimqwen.model.arithmetic import keep_arithmetic
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import announce_slow
 from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.model.native import announce_noise
-from slimqwen.parallel.expert_parallel import check_expert_ranks
 from slimqwen.parallel.ranks import Ranks, join_ranks
 from slimqwen.parallel.sharded_checkpoint import export, fill_own, load_sharded
-from slimqwen.recipe import DistilRecipe, DocumentBoundaries, Execution
+from slimqwen.recipe import DistilRecipe, Execution, TextSettings
 from slimqwen.training.cached_teacher import CachedTeacher, open_teacher_cache
-from slimqwen.training.course import compute_course
+from slimqwen.training.course import Course, compute_course
 from slimqwen.training.dry_run import dry_run
 from slimqwen.training.heldout import HeldOut
+from slimqwen.training.inputs import OpenInputs, TrainingInputs, check_ranks
 from slimqwen.training.learning_rate import FILE as LEARNING_RATE_FILE
 from slimqwen.training.learning_rate import RateChoice, Start, choose_learning_rate
-from slimqwen.training.loggers import Logger, check_loggers, open_loggers
+from slimqwen.training.loggers import check_loggers, open_loggers
 from slimqwen.training.loop import train
-from slimqwen.training.metrics import MetricsLog
-from slimqwen.training.moments import check_moments, load_moments
-from slimqwen.training.optimizer import check_optimizer
+from slimqwen.training.metrics import MetricsLog, StepLog
+from slimqwen.training.moments import load_moments
 from slimqwen.training.state import saved_states
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Span, Student, Trainer
@@ -68,178 +67,224 @@ def parse_span(steps: str, total: int) -> Span:
     return Span(int(first), int(end), total)
 
 
-@makes_folder("student", "tokens", "teacher", "teacher_cache", "moments", kind="checkpoint")
+@makes_folder("inputs", kind="checkpoint")
 def distil(
-    student: Path,
+    inputs: TrainingInputs,
     out: Path,
     *,
-    tokens: Path,
     recipe: DistilRecipe,
-    sequence_length: int,
-    documents: DocumentBoundaries = "packed",
-    teacher: Path | None = None,
-    teacher_cache: Path | None = None,
+    text: TextSettings,
     span: Span | None = None,
-    seed: int = 0,
     execution: Execution = Execution(),  # noqa: B008 - immutable
-    dtype: str = "auto",
-    metrics: Path | None = None,
-    run: str = "slimqwen",
-    stage: int = 1,
+    log: StepLog = StepLog(),  # noqa: B008 - immutable
     title: str = "distil",
     keep_state: bool = False,
-    moments: Path | None = None,
 ) -> Path:
-    """Train `student` and write the trained checkpoint to `out`, or resume where an earlier call was interrupted.
+    """Train `inputs.student` and write the trained checkpoint to `out`, or resume where an earlier call was interrupted.
 
     All processes that torchrun started must call it and see the same files: they train one student together
     (parallel/ranks.py). It may resume with another number of them.
 
     Args:
-        student: checkpoint folder; its layout and dtypes are kept. Trained in float32.
-        tokens: folder written by `tokenize`, made with the student's tokenizer.
-        sequence_length: tokens of a training sequence.
-        documents: whether a sequence may hold several documents, which then see each other.
-        teacher: checkpoint folder; needed by the terms kd and mtp_kd, ignored without them. Of `teacher: cache` it is only
-            compared with the one that the cache is of.
-        teacher_cache: folder written by `write_teacher_cache`, for `teacher: cache`.
+        inputs: the student, the tokens, and where there is one its teacher.
+        text: its dtype is that of the teacher; the student trains in float32.
         span: the steps of the whole run that this call trains; all of them by default.
-        seed: of the data order.
         execution: how the work is done; a training may resume with other settings of it.
-        metrics: the metrics.jsonl to append to; `out`'s sibling by default. `run` and `stage` label its lines.
+        log: where the numbers of the steps go; by default into metrics.jsonl beside `out`.
         title: shown with the progress.
         keep_state: leave the training state in place: for `carry`, or for a caller that removes it (`remove_state`) only after
             it has noted that `out` is done, so that a kill in between costs nothing.
-        moments: folder written by `carry`, with which AdamW begins; zeros by default.
 
     Returns:
         `out`.
     """
-    checkpoint = Checkpoint(student)
-    manifest = load_manifest(tokens)
-    check_vocabulary(manifest, tokens, student, checkpoint.config["vocab_size"])
-    is_live = recipe.is_taught and recipe.teacher.kind == "live"
-    teacher_checkpoint = Checkpoint(teacher) if is_live and teacher is not None else None
-    check_companions(student)
-    check_terms(recipe, checkpoint, teacher_checkpoint)
+    opened = OpenInputs.open(inputs, recipe)
     check_loggers(execution.loggers)
-    if moments is not None:
-        check_moments(moments, checkpoint, recipe.optimizer)
-    heldout = HeldOut.load(execution, tokens, sequence_length, documents)
-    if span is None:
-        steps = total_steps(recipe, sequence_length)
-        span = Span(0, steps, steps)
-
-    torch_device = resolve_device(execution.device)
-    with join_ranks(torch_device, execution.shard_ranks, execution.expert_ranks) as ranks:
-        check_batch(recipe, ranks)
-        check_optimizer(recipe.optimizer, checkpoint, ranks.size)
-        for read in (checkpoint, teacher_checkpoint):
-            if read is not None and ranks.experts_mesh is not None:
-                check_expert_ranks(read, ranks.experts_mesh["expert"].size())
-        stream = training_stream(tokens, sequence_length, seed, documents)
-        course = compute_course(recipe, sequence_length, span.total_steps)
-        cached_teacher: CachedTeacher | None = None
-        if recipe.is_taught and not is_live:
-            cached_teacher = open_teacher_cache(
-                teacher_cache,
-                stream,
-                rows=course.first_row(span.end_step),
-                recipe=recipe,
-                documents=documents,
-                on_bad_step=execution.bad_steps.action,
-                student=checkpoint,
-                teacher=teacher,
-            )
+    heldout = HeldOut.load(execution, inputs.tokens, text.sequence_length, text.documents)
+    settings = Settings(recipe, text, span or whole_run(recipe, text.sequence_length), execution)
+    device = resolve_device(execution.device)
+    with join_ranks(device, execution.shard_ranks, execution.expert_ranks) as ranks:
+        check_ranks(opened, recipe, ranks)
+        stream = training_stream(inputs.tokens, text.sequence_length, text.seed, text.documents)
+        cached_teacher = open_cached_teacher(opened, stream, settings)
         if ranks.is_first:
-            claim_state_folder(
-                out,
-                student=checkpoint.fingerprint(),
-                teacher=None if teacher_checkpoint is None else teacher_checkpoint.fingerprint(),
-                teacher_cache=None if cached_teacher is None else cached_teacher.identity,
-                tokens=manifest.model_dump(mode="json"),
-                recipe=recipe.model_dump(mode="json"),
-                dtype=dtype,
-                sequence_length=sequence_length,
-                documents=documents,
-                span=[span.first_step, span.end_step, span.total_steps],
-                seed=seed,
-                moments=None if moments is None else fingerprint(moments),
-            )
-            if torch_device.type == "cpu":
-                keep_arithmetic(state_folder_of(out) / "arithmetic.json", f"the training of {out}")
-            for note in (*notes_of_length(checkpoint.config, sequence_length), *notes_of_overlap(manifest)):
-                say(note)
-            announce(stream, course.first_row(span.end_step) - course.first_row(span.first_step), torch_device.type)
-            announce_slow(checkpoint.family, checkpoint.config, torch_device)
-            announce_noise(checkpoint.config)
+            claim_state_folder(out, opened, cached_teacher, settings, device)
+            announce_training(opened, stream, settings, device)
         ranks.wait()
-        model = load_student(checkpoint, torch_device, execution, ranks)
-        taught_by: Teacher | None = cached_teacher
-        if teacher_checkpoint is not None:
-            teaches_mtp = recipe.is_taught_by_mtp and checkpoint.has_mtp
-            teacher_model = load_teacher(teacher_checkpoint, dtype, torch_device, execution, ranks)
-            taught_by = LiveTeacher(teacher_model, teaches_mtp=teaches_mtp)
-        trained = Student(model, checkpoint.family, checkpoint.config)
 
-        def build(recipe: DistilRecipe, execution: Execution, *, anew: bool = True) -> Trainer:
-            trainer = Trainer(trained, taught_by, stream, recipe, span, ranks, execution)
-            if moments is not None and anew:
-                load_moments(moments, trainer.parameters, trainer.optimizer)
-            return trainer
-
-        choice: RateChoice | None = None
-        if recipe.learning_rate == "auto":
-            if torch_device.type == "cuda":
-                dry_run(build(recipe, execution))
-            start = Start(
-                build=build,
-                execution=execution,
-                refill=lambda: fill_own(model.held(), checkpoint),
-                teacher=taught_by,
-                stream=stream,
-                course=course,
-                span=span,
-                ranks=ranks,
-                tokens=tokens,
-                documents=documents,
-                file=state_folder_of(out) / LEARNING_RATE_FILE,
-                title=title,
-            )
-            with reproducible(torch_device):
-                choice = choose_learning_rate(start, recipe)
-            recipe = recipe.at_learning_rate(choice.rate)
-        begun = ranks.largest(int(any(saved_states(state_folder_of(out)))))
-        trainer = build(recipe, execution, anew=not begun)
-        path = metrics or out.parent / "metrics.jsonl"
-        loggers: list[Logger] = []
-        if ranks.is_first:
-            tidy(path)  # killed while it was rewritten, it may not be rewritten again
-            settings = {**recipe.model_dump(mode="json"), "execution": execution.model_dump(mode="json")}
-            loggers = open_loggers(
-                execution.loggers, path.parent, state_folder_of(out), f"{run}-stage-{stage}", settings
-            )
-        if (
-            torch_device.type == "cuda" and choice is None
-        ):  # a CPU does not refuse memory: it swaps, or the system kills
-            dry_run(trainer)
-        with reproducible(torch_device):
-            train(trainer, state_folder_of(out), MetricsLog(path, run, stage, loggers), title, heldout)
+        student = load_student(opened.student, device, execution, ranks)
+        teacher = load_live_teacher(opened, device, settings, ranks) if cached_teacher is None else cached_teacher
+        loaded = Loaded(opened, student, teacher, stream, settings.span, ranks)
+        choice = choose_rate(loaded, settings, out, title) if recipe.learning_rate == "auto" else None
+        trainer = begin_trainer(loaded, settings, out, choice)
+        with reproducible(device):
+            train(trainer, state_folder_of(out), open_metrics(log, out, trainer), title, heldout)
         if trainer.average is not None:
             trainer.average.copy_to_weights()
 
-        if ranks.is_first:
-            with atomic_folder(out) as folder:
-                export(model, folder, checkpoint)
-                copy_companions(student, folder)
-                if choice is not None:
-                    write_json(folder / LEARNING_RATE_FILE, choice.model_dump(mode="json"))
-            if not keep_state:
-                remove_state(out)
-        else:
-            export(model, None, checkpoint)
+        write_result(out, loaded, choice)
+        if ranks.is_first and not keep_state:
+            remove_state(out)
         ranks.wait()
     return out
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a training is set to, but for its inputs. span: the steps of the whole run that are trained."""
+
+    recipe: DistilRecipe
+    text: TextSettings
+    span: Span
+    execution: Execution
+
+    @property
+    def course(self) -> Course:
+        """The rows of every step of the whole run."""
+        return compute_course(self.recipe, self.text.sequence_length, self.span.total_steps)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The loaded models and the text of a training, for trainers one after another.
+
+    teacher: live or cached; None for a loss without one.
+    """
+
+    inputs: OpenInputs
+    student: MtpCausalLM
+    teacher: Teacher | None
+    stream: RowStream
+    span: Span
+    ranks: Ranks
+
+    def build(self, recipe: DistilRecipe, execution: Execution, *, anew: bool = True) -> Trainer:
+        """Build a trainer. anew: with the moments that the training begins with, and not for a saved state."""
+        checkpoint, moments = self.inputs.student, self.inputs.paths.moments
+        student = Student(self.student, checkpoint.family, checkpoint.config)
+        trainer = Trainer(student, self.teacher, self.stream, recipe, self.span, self.ranks, execution)
+        if moments is not None and anew:
+            load_moments(moments, trainer.parameters, trainer.optimizer)
+        return trainer
+
+    def refill(self) -> None:
+        """Load the student's weights again from its checkpoint."""
+        fill_own(self.student.held(), self.inputs.student)
+
+
+def whole_run(recipe: DistilRecipe, sequence_length: int) -> Span:
+    """Return all steps of the run that the recipe's tokens are enough for."""
+    steps = total_steps(recipe, sequence_length)
+    return Span(0, steps, steps)
+
+
+def open_cached_teacher(inputs: OpenInputs, stream: RowStream, settings: Settings) -> CachedTeacher | None:
+    """Open the teacher cache; None where the teacher is live, or the loss has none."""
+    recipe = settings.recipe
+    if not recipe.is_taught or recipe.teacher.kind == "live":
+        return None
+    return open_teacher_cache(
+        inputs.paths.teacher_cache,
+        stream,
+        rows=settings.course.first_row(settings.span.end_step),
+        recipe=recipe,
+        documents=settings.text.documents,
+        on_bad_step=settings.execution.bad_steps.action,
+        student=inputs.student,
+        teacher=inputs.paths.teacher,
+    )
+
+
+def claim_state_folder(
+    out: Path, inputs: OpenInputs, cached_teacher: CachedTeacher | None, settings: Settings, device: torch.device
+) -> None:
+    """Make the folder for `out`'s training state, or empty it where it was made from other inputs or settings."""
+    span = settings.span
+    made_from = inputs.identity() | {
+        "teacher_cache": None if cached_teacher is None else cached_teacher.identity,
+        "recipe": settings.recipe.model_dump(mode="json"),
+        "text": settings.text.model_dump(mode="json"),
+        "span": [span.first_step, span.end_step, span.total_steps],
+    }
+    claim_folder(state_folder_of(out), fingerprint_value(made_from))
+    if device.type == "cpu":
+        keep_arithmetic(state_folder_of(out) / "arithmetic.json", f"the training of {out}")
+
+
+def announce_training(inputs: OpenInputs, stream: RowStream, settings: Settings, device: torch.device) -> None:
+    """Print what a person should know of the text, and of the student on this device, before it trains."""
+    student, span, first_row = inputs.student, settings.span, settings.course.first_row
+    for note in (
+        *notes_of_length(student.config, settings.text.sequence_length),
+        *notes_of_overlap(inputs.manifest),
+    ):
+        say(note)
+    announce(stream, first_row(span.end_step) - first_row(span.first_step), device.type)
+    announce_slow(student.family, student.config, device)
+    announce_noise(student.config)
+
+
+def choose_rate(loaded: Loaded, settings: Settings, out: Path, title: str) -> RateChoice:
+    """Choose the learning rate by forks of the training; the student has its first weights again afterwards."""
+    device = next(loaded.student.parameters()).device
+    if device.type == "cuda":
+        dry_run(loaded.build(settings.recipe, settings.execution))
+    start = Start(
+        build=loaded.build,
+        execution=settings.execution,
+        refill=loaded.refill,
+        teacher=loaded.teacher,
+        stream=loaded.stream,
+        course=settings.course,
+        span=settings.span,
+        ranks=loaded.ranks,
+        tokens=loaded.inputs.paths.tokens,
+        documents=settings.text.documents,
+        file=state_folder_of(out) / LEARNING_RATE_FILE,
+        title=title,
+    )
+    with reproducible(device):
+        return choose_learning_rate(start, settings.recipe)
+
+
+def begin_trainer(loaded: Loaded, settings: Settings, out: Path, choice: RateChoice | None) -> Trainer:
+    """Build the trainer of the training itself, at the chosen learning rate if one was chosen.
+
+    On a GPU its memory is checked with a dry run, unless that was done for the choice. A CPU does not refuse memory: it swaps,
+    or the system kills.
+    """
+    recipe = settings.recipe if choice is None else settings.recipe.at_learning_rate(choice.rate)
+    has_begun = loaded.ranks.largest(int(any(saved_states(state_folder_of(out)))))
+    trainer = loaded.build(recipe, settings.execution, anew=not has_begun)
+    if trainer.device.type == "cuda" and choice is None:
+        dry_run(trainer)
+    return trainer
+
+
+def open_metrics(log: StepLog, out: Path, trainer: Trainer) -> MetricsLog:
+    """Open the metrics.jsonl of a training, and on the first rank the loggers of its execution."""
+    path = log.metrics or out.parent / "metrics.jsonl"
+    if not trainer.ranks.is_first:
+        return MetricsLog(path, log.run, log.stage)
+    tidy(path)  # killed while it was rewritten, it may not be rewritten again
+    execution = trainer.execution
+    shown = {**trainer.recipe.model_dump(mode="json"), "execution": execution.model_dump(mode="json")}
+    name = f"{log.run}-stage-{log.stage}"
+    loggers = open_loggers(execution.loggers, path.parent, state_folder_of(out), name, shown)
+    return MetricsLog(path, log.run, log.stage, loggers)
+
+
+def write_result(out: Path, loaded: Loaded, choice: RateChoice | None) -> None:
+    """Write the trained checkpoint, with what lies beside the student's weights and the choice of its learning rate."""
+    student = loaded.inputs.student
+    if not loaded.ranks.is_first:
+        export(loaded.student, None, student)
+        return
+    with atomic_folder(out) as folder:
+        export(loaded.student, folder, student)
+        copy_companions(student.folder, folder)
+        if choice is not None:
+            write_json(folder / LEARNING_RATE_FILE, choice.model_dump(mode="json"))
 
 
 def load_student(checkpoint: Checkpoint, device: torch.device, execution: Execution, ranks: Ranks) -> MtpCausalLM:
@@ -250,15 +295,17 @@ def load_student(checkpoint: Checkpoint, device: torch.device, execution: Execut
     return load_sharded(checkpoint, ranks, torch.float32, device, trains=True, reshard_after_forward=reshard)
 
 
-def load_teacher(
-    checkpoint: Checkpoint, dtype: str, device: torch.device, execution: Execution, ranks: Ranks
-) -> MtpCausalLM:
-    """Load the teacher in `dtype`, whole or sharded over the ranks."""
-    compute_dtype = resolve_dtype(dtype, device)
+def load_live_teacher(inputs: OpenInputs, device: torch.device, settings: Settings, ranks: Ranks) -> LiveTeacher | None:
+    """Load the teacher that runs beside the student, whole or sharded over the ranks; None where none does."""
+    checkpoint, dtype = inputs.teacher, resolve_dtype(settings.text.dtype, device)
+    if checkpoint is None:
+        return None
     if ranks.mesh is None:
-        return load(checkpoint.folder, compute_dtype, device)
-    reshard = execution.reshard_teacher
-    return load_sharded(checkpoint, ranks, compute_dtype, device, trains=False, reshard_after_forward=reshard)
+        model = load(checkpoint.folder, dtype, device)
+    else:
+        reshard = settings.execution.reshard_teacher
+        model = load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshard)
+    return LiveTeacher(model, teaches_mtp=settings.recipe.is_taught_by_mtp and inputs.student.has_mtp)
 
 
 def state_folder_of(out: Path) -> Path:
@@ -269,44 +316,3 @@ def state_folder_of(out: Path) -> Path:
 def remove_state(out: Path) -> None:
     """Remove the training state of `out`."""
     remove_ours(state_folder_of(out))
-
-
-def claim_state_folder(out: Path, **inputs: object) -> None:
-    """Make the folder for `out`'s training state, or empty it where it was made from other inputs."""
-    claim_folder(state_folder_of(out), fingerprint_value(inputs))
-
-
-def check_batch(recipe: DistilRecipe, ranks: Ranks) -> None:
-    """Raise UserError where a batch cannot be divided evenly among the ranks."""
-    name, rows = "batch_size", recipe.batch_size
-    if recipe.batch_size_ramp is not None:  # whose batches are multiples of the first
-        name, rows = "batch_size_ramp.start", recipe.batch_size_ramp.start
-    if rows % ranks.size:
-        raise UserError(
-            f"distil.{name} {rows} cannot be shared by {ranks.size} ranks: make it a multiple of {ranks.size}."
-        )
-
-
-def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint | None) -> None:
-    """Raise UserError where the terms of the loss need something that the student or the live teacher lacks."""
-    terms = set(recipe.terms)
-    if not student.has_mtp and not terms & {"lm", "kd"}:
-        raise UserError(
-            f"{student.folder} has no MTP module, and distil.terms has nothing else to train: add lm or kd."
-        )
-    if not recipe.is_taught or recipe.teacher.kind == "cache":  # which `open_teacher_cache` checks
-        return
-    if teacher is None:
-        raise UserError(
-            "the loss has the terms kd or mtp_kd, which need a teacher: give one, or set distil.terms to [lm, mtp_lm]."
-        )
-    if student.config["vocab_size"] != teacher.config["vocab_size"]:
-        raise UserError(
-            f"teacher {teacher.folder} has {teacher.config['vocab_size']:,} tokens in its vocabulary and student "
-            f"{student.folder} {student.config['vocab_size']:,}: distillation compares whole distributions and needs the "
-            "same vocabulary."
-        )
-    if recipe.is_taught_by_mtp and not teacher.has_mtp:
-        raise UserError(
-            f"distil.mtp_target is 'mtp', but teacher {teacher.folder} has no MTP module: use mtp_target: main."
-        )

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -9,7 +10,6 @@ from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import Preempted
 from slimqwen.core.progress import Progress, say
 from slimqwen.core.warning import warn
-from slimqwen.recipe import Execution
 from slimqwen.training.guard import GuardRecord, Rollback
 from slimqwen.training.heldout import HeldOut
 from slimqwen.training.interrupt import defer_interrupts
@@ -31,12 +31,12 @@ def train(
 
     heldout: the text to measure on meanwhile, at the intervals of `execution.evaluate_every`.
     """
-    span, ranks, course, save_every = trainer.span, trainer.ranks, trainer.course, trainer.execution.save_every
+    span, ranks, course = trainer.span, trainer.ranks, trainer.course
     speed = Speed(trainer)
     trainer.student.model.train()
     with defer_interrupts(ranks) as interrupted, _open_states(trainer, state_folder) as states, metrics:
         step = _begin(trainer, states)
-        saved_at = time.monotonic()
+        saving = Saving(trainer, states, interrupted)
         if ranks.is_first:
             metrics.rewind(step)
         with _open_progress(trainer, title, step) as progress:
@@ -59,25 +59,45 @@ def train(
                     metrics.append(step, {**values, **trainer.guard.log_entry(step)})
                     shown = {name: values[name] for name in SHOWN if name in values}
                     progress.advance(tokens, **shown, memory=bytes_in_words(values["memory_bytes"]))
-
-                states.poll()
-                stop, minutes_due = (
-                    ranks.largest(interrupted()),
-                    ranks.largest(_minutes_are_over(trainer.execution, saved_at)),
-                )
-                is_due = any(course.is_due(step, every) for every in save_every)
+                saving.save_where_due(step)
                 step += 1
-                is_over = stop or step == span.end_step
-                if is_over or minutes_due or is_due:
-                    states.save(step, trainer.guard.record())
-                    saved_at = time.monotonic()
-                if is_over:
-                    states.finish()
-                if stop == signal.SIGTERM:
-                    raise Preempted(f"stopped by SIGTERM after step {step}, state saved: the same command continues.")
-                if stop:
-                    raise KeyboardInterrupt
     trainer.student.model.eval()
+
+
+class Saving:
+    """The saving of a training's state between two steps: at the intervals set, at the end, and before it stops.
+
+    interrupted: returns the signal that this process got, 0 without one.
+    """
+
+    def __init__(self, trainer: Trainer, states: States, interrupted: Callable[[], int]) -> None:
+        self._trainer = trainer
+        self._states = states
+        self._interrupted = interrupted
+        self._saved_at = time.monotonic()
+
+    def save_where_due(self, step: int) -> None:
+        """Save the state after `step` if it is time. Raises KeyboardInterrupt or Preempted where a rank got a signal."""
+        trainer, states, ranks = self._trainer, self._states, self._trainer.ranks
+        states.poll()
+        stop = ranks.largest(self._interrupted())
+        minutes_due = ranks.largest(self._minutes_are_over())
+        is_due = any(trainer.course.is_due(step, every) for every in trainer.execution.save_every)
+        is_over = stop or step + 1 == trainer.span.end_step
+        if is_over or minutes_due or is_due:
+            states.save(step + 1, trainer.guard.record())
+            self._saved_at = time.monotonic()
+        if is_over:
+            states.finish()
+        if stop == signal.SIGTERM:
+            raise Preempted(f"stopped by SIGTERM after step {step + 1}, state saved: the same command continues.")
+        if stop:
+            raise KeyboardInterrupt
+
+    def _minutes_are_over(self) -> bool:
+        """Return whether it is time to save, by this process's clock."""
+        minutes = [every.amount for every in self._trainer.execution.save_every if every.unit == "min"]
+        return bool(minutes) and time.monotonic() - self._saved_at >= 60 * min(minutes)
 
 
 def _open_states(trainer: Trainer, folder: Path) -> States:
@@ -138,9 +158,3 @@ def _roll_back(trainer: Trainer, states: States, bad_step: int, problem: str) ->
     if trainer.ranks.is_first:
         warn(f"optimiser step {bad_step} is bad: {problem}; back to step {step}, leaving out the {rows} rows since")
     return step
-
-
-def _minutes_are_over(execution: Execution, saved_at: float) -> bool:
-    """Return whether it is time to save, by this process's clock."""
-    minutes = [every.amount for every in execution.save_every if every.unit == "min"]
-    return bool(minutes) and time.monotonic() - saved_at >= 60 * min(minutes)

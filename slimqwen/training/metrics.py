@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per optimiser step of every training in a run directory; the same numbers go to the loggers."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,18 @@ from slimqwen.artifacts.json_lines import append, is_cut_short, keep_lines, valu
 from slimqwen.training.loggers import Logger
 
 KEYS = ("run", "stage", "step")  # every line begins with them
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """Where the numbers of every step are appended, and how their lines are labelled.
+
+    metrics: the metrics.jsonl; None: the one beside the result. run, stage: the labels.
+    """
+
+    metrics: Path | None = None
+    run: str = "slimqwen"
+    stage: int = 1
 
 
 class MetricsLog:
