@@ -529,9 +529,9 @@ def test_a_script_needs_no_guard(tokenizer: Path, corpus: Path, tmp_path: Path) 
     """multiprocessing would run it again, from its first line, in every process."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nimport slimqwen.data.reader as reader\nfrom slimqwen import Source, tokenize\n"
+        "import sys\nfrom pathlib import Path\nimport slimqwen.data.reader as reader\nfrom slimqwen import Execution, Source, tokenize\n"
         "print('running')\nreader.BATCH_CHARACTERS = 50\ncorpus, tokenizer, out = map(Path, sys.argv[1:])\n"
-        "tokenize([Source(path=corpus)], tokenizer, out, heldout_fraction=0.3, workers=2)\n"
+        "tokenize([Source(path=corpus)], tokenizer, out, heldout_fraction=0.3, execution=Execution(workers=2))\n"
     )
     paths = [corpus, tokenizer, tmp_path / "out"]
     ran = subprocess.run([sys.executable, script, *paths], capture_output=True, text=True, check=True, cwd=Path.cwd())

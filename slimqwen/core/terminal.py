@@ -1,7 +1,7 @@
-"""Safe terminal output: names and values from files are printed as data, never interpreted as terminal commands.
+r"""Safe terminal output: names and values from files are printed as data, never interpreted as terminal commands.
 
 All output goes through this module or `slimqwen.core.progress.say`. Control characters, escape sequences and line breaks
-inside a line are escaped (`\\x1b`, `\\n`), and so is a character that the terminal's encoding lacks.
+inside a line are escaped (`\x1b`, `\n`), and so is a character that the terminal's encoding lacks.
 """
 
 import io
@@ -24,7 +24,7 @@ PIPE_COLUMNS = 150  # assumed for a log file or pipe, which has no width to wrap
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """Escape the control characters in `text`, such as `\\x1b` for ESC; those in `keep` stay."""
+    r"""Escape the control characters in `text`, such as `\x1b` for ESC; those in `keep` stay."""
     return NOT_FOR_A_TERMINAL.sub(lambda found: found[0] if found[0] in keep else _number(found[0]), text)
 
 

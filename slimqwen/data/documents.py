@@ -160,7 +160,7 @@ def _column(values: Mapping[str, Any], columns: list[str]) -> str | None:
 
 
 def _why_not_encodable(text: str) -> str | None:
-    """Return why a text is not UTF-8 (invalid bytes, or a lone surrogate in JSON, "\\ud800"); None where it is."""
+    r"""Return why a text is not UTF-8 (invalid bytes, or a lone surrogate in JSON, "\ud800"); None where it is."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,10 +1,10 @@
-"""Token ids on disk in Megatron's indexed-dataset format, which many trainers read and write.
+r"""Token ids on disk in Megatron's indexed-dataset format, which many trainers read and write.
 
 Two files share a prefix. `PREFIX.bin` holds only the token ids, document after document. `PREFIX.idx`, all
 little-endian, is the index of the documents (Megatron-LM, megatron/core/datasets/indexed_dataset.py):
 
     bytes  content
-    9      magic, b"MMIDIDX\\0\\0"
+    9      magic, b"MMIDIDX\0\0"
     8      version, uint64 = 1
     1      code of the ids' dtype, see DTYPES
     8      S, number of sequences, uint64

@@ -213,7 +213,7 @@ class DistilRecipe(Section):
         return self.learning_rate
 
     def at_learning_rate(self, rate: float) -> "DistilRecipe":
-        """The recipe of `learning_rate: auto` at a peak of `rate`; the end rate is scaled with it."""
+        """Return the recipe of `learning_rate: auto` at a peak of `rate`; the end rate is scaled with it."""
         end = self.final_learning_rate * rate / AUTO_REFERENCE
         return self.model_copy(update={"learning_rate": rate, "final_learning_rate": end})
 

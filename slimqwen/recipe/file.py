@@ -288,7 +288,7 @@ def _walk(
 
 
 def _section_in(annotation: Any, index: str = "") -> tuple[str, type[BaseModel]] | None:
-    """The model inside an annotation such as `list[Stage] | None`, with ".N" if it is the item of a list."""
+    """Find the model inside an annotation such as `list[Stage] | None`, with ".N" if it is the item of a list."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return index, annotation
     if get_origin(annotation) is list:

@@ -38,7 +38,7 @@ SeedInt = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 def expanded(text: str) -> str:
-    """A path as written in a recipe with ~ and $VARIABLES replaced; $$ is a dollar sign.
+    """Replace ~ and $VARIABLES in a path as a recipe has it; $$ is a dollar sign.
 
     Raises ValueError where a variable is not set, there is no such user, or no path can look so.
     """
@@ -64,13 +64,13 @@ def expanded(text: str) -> str:
 
 
 def written(path: Path | str) -> str:
-    """A path so that `expanded` gives it back."""
+    """Write a path so that `expanded` gives it back."""
     text = str(path).replace("$", "$$")
     return f"./{text}" if text.startswith("~") else text
 
 
 def _from_file(value: Any, info: ValidationInfo) -> Any:
-    """What is read from a recipe's text is expanded; a path made by a program is taken as it is."""
+    """Expand what is read from a recipe's text; a path made by a program stays as it is."""
     return expanded(value) if info.mode == "json" and isinstance(value, str) else value
 
 
