@@ -120,13 +120,18 @@ def test_commands_are_listed_in_the_order_of_the_work() -> None:
     assert listed.index("plan") + 1 == listed.index("plan fit")
 
 
-def test_a_command_of_two_words_is_one_command_and_plan_alone_another(world: Path) -> None:
+def test_a_command_of_two_words_is_one_command_and_plan_alone_another(world: Path, tmp_path: Path) -> None:
     assert "BUDGETS" in slimqwen("plan", "fit", "--help").stdout
     assert "BUDGETS" not in slimqwen("plan", "--help").stdout.split("Arguments")[1].split("Options")[0]
     assert_one_sentence(
         slimqwen("plan", "fit", world / "teacher"), 2, "slimqwen plan fit", "Missing argument 'BUDGETS'"
     )
-    assert_one_sentence(slimqwen("plan", "fitt"), 2, "fitt")  # a checkpoint, which is not there
+    assert_one_sentence(slimqwen("plan", "serch", "x", "total=1M"), 2, "Did you mean the command 'plan search'?")
+    assert_one_sentence(slimqwen("plan", "nowhere"), 2, "nowhere does not exist")
+    (tmp_path / "fit").symlink_to(world / "teacher")  # a checkpoint that is called as a command is
+    assert "parameters" in slimqwen("plan", "./fit", cwd=tmp_path).stdout
+    (tmp_path / "fits").symlink_to(world / "teacher")
+    assert "parameters" in slimqwen("plan", "fits", cwd=tmp_path).stdout
 
 
 def test_mistyped_command_and_option_are_suggested(world: Path) -> None:

@@ -1,7 +1,9 @@
 """The program: its name, its help and its version."""
 
 import platform
+from difflib import get_close_matches
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +31,13 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         args = current_spelling(args)
         two_words = " ".join(args[:2])
-        return super().resolve_command(ctx, [two_words, *args[2:]] if two_words in self.commands else args)
+        if two_words in self.commands:
+            return super().resolve_command(ctx, [two_words, *args[2:]])
+        if args[:1] == ["plan"] and len(args) > 1 and not Path(args[1]).exists():
+            near = get_close_matches(two_words, self.commands, n=1, cutoff=0.85)
+            if near and near != ["plan"]:
+                ctx.fail(f"There is no checkpoint '{args[1]}'. Did you mean the command '{near[0]}'?")
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(
