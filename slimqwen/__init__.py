@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from slimqwen.runs.recipe_run import run as run
     from slimqwen.training.distil import distil as distil
     from slimqwen.training.inputs import TrainingInputs as TrainingInputs
+    from slimqwen.training.metrics import StepLog as StepLog
 
 _HOMES = {
     "CalibrationRecipe": "slimqwen.recipe",
@@ -40,6 +41,7 @@ _HOMES = {
     "PruningRecipe": "slimqwen.recipe",
     "Recipe": "slimqwen.recipe",
     "Source": "slimqwen.recipe",
+    "StepLog": "slimqwen.training.metrics",
     "Target": "slimqwen.recipe",
     "TextSettings": "slimqwen.recipe",
     "TrainingInputs": "slimqwen.training.inputs",

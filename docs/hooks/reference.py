@@ -102,7 +102,7 @@ def row_of(names: str, meaning: str) -> str:
 
 
 def functions() -> str:
-    """Return every public name of the library: functions with signature and docstring, then the sections of a recipe."""
+    """Return every public name of the library: functions with signature and docstring, then the values that they take."""
     names: dict[str, Any] = {name: getattr(slimqwen, name) for name in slimqwen.__all__}
     classes: dict[str, Any] = {name: found for name, found in names.items() if inspect.isclass(found)}
     parts = [of_function(name, found) for name, found in names.items() if name not in classes]
@@ -148,9 +148,9 @@ def type_of(annotation: Any) -> str:
     return re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)
 
 
-def of_section(name: str, section: type[BaseModel]) -> str:
-    """Return a section of a recipe: its docstring and its fields."""
-    fields = ", ".join(f"`{field}`" for field in section.model_fields)
+def of_section(name: str, section: type) -> str:
+    """Return a section of a recipe, or a dataclass: its docstring and its fields."""
+    fields = ", ".join(f"`{field}`" for field in inspect.signature(section).parameters)
     return f"## {name}\n\n{in_markdown(inspect.getdoc(section) or '')}\n\nFields: {fields}."
 
 

@@ -131,7 +131,7 @@ def distil(
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a training is set to, but for its inputs. span: the steps of the whole run that are trained."""
+    """What a training is set to. span: the steps of the whole run that are trained."""
 
     recipe: DistilRecipe
     text: TextSettings

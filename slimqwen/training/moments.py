@@ -82,7 +82,7 @@ class Moments:
 
 @makes_folder("states", "trained", "plan")
 def carry(states: Path, trained: Path, out: Path, *, plan: Path, title: str = "moments") -> Path:
-    """Cut the moments at the end of a training as `plan` cuts its result; `out` is for `distil(moments=...)`.
+    """Cut the moments at the end of a training as `plan` cuts its result; `out` is for `TrainingInputs.moments`.
 
     `out` holds `exp_avg` and `exp_avg_sq`, each in the form of a checkpoint of the cut model, and the number of steps.
     The cut is streamed, like one of weights.
