@@ -33,6 +33,7 @@ from slimqwen.artifacts import (
 )
 from slimqwen.artifacts.record import HASHED_BYTES
 from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.training.inputs import TrainingInputs
 
 OURS = {"format": "slimqwen.test/1"}
 
@@ -259,6 +260,17 @@ def test_where_nothing_can_be_written_is_known_at_the_start(tmp_path: Path, out:
     with pytest.raises(UserError, match=r"cannot be|too long") as refused:
         stage(tmp_path / "checkpoint", out=tmp_path / out)
     assert refused.value.exit_code == 2 and names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("out", ["student", "moments", "moments/new"])
+def test_no_stage_writes_over_its_inputs_in_a_dataclass(tmp_path: Path, out: str) -> None:
+    @makes_file("inputs")
+    def stage(inputs: TrainingInputs, out: Path) -> None:
+        raise AssertionError("the work must not begin")
+
+    inputs = TrainingInputs(tmp_path / "student", tmp_path / "tokens", moments=tmp_path / "moments")
+    with pytest.raises(UserError, match="which is read here"):
+        stage(inputs, out=tmp_path / out)
 
 
 def test_folders_made_for_nothing_go(tmp_path: Path) -> None:
