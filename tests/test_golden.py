@@ -65,11 +65,22 @@ def test_a_difference_is_seen_and_told(made: tuple[Path, dict[str, Artefact]]) -
         ("qwen3_next/run/stage-1/refitted", "model.layers.1.mlp.experts.*.down_proj.weight"),
         ("mixtral/run/one_shot/refitted", "model.layers.1.block_sparse_moe.experts.*.w2.weight"),
         ("glm4_moe/run/one_shot/refitted", "model.layers.1.mlp.experts.*.down_proj.weight"),
+        ("mixtral/healed", "model.layers.1.block_sparse_moe.experts.*.w1.weight"),
+        ("glm4_moe/random/stage-1/initial", "model.layers.1.mlp.experts.*.gate_proj.weight"),
     ):
         values = artefacts[name].numbers[key].copy()
         values[: len(values) // 4] *= 1.001  # one of the four experts that are kept
         (said,) = told(artefacts, name, numbers=artefacts[name].numbers | {key: values})
         assert name in said and key in said and "e-04 of its norm" in said
+
+    for name, key in (
+        ("qwen3_next/stage-1/depth.json", "measured[].kl"),
+        ("glm4_moe/stage-1/depth.json", "measured[].refitted_kl"),
+        ("qwen3_next/healed/added", "mtp.*"),
+        ("mixtral/healed/added", "model.layers.0.*"),
+    ):
+        (said,) = told(artefacts, name, numbers=artefacts[name].numbers | {key: 1.001 * artefacts[name].numbers[key]})
+        assert name in said and key in said and "1.0e-03 of its norm" in said
 
     name = "mixtral/run/paper/one_shot/plan.json"
     plan = json.loads((folder / name).read_text())

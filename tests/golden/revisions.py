@@ -11,8 +11,17 @@ from typing import Any
 from golden.compare import differences
 from golden.summary import Artefact, digest
 from slimqwen.runs.stage import Stage
-from slimqwen.runs.stages import Calibrating, Planning, Pruning, Refitting, TeacherCaching, Tokenizing
-from slimqwen.runs.training_stages import Carrying, Distilling, Evaluating
+from slimqwen.runs.stages import (
+    Calibrating,
+    DepthMeasuring,
+    Healing,
+    Planning,
+    Pruning,
+    Refitting,
+    TeacherCaching,
+    Tokenizing,
+)
+from slimqwen.runs.training_stages import Carrying, Distilling, Evaluating, Initialising
 
 REVISIONS = "revisions"  # the name in golden.json
 # In the order in which a run makes them: what follows from a result that changed changes with it.
@@ -20,9 +29,12 @@ STAGES: dict[type[Stage], str] = {  # stage -> names of its artefacts in golden.
     Tokenizing: r"tokens",
     TeacherCaching: r".*/teacher_cache",
     Calibrating: r".*/statistics",
+    DepthMeasuring: r".*/depth\.json",
     Planning: r".*/plan\.json",
     Pruning: r".*/(pruned|fused/.*)",
     Refitting: r".*/refitted",
+    Healing: r".*/healed(/added)?",
+    Initialising: r".*/initial",
     Carrying: r".*/moments/.*",
     Distilling: r".*/(distilled|trained|metrics)",
     Evaluating: r".*/evaluation",
