@@ -181,3 +181,23 @@ def test_no_setting_of_the_section_execution_is_part_of_a_key(tmp_path: Path, te
         "teacher_cache",
         "distilled",
     ]
+
+
+def test_what_calibrates_does_not_depend_on_document_boundaries(tmp_path: Path, teacher: tuple[Path, Path]) -> None:
+    """It reads packed rows in either case; a training does not."""
+    checkpoint, tokens = teacher
+    target, plan = Target(num_hidden_layers=1), tmp_path / "plan.json"
+    write_json(plan, {"format": "slimqwen.test/1"})
+
+    def keys(documents: str) -> dict[str, Any]:
+        wanted = recipe(tmp_path, data={"documents": documents})
+        stages: list[Stage] = [
+            Calibrating(wanted, checkpoint, tokens),
+            DepthMeasuring(wanted, checkpoint, plan, tokens, target),
+            Refitting(wanted, checkpoint, checkpoint, plan, tokens),
+            Distilling(wanted, ScheduleStage(1, target, Span(0, 1, 1), "stage-1"), checkpoint, tokens),
+        ]
+        return {stage.name: stage.identity() for stage in stages}
+
+    packed, isolated = keys("packed"), keys("isolated")
+    assert [name for name in packed if packed[name] != isolated[name]] == ["distilled"]

@@ -24,3 +24,8 @@ class TextSettings(Section):
         "auto",
         description="Compute dtype of a model that is not trained. 'auto': bfloat16 on a GPU, float32 on a CPU.",
     )
+
+    @property
+    def packed(self) -> "TextSettings":
+        """Return the settings of the stages that calibrate: the same, with packed sequences."""
+        return self.model_copy(update={"documents": "packed"})

@@ -93,7 +93,7 @@ class Calibrating(Stage):
     @property
     def method(self) -> Mapping[str, Any]:
         return {
-            "text": self.recipe.text,
+            "text": self.recipe.text.packed,
             "samples": self.recipe.calibration.samples,
             "second_moments": self._has_second_moments,
         }
@@ -108,7 +108,7 @@ class Calibrating(Stage):
             self.checkpoint,
             out,
             recipe=self.recipe.calibration.model_copy(update={"sources": sources}),
-            text=self.recipe.text,
+            text=self.recipe.text.packed,
             second_moments=self._has_second_moments,
             execution=execution,
             title=title,
@@ -138,7 +138,7 @@ class DepthMeasuring(Stage):
         recipe, sources = self.recipe, calibration_sources(self.recipe, self.tokens)
         samples = max(recipe.calibration.depth_samples, len(sources))
         return {
-            "text": recipe.text,
+            "text": recipe.text.packed,
             "num_hidden_layers": self.target.num_hidden_layers,
             "effort": DepthEffort(samples=samples, refit=recipe.pruning.refit_outputs),
         }
@@ -229,7 +229,7 @@ class Refitting(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"text": self.recipe.text, "samples": self.recipe.calibration.samples}
+        return {"text": self.recipe.text.packed, "samples": self.recipe.calibration.samples}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         refit(
@@ -265,7 +265,7 @@ class Healing(Stage):
     @property
     def method(self) -> Mapping[str, Any]:
         assert self.recipe.healing is not None
-        return {"text": self.recipe.text, "recipe": self.recipe.healing}
+        return {"text": self.recipe.text.packed, "recipe": self.recipe.healing}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         heal(
