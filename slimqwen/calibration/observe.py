@@ -15,6 +15,7 @@ from slimqwen.families.family import Block
 from slimqwen.model.experts import OBSERVED_EXPERTS, ExpertsObserver
 from slimqwen.model.internals import computed_by
 from slimqwen.model.model import MtpCausalLM
+from slimqwen.model.patching import overridden
 from slimqwen.model.routing import Routing
 
 
@@ -130,11 +131,9 @@ def _observed_experts(model: MtpCausalLM, block: Block, statistics: Statistics, 
             logits = Routing(*output).logits.float()
             add("logit_gram", logits.T @ logits)
 
-    hook = router.register_forward_hook(record)
-    experts.slimqwen_observer = ExpertsObserver(add, watch)
-    try:
-        with computed_by(OBSERVED_EXPERTS, experts):
-            yield
-    finally:
-        del experts.slimqwen_observer
-        hook.remove()
+    observer = ExpertsObserver(add, watch)
+    with ExitStack() as stack:
+        stack.callback(router.register_forward_hook(record).remove)
+        stack.enter_context(overridden(experts, slimqwen_observer=observer))
+        stack.enter_context(computed_by(OBSERVED_EXPERTS, experts))
+        yield

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.families.family import Block
 from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Stream
 from slimqwen.layerwise.weights import ExpertsOnDisk, dense_tensors
+from slimqwen.model.patching import has_parameter, override
 
 
 @contextmanager
@@ -27,11 +29,13 @@ def trainable_weights(stream: Stream, step: Step) -> Iterator[dict[str, Tensor]]
             for name in [*dense_tensors(block), *stacked_experts(block)]:
                 module = model.module_of(name)
                 attribute = model.family.module_name(name, model.config).rpartition(".")[2]
-                if not isinstance(module._parameters.get(attribute), nn.Parameter):
+                if not has_parameter(module, attribute):
                     continue
-                current = vars(module)[attribute]
+                current: Any = getattr(module, attribute)
                 start = current.stacked(device) if isinstance(current, ExpertsOnDisk) else current.clone()
-                leaves[name] = vars(module)[attribute] = start.requires_grad_()
+                leaves[name] = start.requires_grad_()
+                # The stream's own override ends with the block: one of this would keep its tensor beside the leaf.
+                override(module, **{attribute: leaves[name]})
         yield leaves
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from slimqwen.families.family import Block
 from slimqwen.model.model import MtpCausalLM
+from slimqwen.model.patching import overridden, with_children
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def steps_of(model: MtpCausalLM) -> list[Step]:
         )
     if model.mtp is not None:
         mtp = [block for block in blocks if block.is_mtp]
-        run = partial(_draft, model, _with_modules(model.mtp, norm=nn.Identity()))
+        run = partial(_draft, model, with_children(model.mtp, norm=nn.Identity()))
         steps.append(Step(mtp, run, _moe(model, mtp), model.mtp.norm, None))
     return steps
 
@@ -84,7 +84,7 @@ def _draft(model: MtpCausalLM, mtp: nn.Module, hidden: Tensor, tokens: Tensor) -
 def _decoder_with_only(decoder: Any, number: int) -> nn.Module:
     """Return the backbone with one of its layers and no final norm: its own forward makes positions and masks, in any family."""
     layers = [layer if i == number else _Identity() for i, layer in enumerate(decoder.layers)]
-    return _with_modules(decoder, layers=nn.ModuleList(layers), norm=nn.Identity())
+    return with_children(decoder, layers=nn.ModuleList(layers), norm=nn.Identity())
 
 
 class _Identity(nn.Module):
@@ -92,13 +92,6 @@ class _Identity(nn.Module):
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
-
-
-def _with_modules(module: nn.Module, **replaced: nn.Module) -> nn.Module:
-    """Return the same module, sharing everything with it but these children."""
-    other = copy(module)
-    other._modules = {**module._modules, **replaced}
-    return other
 
 
 def _moe(model: MtpCausalLM, blocks: list[Block]) -> nn.Module | None:
@@ -116,8 +109,5 @@ def _left_out(moe: nn.Module) -> Iterator[list[Tensor]]:
         recorded.append(hidden_states)
         return torch.zeros_like(hidden_states)
 
-    moe.forward = record
-    try:
+    with overridden(moe, forward=record):
         yield recorded
-    finally:
-        del moe.forward

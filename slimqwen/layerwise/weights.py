@@ -14,6 +14,7 @@ from slimqwen.families.axes import size
 from slimqwen.families.family import Block
 from slimqwen.model.device import aligned
 from slimqwen.model.model import MtpCausalLM, weightless
+from slimqwen.model.patching import overridden, override
 
 ELSEWHERE = ("embedding", "vision")  # parts that no layer needs: embeddings are looked up in the file, row by row
 
@@ -27,7 +28,7 @@ def without_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
         for spec in checkpoint.specs.values()
         if spec.part == "embedding" and model.module_of(spec.name) is decoder.embed_tokens
     )
-    vars(decoder.embed_tokens)["weight"] = checkpoint.read(table.name)
+    override(decoder.embed_tokens, weight=checkpoint.read(table.name))
     return model
 
 
@@ -49,8 +50,7 @@ def weights_of(
         def put(name: str, tensor: Any) -> None:
             module = model.module_of(name)
             attribute = model.family.module_name(name, model.config).rpartition(".")[2]
-            vars(module)[attribute] = tensor  # hides the parameter of this name, which stays on the meta device
-            stack.callback(vars(module).pop, attribute)
+            stack.enter_context(overridden(module, **{attribute: tensor}))  # the parameter stays, on the meta device
 
         for block in blocks:
             with watch:

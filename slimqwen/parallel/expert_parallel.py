@@ -1,7 +1,6 @@
 """Expert parallelism: ranks share the experts of every MoE block, and send each token to where its experts are."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.model.model import MtpCausalLM
+from slimqwen.model.patching import overridden, override
 
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -44,7 +44,7 @@ def share_experts(model: MtpCausalLM, mesh: DeviceMesh) -> list[nn.Module]:
             own = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             setattr(experts, name, nn.Parameter(own, parameter.requires_grad))
         experts.num_experts //= mesh.size()
-        experts.forward = partial(exchanged_forward, experts, experts.forward, mesh.get_group())
+        override(experts, forward=partial(exchanged_forward, experts, experts.forward, mesh.get_group()))
         modules.append(experts)
     return modules
 
@@ -90,7 +90,7 @@ def exchanged_forward(
     gets_none = len(rows) == 0
     if gets_none:
         rows, own_experts = F.pad(rows, (0, 0, 0, 1)), own_experts.new_zeros(1)
-    with _local_parameters(experts):
+    with overridden(experts, **_local_parameters(experts)):
         outputs = own_forward(rows, own_experts[:, None], rows.new_ones(len(rows), 1))
     if gets_none:
         outputs = outputs[:0]
@@ -102,13 +102,7 @@ def exchanged_forward(
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
-@contextmanager
-def _local_parameters(experts: nn.Module) -> Iterator[None]:
-    """Use the parameters as the tensors of this rank's experts, which kernels take, and no longer as DTensors, while open."""
-    shared = dict(experts.named_parameters(recurse=False))
-    local: dict[str, Any] = {name: p.to_local() for name, p in shared.items() if isinstance(p, DTensor)}
-    experts._parameters.update(local)
-    try:
-        yield
-    finally:
-        experts._parameters.update(shared)
+def _local_parameters(experts: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of this rank's experts, which kernels take, of the parameters that are DTensors."""
+    parameters = experts.named_parameters(recurse=False)
+    return {name: parameter.to_local() for name, parameter in parameters if isinstance(parameter, DTensor)}

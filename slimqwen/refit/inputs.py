@@ -1,17 +1,16 @@
 """The inputs of a layer's networks on a text, recorded, and each network up to its output matrix as a `Network`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from slimqwen.model.experts import Pairs
 from slimqwen.model.internals import apply_gate
+from slimqwen.model.patching import overridden
 from slimqwen.refit.matrices import Network
 
 
@@ -60,18 +59,8 @@ class RecordedInputs:
         ]
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a module compute `forward` instead of its own while it is open."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-
-
 def _compute_neurons(network: Any, writer: Any, hidden_states: Tensor) -> Tensor:
-    with replaced_forward(writer, _identity):
+    with overridden(writer, forward=_identity):
         neurons: Tensor = network(hidden_states.to(writer.weight))
         return neurons
 

@@ -15,7 +15,8 @@ from slimqwen.layerwise.side_by_side import LayerProgress
 from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Stream, moe_block
 from slimqwen.model.internals import computed_by
-from slimqwen.refit.inputs import RecordedInputs, replaced_forward
+from slimqwen.model.patching import overridden
+from slimqwen.refit.inputs import RecordedInputs
 from slimqwen.refit.matrices import Network
 
 RECORDED_EXPERTS = "slimqwen_recorded"
@@ -49,10 +50,9 @@ def networks_recorded(
 
     with ExitStack() as stack:
         for channel, network in enumerate(networks):
-            stack.enter_context(replaced_forward(network, partial(_one_hot, channel=channel)))
+            stack.enter_context(overridden(network, forward=partial(_one_hot, channel=channel)))
         if experts is not None:
-            experts.slimqwen_inputs = recorded
-            stack.callback(delattr, experts, "slimqwen_inputs")
+            stack.enter_context(overridden(experts, slimqwen_inputs=recorded))
             stack.enter_context(computed_by(RECORDED_EXPERTS, experts))
         stack.callback(mlp.register_forward_hook(record).remove)
         yield
