@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from slimqwen.artifacts.json_file import load_model
 from slimqwen.core.errors import UserError
 
 Dropped = tuple[int, ...]
@@ -52,11 +53,6 @@ class MeasuredDepth(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "MeasuredDepth":
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}): give a depth.json written by `slimqwen measure-depth`."
-            ) from error
-        except ValidationError as error:
-            raise UserError(f"{path} is not a measurement of slimqwen.depth/1: {error.errors()[0]['msg']}.") from error
+        """Load a measurement. Raises UserError for a file that is missing or is none."""
+        advice = "give a depth.json written by `slimqwen measure-depth`."
+        return load_model(path, cls, what="a measurement of slimqwen.depth/1", advice=advice)

@@ -4,13 +4,13 @@ import copy
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from slimqwen.artifacts import check_file_replaceable, makes_file, write_text
+from slimqwen.artifacts.json_file import load_model
 from slimqwen.calibration.statistics import Statistics
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
-from slimqwen.core.regular_files import read_regular
 from slimqwen.core.warning import warn
 from slimqwen.families.count import Counts, count
 from slimqwen.planning.choose import Scores, choose
@@ -76,14 +76,9 @@ class Plan(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
-        try:
-            return cls.model_validate_json(read_regular(path))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}): give a plan.json written by `slimqwen plan`."
-            ) from error
-        except ValidationError as error:
-            raise UserError(f"{path} is not a plan of slimqwen.plan/1: {error.errors()[0]['msg']}.") from error
+        """Load a plan. Raises UserError for a file that is missing or is none."""
+        advice = "give a plan.json written by `slimqwen plan`."
+        return load_model(path, cls, what="a plan of slimqwen.plan/1", advice=advice)
 
 
 def cuts_only_channels(source: Checkpoint, plan: Plan) -> bool:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from slimqwen.core.errors import UserError
+from slimqwen.artifacts.json_file import load_model
 
 FORMAT = "slimqwen.study/1"
 
@@ -96,9 +96,4 @@ class Study(Strict):
     @classmethod
     def load(cls, path: Path) -> "Study":
         """Read `path`. Raises UserError for a file that is missing or is not the result of a study."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): run `slimqwen study` to make it.") from error
-        except ValidationError as error:
-            raise UserError(f"{path} is not the result of a study ({error.errors()[0]['msg']}).") from error
+        return load_model(path, cls, what="the result of a study", advice="run `slimqwen study` to make it.")

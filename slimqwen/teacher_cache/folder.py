@@ -23,13 +23,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from slimqwen.artifacts import atomic_file, fingerprint, fingerprint_value
+from slimqwen.artifacts.json_file import load_model
 from slimqwen.core.errors import UserError
-from slimqwen.core.regular_files import read_regular
 from slimqwen.data.packed import bin_path, idx_path
 from slimqwen.losses.signal import TopTokens
 from slimqwen.recipe import DocumentBoundaries, PositiveInt
@@ -196,19 +196,8 @@ class TeacherCache:
 
 def load_manifest(folder: Path) -> CacheManifest:
     """Read the manifest of a cache; raise `UserError` where it is missing or not one."""
-    path = folder / MANIFEST
-    try:
-        return CacheManifest.model_validate_json(read_regular(path))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): `slimqwen teacher-cache` writes it when it is finished."
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{path} is not the manifest of a teacher's cache ({where or 'whole file'}: {first['msg']})."
-        ) from error
+    advice = "`slimqwen teacher-cache` writes it when it is finished."
+    return load_model(folder / MANIFEST, CacheManifest, what="the manifest of a teacher's cache", advice=advice)
 
 
 def _open(path: Path) -> Any:
