@@ -1,0 +1,334 @@
+"""One script that shows on a GPU, within minutes, what works there and how fast it is; docs/gpu-check.md explains the numbers.
+
+    python benchmarks/gpu_check.py prepare --wheels DIR      # where a package index can be reached: the packages to bring along
+    python benchmarks/gpu_check.py run --out results.jsonl [--wheels DIR] [--device cuda|cpu] [--quick] [--only NAME,NAME]
+    python benchmarks/gpu_check.py summary results.jsonl
+
+Needs the standard library only: each section is a program of its own in benchmarks/gpu_check/, with a limit on its seconds,
+and appends a line of JSON to the results for each part as it ends. A section that fails, hangs or is killed leaves its line,
+and the next one begins. `run` exits with 1 where a section did not pass.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parent / "gpu_check"
+TOTAL_SECONDS = 480.0
+LEAST_SECONDS = 5.0  # with fewer left no section is begun
+TAIL_CHARACTERS = 4000  # of what a section printed, kept where it did not pass
+NUMBERS_SHOWN = 6  # of each part, in the table
+LIMIT_MIB = 64.0  # of the wheels
+
+# Beyond what an environment with PyTorch, Transformers and the usual scientific packages has.
+PACKAGES = (
+    "pydantic",
+    "pydantic_core",
+    "annotated-types",
+    "typing-inspection",
+    "plotly",
+    "flash-linear-attention",
+    "fla-core",
+    "liger-kernel",
+)
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Section of the check: the program `gpu_check/NAME.py`, and the most seconds that it may take."""
+
+    name: str
+    cap_seconds: float
+
+
+# By worth: where the time is over, the last ones are left out.
+SECTIONS = (
+    Section("packages", 60),
+    Section("ceilings", 45),
+    Section("one_rank_world", 120),
+    Section("device_equality", 60),
+    Section("grouped_products", 40),
+    Section("deltanet", 60),
+    Section("loss_variants", 75),
+    Section("true_width_step", 150),
+    Section("streaming", 90),
+    Section("decoding", 75),
+)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the sections one after the other, each a process of its own; return the exit code."""
+    folder, chosen = options.sections, options.only.split(",") if options.only else None
+    sections = [section for section in SECTIONS if (folder / f"{section.name}.py").is_file()]
+    if folder != FOLDER:
+        known = {section.name for section in sections}
+        sections += [
+            Section(path.stem, options.cap or 60.0) for path in sorted(folder.glob("*.py")) if path.stem not in known
+        ]
+    sections = [section for section in sections if section.name != "section"]  # what the others share
+    unknown = set(chosen or ()) - {section.name for section in sections}
+    if unknown:
+        print(f"no section {', '.join(sorted(unknown))}: there are {', '.join(s.name for s in sections)}", file=sys.stderr)
+        return 2
+    started, out = time.monotonic(), options.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    append(out, {"began": describe(options)})
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
+        environment = environment_of(options, out, Path(work))
+        statuses = []
+        for section in sections:
+            if chosen is not None and section.name not in chosen:
+                continue
+            left = options.total - (time.monotonic() - started)
+            cap = min(options.cap or section.cap_seconds, left)
+            if left < LEAST_SECONDS:
+                line = {"section": section.name, "status": "skipped", "reason": "the total time is over"}
+            else:
+                line = run_section(section.name, folder, cap, environment, options)
+            append(out, line)
+            statuses.append(line["status"])
+            print(f"{section.name:18} {line['status']:10} {line.get('seconds', 0.0):7.1f} s", flush=True)
+    append(out, {"ended": {"seconds": round(time.monotonic() - started, 1)}})
+    return int(any(status not in ("passed", "skipped") for status in statuses))
+
+
+def run_section(
+    name: str, folder: Path, cap: float, environment: Mapping[str, str], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Run one section for at most `cap` seconds; return its line."""
+    command = [sys.executable, str(folder / f"{name}.py"), "--device", options.device, "--cap", f"{cap:.1f}"]
+    command += ["--quick"] if options.quick else []
+    with tempfile.TemporaryFile() as log:
+        started = time.monotonic()
+        # A session of its own, so that what the section starts ends with it.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+        )
+        status = None
+        try:
+            process.wait(timeout=cap)
+        except subprocess.TimeoutExpired:
+            status = "timed out"
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+        seconds = round(time.monotonic() - started, 1)
+        if status is None:
+            status = status_of(process.returncode)
+        line = {"section": name, "status": status, "seconds": seconds, "exit_code": process.returncode}
+        if status != "passed":
+            log.seek(0)
+            line["log"] = log.read().decode("utf-8", errors="replace")[-TAIL_CHARACTERS:]
+    return line
+
+
+def status_of(exit_code: int) -> str:
+    """Name what an exit code says of a section."""
+    if exit_code < 0:
+        return "killed"
+    return {0: "passed", 77: "skipped"}.get(exit_code, "failed")
+
+
+def environment_of(options: argparse.Namespace, out: Path, work: Path) -> dict[str, str]:
+    """Return the sections' environment; the wheels are installed into `work`, which ends with the run."""
+    paths = [str(ROOT), str(ROOT / "benchmarks"), str(FOLDER)]
+    if options.wheels is not None:
+        site = work / "site"
+        line = install(options.wheels, site)
+        append(out, line)
+        if line["status"] == "passed":
+            paths.insert(0, str(site))
+    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    paths += [path for path in known.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {
+        **known,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "GPU_CHECK_OUT": str(out),
+        "TMPDIR": str(work),
+    }
+
+
+def install(wheels: Path, site: Path) -> dict[str, Any]:
+    """Install all wheels of a folder into `site`, without an index; return the results' line about it."""
+    files = sorted(str(file) for file in wheels.glob("*.whl"))
+    started = time.monotonic()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--target", str(site), *files]
+    if not files:
+        return {"section": "wheels", "status": "failed", "reason": f"{wheels} has no wheels"}
+    done = subprocess.run(command, capture_output=True, text=True)
+    line = {"section": "wheels", "seconds": round(time.monotonic() - started, 1)}
+    line |= {"numbers": {"wheels": len(files)}}
+    if done.returncode:
+        return line | {"status": "failed", "reason": done.stderr[-TAIL_CHARACTERS:]}
+    return line | {"status": "passed"}
+
+
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    """Describe this run: when, of which commit, on what."""
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "device": options.device,
+        "quick": options.quick,
+    }
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a line of JSON, in one write."""
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+# --- prepare ----------------------------------------------------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Download wheels into a folder, for a machine without a package index; return the exit code."""
+    options.wheels.mkdir(parents=True, exist_ok=True)
+    known = pinned(ROOT / "constraints.txt")
+    failed = []
+    for package in options.packages or PACKAGES:
+        name = package.partition("==")[0]
+        wanted = package if "==" in package else f"{package}=={known[key(name)]}" if key(name) in known else package
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", options.python_version]
+        for tag in PLATFORMS:
+            command += ["--platform", tag]
+        done = subprocess.run([*command, "--dest", str(options.wheels), wanted], capture_output=True, text=True)
+        print(f"{wanted:40} {'ok' if done.returncode == 0 else done.stderr.strip().splitlines()[-1]}", flush=True)
+        if done.returncode:
+            failed.append(wanted)
+    size = sum(file.stat().st_size for file in options.wheels.glob("*.whl")) / 2**20
+    print(f"{size:.1f} MiB of wheels in {options.wheels}")
+    if size > options.limit_mib:
+        print(f"more than {options.limit_mib:g} MiB: leave packages out", file=sys.stderr)
+    return int(bool(failed) or size > options.limit_mib)
+
+
+def pinned(constraints: Path) -> dict[str, str]:
+    """Return the versions that the tests ran with, by package."""
+    lines = (line.partition("#")[0].partition(";")[0].strip() for line in constraints.read_text().splitlines())
+    pairs = (line.split("==") for line in lines if line.count("==") == 1)
+    return {key(name.strip()): version.strip() for name, version in pairs}
+
+
+def key(package: str) -> str:
+    """Return a package's name as all its spellings have it."""
+    return package.lower().replace("_", "-")
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+def summary(options: argparse.Namespace) -> int:
+    """Print the results as a table in Markdown, one row for each section and part; return the exit code."""
+    lines = list(read(options.results))
+    for line in lines:
+        if "began" in line:
+            print(", ".join(f"{name} {value}" for name, value in line["began"].items()), end="\n\n")
+    rows = [("section", "part", "status", "seconds", "numbers"), ("---", "---", "---", "---:", "---")]
+    rows += [row_of(line) for line in lines if "section" in line]
+    for row in rows:
+        print(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
+    return 0
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the lines; one that a killed process left unfinished is left out."""
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict):
+            yield line
+
+
+def row_of(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a line."""
+    numbers = [f"{name} {in_digits(value)}" for name, value in line.get("numbers", {}).items()]
+    words = "; ".join([*line.get("failures", ()), *first_line(line.get("reason")), *shown(numbers)])
+    if not words and line["status"] != "passed":
+        words = "; ".join(last_line(line.get("log")))
+    seconds = f"{line['seconds']:.1f}" if "seconds" in line else ""
+    return line["section"], line.get("part", "**all**"), line["status"], seconds, words
+
+
+def shown(numbers: list[str]) -> list[str]:
+    """Return the first numbers, and how many more there are."""
+    more = len(numbers) - NUMBERS_SHOWN
+    return numbers if more <= 0 else [*numbers[:NUMBERS_SHOWN], f"and {more} more"]
+
+
+def first_line(text: str | None) -> Iterable[str]:
+    return [text.strip().splitlines()[0]] if text and text.strip() else []
+
+
+def last_line(text: str | None) -> Iterable[str]:
+    return [text.strip().splitlines()[-1]] if text and text.strip() else []
+
+
+def in_digits(value: object) -> str:
+    """Write a number in four digits, and anything else as it is."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+
+    command = commands.add_parser("run", help="run the sections, and append their results to a file")
+    command.add_argument("--out", type=Path, required=True, help="lines of JSON are appended here")
+    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    command.add_argument("--quick", action="store_true", help="tiny shapes: shows that the script itself works")
+    command.add_argument("--only", help="names of sections, separated by commas")
+    command.add_argument("--wheels", type=Path, help="a folder of wheels to install for the run, made by `prepare`")
+    command.add_argument("--total", type=float, default=TOTAL_SECONDS, help="seconds of all sections together")
+    command.add_argument("--cap", type=float, help="seconds of each section, instead of its own limit")
+    command.add_argument("--sections", type=Path, default=FOLDER, help="another folder of sections, for tests")
+    command.set_defaults(action=run)
+
+    command = commands.add_parser("prepare", help="download the wheels that a machine without an index lacks")
+    command.add_argument("packages", nargs="*", help=f"NAME or NAME==VERSION; default: {', '.join(PACKAGES)}")
+    command.add_argument("--wheels", type=Path, required=True, help="the folder that they are put into")
+    command.add_argument("--python-version", default="3.12", help="of that machine")
+    command.add_argument("--limit-mib", type=float, default=LIMIT_MIB)
+    command.set_defaults(action=prepare)
+
+    command = commands.add_parser("summary", help="print a table of the results")
+    command.add_argument("results", type=Path)
+    command.set_defaults(action=summary)
+    return parser
+
+
+if __name__ == "__main__":
+    given = build_parser().parse_args()
+    sys.exit(given.action(given))
