@@ -1,0 +1,146 @@
+"""A world of one rank on the device's own backend (NCCL on a GPU): FSDP2, expert parallelism, saves, a resume.
+
+`distil` itself runs, in a process group that one process makes: every collective, sharded tensor and asynchronous save of a
+run on many GPUs, and no traffic between GPUs. Compared with the same steps without a process group.
+"""
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from material import SEQUENCE_LENGTH, recipe_of, write_student, write_tokens
+from safetensors.torch import load_file
+from section import Part, Section, error_of
+from torch.distributed.device_mesh import init_device_mesh
+
+from slimqwen.builtin import TEACHER
+from slimqwen.parallel.ranks import ALONE, Ranks
+from slimqwen.recipe import Execution
+from slimqwen.training import distil as distil_module
+from slimqwen.training.state import States, saved_states
+from slimqwen.training.trainer import Trainer
+
+STEPS = 5
+STOPPED_BEFORE = 3  # that step, after as many saves
+# Relative: the same numbers in another order of summation; on a GPU in bfloat16, gathered in another place.
+LOSS_LIMIT = {"cuda": 2e-2, "cpu": 1e-3}
+
+
+class Stopped(Exception):
+    """End of a training in its middle."""
+
+
+@contextmanager
+def world(device: str) -> Iterator[tuple[Ranks, Ranks]]:
+    """Make a world of this process alone; yield its ranks without and with expert parallelism."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    if device == "cuda":
+        torch.cuda.set_device(0)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+    else:
+        dist.init_process_group("gloo")
+    mesh = init_device_mesh(device, (1,), mesh_dim_names=("shard",))
+    experts_mesh = init_device_mesh(device, (1, 1, 1), mesh_dim_names=("replicate", "shard", "expert"))
+    yield Ranks(0, 1, mesh), Ranks(0, 1, mesh, experts_mesh)
+    dist.destroy_process_group()
+
+
+def train(folder: Path, name: str, ranks: Ranks, device: str, stop_before: int | None = None) -> list[dict[str, Any]]:
+    """Run `distil` as `ranks`, saving after each step; return the lines of its metrics."""
+
+    @contextmanager
+    def join(*_: object) -> Iterator[Ranks]:
+        yield ranks
+
+    original = Trainer.step
+
+    def step(self: Trainer, number: int) -> dict[str, float]:
+        if number == stop_before:
+            raise Stopped
+        return original(self, number)
+
+    out = folder / name / "out"
+    out.parent.mkdir(exist_ok=True)
+    execution = Execution.model_validate(
+        {"device": device, "save_every": "1 steps", "async_save": True, "micro_batch_size": 2}
+    )
+    with patch.object(distil_module, "join_ranks", join), patch.object(Trainer, "step", step):
+        distil_module.distil(
+            folder / "student",
+            out,
+            tokens=folder / "tokens",
+            recipe=recipe_of(STEPS),
+            sequence_length=SEQUENCE_LENGTH,
+            teacher=TEACHER,
+            execution=execution,
+        )
+    return [json.loads(line) for line in (out.parent / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(part: Part, lines: list[dict[str, Any]], expected: list[dict[str, Any]], limit: float) -> None:
+    """Check each step's loss and gradient norm against those of another training."""
+    assert len(lines) == len(expected) == STEPS
+    for name in ("loss", "lm", "kd", "mtp_kd", "load_balancing", "grad_norm"):
+        errors = [abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(lines, expected, strict=True)]
+        part.note(**{f"{name}_error_of_last_step": errors[-1]})
+        part.check_below(f"{name}_error_of_first_step", errors[0], limit)
+
+
+def main() -> None:
+    with Section() as section, tempfile.TemporaryDirectory() as temporary:
+        folder, device = Path(temporary), section.device
+        limit = LOSS_LIMIT[device]
+        write_student(folder)
+        write_tokens(folder)
+        alone: list[dict[str, Any]] = []
+        with section.part("without a process group") as part:
+            alone = train(folder, "alone", ALONE, device)
+            part.note(first_loss=alone[0]["loss"], last_loss=alone[-1]["loss"], saves=STEPS)
+        with world(device) as (sharded, shared):
+            for name, ranks in (("fsdp2", sharded), ("expert_parallel", shared)):
+                with section.part(name) as part:
+                    lines = train(folder, name, ranks, device)
+                    part.note(backend=dist.get_backend_config(), asynchronous_saves=STEPS)
+                    compare(part, lines, alone, limit)
+                with section.part(f"{name}, three saves and a resume") as part:
+                    stopped = f"{name}-resumed"
+                    try:
+                        train(folder, stopped, ranks, device, stop_before=STOPPED_BEFORE)
+                    except Stopped:
+                        pass
+                    states = list(saved_states(folder / stopped / ".out.state"))
+                    part.note(states=len(states), newest=states[-1].name)
+                    part.check("the third state is there", states[-1].name == f"step-{STOPPED_BEFORE:09d}")
+                    with patch.object(States, "load", loads_counted(States.load, loaded := [])):
+                        lines = train(folder, stopped, ranks, device)
+                    part.check("resumed at the third step", loaded == [STOPPED_BEFORE])
+                    compare(part, lines, alone, limit)
+                    weights = [load_file(folder / run / "out" / "model.safetensors") for run in (stopped, name)]
+                    worst = max(error_of(weights[0][key], weights[1][key]) for key in weights[1])
+                    part.check_below("weights_error_over_uninterrupted", worst, limit)
+
+
+def loads_counted(load: Any, loaded: list[int]) -> Any:
+    """Wrap `States.load` so that the step it returns is noted."""
+
+    def counted(self: States) -> Any:
+        result = load(self)
+        loaded.extend([] if result is None else [result[0]])
+        return result
+
+    return counted
+
+
+if __name__ == "__main__":
+    main()
