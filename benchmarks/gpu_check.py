@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ FOLDER = Path(__file__).resolve().parent / "gpu_check"
 TOTAL_SECONDS = 480.0
 LEAST_SECONDS = 5.0  # with fewer left no section is begun
 TAIL_CHARACTERS = 4000  # of what a section printed, kept where it did not pass
-NUMBERS_SHOWN = 6  # of each part, in the table
+NUMBERS_SHOWN = 12  # of each part, in the table
 LIMIT_MIB = 64.0  # of the wheels
 
 # Beyond what an environment with PyTorch, Transformers and the usual scientific packages has.
@@ -42,29 +43,46 @@ PACKAGES = (
     "fla-core",
     "liger-kernel",
 )
+KERNELS = (
+    "flash_linear_attention",
+    "fla_core",
+    "liger_kernel",
+    "causal_conv1d",
+)  # wheels that replace parts of a model
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
 @dataclass(frozen=True)
 class Section:
-    """Section of the check: the program `gpu_check/NAME.py`, and the most seconds that it may take."""
+    """Section of the check: its program in gpu_check/, and the most seconds that it may take.
+
+    with_kernels: whether the wheels of KERNELS can be imported in it. Where one of them breaks on a GPU, the other sections
+        still have their numbers.
+    """
 
     name: str
     cap_seconds: float
+    with_kernels: bool = False
+    program: str = ""  # default: the name
+
+    def path(self, folder: Path) -> Path:
+        """Return its program in the folder of sections."""
+        return folder / f"{self.program or self.name}.py"
 
 
 # By worth: where the time is over, the last ones are left out.
 SECTIONS = (
-    Section("packages", 60),
+    Section("packages", 60, with_kernels=True),
     Section("ceilings", 45),
     Section("one_rank_world", 120),
     Section("device_equality", 60),
     Section("grouped_products", 40),
-    Section("deltanet", 60),
-    Section("loss_variants", 75),
-    Section("true_width_step", 150),
-    Section("streaming", 90),
-    Section("decoding", 75),
+    Section("deltanet", 60, with_kernels=True),
+    Section("loss_variants", 75, with_kernels=True),
+    Section("true_width_step", 120),
+    Section("true_width_step_kernels", 90, with_kernels=True, program="true_width_step"),
+    Section("streaming", 75),
+    Section("decoding", 60),
 )
 
 
@@ -73,23 +91,21 @@ SECTIONS = (
 
 def run(options: argparse.Namespace) -> int:
     """Run the sections one after the other, each a process of its own; return the exit code."""
-    folder, chosen = options.sections, options.only.split(",") if options.only else None
-    sections = [section for section in SECTIONS if (folder / f"{section.name}.py").is_file()]
-    if folder != FOLDER:
-        known = {section.name for section in sections}
-        sections += [
-            Section(path.stem, options.cap or 60.0) for path in sorted(folder.glob("*.py")) if path.stem not in known
-        ]
-    sections = [section for section in sections if section.name != "section"]  # what the others share
+    chosen = options.only.split(",") if options.only else None
+    sections = SECTIONS
+    if options.sections != FOLDER:
+        sections = tuple(Section(path.stem, 60.0) for path in sorted(options.sections.glob("*.py")))
     unknown = set(chosen or ()) - {section.name for section in sections}
     if unknown:
-        print(f"no section {', '.join(sorted(unknown))}: there are {', '.join(s.name for s in sections)}", file=sys.stderr)
+        print(
+            f"no section {', '.join(sorted(unknown))}: there are {', '.join(s.name for s in sections)}", file=sys.stderr
+        )
         return 2
     started, out = time.monotonic(), options.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     append(out, {"began": describe(options)})
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
-        environment = environment_of(options, out, Path(work))
+        installed = install_wheels(options.wheels, out, Path(work)) if options.wheels is not None else []
         statuses = []
         for section in sections:
             if chosen is not None and section.name not in chosen:
@@ -98,8 +114,11 @@ def run(options: argparse.Namespace) -> int:
             cap = min(options.cap or section.cap_seconds, left)
             if left < LEAST_SECONDS:
                 line = {"section": section.name, "status": "skipped", "reason": "the total time is over"}
+            elif section.program and options.device == "cpu":
+                line = {"section": section.name, "status": "skipped", "reason": "the kernels are for a GPU"}
             else:
-                line = run_section(section.name, folder, cap, environment, options)
+                sites = [site for site, is_kernels in installed if section.with_kernels or not is_kernels]
+                line = run_section(section, cap, environment_of(sites, out, Path(work)), options)
             append(out, line)
             statuses.append(line["status"])
             print(f"{section.name:18} {line['status']:10} {line.get('seconds', 0.0):7.1f} s", flush=True)
@@ -108,11 +127,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_section(
-    name: str, folder: Path, cap: float, environment: Mapping[str, str], options: argparse.Namespace
+    section: Section, cap: float, environment: Mapping[str, str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Run one section for at most `cap` seconds; return its line."""
-    command = [sys.executable, str(folder / f"{name}.py"), "--device", options.device, "--cap", f"{cap:.1f}"]
-    command += ["--quick"] if options.quick else []
+    command = [sys.executable, str(section.path(options.sections)), "--name", section.name]
+    command += ["--device", options.device, "--cap", f"{cap:.1f}", *(["--quick"] if options.quick else [])]
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
         # A session of its own, so that what the section starts ends with it.
@@ -125,15 +144,13 @@ def run_section(
         except subprocess.TimeoutExpired:
             status = "timed out"
         finally:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
         seconds = round(time.monotonic() - started, 1)
         if status is None:
             status = status_of(process.returncode)
-        line = {"section": name, "status": status, "seconds": seconds, "exit_code": process.returncode}
+        line = {"section": section.name, "status": status, "seconds": seconds, "exit_code": process.returncode}
         if status != "passed":
             log.seek(0)
             line["log"] = log.read().decode("utf-8", errors="replace")[-TAIL_CHARACTERS:]
@@ -147,19 +164,13 @@ def status_of(exit_code: int) -> str:
     return {0: "passed", 77: "skipped"}.get(exit_code, "failed")
 
 
-def environment_of(options: argparse.Namespace, out: Path, work: Path) -> dict[str, str]:
-    """Return the sections' environment; the wheels are installed into `work`, which ends with the run."""
-    paths = [str(ROOT), str(ROOT / "benchmarks"), str(FOLDER)]
-    if options.wheels is not None:
-        site = work / "site"
-        line = install(options.wheels, site)
-        append(out, line)
-        if line["status"] == "passed":
-            paths.insert(0, str(site))
-    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    paths += [path for path in known.get("PYTHONPATH", "").split(os.pathsep) if path]
+def environment_of(sites: list[Path], out: Path, work: Path) -> dict[str, str]:
+    """Return a section's environment; what it writes goes to `work`, which ends with the run."""
+    usual = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    before = [path for path in usual.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = [*map(str, sites), str(ROOT), str(ROOT / "benchmarks"), str(FOLDER), *before]
     return {
-        **known,
+        **usual,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -168,17 +179,26 @@ def environment_of(options: argparse.Namespace, out: Path, work: Path) -> dict[s
     }
 
 
-def install(wheels: Path, site: Path) -> dict[str, Any]:
-    """Install all wheels of a folder into `site`, without an index; return the results' line about it."""
-    files = sorted(str(file) for file in wheels.glob("*.whl"))
+def install_wheels(wheels: Path, out: Path, work: Path) -> list[tuple[Path, bool]]:
+    """Install a folder's wheels into `work`; return the folders to import them from, and whether those are kernels."""
+    files = sorted(wheels.glob("*.whl"))
+    kernels = [file for file in files if file.name.partition("-")[0].lower() in KERNELS]
+    installed = []
+    for name, chosen in (("wheels", [file for file in files if file not in kernels]), ("kernels", kernels)):
+        if chosen:
+            line = install(name, chosen, work / name)
+            append(out, line)
+            installed += [(work / name, name == "kernels")] * (line["status"] == "passed")
+    return installed
+
+
+def install(name: str, files: list[Path], site: Path) -> dict[str, Any]:
+    """Install wheels into the folder `site`, without an index; return the results' line about it."""
     started = time.monotonic()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "--target", str(site), *files]
-    if not files:
-        return {"section": "wheels", "status": "failed", "reason": f"{wheels} has no wheels"}
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--target", str(site), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
-    line = {"section": "wheels", "seconds": round(time.monotonic() - started, 1)}
-    line |= {"numbers": {"wheels": len(files)}}
+    line = {"section": name, "seconds": round(time.monotonic() - started, 1), "numbers": {"wheels": len(files)}}
     if done.returncode:
         return line | {"status": "failed", "reason": done.stderr[-TAIL_CHARACTERS:]}
     return line | {"status": "passed"}
@@ -331,4 +351,5 @@ def build_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     given = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which ends the section too
     sys.exit(given.action(given))

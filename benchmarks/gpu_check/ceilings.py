@@ -35,7 +35,6 @@ def main() -> None:
             target = torch.empty_like(source)
             took = median_seconds(lambda: target.copy_(source), device, rounds=3 if quick else 10)
             part.note(bytes=source.nbytes, gb_per_second=2 * source.nbytes / took / 1e9)
-            del source, target
         with section.part("transfers") as part:
             if not section.on_gpu:
                 raise Skip("there is nothing to transfer to on a CPU")

@@ -7,7 +7,10 @@ from section import Section, Skip, median_seconds
 from torch import Tensor
 from torch.nn import functional as F
 
-GRADIENT_LIMIT = {"cuda": 5e-2, "cpu": 1e-4}  # the largest difference of an entry over the largest entry, bfloat16 and float32
+GRADIENT_LIMIT = {
+    "cuda": 5e-2,
+    "cpu": 1e-4,
+}  # the largest difference of an entry over the largest entry, bfloat16 and float32
 
 
 def head_loss(hidden: Tensor, head: Tensor, target: Tensor, labels: Tensor, lm: float, kd: float) -> Tensor:

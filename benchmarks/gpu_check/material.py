@@ -11,7 +11,7 @@ from slimqwen.data.tokenize import tokenize
 from slimqwen.recipe import DistilRecipe, Execution, Source
 
 ROOT = Path(__file__).resolve().parents[2]
-SEQUENCE_LENGTH = 64
+SEQUENCE_LENGTH = 32
 NOISE = 0.3  # of each tensor's standard deviation: the divergence from the teacher is well above rounding
 
 
@@ -36,7 +36,7 @@ def write_student(folder: Path) -> Path:
     return out
 
 
-def recipe_of(steps: int, batch_size: int = 4) -> DistilRecipe:
+def recipe_of(steps: int, batch_size: int = 2) -> DistilRecipe:
     """Return a distillation of a few steps with all four terms."""
     return DistilRecipe.model_validate(
         {
@@ -49,5 +49,3 @@ def recipe_of(steps: int, batch_size: int = 4) -> DistilRecipe:
             "load_balancing_coefficient": 0.01,
         }
     )
-
-

@@ -11,7 +11,12 @@ from section import Section, Skip
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("triton", "flash-linear-attention", "fla-core", "causal-conv1d", "liger-kernel", "accelerate")
-MODULES = ("slimqwen.training.distil", "slimqwen.calibration.calibrate", "slimqwen.evaluation.speed", "slimqwen.cli.app")
+MODULES = (
+    "slimqwen.training.distil",
+    "slimqwen.calibration.calibrate",
+    "slimqwen.evaluation.speed",
+    "slimqwen.cli.app",
+)
 
 
 def version_of(package: str) -> str | None:
@@ -66,7 +71,9 @@ def main() -> None:
             if capability == (9, 0) and (3, 4) <= triton < (3, 7, 1):
                 part.note(warning="Triton 3.4 to below 3.7.1 on Hopper: DeltaNet's backward by fla raises or is wrong")
             if capability >= (10, 0):
-                part.note(warning="Blackwell: gradients of experts without a token are not zeroed in the grouped product")
+                part.note(
+                    warning="Blackwell: gradients of experts without a token are not zeroed in the grouped product"
+                )
 
 
 if __name__ == "__main__":

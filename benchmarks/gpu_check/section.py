@@ -57,13 +57,14 @@ class Section:
     def __init__(self) -> None:
         parser = argparse.ArgumentParser()
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+        parser.add_argument("--name", default=Path(sys.argv[0]).stem, help="By which its results are kept.")
         parser.add_argument("--quick", action="store_true", help="Tiny shapes.")
         parser.add_argument("--cap", type=float, help="Seconds after which the process is killed.")
         options = parser.parse_args()
         self.device: str = options.device
         self.quick: bool = options.quick
         self.on_gpu = self.device == "cuda"
-        self.name = Path(sys.argv[0]).stem
+        self.name: str = options.name
         self.statuses: list[str] = []
         if options.cap is not None and options.cap > SECONDS_TO_TELL:
             faulthandler.dump_traceback_later(options.cap - SECONDS_TO_TELL)

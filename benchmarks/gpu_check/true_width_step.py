@@ -136,9 +136,9 @@ def main() -> None:
         for name, kept in LAYERS.items():
             with section.part(name) as part:
                 trainer: Any = build(section, Path(temporary) / name.replace(" ", ""), kept)
+                measured[name] = measure(section, part, trainer)
                 used = kernels_of(trainer.student.family, trainer.student.config, trainer.device)
                 part.note(kernels={kernel.part: kernel.used for kernel in used})
-                measured[name] = measure(section, part, trainer)
             trainer = None
             gc.collect()
             if section.on_gpu:
