@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from section import Section, Skip
 with Section() as section:
     with section.part("first") as part:
         part.note(answer=42)
+"""
+IMPORTS = """
+from importlib.util import find_spec
+from section import Section
+with Section() as section, section.part("found") as part:
+    part.note(**{name: find_spec(name) is not None for name in ("brought_along", "fla_core")})
 """
 PROGRAMS = {
     "a_passes": BEFORE,
@@ -147,26 +154,30 @@ def test_broken_wheels_are_a_line_and_the_sections_run(tmp_path: Path) -> None:
     assert statuses == {"kernels": "failed", "a_passes": "passed"}
 
 
-def test_a_wheel_can_be_imported_by_the_sections_it_is_for(tmp_path: Path) -> None:
-    """A wheel made here: of a package that every section has, under another name a kernel that only some have."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        import importlib.util
+def test_a_broken_kernel_is_kept_from_sections_that_are_not_about_it(tmp_path: Path) -> None:
+    folder, wheels, out = tmp_path / "sections", tmp_path / "wheels", tmp_path / "results.jsonl"
+    for path in (folder, wheels):
+        path.mkdir()
+    for name in ("brought_along", "fla_core"):
+        write_wheel(wheels, name)
+    (folder / "imports.py").write_text(IMPORTS)
+    done = gpu_check("run", "--out", out, "--device", "cpu", "--sections", folder, "--wheels", wheels)
+    assert done.returncode == 0, out.read_text()
+    lines = {(line["section"], line.get("part")): line for line in lines_of(out) if "section" in line}
+    assert lines["wheels", None]["numbers"] == lines["kernels", None]["numbers"] == {"wheels": 1}
+    assert lines["imports", "found"]["numbers"] == {"brought_along": True, "fla_core": False}
 
-        spec = importlib.util.spec_from_file_location("gpu_check_driver", SCRIPT)
-        assert spec is not None and spec.loader is not None
-        driver = importlib.util.module_from_spec(spec)
-        sys.modules["gpu_check_driver"] = driver
-        spec.loader.exec_module(driver)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    write_wheel(wheels, "brought_along")
-    write_wheel(wheels, "fla_core")
-    installed = driver.install_wheels(wheels, tmp_path / "results.jsonl", tmp_path)
-    assert installed == [(tmp_path / "wheels", False), (tmp_path / "kernels", True)]
-    assert [(site / f"{name}.py").is_file() for (site, _), name in zip(installed, ("brought_along", "fla_core"))]
+
+def write_wheel(folder: Path, name: str) -> None:
+    """Write a wheel with one empty module of its own name."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
 
 
 def test_the_driver_needs_the_standard_library_only() -> None:
