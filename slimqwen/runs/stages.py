@@ -1,9 +1,9 @@
 """The stages up to the cut checkpoint. Each reads its method from the recipe in one place, which is hashed and used alike."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.calibration.calibrate import calibrate
@@ -210,8 +210,8 @@ class Pruning(Stage):
 
 
 @dataclass(frozen=True)
-class Refitting(Stage):
-    """`cut`, which `plan` made of `checkpoint`, its output matrices refitted on the text that was calibrated on."""
+class _Fitting(Stage):
+    """A cut checkpoint brought nearer to the one it was cut from, layer by layer, on the text that was calibrated on."""
 
     recipe: Recipe
     cut: Path
@@ -219,65 +219,49 @@ class Refitting(Stage):
     plan: Path
     tokens: Path
 
-    file = "refitted"
-    revision = 1
+    fit: ClassVar[Callable[..., object]]
 
     @property
     def inputs(self) -> Mapping[str, Any]:
         tokens = calibration_sources(self.recipe, self.tokens)
         return {"cut": self.cut, "checkpoint": self.checkpoint, "plan": self.plan, "tokens": tokens}
+
+    def make(self, out: Path, execution: Execution, title: str) -> None:
+        type(self).fit(
+            self.cut,
+            out,
+            teacher=self.checkpoint,
+            plan=self.plan,
+            tokens=calibration_sources(self.recipe, self.tokens),
+            execution=execution,
+            title=title,
+            **self.method,
+        )
+
+
+class Refitting(_Fitting):
+    """`cut`, which `plan` made of `checkpoint`, its output matrices refitted."""
+
+    file = "refitted"
+    revision = 1
+    fit = staticmethod(refit)
 
     @property
     def method(self) -> Mapping[str, Any]:
         return {"text": self.recipe.text.packed, "samples": self.recipe.calibration.samples}
 
-    def make(self, out: Path, execution: Execution, title: str) -> None:
-        refit(
-            self.cut,
-            out,
-            teacher=self.checkpoint,
-            plan=self.plan,
-            tokens=calibration_sources(self.recipe, self.tokens),
-            execution=execution,
-            title=title,
-            **self.method,
-        )
 
-
-@dataclass(frozen=True)
-class Healing(Stage):
-    """`cut`, which `plan` made of `checkpoint`, its layers trained alone on the text that was calibrated on."""
-
-    recipe: Recipe
-    cut: Path
-    checkpoint: Path
-    plan: Path
-    tokens: Path
+class Healing(_Fitting):
+    """`cut`, which `plan` made of `checkpoint`, its layers trained alone."""
 
     file = "healed"
     revision = 1
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        tokens = calibration_sources(self.recipe, self.tokens)
-        return {"cut": self.cut, "checkpoint": self.checkpoint, "plan": self.plan, "tokens": tokens}
+    fit = staticmethod(heal)
 
     @property
     def method(self) -> Mapping[str, Any]:
         assert self.recipe.healing is not None
         return {"text": self.recipe.text.packed, "recipe": self.recipe.healing}
-
-    def make(self, out: Path, execution: Execution, title: str) -> None:
-        heal(
-            self.cut,
-            out,
-            teacher=self.checkpoint,
-            plan=self.plan,
-            tokens=calibration_sources(self.recipe, self.tokens),
-            execution=execution,
-            title=title,
-            **self.method,
-        )
 
 
 def source_settings(data: DataRecipe) -> dict[str, Any]:
