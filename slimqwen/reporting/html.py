@@ -20,7 +20,13 @@ def check_page(out: Path, *run_dirs: Path) -> None:
 
 
 def write_page(template: str, out: Path, **content: Any) -> None:
-    """Render `template` of this folder to `out`; all text in `content` is escaped."""
+    """Render `template` to `out`, with plotly.js in it."""
+    notice, library = plotly_library()
+    write_text(out, render(template, **content, plotly_notice=notice, plotly_library=library))
+
+
+def render(template: str, **content: Any) -> str:
+    """Render `template` of this folder; all text in `content` is escaped, and a name that is not there is an error."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -28,8 +34,7 @@ def write_page(template: str, out: Path, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    notice, library = plotly_library()
-    write_text(out, templates.get_template(template).render(**content, plotly_notice=notice, plotly_library=library))
+    return templates.get_template(template).render(**content)
 
 
 @cache

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from slimqwen.artifacts import write_text
 from slimqwen.families import Config, Family
 from slimqwen.families.axes import Axis, size
 from slimqwen.families.count import parameters
 from slimqwen.families.family import Block
 from slimqwen.recipe import Target
+from slimqwen.reporting.html import render
 from slimqwen.shapes.footprint import BYTES_OF, cached_elements, dtype_of, state_elements
 from slimqwen.shapes.polynomial import Polynomial
 from slimqwen.shapes.target import completed, shape_of
@@ -35,14 +34,8 @@ GPU_GB = {  # nominal memory, 10^9 bytes
 
 def write_planner_page(family: Family, config: Config, target: Target, out: Path) -> None:
     """Write `out`, a self-contained page. The sliders start at `target`, or at the model's own sizes."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("planner.html.j2").render(
+    page = render(
+        "planner.html.j2",
         model_type=family.model_type,
         model=formulas(family, config),
         start=start(family, config, target),

@@ -14,6 +14,7 @@ from slimqwen.reporting.charts.style import ROLE_COLOURS, styled
 RARELY_TO_OFTEN = [[0.0, "#9a4f0c"], [0.5, "#d9dde2"], [1.0, "#0b4f9e"]]
 FEW_TO_MANY = [[0.0, "#d9dde2"], [0.5, "#5d97d6"], [1.0, "#08396f"]]
 LARGEST_MULTIPLE = 3.0  # range of the heat maps' colours, in doublings: 1/8 x to 8 x
+COLORBAR = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 10, "len": 0.9, "outlinewidth": 0}
 ROW_HEIGHT, LARGEST_HEIGHT = 20, 900  # pixels
 
 
@@ -69,12 +70,7 @@ def merge_groups(groups: Mapping[str, Sequence[ExpertGroup]]) -> go.Figure:
         colorscale=FEW_TO_MANY,
         zmin=1,
         colorbar={
-            "orientation": "h",
-            "y": 1.0,
-            "yanchor": "bottom",
-            "thickness": 10,
-            "len": 0.9,
-            "outlinewidth": 0,
+            **COLORBAR,
             "tickformat": "d",
             "title": {"text": "members", "side": "top"},
         },
@@ -112,12 +108,7 @@ def _multiples_of_mean(shares: Mapping[str, Sequence[float]], quantity: str, axi
         zmin=-LARGEST_MULTIPLE,
         zmax=LARGEST_MULTIPLE,
         colorbar={
-            "orientation": "h",
-            "y": 1.0,
-            "yanchor": "bottom",
-            "thickness": 10,
-            "len": 0.9,
-            "outlinewidth": 0,
+            **COLORBAR,
             "tickvals": [-3, -2, -1, 0, 1, 2, 3],
             "ticktext": ["≤⅛×", "¼×", "½×", "1×", "2×", "4×", "≥8×"],
         },
