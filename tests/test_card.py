@@ -13,7 +13,7 @@ from slimqwen.core import strict_yaml
 from slimqwen.core.terminal import visible
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation, Sample
-from slimqwen.recipe import Recipe
+from slimqwen.recipe import HealingRecipe, PruningRecipe, Recipe
 from slimqwen.reporting.card import model_card
 from slimqwen.reporting.markdown import block, code, plain
 from slimqwen.reporting.parentage import Parentage, hub_name, inherited, parentage_of
@@ -78,6 +78,26 @@ def test_front_matter_is_what_the_hub_reads(teacher: Path) -> None:
     }
     assert "| 50.0% | 1.75 |" in card.text and "Benchmarks" not in card.text
     assert "a" * 64 in card.text and "slimqwen run x.yaml" in card.text
+
+
+def test_the_card_describes_refit_and_healing_where_there_were_any(teacher: Path) -> None:
+    plain_recipe = a_recipe(teacher)
+    both = plain_recipe.model_copy(update={"healing": HealingRecipe(samples=2048)})
+    neither = plain_recipe.model_copy(update={"pruning": PruningRecipe(refit_outputs=False)})
+    random = both.model_copy(update={"init": "random"})
+    cards = {
+        name: model_card(recipe, parentage_of(teacher), an_evaluation(), "x", {}).partition("## Use")[0]
+        for name, recipe in {"refit": plain_recipe, "both": both, "neither": neither, "random": random}.items()
+    }
+    refitted = "in closed form, layer by layer, on 1,024 sequences, without training."
+    healed = "residual stream, for 2 epochs of 2,048 sequences."
+    assert {name: (refitted in card, healed in card) for name, card in cards.items()} == {
+        "refit": (True, False),
+        "both": (True, True),
+        "neither": (False, False),
+        "random": (False, False),
+    }
+    assert "slimqwen.\n\n| model |" in cards["neither"]  # and no gap
 
 
 def some_benchmarks(own: str) -> Benchmarks:

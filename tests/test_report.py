@@ -33,6 +33,8 @@ from slimqwen.recipe import (
     DistilRecipe,
     ExpertCompression,
     ExpertImportance,
+    HealingRecipe,
+    PruningRecipe,
     Target,
     WidthCriterion,
 )
@@ -507,6 +509,17 @@ def test_every_criterion_has_its_words(tmp_path: Path, field: str, criterion: st
     if field == "width":
         assert ("96 directions left of the line" in page.text) == (criterion == "rotation")
         assert ("96 channels left of the line" in page.text) == (criterion != "rotation")
+
+
+def test_refit_and_healing_stand_with_the_choices(tmp_path: Path) -> None:
+    write_plans(tmp_path, {1: FINAL})
+    write_recipe(tmp_path)
+    refitted = "matrices of experts and dense MLPs were solved for in closed form, layer by layer, on 1,024 sequences"
+    page = Page(report(tmp_path))
+    assert refitted in page.text and "healed" not in page.text
+    write_recipe(tmp_path, healing=HealingRecipe(samples=48, epochs=1), pruning=PruningRecipe(refit_outputs=False))
+    page = Page(report(tmp_path))
+    assert refitted not in page.text and "residual stream, for 1 epoch of 48 sequences." in page.text
 
 
 # The figures

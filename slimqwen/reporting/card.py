@@ -10,6 +10,7 @@ from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.recipe import BUILTIN_TEACHER, Recipe
+from slimqwen.reporting.after_cut import describe_after_cut
 from slimqwen.reporting.markdown import block, code, plain
 from slimqwen.reporting.parentage import Parentage
 from slimqwen.reporting.titles import MAIN_RUN, title_of
@@ -44,6 +45,7 @@ def model_card(
     teacher = "the built-in teacher of slimqwen" if recipe.teacher == BUILTIN_TEACHER else code(recipe.teacher)
     start = "Pruned from" if recipe.init == "pruned" else "Randomly initialised at a shape cut from"
     training = "with knowledge distillation" if {"kd", "mtp_kd"} & set(recipe.distil.terms) else "on text alone"
+    after_cut = "".join(f"\n{sentence}" for sentence in describe_after_cut(recipe))
     apart = f", MTP module of {this.mtp_parameters:,} apart" if this.mtp_parameters else ""
     hashes = "\n".join(f"- {what}: {code(fingerprint)}" for what, fingerprint in made_from.items())
     return f"""---
@@ -54,7 +56,7 @@ def model_card(
 
 {start} {teacher} to {this.total_parameters:,} parameters ({this.active_parameters:,} active{apart})
 and trained {training} on {recipe.distil.tokens:,} tokens. The method is SlimQwen's (arXiv 2605.08738), as implemented by
-slimqwen.
+slimqwen.{after_cut}
 
 {result_table(evaluation)}
 

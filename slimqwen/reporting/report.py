@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from slimqwen.generation import DEFAULT_DRAFT
+from slimqwen.reporting.after_cut import describe_after_cut
 from slimqwen.reporting.html import check_page, write_page
 from slimqwen.reporting.run_folder import Run
 from slimqwen.reporting.sections import (
@@ -48,6 +49,7 @@ def report(run_dir: Path, out: Path | None = None) -> Path:
         curves=training.draw_curves(run),
         learning_rates=training.learning_rates(run),
         choices=choices.choices(run),
+        after_cut=describe_after_cut(run.recipe),
         utilisation=utilisation.draw_utilisation(run),
         samples=results.list_samples(run),
         times=cost.list_times(run),
