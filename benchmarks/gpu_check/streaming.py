@@ -14,7 +14,7 @@ from slimqwen.builtin import TEACHER
 from slimqwen.calibration import calibrate as calibrate_module
 from slimqwen.checkpoint.config import read_json
 from slimqwen.layerwise.memory import Allotment
-from slimqwen.recipe import CalibrationRecipe, Execution
+from slimqwen.recipe import CalibrationRecipe, Execution, TextSettings
 from slimqwen.training.speed import peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def main() -> None:
                 folder / "statistics.safetensors",
                 tokens=tokens,
                 recipe=CalibrationRecipe(samples=samples),
-                sequence_length=length,
+                text=TextSettings(sequence_length=length),
                 execution=Execution(device=section.device, streaming=True),
             )
             took = time.perf_counter() - started
