@@ -98,11 +98,11 @@ def test_the_changelog_has_every_row() -> None:
 def test_a_recipe_of_old_keys_alone_is_the_new_one(tmp_path: Path) -> None:
     old, new = needed(), needed()
     for row in RENAMED:
-        put(old, row.old, sample(row))
+        if row.old != "distil.warmup_steps":  # given with warmup_tokens it is refused, as it was
+            put(old, row.old, sample(row))
         put(new, row.new, row.convert(sample(row)))
     put(new, "execution.save_every", ["32 steps", "32 tokens", "2.5 min"])
     put(new, "distil.optimizer.betas", [0.5, 0.5])
-    put(new, "distil.warmup", "32 tokens")  # 0.1 refused both
     assert recipe(tmp_path, old) == recipe(tmp_path, new)
 
 
@@ -110,6 +110,22 @@ def test_old_and_new_together_are_refused(tmp_path: Path) -> None:
     values = {**needed(), "device": "cpu", "execution": {"device": "cuda"}}
     with pytest.raises(UserError, match=f"device: is written execution.device since {SINCE}, which is given too"):
         recipe(tmp_path, values)
+
+
+def test_two_old_keys_that_exclude_each_other_are_refused_and_one_as_an_override_replaces_the_other(
+    tmp_path: Path,
+) -> None:
+    steps, tokens = (put(needed(), f"distil.warmup_{unit}", 5) for unit in ("steps", "tokens"))
+    with pytest.raises(UserError, match=r"distil\.warmup_tokens: is written distil\.warmup .* leave out one of them"):
+        recipe(tmp_path, put(put(needed(), "distil.warmup_steps", 5), "distil.warmup_tokens", 100))
+    assert str(recipe(tmp_path, tokens, "distil.warmup_steps=7").distil.warmup) == "7 steps"
+    assert str(recipe(tmp_path, steps, "distil.warmup_tokens=7").distil.warmup) == "7 tokens"
+
+
+def test_of_a_wrong_value_under_an_old_key_the_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"distil\.optimizer\.betas\.0: must be less than 1, is 5"):
+        recipe(tmp_path, put(needed(), "distil.adam_beta1", 5))
+    assert "recipe.yaml: distil.adam_beta1: 5 is written distil.optimizer.betas" in capsys.readouterr().err
 
 
 def test_an_override_in_either_spelling_replaces_either(tmp_path: Path) -> None:
@@ -242,6 +258,10 @@ def test_durations_and_sizes_have_units(tmp_path: Path) -> None:
         ),
         ("1.5 steps", 'execution.save_every.0: there is no part of a step: "1.5 steps"'),
         ("0 steps", "execution.save_every.0: must be more than 0"),
+        ("1e400 tokens", 'execution.save_every.0: "1e400 tokens" is too long: at most 1,000,000,000,000,000 tokens'),
+        ("2,5B tokens", 'execution.save_every.0: write a duration as "500 steps"'),  # 25B by leaving out the comma
+        ("\u0661\u0662 steps", 'execution.save_every.0: write a duration as "500 steps"'),  # Arabic digits
+        ("9" * 5000 + " steps", '999..." is too long'),
         ([], "execution.save_every: must have at least 1 item"),
     ],
 )
@@ -251,6 +271,26 @@ def test_a_wrong_duration_is_a_sentence(value: Any, problem: str, tmp_path: Path
     assert problem in str(refused.value)
     with pytest.raises(UserError, match=r"execution\.evaluate_every: must be in tokens or steps, is 5 min"):
         recipe(tmp_path, {**needed(), "execution": {"evaluate_every": "5 min"}})
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("1e400B", 'must be at most 1,000,000,000,000,000, is "1e400B"'),
+        ("2,5B", 'must be a whole number, such as 8192, 2M or 400B, is "2,5B"'),
+        ("9" * 5000, "must be at most 1,000,000,000,000,000"),
+        ("x" * 5000, 'xxx..."'),
+    ],
+)
+def test_a_wrong_count_is_a_sentence(value: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        recipe(tmp_path, {**needed(), "distil": {"tokens": value}})
+    assert problem in str(refused.value) and len(str(refused.value)) < 400
+
+
+def test_thousands_may_be_parted(tmp_path: Path) -> None:
+    for text in ("2,000,000", "2_000_000", "2M", "2000K", "2e6"):
+        assert recipe(tmp_path, {**needed(), "distil": {"tokens": text}}).distil.tokens == 2_000_000
 
 
 def test_a_word_alone_is_the_kind_of_a_section(tmp_path: Path) -> None:

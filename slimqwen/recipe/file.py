@@ -95,12 +95,12 @@ def load_recipe(
         recipe = model.model_validate_json(_to_json(values), strict=True)
     except ValidationError as error:
         problems += [_explain(problem, model) for problem in error.errors()]
+    given = {override.partition("=")[0] for override in overrides}
+    for line in () if quiet else renamed:  # before the problems too, which are in today's words
+        warn(f"{'--set' if line.partition(':')[0] in given else path.name}: {line}")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{path} has {count}:", *problems)
-    given = {override.partition("=")[0] for override in overrides}
-    for line in () if quiet else renamed:
-        warn(f"{'--set' if line.partition(':')[0] in given else path.name}: {line}")
     return recipe
 
 

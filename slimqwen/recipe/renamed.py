@@ -21,10 +21,6 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _last(first: Any, second: Any) -> Any:
-    return second
-
-
 def _in(unit: str) -> Callable[[Any], Any]:
     """Return the conversion of a number into a duration; what is no number stays, for the validation to refuse."""
     return lambda value: f"{value} {unit}" if isinstance(value, (int, float)) else value
@@ -57,13 +53,13 @@ class Renamed:
     """A key that has another name, or another place.
 
     old, new: dotted, as in a `Recipe`. convert: the value of `new` for a value of `old`. join: of two old keys that are one
-    now, the value for both. as_list: `new` is a list, to which each old key adds an item.
+    now, the value for both; None: they cannot both be given. as_list: `new` is a list, to which each old key adds an item.
     """
 
     old: str
     new: str
     convert: Callable[[Any], Any] = _same
-    join: Callable[[Any, Any], Any] = _last
+    join: Callable[[Any, Any], Any] | None = None
     as_list: bool = False
 
 
@@ -158,10 +154,16 @@ def _local(key: str, model: type[BaseModel]) -> str | None:
 
 
 def make_room(values: Values, key: str, model: type[BaseModel]) -> None:
-    """Remove from `values` what an override of `key` replaces under the key's other spelling."""
-    for row in rows_for(model):
-        if row.new and (key == row.old or key == row.new):
-            _pop(values, row.new if key == row.old else row.old)
+    """Remove from `values` what an override of `key` replaces under the key's other spellings."""
+    rows = [row for row in rows_for(model) if row.new]
+    for row in rows:
+        if key == row.old:
+            _pop(values, row.new)
+            others = (other.old for other in rows if other.new == row.new and other.old != key)
+            for other in others if row.join is None and not row.as_list else ():
+                _pop(values, other)
+        elif key == row.new:
+            _pop(values, row.old)
 
 
 def translate(values: Values, model: type[BaseModel]) -> tuple[list[str], list[str]]:
@@ -177,7 +179,7 @@ def translate(values: Values, model: type[BaseModel]) -> tuple[list[str], list[s
         found = _pop(values, row.old)
         if found is None or found[0] is None:
             continue
-        problem = _problem_of(row, values)
+        problem = _problem_of(row, values, moved)
         if problem is not None:
             problems.append(problem)
             continue
@@ -194,12 +196,16 @@ def translate(values: Values, model: type[BaseModel]) -> tuple[list[str], list[s
     return warnings, problems
 
 
-def _problem_of(row: Renamed, values: Values) -> str | None:
+def _problem_of(row: Renamed, values: Values, moved: Values) -> str | None:
     """Return why the old key of a row cannot be given its new name; None where it can."""
     if not row.new:
         return f"{row.old}: is a key of the whole recipe since {SINCE}, not of this section: leave it out here"
     if _find(values, row.new) is not None:
         return f"{row.old}: is written {row.new} since {SINCE}, which is given too: leave out {row.old}"
+    if row.new in moved and row.join is None and not row.as_list:
+        return (
+            f"{row.old}: is written {row.new} since {SINCE}, and so is another key that is given: leave out one of them"
+        )
     return None
 
 
@@ -207,7 +213,7 @@ def _joined(row: Renamed, moved: Values, new: Any) -> Any:
     """Return the value of the new key, together with that of another old key that is the same now."""
     if row.as_list:
         return [*moved.get(row.new, []), new]
-    return row.join(moved[row.new], new) if row.new in moved else new
+    return row.join(moved[row.new], new) if row.join is not None and row.new in moved else new
 
 
 def _write_out_method(values: Values, model: type[BaseModel], warnings: list[str], problems: list[str]) -> None:

@@ -20,9 +20,10 @@ UNITS: dict[str, tuple[Unit, float]] = {
     **dict.fromkeys(("min", "minute", "minutes"), ("min", 1)),
     **dict.fromkeys(("h", "hour", "hours"), ("min", 60)),
 }
-NUMBER = r"(\d[\d_,]*(?:\.\d+)?(?:[eE][+-]?\d+)?)"
-COUNT = re.compile(rf"{NUMBER}\s*([KMBT]?)")
-DURATION = re.compile(rf"{NUMBER}\s*([KMBT]?)\s*([a-z]+)")
+# Commas part thousands only: "2,5B" is no 25B, nor is it clear that it is 2.5B.
+NUMBER = r"((?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?(?:[eE][+-]?\d+)?)"
+COUNT = re.compile(rf"{NUMBER}\s*([KMBT]?)", re.ASCII)
+DURATION = re.compile(rf"{NUMBER}\s*([KMBT]?)\s*([a-z]+)", re.ASCII)
 
 
 class Duration:
@@ -37,14 +38,14 @@ class Duration:
         found = DURATION.fullmatch(text.strip())
         unit, factor = UNITS.get(found[3], (None, 0.0)) if found else (None, 0.0)
         if found is None or unit is None:
-            raise ValueError(f'write a duration as "500 steps", "2B tokens" or "30 min", not "{text}"')
+            raise ValueError(f'write a duration as "500 steps", "2B tokens" or "30 min", not {_quoted(text)}')
         amount = _number(found[1]) * THOUSANDS[found[2]] * factor
+        if not 0 <= amount <= MOST:
+            raise ValueError(f"{_quoted(text)} is too long: at most {MOST:,} {unit}")
         if unit != "min":
             if amount != int(amount):
-                raise ValueError(f'there is no part of a {unit[:-1]}: "{text}"')
+                raise ValueError(f"there is no part of a {unit[:-1]}: {_quoted(text)}")
             amount = int(amount)
-        if not 0 <= amount <= MOST:
-            raise ValueError(f'"{text}" is too long: at most {MOST:,} {unit}')
         return cls(amount, unit)
 
     def __str__(self) -> str:
@@ -92,6 +93,10 @@ def in_units(*units: Unit, zero: bool = False) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _quoted(text: str) -> str:
+    return f'"{text}"' if len(text) <= 80 else f'"{text[:77]}..."'
+
+
 def _number(text: str) -> float:
     return float(text.replace(",", "").replace("_", ""))
 
@@ -102,8 +107,10 @@ def _count(value: Any) -> Any:
         return value
     found = COUNT.fullmatch(value.strip())
     number = _number(found[1]) * THOUSANDS[found[2]] if found else 0.5
+    if number > MOST:
+        raise ValueError(f"must be at most {MOST:,}, is {_quoted(value)}")
     if number != int(number):
-        raise ValueError(f'must be a whole number, such as 8192, 2M or 400B, is "{value}"')
+        raise ValueError(f"must be a whole number, such as 8192, 2M or 400B, is {_quoted(value)}")
     return int(number)
 
 
