@@ -295,6 +295,40 @@ def test_a_signal_to_one_rank(folder: Path, tmp_path: Path, number: signal.Signa
         assert len(files) == 2 and len(parameters) == len(moments) > 30
 
 
+def train_until_a_signal(folder: Path, out: Path, forward: int) -> None:
+    """Train with four micro-batches a rank; the second rank gets SIGTERM in its forward pass number `forward`."""
+    original, calls = trainer.Trainer.forward, []
+
+    def forward_or_signal(self: Trainer, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == forward and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    trainer.Trainer.forward = forward_or_signal  # type: ignore[method-assign]
+    train(folder, out, FOUR_MICRO_BATCHES)
+
+
+FOUR_MICRO_BATCHES = {"batch_size": 8, "micro_batch_size": 1}
+
+
+def test_a_signal_ends_a_step_between_micro_batches_on_both_ranks(folder: Path, tmp_path: Path) -> None:
+    """Two steps, each of 4 forward passes that count experts and 4 that train; one rank gets the signal, both leave the step out."""
+    expected = tmp_path / "expected" / "out"
+    run_ranks(2, train, folder, expected, FOUR_MICRO_BATCHES)
+    # While the first step counts, while the second counts and while it trains: the exchange takes a micro-batch more.
+    for forward, steps in ((2, 0), (8 + 2, 1), (8 + 5, 1)):
+        out = tmp_path / str(forward) / "out"
+        codes, said = Ranks(2, train_until_a_signal, folder, out, forward).end()
+        assert codes == [75, 75], said
+        assert f"stopped by SIGTERM after step {steps}, state saved" in said
+        (state,) = (out.parent / ".out.state").glob("step-*")
+        assert state.name == f"step-{steps:09d}"
+        run_ranks(2, train, folder, out, FOUR_MICRO_BATCHES)
+        assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+        assert metrics(out) == metrics(expected)
+
+
 def train_all_the_while(folder: Path, out: Path, terms: list[str]) -> None:
     """Train 60 steps while states are written all the time, and stop for held-out text at every third."""
     heldout.PROMPTS, heldout.NEW_TOKENS = 2, 4

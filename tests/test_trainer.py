@@ -357,6 +357,42 @@ def test_sigterm_saves_the_state_and_the_same_command_continues(
     assert same_weights(tmp_path / "out", uninterrupted)
 
 
+@pytest.mark.parametrize(
+    ("forward", "steps"),
+    [
+        (2 * 8 + 3, 2),  # while the experts of the third step are counted: 4 forwards, then 4 that train
+        (2 * 8 + 6, 2),  # in the middle of its backward passes
+        (2 * 8 + 8, 3),  # in the last of them: the step is complete
+        (1, 0),  # nothing is trained yet
+    ],
+)
+def test_sigterm_ends_a_step_between_two_micro_batches(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: int, steps: int
+) -> None:
+    """The half-made step is left out: the state is that of the last complete one, which is written once."""
+    changes = {"micro_batch_size": 1, "terms": ["lm", "kd"]}
+    expected = train(folder, tmp_path / "expected" / "out", **changes)
+    calls: list[int] = []
+    original = Trainer.forward
+
+    def forward_or_signal(self: Trainer, batch: Any) -> Any:
+        calls.append(len(batch.tokens))
+        if len(calls) == forward:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "forward", forward_or_signal)
+        with pytest.raises(Preempted, match=f"after step {steps}, state saved"):
+            train(folder, tmp_path / "out", **changes)
+    assert len(calls) == forward and set(calls) == {1}  # not one more micro-batch
+    newest = max(path.name for path in (tmp_path / ".out.state").glob("step-*"))
+    assert newest == f"step-{steps:09d}"
+    train(folder, tmp_path / "out", **changes)
+    assert same_weights(tmp_path / "out", expected)
+    assert metrics(tmp_path) == metrics(expected.parent)
+
+
 def test_states_are_saved_by_the_clock_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_at(4, monkeypatch, kill)
     with pytest.raises(Killed):

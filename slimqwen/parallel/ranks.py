@@ -1,6 +1,6 @@
 """Many processes train one model: the ranks, their mesh, and every `fully_shard` call (PyTorch's FSDP2)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -67,6 +67,19 @@ class Ranks:
         found = torch.tensor(number)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
+
+    def begin_largest(self, number: int) -> Callable[[], int]:
+        """Begin `largest`, and return a function that waits for its result: the exchange goes on while the caller works."""
+        if self.mesh is None:
+            return lambda: number
+        found = torch.tensor(number)
+        exchange = dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True)
+
+        def finish() -> int:
+            exchange.wait()
+            return int(found)
+
+        return finish
 
     def wait(self) -> None:
         """Block until every rank has called this."""

@@ -26,7 +26,7 @@ from slimqwen.recipe import AUTO_REFERENCE, BadSteps, DistilRecipe, DocumentBoun
 from slimqwen.training.cached_teacher import CachedTeacher
 from slimqwen.training.course import Course
 from slimqwen.training.heldout import evaluation_mode, measure_losses
-from slimqwen.training.interrupt import defer_interrupts
+from slimqwen.training.interrupt import Interrupts, StepInterrupted, defer_interrupts
 from slimqwen.training.rate_search import FACTOR, lowest_point, next_exponent
 from slimqwen.training.teacher import Teacher
 from slimqwen.training.trainer import Span, Trainer
@@ -235,6 +235,7 @@ def train_fork(
     values = dict.fromkeys(IN_WORDS, inf)
     try:
         with defer_interrupts(start.ranks) as interrupted, _progress(start, steps, title) as progress:
+            fork.interrupts = Interrupts(start.ranks, interrupted)
             for step in steps:
                 loss = fork.step(step)["loss"]
                 if progress is not None:
@@ -243,6 +244,8 @@ def train_fork(
         with evaluation_mode(fork):
             found = measure_losses(fork, rows, teacher)
         values |= {name: found[name] for name in IN_WORDS if name in found and isfinite(found[name])}
+    except StepInterrupted as stopped:
+        _raise_if_interrupted(stopped.signal_number)
     except StageFailed:  # a step whose loss or gradient was not finite, the same on all ranks
         pass
     fork.optimizer.zero_grad(set_to_none=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import Preempted
@@ -12,7 +13,7 @@ from slimqwen.core.progress import Progress, say
 from slimqwen.core.warning import warn
 from slimqwen.training.guard import GuardRecord, Rollback
 from slimqwen.training.heldout import HeldOut
-from slimqwen.training.interrupt import defer_interrupts
+from slimqwen.training.interrupt import Interrupts, StepInterrupted, defer_interrupts
 from slimqwen.training.metrics import MetricsLog
 from slimqwen.training.speed import Speed
 from slimqwen.training.state import States
@@ -26,8 +27,9 @@ def train(
 ) -> None:
     """Train to the end of the trainer's span, from the saved state if there is one.
 
-    Ctrl-C and SIGTERM, on any rank, take effect between two steps: the state is saved, then all ranks raise
-    KeyboardInterrupt or Preempted. A bad step takes the training back to its last saved state where the recipe sets that.
+    Ctrl-C and SIGTERM, on any rank, take effect between two micro-batches: a step that is not complete is left out, the state
+    after the steps before it is saved, then all ranks raise KeyboardInterrupt or Preempted. A bad step takes the training
+    back to its last saved state where the recipe sets that.
 
     heldout: the text to measure on meanwhile, at the intervals of `execution.evaluate_every`.
     """
@@ -35,6 +37,7 @@ def train(
     speed = Speed(trainer)
     trainer.student.model.train()
     with defer_interrupts(ranks) as interrupted, _open_states(trainer, state_folder) as states, metrics:
+        trainer.interrupts = Interrupts(ranks, interrupted)
         step = _begin(trainer, states)
         saving = Saving(trainer, states, interrupted)
         if ranks.is_first:
@@ -50,6 +53,8 @@ def train(
                         metrics.rewind(step)
                         progress.go_back(course.tokens(bad_step) - course.tokens(step))
                     continue
+                except StepInterrupted as stopped:
+                    saving.stop(step, stopped.signal_number)
                 tokens = course.tokens(step + 1) - course.tokens(step)
                 values |= speed.log_entry(tokens, time.perf_counter() - started)
                 values["tokens"] = course.tokens(step + 1)
@@ -83,16 +88,24 @@ class Saving:
         stop = ranks.largest(self._interrupted())
         minutes_due = ranks.largest(self._minutes_are_over())
         is_due = any(trainer.course.is_due(step, every) for every in trainer.execution.save_every)
-        is_over = stop or step + 1 == trainer.span.end_step
+        is_over = step + 1 == trainer.span.end_step
+        if stop:
+            self.stop(step + 1, stop)
         if is_over or minutes_due or is_due:
             states.save(step + 1, trainer.guard.record())
             self._saved_at = time.monotonic()
         if is_over:
             states.finish()
-        if stop == signal.SIGTERM:
-            raise Preempted(f"stopped by SIGTERM after step {step + 1}, state saved: the same command continues.")
-        if stop:
-            raise KeyboardInterrupt
+
+    def stop(self, steps: int, signal_number: int) -> NoReturn:
+        """Save the state after `steps` steps, unless it is saved, and raise what `signal_number` stands for. All ranks must call it."""
+        self._states.finish()
+        if self._states.newest() != steps:
+            self._states.save(steps, self._trainer.guard.record())
+            self._states.finish()
+        if signal_number == signal.SIGTERM:
+            raise Preempted(f"stopped by SIGTERM after step {steps}, state saved: the same command continues.")
+        raise KeyboardInterrupt
 
     def _minutes_are_over(self) -> bool:
         """Return whether it is time to save, by this process's clock."""

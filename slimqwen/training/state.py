@@ -143,16 +143,22 @@ class States:
     def load(self) -> tuple[int, GuardRecord] | None:
         """Load the newest state into parameters and optimiser; return its step and the guard's record, or None without one."""
         self.finish()
-        saved = self._saved()
-        newest = self.ranks.broadcast(saved[-1].name if self.ranks.is_first and saved else None)
-        if newest is None:
+        step = self.newest()
+        if step is None:
             return None
+        newest = _name(step)
         reader = dcp.HuggingFaceStorageReader(str(self.folder / newest))
         tensors = _named_tensors(self.parameters, self.optimizer)
         dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self.ranks.mesh is None)
         record = self.ranks.broadcast((self.folder / newest / GUARD_FILE).read_text() if self.ranks.is_first else None)
         assert record is not None
-        return int(newest.removeprefix("step-")), GuardRecord.model_validate_json(record)
+        return step, GuardRecord.model_validate_json(record)
+
+    def newest(self) -> int | None:
+        """Return the steps of the newest complete state, as the first rank sees it; None without one. All ranks must call it."""
+        saved = self._saved() if self.ranks.is_first else []
+        newest = self.ranks.broadcast(saved[-1].name if saved else None)
+        return None if newest is None else int(newest.removeprefix("step-"))
 
     def replace_guard(self, step: int, guard: GuardRecord) -> None:
         """Replace the guard's record in a state that is already saved."""

@@ -30,6 +30,7 @@ from slimqwen.training import schedules
 from slimqwen.training.average import Average
 from slimqwen.training.course import compute_course
 from slimqwen.training.guard import Guard
+from slimqwen.training.interrupt import Interrupts
 from slimqwen.training.optimizer import build_optimizer, freeze_untrained, parts_of, set_learning_rate
 from slimqwen.training.teacher import Teacher
 
@@ -89,6 +90,7 @@ class Trainer:
         self.course = compute_course(recipe, stream.sequence_length, span.total_steps)
         self.ranks = ranks
         self.guard = Guard(execution.bad_steps.spike_factor)
+        self.interrupts = Interrupts()  # of the loop that makes the steps; none by default
         self.micro_batch_size = execution.micro_batch_size or recipe.batch_size
         self.divergence = Divergence(recipe.divergence.kind, recipe.divergence.temperature, recipe.divergence.beta)
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
@@ -109,7 +111,7 @@ class Trainer:
         """Make one optimiser step over its rows (`Course`); return the means of its loss terms and its settings.
 
         A bad step (`Guard`) makes no update: it is left out, or StageFailed or BadStep is raised, as
-        `execution.bad_steps` says.
+        `execution.bad_steps` says. Raises StepInterrupted between two micro-batches where a rank got a signal.
         """
         recipe = self.recipe
         progress = self.course.progress(step)
@@ -133,7 +135,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: LossSums | None = None
         losses = torch.zeros(2, device=self.device)  # the loss and, before its coefficient, its load-balancing part
-        for micro_batch in micro_batches:
+        for micro_batch in self.interrupts.between(micro_batches):
             if self.ranks.mesh is not None:  # between copies of the model (`shard_ranks`) gradients cross once a step
                 fully_sharded(self.student.model).set_requires_all_reduce(micro_batch is micro_batches[-1])
             loss, micro_sums, balance = self.backward(micro_batch, weights, counts, main_targets)
@@ -223,7 +225,7 @@ class Trainer:
         forward, and only where a step has several micro-batches; it makes any cut of the batch the same step.
         """
         totals: list[torch.Tensor] | None = None
-        for batch in micro_batches:
+        for batch in self.interrupts.between(micro_batches):
             predictions, routing = self.forward(batch)
             counts = [expert_counts(seen.experts, predictions.main_mask, seen.logits.shape[-1]) for seen in routing]
             totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
