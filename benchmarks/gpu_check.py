@@ -306,11 +306,14 @@ def shown(numbers: list[str]) -> list[str]:
 
 
 def first_line(text: str | None) -> Iterable[str]:
+    """Return the first line of a reason."""
     return [text.strip().splitlines()[0]] if text and text.strip() else []
 
 
 def last_line(text: str | None) -> Iterable[str]:
-    return [text.strip().splitlines()[-1]] if text and text.strip() else []
+    """Return the last line of what a section printed; nothing where that is a part's own line, which has its row."""
+    lines = text.strip().splitlines() if text else []
+    return lines[-1:] if lines and not lines[-1].startswith("{") else []
 
 
 def in_digits(value: object) -> str:
