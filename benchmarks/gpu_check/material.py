@@ -36,11 +36,11 @@ def write_student(folder: Path) -> Path:
     return out
 
 
-def recipe_of(steps: int, batch_size: int = 2) -> DistilRecipe:
+def recipe_of(steps: int, batch_size: int = 2, sequence_length: int = SEQUENCE_LENGTH) -> DistilRecipe:
     """Return a distillation of a few steps with all four terms."""
     return DistilRecipe.model_validate(
         {
-            "tokens": steps * batch_size * SEQUENCE_LENGTH,
+            "tokens": steps * batch_size * sequence_length,
             "batch_size": batch_size,
             "terms": ["lm", "kd", "mtp_lm", "mtp_kd"],
             "learning_rate": 1e-3,
