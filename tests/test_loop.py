@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from settings import sections
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import write_tiny_checkpoint, write_tiny_tokens
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import Preempted, StageFailed, UserError
@@ -29,7 +30,7 @@ from slimqwen.model.model import load
 from slimqwen.model.peaks import peak_of
 from slimqwen.recipe import DistilRecipe, TextSettings
 from slimqwen.shapes.footprint import forward_flops
-from slimqwen.training import heldout, loggers, speed
+from slimqwen.training import heldout, loggers, speed, state
 from slimqwen.training.distil import distil
 from slimqwen.training.guard import FEWEST, WINDOW, Guard, GuardRecord, Rollback
 from slimqwen.training.inputs import TrainingInputs
@@ -147,6 +148,28 @@ def test_training_goes_on_while_a_state_is_written(folder: Path, tmp_path: Path,
     saved = load_file(file)
     assert weights[0] and all(torch.equal(saved[f"parameter.{name}"], tensor) for name, tensor in weights[0].items())
     train(folder, tmp_path / "out")
+    assert same_weights(tmp_path / "out", expected) and metrics(tmp_path / "out") == metrics(expected)
+
+
+@pytest.mark.parametrize("release", [(2, 11, 0), (2, 13, 0)])
+def test_states_are_written_with_a_stager_that_closes_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path, release: tuple[int, ...]
+) -> None:
+    """As PyTorch's of 2.11 and 2.12 does after one state. Where it is taken for one that does not, the second state fails."""
+    stage = DefaultStager._stage
+
+    def stage_and_close(self: DefaultStager, tensors: Any, **options: Any) -> Any:
+        copies = stage(self, tensors, **options)
+        self._state_dict_stager.close()
+        return copies
+
+    monkeypatch.setattr(DefaultStager, "_stage", stage_and_close)
+    monkeypatch.setattr(state, "release", lambda package: release)
+    if release >= state.REUSABLE_STAGER:
+        with pytest.raises(KeyError):
+            train(folder, tmp_path / "out", async_save=True)
+        return
+    train(folder, tmp_path / "out", async_save=True)
     assert same_weights(tmp_path / "out", expected) and metrics(tmp_path / "out") == metrics(expected)
 
 

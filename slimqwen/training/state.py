@@ -23,11 +23,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from slimqwen.artifacts import atomic_folder, discard, rewrite_text, write_text
+from slimqwen.core.versions import release
 from slimqwen.parallel.ranks import TIMEOUT, Ranks
 from slimqwen.training.guard import GuardRecord
 
 FILE_BYTES = 2 << 30  # of a rank's shards per file; a file is in memory a second time while it is written
 GUARD_FILE = "guard.json"
+REUSABLE_STAGER = (
+    2,
+    13,
+)  # of PyTorch: in 2.11 and 2.12 a DefaultStager fails on its second state (pytorch issue 183413)
 STATE_NAME = re.compile(r"step-\d{9,}")
 
 
@@ -36,7 +41,7 @@ class States:
 
     asynchronous: training goes on while a state is written. It waits only for a copy into this process's memory (pinned
         where there is a GPU), which is as large as the process's share of the state (`copy_bytes`) and is reused for the
-        next one. One state is written at a time: saving waits for the one before.
+        next one (from PyTorch 2.13 on). One state is written at a time: saving waits for the one before.
 
     A context manager: leaving it waits for the state that is being written.
     """
@@ -59,6 +64,7 @@ class States:
         # A process group of its own, so that the messages of a save do not mix with those of the training.
         self._group = None if ranks.mesh is None else dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._stager = _build_stager(parameters) if asynchronous else None
+        self._reuses_stager = release("torch") >= REUSABLE_STAGER
         self._writing: Future[object] | None = None
         self._open = ExitStack()  # the folder being written, on the first rank
         self._quiet = warnings.catch_warnings()
@@ -104,6 +110,8 @@ class States:
         writer = dcp.HuggingFaceStorageWriter(opened, _file_numbers(tensors, self.ranks), save_distributed=True)
         alone, group = self.ranks.mesh is None, self._group
         if self._stager is not None:
+            if not self._reuses_stager:
+                self._stager = _build_stager(self.parameters)
             writing = dcp.async_save(
                 tensors, async_stager=self._stager, storage_writer=writer, process_group=group, no_dist=alone
             )
