@@ -13,7 +13,7 @@ from tiny import canonical, fused, put_json, tiny_tensors, tiny_tokens, transfor
 from tiny_families import GLM4_MOE as GLM_NATIVE
 from tiny_families import QWEN3_5_MOE as WRAPPER_NATIVE
 from tiny_families import QWEN3_5_MOE_TEXT as TEXT_NATIVE
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5MoeForConditionalGeneration
 from transformers.modeling_layers import MtpModel
 
@@ -52,6 +52,24 @@ def cut(source: Path, out: Path, layers: list[int], hidden: list[int], experts: 
 
 
 # --- MTP --------------------------------------------------------------------------------------------------------------
+
+
+def test_mtp_gives_a_rotary_table_of_three_axes_three_positions(tmp_path: Path) -> None:
+    """That of Transformers 5.17 takes nothing else; later ones repeat positions [1, seq] themselves."""
+    model = load(write_tiny_checkpoint(tmp_path / "checkpoint", native=TEXT_NATIVE))
+    decoder = model.backbone.get_decoder()
+
+    class OfThreeAxes(nn.Module):
+        mrope_section = decoder.rotary_emb.mrope_section
+
+        def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+            assert position_ids.shape == (3, 1, TOKENS.shape[1] - 1)
+            return decoder.rotary_emb(x, position_ids)
+
+    with torch.no_grad():
+        hidden = model(TOKENS)
+        found = model.mtp(hidden.main, decoder.embed_tokens(TOKENS[:, 1:]), OfThreeAxes())
+    assert torch.equal(found, hidden.mtp)
 
 
 @pytest.mark.parametrize("native", [TEXT_NATIVE, WRAPPER_NATIVE, GLM_NATIVE], ids=lambda native: native["model_type"])

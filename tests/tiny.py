@@ -238,4 +238,16 @@ def transformers_mtp_hidden(backbone: PreTrainedModel, tensors: dict[str, Tensor
     inputs = tokens[:, :-1]
     hidden = backbone.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
     positions = torch.arange(inputs.shape[1]).unsqueeze(0)
-    return module.eval().forward_layer(0, hidden, positions, None, input_ids=tokens[:, 1:])
+    if hasattr(module, "forward_layer"):
+        return module.eval().forward_layer(0, hidden, positions, None, input_ids=tokens[:, 1:])
+    # In Transformers 5.17 these steps are part of `forward`, which goes on to draft tokens.
+    embeddings = module.embed_tokens(tokens[:, 1:])
+    by_axis = positions.expand(3, -1, -1) if hasattr(module.rotary_emb, "mrope_section") else positions
+    return module.eval().layers[0](
+        embeddings,
+        hidden,
+        position_embeddings=module.rotary_emb(embeddings, position_ids=by_axis),
+        position_ids=positions,
+        past_key_values=None,
+        **module.create_masks_for_mtp_layer(0, embeddings, None, positions),
+    )

@@ -74,9 +74,17 @@ class MtpModule(nn.Module):
         for layer in self.layers:
             x = layer(
                 x,
-                position_embeddings=rotary(x, position_ids),
+                position_embeddings=rotary(x, _positions_by_axis(rotary, position_ids)),
                 attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
             )
         return self.norm(x)
+
+
+def _positions_by_axis(rotary: nn.Module, position_ids: torch.Tensor) -> torch.Tensor:
+    """Return positions [1, seq] as this rotary table takes them: [3, 1, seq] where it has the axes time, height and width.
+
+    In text the three are equal. Newer releases of Transformers repeat them themselves, 5.17 does not.
+    """
+    return position_ids.expand(3, -1, -1) if hasattr(rotary, "mrope_section") else position_ids
