@@ -1,6 +1,7 @@
 """Which kernels a device has, what is said where one is missing, and experts that autocast would otherwise pass by."""
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 
@@ -9,10 +10,20 @@ import torch
 from tiny import canonical, tiny_config, write_tiny_checkpoint
 from tiny_families import QWEN3_MOE
 
+from slimqwen.core import versions
 from slimqwen.core.errors import UserError
 from slimqwen.families import FAMILIES
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.model.kernels import BATCHED_EXPERTS, announce_slow, batched_experts_forward, kernels_of
+from slimqwen.model import kernels
+from slimqwen.model.kernels import (
+    BATCHED_EXPERTS,
+    announce_slow,
+    announce_zeroed_gradients,
+    batched_experts_forward,
+    check_gradients,
+    kernels_of,
+    leaves_gradients_unset,
+)
 from slimqwen.model.model import MtpCausalLM, initialise, load
 
 pytestmark = pytest.mark.rounding
@@ -131,3 +142,85 @@ def test_a_size_that_the_grouped_product_does_not_take(tmp_path: Path, changes: 
     batched_experts_forward(experts, hidden, choice, torch.ones(2, 1))  # float32 takes multiples of 4
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="hidden size is a multiple of 8"):
         batched_experts_forward(experts, hidden, choice, torch.ones(2, 1))
+
+
+# --- releases that do not work together -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "packages", "refused"),
+    [
+        ((9, 0), "3.6.0", {"fla-core": "0.6.0"}, "Triton 3.6.0 computes wrong gradients.*flash-linear-attention 0.6.0"),
+        ((9, 0), "3.7.0", {"flash-linear-attention": "0.3.2"}, "Triton 3.7.0 .*flash-linear-attention 0.3.2"),
+        ((9, 0), "3.7.1", {"fla-core": "0.6.0"}, None),  # of PyTorch 2.12.1
+        ((9, 0), "3.3.1", {"fla-core": "0.4.0"}, None),
+        ((8, 0), "3.6.0", {"fla-core": "0.6.0"}, None),  # an A100
+        ((9, 0), "3.6.0", {"fla-core": "0.6.0", "tilelang": "0.1.6"}, None),  # which computes in Triton's place
+        ((9, 0), "3.6.0", {"fla-core": "0.5.2", "tilelang": "0.1.6"}, "Triton 3.6.0"),
+        ((9, 0), "3.6.0", {}, None),  # the reference code
+    ],
+)
+def test_wrong_gradients_of_deltanet_are_refused(
+    hopper: pytest.MonkeyPatch, capability: tuple[int, int], triton: str, packages: dict[str, str], refused: str | None
+) -> None:
+    installed = packages | {"triton": triton}
+    hopper.setattr(versions, "version", lambda name: installed.get(name) or missing(name))
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if packages:
+        hopper.setitem(sys.modules, PACKAGES[0], ModuleType(PACKAGES[0]))
+    check_gradients(FAMILIES["qwen3_moe"], canonical(QWEN3_MOE), GPU)  # has no DeltaNet
+    check_gradients(QWEN3_NEXT, tiny_config(), torch.device("cpu"))
+    if refused is None:
+        check_gradients(QWEN3_NEXT, tiny_config(), GPU)
+        return
+    with pytest.raises(UserError, match=refused):
+        check_gradients(QWEN3_NEXT, tiny_config(), GPU)
+
+
+def missing(name: str) -> str:
+    raise PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize(
+    ("written", "release"), [("2.11.0+cpu", (2, 11, 0)), ("2.13.0rc1", (2, 13, 0)), ("5.17", (5, 17)), ("", ())]
+)
+def test_releases_are_numbers(monkeypatch: pytest.MonkeyPatch, written: str, release: tuple[int, ...]) -> None:
+    monkeypatch.setattr(versions, "version", lambda name: written or missing(name))
+    assert versions.release("torch") == release
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_experts_without_a_token_get_no_gradient_where_the_product_leaves_it_unset(
+    hopper: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], autocast: bool
+) -> None:
+    """As on Blackwell: what the product leaves in the memory of their gradients is nan here."""
+    model = initialise(tiny_config(num_hidden_layers=1, layer_types=["full_attention"]), seed=0)
+    tokens = torch.randint(300, (1, 2), generator=torch.Generator().manual_seed(0))  # a token: most experts have none
+    expected = gradients(model, BATCHED_EXPERTS, tokens, autocast)
+    product = torch.nn.functional.grouped_mm
+
+    def unset(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        empty = offs.diff(prepend=offs.new_zeros(1)) == 0
+        weight = weight.view_as(weight)
+        weight.register_hook(lambda gradient: torch.where(empty[:, None, None], torch.nan, gradient))
+        return product(x, weight, offs=offs)
+
+    hopper.setattr(torch.nn.functional, "grouped_mm", unset)
+    unmended = gradients(model, BATCHED_EXPERTS, tokens, autocast)
+    assert any(gradient.isnan().any() for gradient in unmended.values())
+    hopper.setattr(kernels, "leaves_gradients_unset", lambda device: True)
+    mended = gradients(model, BATCHED_EXPERTS, tokens, autocast)
+    assert mended.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(mended[name], gradient), name
+
+    announce_zeroed_gradients(QWEN3_NEXT, tiny_config(), GPU)
+    assert "experts without a token" in capsys.readouterr().err
+
+
+def test_which_gpus_leave_gradients_unset(hopper: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    announce_zeroed_gradients(QWEN3_NEXT, tiny_config(), GPU)
+    assert not leaves_gradients_unset(GPU) and not leaves_gradients_unset(torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert leaves_gradients_unset(GPU)

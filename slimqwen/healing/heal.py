@@ -11,6 +11,7 @@ from slimqwen.calibration.statistics import Part
 from slimqwen.core.errors import UserError
 from slimqwen.healing.layers import ARITHMETIC, Healing, Split
 from slimqwen.model.device import reproducible
+from slimqwen.model.kernels import check_gradients
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution, HealingRecipe, TextSettings
 from slimqwen.refit.pair import Pair
@@ -54,6 +55,7 @@ def heal(
     budget = execution.memory_budget // HELD_FOR_GRADIENTS
     passes = execution.model_copy(update={"batch_size": recipe.batch_size, "memory_budget": budget})
     pair = Pair(student, teacher, plan=plan, tokens=tokens, text=text, samples=recipe.samples, execution=passes)
+    check_gradients(pair.student.family, pair.student.config, pair.device)
     split = _split(pair)
     layers = out.with_name(f"{out.name}.layers")
     key = fingerprint_value(

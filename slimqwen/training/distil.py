@@ -23,7 +23,7 @@ from slimqwen.data.store import training_stream
 from slimqwen.data.stream import RowStream
 from slimqwen.model.arithmetic import keep_arithmetic
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
-from slimqwen.model.kernels import announce_slow
+from slimqwen.model.kernels import announce_slow, announce_zeroed_gradients, check_gradients
 from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.model.native import announce_noise
 from slimqwen.parallel.ranks import Ranks, join_ranks
@@ -103,6 +103,7 @@ def distil(
     heldout = HeldOut.load(execution, inputs.tokens, text.sequence_length, text.documents)
     settings = Settings(recipe, text, span or whole_run(recipe, text.sequence_length), execution)
     device = resolve_device(execution.device)
+    check_gradients(opened.student.family, opened.student.config, device)
     with join_ranks(device, execution.shard_ranks, execution.expert_ranks) as ranks:
         check_ranks(opened, recipe, ranks)
         stream = training_stream(inputs.tokens, text.sequence_length, text.seed, text.documents)
@@ -221,6 +222,7 @@ def announce_training(inputs: OpenInputs, stream: RowStream, settings: Settings,
         say(note)
     announce(stream, first_row(span.end_step) - first_row(span.first_step), device.type)
     announce_slow(student.family, student.config, device)
+    announce_zeroed_gradients(student.family, student.config, device)
     announce_noise(student.config)
 
 
