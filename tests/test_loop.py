@@ -116,6 +116,20 @@ def kill(_: Trainer) -> None:
     raise Killed
 
 
+def test_a_training_of_another_revision_is_not_continued(
+    folder: Path, tmp_path: Path, expected: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 3, kill)
+        train(folder, tmp_path / "out")
+    assert states(tmp_path / "out") == [2]
+    monkeypatch.setattr("slimqwen.training.distil.REVISION", 0)
+    begun: list[int] = []
+    before_step(monkeypatch, 0, lambda _: begun.append(0))
+    assert same_weights(train(folder, tmp_path / "out"), expected)
+    assert begun and "was left behind by other work" in capsys.readouterr().err
+
+
 # --- states written meanwhile -----------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from slimqwen.recipe import Execution, Recipe
 from slimqwen.reporting.titles import MAIN_RUN
 from slimqwen.runs.checks import ScheduleStage
 from slimqwen.runs.stage import Lazy, Stage
+from slimqwen.training.distil import REVISION as TRAINING_REVISION
 from slimqwen.training.distil import distil, state_folder_of
 from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.metrics import StepLog
@@ -96,7 +97,7 @@ class Distilling(Stage):
     metrics: Path | None = None
 
     file = "distilled"
-    revision = 1
+    revision = TRAINING_REVISION
 
     @property
     def inputs(self) -> Mapping[str, Any]:

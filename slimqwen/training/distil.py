@@ -44,6 +44,8 @@ from slimqwen.training.state import saved_states
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
+REVISION = 1  # raised when the same inputs and settings give another result; a training of another one is not continued
+
 
 def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
     """Return how many optimiser steps the recipe's tokens are enough for. Raises UserError where they do not fill one."""
@@ -202,6 +204,7 @@ def claim_state_folder(
     """Make the folder for `out`'s training state, or empty it where it was made from other inputs or settings."""
     span = settings.span
     made_from = inputs.identity() | {
+        "revision": REVISION,
         "teacher_cache": None if cached_teacher is None else cached_teacher.identity,
         "recipe": settings.recipe.model_dump(mode="json"),
         "text": settings.text.model_dump(mode="json"),
