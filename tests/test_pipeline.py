@@ -20,7 +20,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import Recipe
+from slimqwen.recipe import Execution, Recipe
 from slimqwen.recipe.file import load_recipe
 from slimqwen.runs.recipe_run import Pipeline, run
 from slimqwen.training.distil import state_folder_of
@@ -137,6 +137,16 @@ def test_a_second_run_does_nothing_again(finished: Recipe, capsys: pytest.Captur
     assert {file: file.stat().st_mtime_ns for file in watched} == before
     said = capsys.readouterr().err
     assert "done already" in said and "was begun with" not in said
+
+
+def test_another_execution_makes_nothing_again(finished: Recipe) -> None:
+    before = {file: file.stat().st_mtime_ns for file in finished.run_dir.rglob("*.safetensors")}
+    execution = {"batch_size": 2, "micro_batch_size": 1, "save_every": "9 min", "loss_chunk_tokens": 7}
+    run(finished.model_copy(update={"execution": Execution.model_validate(execution)}), "slimqwen run --set and more")
+    assert {file: file.stat().st_mtime_ns for file in finished.run_dir.rglob("*.safetensors")} == before
+    assert "final" in {file.parent.name for file in before}
+    steps = [json.loads(line) for line in (finished.run_dir / "stages.jsonl").read_text().splitlines()]
+    assert all(step["skipped"] for step in steps if step["command"].endswith("and more"))
 
 
 def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:

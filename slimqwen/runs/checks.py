@@ -85,8 +85,8 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     if recipe.distil.is_taught and recipe.distil.teacher.kind == "cache":
         if recipe.execution.bad_steps.action == "roll_back":
             raise UserError(
-                "execution.bad_steps 'roll_back' goes on to later rows of the text, and of these a run with distil.teacher 'cache' "
-                "keeps no teacher's word: choose stop or skip, or teacher: live."
+                "execution.bad_steps 'roll_back' goes on to later rows of the text, and the teacher cache of a run with distil.teacher "
+                "'cache' does not hold them: choose stop or skip, or teacher: live."
             )
         check_teacher(recipe.distil.teacher, source, with_mtp=recipe.distil.is_taught_by_mtp)
         check_temperature(recipe.distil, recipe.distil.teacher.top_k, source.config["vocab_size"])

@@ -118,7 +118,7 @@ class Pipeline:
             try:
                 self.benchmarks = Benchmarks.load(file)
             except UserError as error:
-                warn(f"note: the model card and the report will tell no benchmarks: {error}")
+                warn(f"note: the model card and the report will have no benchmarks: {error}")
 
     def outputs(self) -> list[Path]:
         """Return every place in the run directory where an artefact of this recipe may come to lie."""
@@ -223,8 +223,13 @@ class Pipeline:
         }
         benchmarks = None if self.benchmarks is None else self.benchmarks.with_own(trained, MAIN_RUN)
         rates = {name: rate for name, rate in read_learning_rates(self.run_dir).items() if name.startswith("stage-")}
-        card = model_card(self.recipe, self.parentage, evaluation, self.command, made_from, benchmarks, rates)
-        return self.store.get(Finishing(trained, self.teacher, card))
+
+        def card(recipe: Recipe, command: str) -> str:
+            return model_card(recipe, self.parentage, evaluation, command, made_from, benchmarks, rates)
+
+        as_executed = card(self.recipe, self.command)
+        of_any_execution = card(self.recipe.model_copy(update={"execution": Execution()}), "")
+        return self.store.get(Finishing(trained, self.teacher, as_executed, of_any_execution))
 
 
 @dataclass(frozen=True)
@@ -232,11 +237,15 @@ class Finishing(Stage):
     """The result of a run: the trained checkpoint, the model card, the companions of the teacher in `teacher`.
 
     No stage before this one depends on the companions: a corrected chat template costs no training.
+
+    card: the model card, which holds the command and the whole recipe.
+    content: the card without the command and the recipe's execution. Where only these differ, the weights are not copied again.
     """
 
     trained: Path
     teacher: Path
     card: str
+    content: str
 
     file = "final"
     revision = 1
@@ -247,7 +256,7 @@ class Finishing(Stage):
 
     @property
     def method(self) -> Mapping[str, Any]:
-        return {"card": self.card}
+        return {"card": self.content}
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         with atomic_folder(out) as folder:
