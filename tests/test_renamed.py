@@ -288,6 +288,12 @@ def test_a_wrong_count_is_a_sentence(value: str, problem: str, tmp_path: Path) -
     assert problem in str(refused.value) and len(str(refused.value)) < 400
 
 
+@pytest.mark.parametrize(("betas", "problem"), [([0.9], "at least 2 items"), ([0.9, 0.9, 0.9], "at most 2 items")])
+def test_a_list_of_another_length_is_a_sentence(betas: list[float], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"distil\.optimizer\.betas: must have {problem}, is \[0\.9"):
+        recipe(tmp_path, {**needed(), "distil": {"tokens": 8, "optimizer": {"kind": "muon", "betas": betas}}})
+
+
 def test_thousands_may_be_parted(tmp_path: Path) -> None:
     for text in ("2,000,000", "2_000_000", "2M", "2000K", "2e6"):
         assert recipe(tmp_path, {**needed(), "distil": {"tokens": text}}).distil.tokens == 2_000_000

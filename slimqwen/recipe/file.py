@@ -233,8 +233,9 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
         case "literal_error" | "enum":
             text = problem["msg"].replace("Input should", "must") + found
             text += did_you_mean(str(problem["input"]), re.findall(r"'([^']+)'", context["expected"]))
-        case "too_short":
-            text = f"must have at least {context['min_length']} item" + found
+        case "too_short" | "too_long" as kind:
+            bound, number = ("least", context["min_length"]) if kind == "too_short" else ("most", context["max_length"])
+            text = f"must have at {bound} {number} item{'' if number == 1 else 's'}" + found
         case kind:
             text = WORDS_FOR_PROBLEMS.get(kind) or problem["msg"].replace("Input should", "must")
             text = (
