@@ -37,7 +37,8 @@ class BadSteps(Tagged):
 class Execution(Section):
     """How the work is done: devices, memory, saving, logging. It changes no result beyond rounding.
 
-    A run may be continued with other settings of this section, and nothing that is finished is made again.
+    The exception is `bad_steps`, which decides what a training does at a step that would otherwise stop it. A run may be continued
+    with other settings of this section, and nothing that is finished is made again.
     """
 
     device: str = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")
