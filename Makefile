@@ -1,5 +1,6 @@
 # make demo   set everything up, compress the built-in teacher, print where the report and the checkpoint are
 # make test   set everything up, run the linter, the type checker and the tests (.ci/run calls exactly this)
+# make test-lowest  run the quick tests with the lowest versions that pyproject.toml promises, in .venv-lowest
 # make docs   set everything up, write the documentation site to site/
 # make golden write tests/golden/golden.json anew, after a change that is meant to change results, help or a recipe's fields
 # make clean  remove what the two made: .venv, runs/demo and caches
@@ -12,7 +13,7 @@ BIN := .venv/bin
 OTHER_ROUNDING := TEST_THREADS=2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test docs golden clean
+.PHONY: setup demo test test-lowest docs golden clean
 
 setup: $(INSTALLED)
 
@@ -27,6 +28,13 @@ test: setup
 	$(BIN)/pytest -q -n 2 --dist worksteal
 	$(OTHER_ROUNDING) $(BIN)/pytest -q -n 2 --dist worksteal -m rounding
 
+# Its PyTorch is the build that the package index offers: on Linux that of CUDA, with its packages, unless the index has a CPU build.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python tests/lowest_versions.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/lowest.txt -e '.[dev]'
+	.venv-lowest/bin/pytest -q -m "not slow"
+
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "Open site/index.html, or with search: $(BIN)/mkdocs serve"
@@ -35,7 +43,7 @@ golden: setup
 	PYTHONPATH=tests $(BIN)/python -m golden
 
 clean:
-	rm -rf .venv runs/demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest runs/demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find slimqwen tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is taken up again, a finished one is not repeated.

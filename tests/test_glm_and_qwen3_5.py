@@ -9,7 +9,16 @@ import pytest
 import torch
 from rounding import FORWARD, error
 from safetensors.torch import load_file, save_file
-from tiny import canonical, fused, put_json, tiny_tensors, tiny_tokens, transformers_mtp_hidden, write_tiny_checkpoint
+from tiny import (
+    canonical,
+    fused,
+    put_json,
+    tiny_tensors,
+    tiny_tokens,
+    transformers_mtp_hidden,
+    transformers_mtp_step,
+    write_tiny_checkpoint,
+)
 from tiny_families import GLM4_MOE as GLM_NATIVE
 from tiny_families import QWEN3_5_MOE as WRAPPER_NATIVE
 from tiny_families import QWEN3_5_MOE_TEXT as TEXT_NATIVE
@@ -558,8 +567,7 @@ def test_transformers_own_mtp_loader_reads_a_cut_to_46_layers(tmp_path: Path) ->
     inputs = TOKENS[:, :-1]
     with torch.no_grad():
         hidden = backbone.model(input_ids=inputs, use_cache=False).last_hidden_state
-        positions = torch.arange(inputs.shape[1]).unsqueeze(0)
-        expected = theirs.forward_layer(0, hidden, positions, None, input_ids=TOKENS[:, 1:])
+        expected = transformers_mtp_step(theirs, hidden, TOKENS[:, 1:])
         assert error(model(TOKENS).mtp, expected) < FORWARD
     assert GLM4_MOE.serving_note(model.config) is None
     note = GLM4_MOE.serving_note(model.config | {"num_hidden_layers": 30})

@@ -237,13 +237,18 @@ def transformers_mtp_hidden(backbone: PreTrainedModel, tensors: dict[str, Tensor
     assert not unexpected and all(name.startswith(("embed_tokens.", "shared_head.")) for name in missing)
     inputs = tokens[:, :-1]
     hidden = backbone.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
-    positions = torch.arange(inputs.shape[1]).unsqueeze(0)
+    return transformers_mtp_step(module.eval(), hidden, tokens[:, 1:])
+
+
+def transformers_mtp_step(module: MtpModel, hidden: Tensor, following: Tensor) -> Tensor:
+    """One step of Transformers' MtpModel: states [batch, seq, hidden] and the tokens that follow, [batch, seq], to states."""
+    positions = torch.arange(following.shape[1]).unsqueeze(0)
     if hasattr(module, "forward_layer"):
-        return module.eval().forward_layer(0, hidden, positions, None, input_ids=tokens[:, 1:])
+        return module.forward_layer(0, hidden, positions, None, input_ids=following)
     # In Transformers 5.17 these steps are part of `forward`, which goes on to draft tokens.
-    embeddings = module.embed_tokens(tokens[:, 1:])
+    embeddings = module.embed_tokens(following)
     by_axis = positions.expand(3, -1, -1) if hasattr(module.rotary_emb, "mrope_section") else positions
-    return module.eval().layers[0](
+    return module.layers[0](
         embeddings,
         hidden,
         position_embeddings=module.rotary_emb(embeddings, position_ids=by_axis),
