@@ -1,6 +1,7 @@
 """Around the steps: states written meanwhile, bad steps, what is measured on the way, and who is told."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -201,6 +202,40 @@ def test_a_full_disk_is_reported_and_costs_no_state(folder: Path, tmp_path: Path
             train(folder, tmp_path / "out", async_save=asynchronous)
     assert states(tmp_path / "out") == [2]
     assert not list((tmp_path / ".out.state").glob(".*.partial"))
+
+
+# --- garbage collection -----------------------------------------------------------------------------------------------
+
+
+def test_garbage_is_collected_between_steps_and_never_in_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path
+) -> None:
+    """Each step makes more objects than automatic collection lets pass."""
+    places: list[str] = []
+    original = Trainer.step
+
+    def step(self: Trainer, number: int) -> dict[str, float]:
+        places.append(f"step {number}")
+        objects = [[] for _ in range(20 * gc.get_threshold()[0])]
+        values = original(self, number)
+        places.append("between" if objects else "")
+        return values
+
+    def note(phase: str, _: Mapping[str, int]) -> None:
+        if phase == "start" and places:
+            places.append("collection")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    gc.callbacks.append(note)
+    try:
+        train(folder, tmp_path / "out")
+        found = list(places)
+    finally:
+        gc.callbacks.remove(note)
+    steps = [part for number in range(STEPS) for part in (f"step {number}", "between", "collection")]
+    assert found[: len(steps)] == steps
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert same_weights(tmp_path / "out", expected)
 
 
 # --- bad steps --------------------------------------------------------------------------------------------------------

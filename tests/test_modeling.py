@@ -1,5 +1,6 @@
 """The model: Transformers' backbone, our MTP module, and what surrounds them, against Transformers' own words."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.families.family import Layout
 from slimqwen.families.qwen3_next import QWEN3_NEXT
-from slimqwen.model.device import ALIGNMENT_BYTES, resolve_device, resolve_dtype
+from slimqwen.model.device import ALIGNMENT_BYTES, ALLOCATOR_VARIABLES, resolve_device, resolve_dtype
 from slimqwen.model.model import MtpCausalLM, initialise, load, save
 from slimqwen.model.routing import observe_routing
 
@@ -250,3 +251,35 @@ def test_devices_and_dtypes() -> None:
     for wrong in ("nonsense", "cuda:99"):
         with pytest.raises(UserError, match=f"device '{wrong}'"):
             resolve_device(wrong)
+
+
+@pytest.mark.parametrize(
+    ("environment", "initialised", "expected"),
+    [
+        ({}, False, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, False, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, False, None),
+        ({}, True, None),  # it would be read no more
+    ],
+)
+def test_memory_of_a_gpu_grows_in_segments_unless_the_environment_sets_it(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], initialised: bool, expected: str | None
+) -> None:
+    """Set before the first tensor on a GPU is made, which is when PyTorch reads it."""
+    seen: list[str | None] = []
+
+    def ones(*_: object, **__: object) -> torch.Tensor:
+        seen.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+        return torch.zeros(2)
+
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialised)
+    monkeypatch.setattr(torch, "ones", ones)
+    resolve_device("cuda")
+    resolve_device("cpu")
+    after = os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    assert seen == [expected, expected] and after == expected

@@ -1,5 +1,6 @@
 """Which device and dtype to compute on, from the recipe's words."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ import torch
 from slimqwen.core.errors import UserError, shown
 from slimqwen.core.torchrun import local_rank
 
+ALLOCATOR_VARIABLES = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
 ALIGNMENT_BYTES = 64  # where the memory that PyTorch allocates on a CPU begins
 
 
@@ -22,11 +24,23 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{number}"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            use_expandable_segments()
         torch.ones(2, device=device).sum().item()  # `meta` has tensors too, and computes nothing
     except Exception as error:  # each of PyTorch's backends has its own class for "not here"
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"device {shown(name)} cannot be used here ({reason}): try execution.device: auto.") from error
     return device
+
+
+def use_expandable_segments() -> None:
+    """Set PyTorch's allocator of GPU memory to segments that grow, unless the environment has settings of it.
+
+    Of segments of fixed sizes some memory stays in pieces that are too small for what is asked for later. PyTorch reads the variable
+    when it allocates on a GPU for the first time; after that this does nothing. What it saves was not measured yet.
+    """
+    if not torch.cuda.is_initialized() and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import Preempted
 from slimqwen.core.progress import Progress, say
 from slimqwen.core.warning import warn
+from slimqwen.training.garbage import collect_between_steps
 from slimqwen.training.guard import GuardRecord, Rollback
 from slimqwen.training.heldout import HeldOut
 from slimqwen.training.interrupt import Interrupts, StepInterrupted, defer_interrupts
@@ -42,7 +43,7 @@ def train(
         saving = Saving(trainer, states, interrupted)
         if ranks.is_first:
             metrics.rewind(step)
-        with _open_progress(trainer, title, step) as progress:
+        with _open_progress(trainer, title, step) as progress, collect_between_steps() as collect:
             while step < span.end_step:
                 started = time.perf_counter()
                 try:
@@ -66,6 +67,7 @@ def train(
                     progress.advance(tokens, **shown, memory=bytes_in_words(values["memory_bytes"]))
                 saving.save_where_due(step)
                 step += 1
+                collect()
     trainer.student.model.eval()
 
 
