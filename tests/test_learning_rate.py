@@ -204,7 +204,10 @@ def test_a_resumed_training_asks_no_fork(
     assert weights(out) == weights(trained)
 
 
-def test_sigterm_keeps_the_forks_that_have_ended(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("micro_batch_size", [None, 1])  # after the step, and within it
+def test_sigterm_keeps_the_forks_that_have_ended(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch_size: int | None
+) -> None:
     made: list[int] = []
     step = Trainer.step
 
@@ -216,7 +219,7 @@ def test_sigterm_keeps_the_forks_that_have_ended(folder: Path, tmp_path: Path, m
 
     monkeypatch.setattr(Trainer, "step", signalled)
     with pytest.raises(Preempted, match="finished forks are kept"):
-        train(folder, tmp_path / "out")
+        train(folder, tmp_path / "out", {"micro_batch_size": micro_batch_size})
     assert len(made) == FEWEST_STEPS + 1
     assert len(RateChoice.load(state_folder_of(tmp_path / "out") / FILE).forks) == 1
 

@@ -309,7 +309,7 @@ def test_dates_are_the_text_that_was_written(tmp_path):
     [
         ("calibration.samples=1e18", "calibration.samples: must be at most 1000000000000000, is 1000000000000000000"),
         ("calibration.samples=9223372036854775808", "a whole number this large is not supported"),
-        ("calibration.samples=1e30", "calibration.samples: must be a whole number, is 1e+30"),
+        ("calibration.samples=1e30", "calibration.samples: must be a whole number, is 1e"),
         ("seed=9223372036854775808", "a whole number this large is not supported"),
         ("target.num_experts=1e16", "target.num_experts: must be at most"),
         (
