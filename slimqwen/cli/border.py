@@ -16,7 +16,15 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import NoReturn
 
-from slimqwen.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FAULT, EXIT_INTERRUPTED, Interrupted, UserError
+from slimqwen.core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EndedElsewhere,
+    Interrupted,
+    UserError,
+)
 from slimqwen.core.progress import say
 from slimqwen.core.terminal import NOT_FOR_A_TERMINAL, accept_every_character, visible
 
@@ -52,6 +60,8 @@ def guarded(program: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         say("interrupted.")
         sys.exit(EXIT_INTERRUPTED)
+    except EndedElsewhere as error:
+        end(error.exit_code, *error.lines, is_told=True)
     except UserError as error:
         end(exit_code_of(error), *error.lines)
     except OSError as error:
@@ -69,8 +79,16 @@ def guarded(program: Callable[[], object]) -> None:
         end(EXIT_FAULT, report_fault(error))
 
 
-def end(code: int, *lines: str) -> NoReturn:
-    """Print an error and exit; where several processes run, with the rank."""
+def end(code: int, *lines: str, is_told: bool = False) -> NoReturn:
+    """Print an error and exit; of several processes the first that fails prints it, with its rank.
+
+    is_told: another process of the job failed, and this one ends for its reason.
+    """
+    if os.environ.get("WORLD_SIZE", "1").isdecimal() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from slimqwen.parallel.job import end_code
+
+        if (entered := end_code(code, is_told=is_told)) is not None:
+            sys.exit(entered)
     prefix = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     first, *others = lines
     say(f"{prefix}error: {first}", *others)

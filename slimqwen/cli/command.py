@@ -91,6 +91,8 @@ OPTION_OF: dict[str, dict[str, str]] = {
     "distil": {"data.documents": "isolated"},
     "evaluate": {"evaluation.tokens": "measured_tokens", "data.documents": "isolated"},
 }
+# Commands that several processes, started by torchrun, carry out together.
+FOR_MANY = ("run", "demo", "distil")
 # Commands that read one section of a recipe as a file.
 SECTION_FILES = {"distil": "distil", "plan": "pruning", "plan search": "pruning"}
 FIELD = re.compile(
@@ -103,10 +105,10 @@ class Command(TyperCommand):
     """A command whose numbers are bounded and finite, whose paths know ~, and whose errors name its own options in place of fields."""
 
     def invoke(self, ctx: Any) -> Any:
-        if self.name != "distil" and world_size() > 1:
+        if self.name not in FOR_MANY and world_size() > 1:
             raise UserError(
                 f"'{self.name}' is work for one process, and torchrun has started {world_size()}: run it without "
-                "torchrun, and only `slimqwen distil` with it."
+                "torchrun, and only `slimqwen run`, `demo` and `distil` with it."
             )
         try:
             check_numbers(ctx.params, options_of(self))

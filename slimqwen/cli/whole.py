@@ -13,6 +13,7 @@ from slimqwen.cli.options import (
     command_line,
 )
 from slimqwen.core.terminal import show
+from slimqwen.core.torchrun import rank
 from slimqwen.recipe import PretrainRecipe, Recipe
 
 commands = typer.Typer()
@@ -26,7 +27,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """
     from slimqwen.recipe.file import load_recipe
 
-    _run(load_recipe(recipe, overrides or []))
+    _run(load_recipe(recipe, overrides or [], quiet=rank() > 0))
 
 
 @commands.command()
@@ -42,7 +43,7 @@ def demo(
     from slimqwen.builtin import DEMO_RECIPE
     from slimqwen.recipe.file import load_recipe
 
-    _run(load_recipe(DEMO_RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *(overrides or [])]))
+    _run(load_recipe(DEMO_RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *(overrides or [])], quiet=rank() > 0))
 
 
 def _run(recipe: Recipe) -> None:
@@ -54,6 +55,8 @@ def _run(recipe: Recipe) -> None:
 
     started = time.monotonic()
     folder = run_recipe(recipe, command_line())
+    if rank() > 0:
+        return
     print_table(Evaluation.load(folder / "evaluation.json"))
     show(*summary(folder, time.monotonic() - started).split("\n"))
 

@@ -41,6 +41,10 @@ class StageFailed(UserError):
     exit_code = EXIT_FAILED
 
 
+class EndedElsewhere(StageFailed):
+    """Another process of the same job failed, and has printed why."""
+
+
 class Interrupted(UserError):
     """Ctrl-C, or SIGTERM when there is no state to save."""
 

@@ -7,7 +7,8 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import TracebackType
 
@@ -25,8 +26,24 @@ REDRAW_EVERY_SECONDS = 0.25
 RATE_WINDOW_SECONDS = 20.0  # long enough to smooth steps, short enough that the time left follows a change of speed
 
 
+_is_quiet = False  # of the whole process: its threads print nothing either
+
+
+@contextmanager
+def quiet(is_quiet: bool) -> Iterator[None]:
+    """Print nothing within this context, in a process that works beside another that prints the same; where it is so."""
+    global _is_quiet
+    before, _is_quiet = _is_quiet, is_quiet
+    try:
+        yield
+    finally:
+        _is_quiet = before
+
+
 def say(*lines: str) -> None:
     """Print lines to stderr, above the live line if there is one. Control characters are escaped (`visible`)."""
+    if _is_quiet:
+        return
     for line in map(visible, lines):
         if _on_terminal():
             _console().print(Text(line), soft_wrap=True)
@@ -160,7 +177,7 @@ def _in_words(value: float | str) -> str:
 
 def _on_terminal() -> bool:
     # Not rich's own test: with FORCE_COLOR that one takes a log file for a terminal.
-    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return not _is_quiet and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @cache

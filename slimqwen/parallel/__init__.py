@@ -1,1 +1,1 @@
-"""Many processes on one model: ranks and their mesh, expert parallelism, checkpoints read and written by shards."""
+"""Many processes on one job: ranks and their mesh, expert parallelism, checkpoints read and written by shards."""

@@ -3,33 +3,20 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from slimqwen.core import torchrun
-from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.errors import UserError
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.parallel.expert_parallel import share_experts
-
-# A rank waits this long for the others before it gives up. The longest wait without an error is for rank 0 to bring a
-# finished checkpoint to the disk. That a process died shows at once: its connections close, and torchrun sees it.
-TIMEOUT = timedelta(minutes=10)
-# How gloo and NCCL, whose errors have no types of their own for it, tell that another process is gone.
-LOST_CONTACT = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "timed out",
-    "remote process exited",
-)
+from slimqwen.parallel.job import Job, join_job
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ ALONE = Ranks()
 def join_ranks(
     device: torch.device, shard_ranks: int | None = None, expert_ranks: int | None = None
 ) -> Iterator[Ranks]:
-    """Join the ranks that torchrun (or whatever sets RANK, WORLD_SIZE, MASTER_ADDR) started; one process otherwise.
+    """Join the ranks that torchrun (or whatever sets RANK, WORLD_SIZE, MASTER_ADDR) started (`join_job`), or be alone.
 
     Args:
         device: this process's own (`resolve_device`).
@@ -113,9 +100,17 @@ def join_ranks(
     Raises UserError where the ranks cannot be split so, StageFailed where another rank is gone.
     """
     size = torchrun.world_size()
-    if size == 1:
-        yield ALONE
-        return
+    if size > 1:
+        check_shares(size, shard_ranks, expert_ranks)
+    with join_job(device) as job:
+        if job.size == 1:
+            yield ALONE
+            return
+        yield Ranks(job.rank, job.size, *_meshes(job, device, shard_ranks or job.size, expert_ranks or 1))
+
+
+def check_shares(size: int, shard_ranks: int | None, expert_ranks: int | None) -> None:
+    """Raise UserError where `size` ranks cannot be split so (`join_ranks`)."""
     if shard_ranks is not None and size % shard_ranks:
         raise UserError(f"execution.shard_ranks {shard_ranks} does not divide the {size} ranks: choose a divisor.")
     copy_ranks = shard_ranks or size
@@ -124,43 +119,22 @@ def join_ranks(
             f"execution.expert_ranks {expert_ranks} does not divide the {copy_ranks} ranks that share a copy of the model: "
             "choose a divisor."
         )
-    rank = torchrun.rank()
-    try:
-        mesh, experts_mesh = _meshes(device, size, copy_ranks, expert_ranks or 1)
-        yield Ranks(rank, size, mesh, experts_mesh)
-    except RuntimeError as error:
-        reason = next((words for words in LOST_CONTACT if words.lower() in str(error).lower()), None)
-        if reason is None:
-            raise
-        raise StageFailed(
-            f"rank {rank} has lost another rank, which ended or cannot be reached ({reason}). The last saved state is "
-            "intact: see what the other rank said, and give the same command to continue."
-        ) from error
-    # After an error the process group is left to the end of the process: to destroy it may take a rank that is gone.
-    dist.destroy_process_group()
 
 
-def _meshes(
-    device: torch.device, size: int, copy_ranks: int, expert_ranks: int
-) -> tuple[DeviceMesh, DeviceMesh | None]:
-    """Join the other processes: a line of ranks, or rows of `copy_ranks`, each row with its copy of the model.
+def _meshes(job: Job, device: torch.device, copy_ranks: int, expert_ranks: int) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """Arrange the ranks: a line of them, or rows of `copy_ranks`, each row with its copy of the model.
 
     The second mesh cuts each row into rows of `expert_ranks` (neighbours, for what they exchange); None without.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    copies = size // copy_ranks
+    copies = job.size // copy_ranks
     if copies == 1:
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        mesh = job.mesh(device.type, (job.size,), ("shard",))
     else:
-        mesh = init_device_mesh(device.type, (copies, copy_ranks), mesh_dim_names=("replicate", "shard"))
+        mesh = job.mesh(device.type, (copies, copy_ranks), ("replicate", "shard"))
     if expert_ranks == 1:
         return mesh, None
     shape = (copies, copy_ranks // expert_ranks, expert_ranks)
-    return mesh, init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "expert"))
+    return mesh, job.mesh(device.type, shape, ("replicate", "shard", "expert"))
 
 
 def fully_sharded(model: nn.Module) -> FSDPModule:

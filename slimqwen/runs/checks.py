@@ -24,6 +24,7 @@ from slimqwen.healing.heal import check_samples
 from slimqwen.model.device import resolve_device, resolve_dtype
 from slimqwen.model.kernels import check_expert_sizes
 from slimqwen.model.native import check_buildable
+from slimqwen.parallel.ranks import check_shares
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.mtp_rotation import stretches
 from slimqwen.planning.progressive import stage_steps, stage_targets
@@ -35,7 +36,7 @@ from slimqwen.teacher_cache.write import check_teacher
 from slimqwen.training.cached_teacher import check_temperature
 from slimqwen.training.course import compute_course
 from slimqwen.training.distil import total_steps
-from slimqwen.training.inputs import check_terms
+from slimqwen.training.inputs import check_batch, check_terms
 from slimqwen.training.loggers import check_loggers
 from slimqwen.training.optimizer import check_optimizer
 from slimqwen.training.trainer import Span
@@ -96,6 +97,23 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
             f"random weights for the vision tower of {teacher} cannot be made: leave out init: random and the random_init "
             "baseline, or use the text model."
         )
+
+
+def check_shared(recipe: Recipe, source: Checkpoint, stages: Sequence[ScheduleStage], ranks: int) -> None:
+    """Raise UserError now where `ranks` ranks could not train together, as each training would when it begins."""
+    if ranks == 1:
+        return
+    execution, expert_ranks = recipe.execution, recipe.execution.expert_ranks
+    check_shares(ranks, execution.shard_ranks, expert_ranks)
+    check_batch(recipe.distil, ranks)
+    check_optimizer(recipe.distil.optimizer, source, ranks)
+    experts = [source.config["num_experts"], *(stage.target.num_experts for stage in stages)]
+    for num_experts in experts:
+        if expert_ranks is not None and num_experts and num_experts % expert_ranks:
+            raise UserError(
+                f"execution.expert_ranks {expert_ranks} does not divide the {num_experts} experts that the teacher or a stage of "
+                "the schedule has: choose a divisor."
+            )
 
 
 def check_experts(recipe: Recipe, hidden: int, intermediate: int, where: str) -> None:

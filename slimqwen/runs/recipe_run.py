@@ -6,7 +6,7 @@ one another and meet in the artefacts of the run directory.
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import companions_fingerprint, copy_companions
 from slimqwen.core.errors import UserError
-from slimqwen.core.progress import duration, say
+from slimqwen.core.progress import duration, quiet, say
 from slimqwen.core.terminal import visible
 from slimqwen.core.warning import warn
 from slimqwen.evaluation.benchmark_results import Benchmarks
 from slimqwen.evaluation.kept import check_kept_folder
 from slimqwen.evaluation.result import Evaluation
+from slimqwen.model.device import resolve_device
+from slimqwen.parallel.job import Job, join_job
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution, Recipe
 from slimqwen.reporting.card import model_card
@@ -38,7 +40,16 @@ from slimqwen.reporting.parentage import Parentage, parentage_of
 from slimqwen.reporting.report import report
 from slimqwen.reporting.run_folder import read_learning_rates
 from slimqwen.reporting.titles import MAIN_RUN, TITLES
-from slimqwen.runs.checks import ScheduleStage, announce, announce_text, check, check_heldout, in_one_stage, stages_of
+from slimqwen.runs.checks import (
+    ScheduleStage,
+    announce,
+    announce_text,
+    check,
+    check_heldout,
+    check_shared,
+    in_one_stage,
+    stages_of,
+)
 from slimqwen.runs.record import Steps
 from slimqwen.runs.schedule import follow_schedule
 from slimqwen.runs.stage import Stage
@@ -71,33 +82,38 @@ def run(recipe: Recipe, command: str = "slimqwen run") -> Path:
     Every problem that can be known is raised before anything is written. Finished steps are recognised by the content
     of their inputs and outputs and skipped; an interrupted distillation continues from its last saved state. Returns
     the run directory.
+
+    All processes that torchrun started must call it and see the same files: they follow the same schedule, and each stage
+    is made by all of them or by the first (`Stage.is_shared`). A run continues with any number of them.
     """
-    pipeline = Pipeline(recipe, command)
-    with alone_in(recipe.run_dir):
-        return _run(pipeline, recipe)
+    with join_job(resolve_device(recipe.execution.device)) as job, quiet(not job.is_first):
+        pipeline = Pipeline(recipe, command, job)
+        check_shared(recipe, pipeline.source, pipeline.stages, job.size)
+        with alone_in(recipe.run_dir):
+            return _run(pipeline, recipe)
 
 
 def _run(pipeline: "Pipeline", recipe: Recipe) -> Path:
-    pipeline.steps.check(pipeline.outputs())
-    check_kept_folder(recipe.run_dir / "evaluation.json")
-    pipeline.steps.begin(recipe)
-    with pipeline.steps.warned("recipe", fingerprint_value(recipe.model_dump(mode="json"))):
-        announce(recipe, pipeline.source, pipeline.stages)
-        pipeline.read_what_is_optional()
-    pipeline.forget_other_schedules()
-    pipeline.announce_old_names()
+    pipeline.by_first(pipeline.begin)
     tokens = pipeline.tokens()
     models = pipeline.models(tokens)
     evaluated = pipeline.store.get(Evaluating(recipe, models, tokens))
-    pipeline.final(models[MAIN_RUN], tokens, Evaluation.load(evaluated))
-    report(pipeline.run_dir)
+
+    def finish() -> None:
+        pipeline.final(models[MAIN_RUN], tokens, Evaluation.load(evaluated))
+        report(pipeline.run_dir)
+
+    pipeline.by_first(finish)
     return pipeline.run_dir
 
 
 class Pipeline:
-    """The steps of one recipe. Constructing it checks the recipe against the teacher and the text; writes nothing."""
+    """The steps of one recipe. Constructing it checks the recipe against the teacher and the text; writes nothing.
 
-    def __init__(self, recipe: Recipe, command: str) -> None:
+    job: the ranks that follow them together; None: this process alone.
+    """
+
+    def __init__(self, recipe: Recipe, command: str, job: Job | None = None) -> None:
         self.recipe = recipe
         self.command = command
         self.run_dir = recipe.run_dir
@@ -106,9 +122,30 @@ class Pipeline:
         check(recipe, self.source)
         self.stages = stages_of(recipe, self.source)
         self.steps = Steps(recipe.run_dir, command)
-        self.store = RunStore.of(self.steps, recipe.execution)
+        self.job = job or Job()
+        self.store = RunStore.of(self.steps, recipe.execution, self.job)
         self.parentage = Parentage()
         self.benchmarks: Benchmarks | None = None
+
+    def by_first(self, action: Callable[[], None]) -> None:
+        """Do `action` on the first rank, while the others wait."""
+
+        def act() -> str:
+            action()
+            return ""
+
+        self.job.lead(act)
+
+    def begin(self) -> None:
+        """Check the run directory, note there what it is for, and print what was derived from the recipe."""
+        self.steps.check(self.outputs())
+        check_kept_folder(self.run_dir / "evaluation.json")
+        self.steps.begin(self.recipe)
+        with self.steps.warned("recipe", fingerprint_value(self.recipe.model_dump(mode="json"))):
+            announce(self.recipe, self.source, self.stages)
+            self.read_what_is_optional()
+        self.forget_other_schedules()
+        self.announce_old_names()
 
     def read_what_is_optional(self) -> None:
         """Read what only the model card shows, before the work: what cannot be read costs a warning and no more."""
@@ -175,8 +212,12 @@ class Pipeline:
         """Return the token ids of the text. Raises UserError where there is too little of it, and warns where it is reread."""
         tokens = self.store.get(Tokenizing(self.recipe.data, self.teacher))
         check_heldout(tokens, self.recipe)
-        with self.steps.warned("text", fingerprint_value(self.recipe.model_dump(mode="json"))):
-            announce_text(tokens, self.recipe, self.stages[-1].span.total_steps)
+
+        def announce_once() -> None:
+            with self.steps.warned("text", fingerprint_value(self.recipe.model_dump(mode="json"))):
+                announce_text(tokens, self.recipe, self.stages[-1].span.total_steps)
+
+        self.by_first(announce_once)
         return tokens
 
     def models(self, tokens: Path) -> dict[str, Path]:

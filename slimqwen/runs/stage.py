@@ -17,10 +17,12 @@ class Stage(ABC):
     Attributes:
         file: the name of the artefact, a file or a folder.
         revision: raised when the same inputs and method give another result, so that what is there is made again.
+        is_shared: whether all ranks of a job make it together; else the first does, and the others wait.
     """
 
     file: ClassVar[str]
     revision: ClassVar[int]
+    is_shared: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

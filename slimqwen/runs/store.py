@@ -1,5 +1,6 @@
 """Where artefacts lie: a run's by the stage of its schedule, a study's by their content, a search's only while they are measured."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from slimqwen.artifacts import alone, claim_folder, discard, fingerprint_value, 
 from slimqwen.checkpoint.config import read_json
 from slimqwen.core.errors import UserError
 from slimqwen.model.device import resolve_device, resolve_dtype
+from slimqwen.parallel.job import Job
 from slimqwen.recipe import Execution, Recipe
 from slimqwen.runs.record import Steps
 from slimqwen.runs.stage import Stage
@@ -16,6 +18,8 @@ from slimqwen.runs.stage import Stage
 class RunStore:
     """The artefacts of one run, below `steps.run_dir`, those of this object in `folder`.
 
+    Each is made by the ranks of `job`: what is on record, and what is to be made, the first of them decides for all.
+
     What is made from the same by the same method is made once: where a baseline begins as the main run does, its stages
     are found in the main run's folders (`found`, by key).
     """
@@ -24,15 +28,16 @@ class RunStore:
     execution: Execution
     folder: Path
     found: dict[str, Path] = field(default_factory=dict)
+    job: Job = field(default_factory=Job)
 
     @classmethod
-    def of(cls, steps: Steps, execution: Execution) -> "RunStore":
-        """Return the store of a run's own folder."""
-        return cls(steps, execution, steps.run_dir)
+    def of(cls, steps: Steps, execution: Execution, job: Job | None = None) -> "RunStore":
+        """Return the store of a run's own folder. job: whose ranks follow the run's schedule; None: this process alone."""
+        return cls(steps, execution, steps.run_dir, job=job or Job())
 
     def within(self, folder: str) -> "RunStore":
         """Return the store of a folder in this one."""
-        return RunStore(self.steps, self.execution, self.folder / folder, self.found)
+        return RunStore(self.steps, self.execution, self.folder / folder, self.found, self.job)
 
     @property
     def metrics(self) -> Path:
@@ -41,12 +46,23 @@ class RunStore:
 
     def get(self, stage: Stage) -> Path:
         """Return the artefact, made unless it is there. Inputs that the run needs no longer are removed."""
+        out = self.folder / stage.file
+        name = (self.folder / stage.name).relative_to(self.steps.run_dir).as_posix()
+
+        def make() -> None:
+            stage.make(out, self.execution, name)
+
+        def make_on_all() -> None:
+            self.job.together(make)
+
+        action = make_on_all if stage.is_shared else make
+        return Path(self.job.lead(lambda: str(self._get(stage, name, out, action)), make))
+
+    def _get(self, stage: Stage, name: str, out: Path, make: Callable[[], None]) -> Path:
         identity = stage.identity()
         key = fingerprint_value(identity)
         if key not in self.found:
-            out = self.folder / stage.file
-            name = (self.folder / stage.name).relative_to(self.steps.run_dir).as_posix()
-            self.steps.step(name, out, identity, lambda: stage.make(out, self.execution, name))
+            self.steps.step(name, out, identity, make)
             for path in (*stage.scratch_of(out), *stage.used_up):
                 remove_ours(path)
             for lazy in stage.lazy:

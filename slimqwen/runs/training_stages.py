@@ -98,6 +98,7 @@ class Distilling(Stage):
 
     file = "distilled"
     revision = TRAINING_REVISION
+    is_shared = True
 
     @property
     def inputs(self) -> Mapping[str, Any]:

@@ -94,19 +94,17 @@ def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint |
 
 def check_ranks(inputs: OpenInputs, recipe: DistilRecipe, ranks: Ranks) -> None:
     """Raise UserError where these ranks cannot share the batch, the optimiser's work or a model's experts."""
-    check_batch(recipe, ranks)
+    check_batch(recipe, ranks.size)
     check_optimizer(recipe.optimizer, inputs.student, ranks.size)
     for checkpoint in (inputs.student, inputs.teacher):
         if checkpoint is not None and ranks.experts_mesh is not None:
             check_expert_ranks(checkpoint, ranks.experts_mesh["expert"].size())
 
 
-def check_batch(recipe: DistilRecipe, ranks: Ranks) -> None:
-    """Raise UserError where a batch cannot be divided evenly among the ranks."""
+def check_batch(recipe: DistilRecipe, ranks: int) -> None:
+    """Raise UserError where a batch cannot be divided evenly among that many ranks."""
     name, rows = "batch_size", recipe.batch_size
     if recipe.batch_size_ramp is not None:  # whose batches are multiples of the first
         name, rows = "batch_size_ramp.start", recipe.batch_size_ramp.start
-    if rows % ranks.size:
-        raise UserError(
-            f"distil.{name} {rows} cannot be shared by {ranks.size} ranks: make it a multiple of {ranks.size}."
-        )
+    if rows % ranks:
+        raise UserError(f"distil.{name} {rows} cannot be shared by {ranks} ranks: make it a multiple of {ranks}.")

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from slimqwen.artifacts import atomic_folder, discard, rewrite_text, write_text
 from slimqwen.core.versions import release
-from slimqwen.parallel.ranks import TIMEOUT, Ranks
+from slimqwen.parallel.job import TIMEOUT
+from slimqwen.parallel.ranks import Ranks
 from slimqwen.training.guard import GuardRecord
 
 FILE_BYTES = 2 << 30  # of a rank's shards per file; a file is in memory a second time while it is written

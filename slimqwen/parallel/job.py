@@ -1,0 +1,211 @@
+"""The job: all processes that torchrun started, from the first meeting to the end that one of them brings for all."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from slimqwen.core import torchrun
+from slimqwen.core.errors import EndedElsewhere, StageFailed
+
+# A rank waits this long for the others of a collective before it gives up. The longest wait without an error is for rank 0
+# to bring a finished checkpoint to the disk. That a process died shows at once: its connections close, and torchrun sees it.
+TIMEOUT = timedelta(minutes=10)
+# The other ranks wait this long for a stage that the first makes alone. It is no measure of anything: that the first rank
+# died shows at once, as above.
+LONGEST_STAGE = timedelta(days=60)
+# A rank whose own connection broke waits this long for the rank that failed to enter why; and the first rank, where the
+# store of the entries ends with it, for the others to have read them.
+END_SECONDS = 5.0
+# How gloo and NCCL, whose errors have no types of their own for it, tell that another process is gone.
+LOST_CONTACT = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "timed out",
+    "remote process exited",
+)
+END, READ = "slimqwen/end", "slimqwen/end-read"  # keys of the job's store
+JOIN, DONE, FAILED = "join", "done", "failed"  # words of the first rank to those that wait
+
+
+class Job:
+    """The processes of one job. Alone (`size` 1) nothing is sent, and everything is done by this process.
+
+    All ranks must call the same methods in the same order.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, control: dist.ProcessGroup | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._control = control
+        self._meshes: dict[tuple[str, tuple[int, ...]], DeviceMesh] = {}
+        self._leads = False  # on the first rank: the others wait for its word
+        self._is_joint = False  # on the first rank: all ranks work, and none waits for its word
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that prints, keeps records and makes what is not shared out."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether what this process does now is done by no other rank."""
+        return self.size == 1 or self._leads
+
+    def lead(self, action: Callable[[], str], shared: Callable[[], object] | None = None) -> str:
+        """Do `action` on the first rank, and return what it returns on every rank. The others wait.
+
+        shared: what the others do when the first rank does it too, by `together` within `action`.
+
+        Raises EndedElsewhere on the others where the first rank fails.
+        """
+        if self.is_alone:
+            return action()
+        if self.is_first:
+            was_joint, self._is_joint, self._leads = self._is_joint, False, True
+            try:
+                result = action()
+            finally:
+                self._leads = False
+            self._tell(DONE, result)
+            self._is_joint = was_joint
+            return result
+        while True:
+            word, result = self._hear()
+            if word == DONE:
+                return result
+            if word == FAILED:
+                raise EndedElsewhere("the first rank of the job failed: see its error.")
+            assert shared is not None, "the first rank began work that this rank has no part in"
+            shared()
+
+    def together(self, work: Callable[[], object]) -> None:
+        """Do `work` on all ranks at once: called by the first, within the action that it leads."""
+        if not self._leads:
+            work()
+            return
+        self._tell(JOIN)
+        self._leads, self._is_joint = False, True
+        work()
+        self._leads, self._is_joint = True, False
+
+    def give_up(self) -> None:
+        """End the others' wait after an error of the first rank."""
+        if self.size > 1 and self.is_first and not self._is_joint:
+            with suppress(RuntimeError):  # they may be gone
+                self._tell(FAILED)
+
+    def mesh(self, device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        """Return the mesh of all ranks in this shape; the same object, and the same groups, for every stage of the job."""
+        key = (device_type, shape)
+        if key not in self._meshes:
+            self._meshes[key] = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        return self._meshes[key]
+
+    def _tell(self, word: str, value: str = "") -> None:
+        dist.broadcast_object_list([word, value], src=0, group=self._control, device=torch.device("cpu"))
+
+    def _hear(self) -> tuple[str, str]:
+        heard = ["", ""]
+        dist.broadcast_object_list(heard, src=0, group=self._control, device=torch.device("cpu"))
+        return heard[0], heard[1]
+
+
+_job: Job | None = None  # that this process is in
+_store: dist.Store | None = None  # of the last job
+
+
+@contextmanager
+def join_job(device: torch.device) -> Iterator[Job]:
+    """Join the processes that torchrun (or whatever sets RANK, WORLD_SIZE, MASTER_ADDR) started; one process otherwise.
+
+    Within another call it is the same job. device: this process's own (`resolve_device`).
+
+    Raises StageFailed where another rank is gone.
+    """
+    global _job
+    if _job is not None:
+        yield _job
+        return
+    size, rank = torchrun.world_size(), torchrun.rank()
+    if size == 1:
+        yield Job()
+        return
+    try:
+        job = Job(rank, size, _meet(device, rank, size))
+        _job = job
+        try:
+            yield job
+        except BaseException:
+            job.give_up()
+            raise
+        finally:
+            _job = None
+    except RuntimeError as error:
+        reason = next((words for words in LOST_CONTACT if words.lower() in str(error).lower()), None)
+        if reason is None:
+            raise
+        raise StageFailed(
+            f"rank {rank} has lost another rank, which ended or cannot be reached ({reason}). The last saved state is "
+            "intact: see what the other rank said, and give the same command to continue."
+        ) from error
+    # After an error the process group is left to the end of the process: to destroy it may take a rank that is gone.
+    dist.destroy_process_group()
+
+
+def _meet(device: torch.device, rank: int, size: int) -> dist.ProcessGroup | None:
+    """Make the process group of all ranks; return a second one, in which the others wait for the first rank."""
+    global _store
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    _store = _open_store(TIMEOUT)
+    own = device if device.type == "cuda" else None
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=own)
+    return dist.new_group(backend="gloo", timeout=LONGEST_STAGE)
+
+
+def _open_store(timeout: timedelta) -> dist.Store:
+    """Open the store of the launcher, by which the processes find each other."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    found: dist.Store = store
+    return found
+
+
+def end_code(code: int, *, is_told: bool) -> int | None:
+    """Enter this process's failure as the job's; return the exit code of one that another process entered before, else None.
+
+    So one process says why the job ends, and the others end with the same exit code.
+
+    is_told: another process failed, and this one has nothing to say of its own.
+    """
+    try:
+        store = _store or _open_store(timedelta(seconds=2 * END_SECONDS))
+        if is_told:
+            store.wait([END], timedelta(seconds=END_SECONDS))
+        own = json.dumps([torchrun.rank(), code])
+        rank, found = json.loads(store.compare_set(END, "", own))
+        if rank != torchrun.rank():
+            store.add(READ, 1)
+            return int(found)
+        if torchrun.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _await_readers(store)
+    except (RuntimeError, ValueError):  # the store ended with the process that held it
+        return code if is_told else None
+    return None
+
+
+def _await_readers(store: dist.Store) -> None:
+    """Keep the store, which this process holds, until the others have read the entry, or are at work and will not."""
+    until = time.monotonic() + END_SECONDS
+    while store.add(READ, 0) < torchrun.world_size() - 1 and time.monotonic() < until:
+        time.sleep(0.05)

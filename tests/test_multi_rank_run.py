@@ -1,0 +1,219 @@
+"""A whole run on several ranks (gloo): what one rank makes of it, kills in any stage, another number of ranks, one sentence."""
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ranks, run_ranks
+from rounding import TRAINED
+from test_pipeline import tiny_recipe
+
+from slimqwen.cli import main
+from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.torchrun import rank
+from slimqwen.evaluation.result import Evaluation
+from slimqwen.planning.plan import Plan
+from slimqwen.recipe import Recipe
+from slimqwen.recipe.file import dump_recipe
+from slimqwen.runs import stages, training_stages
+from slimqwen.runs.recipe_run import run
+from slimqwen.training.trainer import Trainer
+
+SHORT: dict[str, Any] = {
+    "baselines": ["pruned"],
+    "evaluation": {"tokens": 64, "acceptance": {"prompts": 1, "prompt_tokens": 8, "new_tokens": 6, "depth": 3}},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """What one process makes of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("multi_rank_run")
+    recipe = tiny_recipe(folder, folder / "run", **SHORT)
+    run(recipe)
+    return recipe
+
+
+def recipe_in(run_dir: Path, alone: Recipe, **changes: Any) -> Recipe:
+    """The same recipe in another folder."""
+    return tiny_recipe(Path(alone.teacher).parent, run_dir, **{**SHORT, **changes})
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def files_in(folder: Path) -> set[str]:
+    """All files of a run, but for those of its evaluation that have a checkpoint's fingerprint for a name."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if ".evaluation.json.measured" not in path.parts}
+
+
+def assert_the_same_run(found: Path, expected: Path) -> None:
+    """Files, plans, steps and numbers of two runs, of which what is computed may differ by rounding."""
+    assert files_in(found) == files_in(expected)
+    for stage in ("stage-1", "stage-2"):
+        mine, other = (Plan.load(folder / stage / "plan.json") for folder in (found, expected))
+        assert (mine.kept_layers, mine.kept, mine.target) == (other.kept_layers, other.kept, other.target), stage
+        members = [
+            {name: [group.members for group in groups] for name, groups in plan.expert_groups.items()}
+            for plan in (mine, other)
+        ]
+        assert members[0] == members[1], stage
+    steps, expected_steps = (lines_of(folder / "metrics.jsonl") for folder in (found, expected))
+    for step, expected_step in zip(steps, expected_steps, strict=True):
+        assert [step[name] for name in ("run", "stage", "step", "tokens")] == [
+            expected_step[name] for name in ("run", "stage", "step", "tokens")
+        ]
+        assert step["loss"] == pytest.approx(expected_step["loss"], rel=TRAINED)
+    mine, other = (Evaluation.load(folder / "evaluation.json").models for folder in (found, expected))
+    assert list(mine) == list(other)
+    for name, numbers in other.items():
+        assert mine[name].loss == pytest.approx(numbers.loss, rel=TRAINED), name
+
+
+@pytest.mark.rounding
+def test_two_ranks_make_what_one_makes(alone: Recipe, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path / "run", alone)
+    run_ranks(2, run, recipe)
+    assert_the_same_run(recipe.run_dir, alone.run_dir)
+    steps = [line["step"] for line in lines_of(recipe.run_dir / "stages.jsonl")]
+    assert steps == [line["step"] for line in lines_of(alone.run_dir / "stages.jsonl")]  # of one rank only
+    assert json.loads((recipe.run_dir / "provenance.json").read_text())["processes"] == 2
+    before = {path: path.stat().st_mtime_ns for path in recipe.run_dir.rglob("model.safetensors")}
+    run(recipe)  # one rank finds all of it done
+    assert {path: path.stat().st_mtime_ns for path in recipe.run_dir.rglob("model.safetensors")} == before
+    assert all(line["skipped"] for line in lines_of(recipe.run_dir / "stages.jsonl")[len(steps) :])
+
+
+# --- ended by one rank -------------------------------------------------------------------------------------------------
+
+
+def before_make(kind: type[stages.Stage], number: int, action: Callable[[], None]) -> None:
+    """Do `action` when this process is about to make the stage `kind` for the `number`-th time, from 1."""
+    original, count = kind.make, 0
+
+    def make(self: Any, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            action()
+        original(self, *arguments)
+
+    kind.make = make  # type: ignore[method-assign]
+
+
+def run_until(recipe: Recipe, kind: str, number: int, killed: int, step: int | None = None) -> None:
+    """Run, and end the rank `killed` without a word as it begins a stage, or the optimiser step `step` of it."""
+
+    def end() -> None:
+        os._exit(9)
+
+    def end_at_step() -> None:
+        original = Trainer.step
+
+        def step_or_end(self: Trainer, at: int) -> dict[str, float]:
+            if at == step:
+                end()
+            return original(self, at)
+
+        Trainer.step = step_or_end  # type: ignore[method-assign]
+
+    if rank() == killed:
+        classes = {**vars(stages), **vars(training_stages)}
+        before_make(classes[kind], number, end if step is None else end_at_step)
+    run(recipe)
+
+
+@pytest.mark.rounding
+def test_killed_in_any_stage_and_continued_by_other_numbers_of_ranks(alone: Recipe, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path / "run", alone)
+    made = recipe.run_dir / ".steps"
+    for size, kind, number, killed, step in (
+        (2, "Calibrating", 1, 0, None),  # the other waits
+        (2, "Distilling", 1, 1, None),  # all work
+        (1, "Distilling", 1, 0, 2),
+        (2, "Pruning", 1, 0, None),  # stage 2
+        (2, "Evaluating", 1, 0, None),
+    ):
+        codes, said = Ranks(size, run_until, recipe, kind, number, killed, step).end()
+        assert codes == [9 if rank == killed else 1 for rank in range(size)], (kind, said)
+        assert "Traceback" not in said and (size == 1 or said.count("has lost another rank") == 1), (kind, said)
+        assert not (made / "final.json").exists()
+    run_ranks(2, run, recipe)
+    assert_the_same_run(recipe.run_dir, alone.run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.rounding
+def test_kills_at_random_moments(alone: Recipe, tmp_path: Path) -> None:
+    """kill -9 of any rank at any moment; the others end within seconds, or with the stage that the first makes alone."""
+    recipe = recipe_in(tmp_path / "run", alone)
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    for size in (2, 2, 1, 2):
+        ranks = Ranks(size, run, recipe)
+        begun = recipe.run_dir / "recipe.resolved.yaml"
+        before = begun.stat().st_mtime_ns if begun.exists() else None
+        while not (begun.exists() and begun.stat().st_mtime_ns != before):
+            assert ranks.processes[0].is_alive(), seed
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 4.0))
+        ranks.processes[chance.randrange(size)].kill()
+        codes, said = ranks.end()
+        assert -9 in codes or codes == [0] * size, (seed, said)
+        assert set(codes) <= {-9, 0, 1} and "Traceback" not in said, (seed, said)
+    run_ranks(2, run, recipe)
+    assert_the_same_run(recipe.run_dir, alone.run_dir)
+
+
+def command(recipe: Recipe, *overrides: str, kind: str = "", failing: int = -1, code: int = 0) -> None:
+    """`slimqwen run` as a process of torchrun's; the rank `failing` raises an error as it begins the stage `kind`."""
+
+    def fail() -> None:
+        raise {1: StageFailed, 2: UserError}[code]("the disk is on fire.")
+
+    if rank() == failing:
+        before_make({**vars(stages), **vars(training_stages)}[kind], 1, fail)
+    file = recipe.run_dir.with_name(f"recipe-of-rank-{rank()}.yaml")
+    dump_recipe(recipe, file)
+    sys.argv = ["slimqwen", "run", str(file), *(word for pair in overrides for word in ("--set", pair))]
+    main()
+
+
+def failing_command(recipe: Recipe, kind: str, failing: int, code: int) -> None:
+    command(recipe, kind=kind, failing=failing, code=code)
+
+
+@pytest.mark.parametrize(("kind", "failing", "code"), [("Planning", 0, 1), ("Distilling", 1, 2)])
+def test_an_error_of_one_rank_ends_all_with_one_sentence(
+    alone: Recipe, tmp_path: Path, kind: str, failing: int, code: int
+) -> None:
+    recipe = recipe_in(tmp_path / "run", alone)
+    codes, said = Ranks(2, failing_command, recipe, kind, failing, code).end()
+    assert codes == [code, code], said
+    assert said.count("error:") == 1 and f"rank {failing}: error: the disk is on fire." in said, said
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("distil.batch_size=3", "batch_size 3 cannot be shared by 2 ranks"),
+        ("execution.expert_ranks=3", "expert_ranks 3 does not divide the 2 ranks"),
+        ("distil.batch_sizes=2", "did you mean"),
+    ],
+)
+def test_what_every_rank_finds_wrong_is_printed_once(
+    alone: Recipe, tmp_path: Path, override: str, sentence: str
+) -> None:
+    recipe = recipe_in(tmp_path / "run", alone)
+    codes, said = Ranks(2, command, recipe, override).end()
+    assert codes == [2, 2], said
+    assert said.count(sentence) == 1 and said.count("error:") == 1, said
+    assert not recipe.run_dir.exists()
