@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 from ranks import Ranks, run_ranks
-from rounding import TRAINED
+from rounding import FORWARD, TRAINED, error
 from test_pipeline import tiny_recipe
 
+from slimqwen.calibration.calibrate import calibrate
+from slimqwen.calibration.statistics import Statistics
+from slimqwen.calibration.text import CalibrationText
+from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import main
 from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.core.torchrun import rank
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import Recipe
+from slimqwen.recipe import CalibrationRecipe, Execution, Recipe
 from slimqwen.recipe.file import dump_recipe
 from slimqwen.runs import stages, training_stages
 from slimqwen.runs.recipe_run import run
@@ -55,9 +59,19 @@ def files_in(folder: Path) -> set[str]:
     return {path.as_posix() for path in files if ".evaluation.json.measured" not in path.parts}
 
 
+def assert_the_same_statistics(found: Statistics, expected: Statistics, tolerance: float) -> None:
+    """Sums that were added up in another order, of all tokens."""
+    assert (found.tokens, found.data) == (expected.tokens, expected.data)
+    assert found.sums.keys() == expected.sums.keys()
+    for name, sums in expected.sums.items():
+        assert error(found.sums[name], sums) < tolerance, name
+
+
 def assert_the_same_run(found: Path, expected: Path) -> None:
     """Files, plans, steps and numbers of two runs, of which what is computed may differ by rounding."""
     assert files_in(found) == files_in(expected)
+    statistics = (Statistics.load(folder / "stage-1" / "statistics.safetensors") for folder in (found, expected))
+    assert_the_same_statistics(*statistics, FORWARD)
     for stage in ("stage-1", "stage-2"):
         mine, other = (Plan.load(folder / stage / "plan.json") for folder in (found, expected))
         assert (mine.kept_layers, mine.kept, mine.target) == (other.kept_layers, other.kept, other.target), stage
@@ -90,6 +104,44 @@ def test_two_ranks_make_what_one_makes(alone: Recipe, tmp_path: Path) -> None:
     run(recipe)  # one rank finds all of it done
     assert {path: path.stat().st_mtime_ns for path in recipe.run_dir.rglob("model.safetensors")} == before
     assert all(line["skipped"] for line in lines_of(recipe.run_dir / "stages.jsonl")[len(steps) :])
+
+
+# --- statistics --------------------------------------------------------------------------------------------------------
+
+
+def measure(recipe: Recipe, out: Path, streaming: bool | None = None) -> None:
+    """`calibrate` on five sequences, of which each rank has another number."""
+    calibrate(
+        Path(recipe.teacher),
+        out,
+        tokens=recipe.run_dir / "tokens",
+        recipe=CalibrationRecipe(samples=5),
+        text=recipe.text,
+        execution=Execution(streaming=streaming, batch_size=2),
+        second_moments=True,
+    )
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize(("ranks", "streaming"), [(2, True), (4, None)])
+def test_statistics_are_those_of_one_rank(alone: Recipe, tmp_path: Path, ranks: int, streaming: bool | None) -> None:
+    """Of four ranks one has no sequence; layer by layer the first measures alone."""
+    measure(alone, tmp_path / "one.safetensors", streaming)
+    run_ranks(ranks, measure, alone, tmp_path / "many.safetensors", streaming)
+    found, expected = (Statistics.load(tmp_path / f"{name}.safetensors") for name in ("many", "one"))
+    assert_the_same_statistics(found, expected, FORWARD)
+
+
+def test_shares_of_the_ranks_are_every_row_once(alone: Recipe) -> None:
+    tokens, teacher = alone.run_dir / "tokens", Checkpoint(Path(alone.teacher))
+    text = CalibrationText(tokens, teacher, samples=5, sequence_length=16, seed=0)
+    shares = [text.share(rank, 4) for rank in range(4)]
+    assert [sum(share.sections) for share in shares] == [2, 2, 1, 0]
+
+    def rows(some: CalibrationText) -> list[tuple[str, int, list[int]]]:
+        return [(*part, row.tolist()) for part, batch in some.batches(2) for row in batch]
+
+    assert sorted(row for share in shares for row in rows(share)) == sorted(rows(text))
 
 
 # --- ended by one rank -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The stage `calibrate`: a checkpoint and tokens in, statistics out."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,12 +12,19 @@ from slimqwen.calibration.statistics import Statistics
 from slimqwen.calibration.text import TRAINING_TEXT, CalibrationText
 from slimqwen.calibration.walk import Walk, is_unfinished
 from slimqwen.checkpoint.reader import Checkpoint
-from slimqwen.core.progress import Progress, say
+from slimqwen.core import torchrun
+from slimqwen.core.progress import Progress, quiet, say
 from slimqwen.layerwise.memory import allot, fits
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import announce_slow
-from slimqwen.model.model import MtpCausalLM, load
+from slimqwen.model.model import load
+from slimqwen.parallel.job import Job, join_job
 from slimqwen.recipe import CalibrationRecipe, Execution, TextSettings
+
+# The ways to measure.
+IN_MEMORY = "in memory"
+LAYER_BY_LAYER = "layer by layer"
+TOGETHER = "in the memory of each rank, each a share of the text"
 
 
 @makes_file("checkpoint", "tokens", "recipe", kind="safetensors")
@@ -38,6 +46,9 @@ def calibrate(
     The MTP module is measured at the positions whose next token is in the row, i.e. all of them: rows hold one token more
     than the model reads. A model that does not fit into memory is measured layer by layer (`walk`).
 
+    All processes that torchrun started may call it together: where the model fits into the memory of each, each measures a
+    share of the sequences, and the sums are added up; else the first measures and the others wait.
+
     second_moments: also sum up z z' of every norm's input, which `pruning.width: rotation` needs: 2 hidden^2 operations
     per token and norm, a tenth of the forward pass of Qwen3-Next-80B.
     """
@@ -49,7 +60,6 @@ def calibrate(
     sequences = CalibrationText(
         sources, source, samples=recipe.samples, sequence_length=text.sequence_length, seed=text.seed
     )
-    sequences.warn_where_short()
     statistics = Statistics(
         checkpoint=source.fingerprint(),
         data=sequences.fingerprint,
@@ -57,66 +67,94 @@ def calibrate(
             part: {"main": count, "mtp": count if source.has_mtp else 0} for part, count in sequences.tokens.items()
         },
     )
-    torch_device = resolve_device(execution.device)
-    torch_dtype = resolve_dtype(text.dtype, torch_device)
-    announce_slow(source.family, source.config, torch_device)
-    with reproducible(torch_device):
-        if _is_streamed(source, sequences, out, execution, torch_dtype, second_moments):
-            allotment = allot(
-                source,
-                execution,
-                rows=max(sequences.sections),
-                sequence_length=text.sequence_length,
-                dtype=torch_dtype,
-                parts=len(sequences.sections),
-                second_moments=second_moments,
-            )
-            Walk(source, sequences, allotment, torch_dtype, torch_device, second_moments).run(statistics, out, title)
-            return Statistics.load(out)
-        model = load(checkpoint, torch_dtype, torch_device)
-        _measure_in_memory(model, sequences, execution.batch_size, torch_device, statistics, second_moments, title)
-    statistics.save(out)
-    return statistics
+    device = resolve_device(execution.device)
+    work = _Work(source, sequences, execution, resolve_dtype(text.dtype, device), device, second_moments, title)
+    with join_job(device) as job, quiet(not job.is_first), reproducible(device):
+        is_shared = not job.is_alone
+        way = job.lead(lambda: work.choose_way(out, is_shared))
+        if way == TOGETHER:
+            work.measure_together(statistics, out, job)
+        else:
+            job.lead(lambda: work.measure_alone(statistics, out, way))
+        return statistics if way == IN_MEMORY and job.is_first else Statistics.load(out)
 
 
-def _is_streamed(
-    source: Checkpoint,
-    text: CalibrationText,
-    out: Path,
-    execution: Execution,
-    dtype: torch.dtype,
-    second_moments: bool,
-) -> bool:
-    """Return whether to measure layer by layer: by choice, to finish what was begun so, or where the model does not fit."""
-    if execution.streaming is not None:
-        return execution.streaming
-    return is_unfinished(out) or not fits(
-        source,
-        parts=len(text.sections),
-        budget_bytes=execution.memory_budget,
-        dtype=dtype,
-        device=resolve_device(execution.device),
-        second_moments=second_moments,
-    )
+@dataclass(frozen=True)
+class _Work:
+    """What is measured, and by which settings."""
 
+    source: Checkpoint
+    text: CalibrationText
+    execution: Execution
+    dtype: torch.dtype
+    device: torch.device
+    second_moments: bool
+    title: str
 
-def _measure_in_memory(
-    model: MtpCausalLM,
-    text: CalibrationText,
-    batch_size: int,
-    device: torch.device,
-    statistics: Statistics,
-    second_moments: bool,
-    title: str,
-) -> None:
-    total, started = sum(text.tokens.values()), time.perf_counter()
-    with (
-        observe(model, statistics, second_moments) as measuring,
-        Progress(title, total=total, unit="tokens") as progress,
-    ):
-        for part, rows in text.batches(batch_size):
-            with statistics.part(part):
-                model(rows.to(device))
-            progress.advance(rows[:, 1:].numel())
-    own = 1 - measuring.seconds / (time.perf_counter() - started)
-    say(f"{title}: {own:.0%} of the time in the model's own forward pass, the rest measuring")
+    def choose_way(self, out: Path, is_shared: bool) -> str:
+        """Return the way to measure: layer by layer by choice, to finish what was begun so, or where the model does not fit.
+
+        is_shared: whether all ranks are there to measure.
+        """
+        self.text.warn_where_short()
+        announce_slow(self.source.family, self.source.config, self.device)
+        streaming = self.execution.streaming
+        if streaming or (streaming is None and (is_unfinished(out) or not self._fits(1))):
+            return LAYER_BY_LAYER
+        return TOGETHER if is_shared and self._fits(torchrun.local_world_size()) else IN_MEMORY
+
+    def _fits(self, processes: int) -> bool:
+        return fits(
+            self.source,
+            parts=len(self.text.sections),
+            budget_bytes=self.execution.memory_budget,
+            dtype=self.dtype,
+            device=self.device,
+            second_moments=self.second_moments,
+            processes=processes,
+        )
+
+    def measure_alone(self, statistics: Statistics, out: Path, way: str) -> str:
+        """Measure all of the text in this process, and write the sums; return `out`."""
+        if way == IN_MEMORY:
+            self._measure_in_memory(self.text, statistics)
+            statistics.save(out)
+            return str(out)
+        allotment = allot(
+            self.source,
+            self.execution,
+            rows=max(self.text.sections),
+            sequence_length=self.text.shape[1] - 1,
+            dtype=self.dtype,
+            parts=len(self.text.sections),
+            second_moments=self.second_moments,
+        )
+        walk = Walk(self.source, self.text, allotment, self.dtype, self.device, self.second_moments)
+        walk.run(statistics, out, self.title)
+        return str(out)
+
+    def measure_together(self, statistics: Statistics, out: Path, job: Job) -> None:
+        """Measure this rank's share of the text; the first rank writes the sums of all."""
+        self._measure_in_memory(self.text.share(job.rank, job.size), statistics)
+        assert isinstance(statistics.sums, dict)
+        job.add_up(statistics.sums)
+
+        def save() -> str:
+            statistics.save(out)
+            return str(out)
+
+        job.lead(save)
+
+    def _measure_in_memory(self, text: CalibrationText, statistics: Statistics) -> None:
+        model = load(self.source.folder, self.dtype, self.device)
+        total, started = sum(text.tokens.values()), time.perf_counter()
+        with (
+            observe(model, statistics, self.second_moments) as measuring,
+            Progress(self.title, total=total, unit="tokens") as progress,
+        ):
+            for part, rows in text.batches(self.execution.batch_size):
+                with statistics.part(part):
+                    model(rows.to(self.device))
+                progress.advance(rows[:, 1:].numel())
+        own = 1 - measuring.seconds / (time.perf_counter() - started)
+        say(f"{self.title}: {own:.0%} of the time in the model's own forward pass, the rest measuring")

@@ -1,6 +1,7 @@
 """The sequences that calibration measures on: rows of every source, even and odd ones apart."""
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,7 @@ class CalibrationText:
             self._streams[name] = training_stream(folder, sequence_length, seed)
             self._rows[name] = samples // len(sources) + (number < samples % len(sources))
         self._sequence_length = sequence_length
+        self._first, self._step = 0, 1  # of each part's rows those of this share
         self.fingerprint = fingerprint_value([manifests, self._rows, sequence_length, seed])
         self.tokens = {
             Part(name, half): len(range(half, rows, 2)) * sequence_length
@@ -69,6 +71,15 @@ class CalibrationText:
             for half in HALVES
             if half < rows
         }
+
+    def share(self, rank: int, size: int) -> "CalibrationText":
+        """Return every `size`-th row of each part, from row `rank` on: what one of `size` ranks measures."""
+        assert self._step == 1, "a share is not shared out"
+        share = copy(self)
+        share._first, share._step = rank, size
+        rows = {part: len(range(rank, count // self._sequence_length, size)) for part, count in self.tokens.items()}
+        share.tokens = {part: count * self._sequence_length for part, count in rows.items() if count}
+        return share
 
     @property
     def sections(self) -> list[int]:
@@ -88,7 +99,8 @@ class CalibrationText:
         """Read some rows of one part, int64 [rows, sequence_length + 1], where the parts lie one after another."""
         part, number = self._locate(rows.start)
         stream = self._streams[part.source]
-        return stream.batch(part.half + 2 * number, rows.stop - rows.start, step=2).tokens
+        first = part.half + 2 * (self._first + self._step * number)
+        return stream.batch(first, rows.stop - rows.start, step=2 * self._step).tokens
 
     def _locate(self, row: int) -> tuple[Part, int]:
         """Return the part of a row, and the row's number in it."""

@@ -25,6 +25,11 @@ def local_rank() -> int | None:
     return _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else None
 
 
+def local_world_size() -> int:
+    """Return the number of processes on this machine (LOCAL_WORLD_SIZE); all of them where it is not set."""
+    return _number("LOCAL_WORLD_SIZE", world_size(), least=1)
+
+
 def _number(name: str, default: int, *, least: int = 0) -> int:
     text = os.environ.get(name, "").strip() or str(default)
     if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < least:

@@ -132,14 +132,25 @@ def fits(
     dtype: torch.dtype,
     device: torch.device,
     second_moments: bool = False,
+    processes: int = 1,
 ) -> bool:
-    """Return whether the whole model and its statistics fit beside a budget for activations; print it where they do not."""
+    """Return whether the whole model and its statistics fit beside a budget for activations; print it where they do not.
+
+    processes: of this machine, each with statistics, and on a CPU with a model, of its own.
+    """
     numbers = sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
     sums = 8 * parts * _sums(checkpoint.family.blocks(checkpoint.config), checkpoint, second_moments)
-    needed = numbers * dtype.itemsize + sums + _copies_bytes(checkpoint, second_moments)
+    models = processes if device.type == "cpu" else 1
+    needed = models * numbers * dtype.itemsize + processes * (sums + _copies_bytes(checkpoint, second_moments))
     available = available_bytes(device)
-    if available is None or needed + budget_bytes <= available:
+    if available is None or needed + models * budget_bytes <= available:
         return True
+    if processes > 1:
+        say(
+            f"the first process measures alone: model and statistics of {processes} take {bytes_in_words(needed)}, and "
+            f"{bytes_in_words(available)} of memory are free"
+        )
+        return False
     say(
         f"layer by layer (--streaming): the model in {str(dtype).removeprefix('torch.')} and its statistics take "
         f"{bytes_in_words(needed)}, and {bytes_in_words(available)} of memory are free"

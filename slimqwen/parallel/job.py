@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,26 @@ class Job:
         if self.size > 1 and self.is_first and not self._is_joint:
             with suppress(RuntimeError):  # they may be gone
                 self._tell(FAILED)
+
+    def add_up(self, sums: dict[str, torch.Tensor]) -> None:
+        """Add to the first rank's float64 sums, in the host's memory, those of the others; each rank may lack some of them.
+
+        One after another, in place: a rank needs the memory of one sum more.
+        """
+        if self.size == 1:
+            return
+        everywhere: list[Any] = [None] * self.size
+        shapes = {name: list(tensor.shape) for name, tensor in sums.items()}
+        dist.all_gather_object(everywhere, shapes, group=self._control)
+        for name, shape in sorted({name: shape for found in everywhere for name, shape in found.items()}.items()):
+            tensor = sums.get(name)
+            if tensor is None:
+                tensor = torch.zeros(shape, dtype=torch.float64)
+            dist.reduce(tensor, dst=0, group=self._control)
+            if self.is_first:
+                sums[name] = tensor
+            else:
+                sums.pop(name, None)
 
     def mesh(self, device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         """Return the mesh of all ranks in this shape; the same object, and the same groups, for every stage of the job."""

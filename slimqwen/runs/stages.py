@@ -85,6 +85,7 @@ class Calibrating(Stage):
 
     file = "statistics.safetensors"
     revision = 1
+    is_shared = True
 
     @property
     def inputs(self) -> Mapping[str, Any]:
