@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import Ranks, run_ranks
 from rounding import FORWARD, TRAINED, error
+from safetensors.torch import load_file
 from test_pipeline import tiny_recipe
 
 from slimqwen.calibration.calibrate import calibrate
@@ -23,10 +25,11 @@ from slimqwen.core.errors import StageFailed, UserError
 from slimqwen.core.torchrun import rank
 from slimqwen.evaluation.result import Evaluation
 from slimqwen.planning.plan import Plan
-from slimqwen.recipe import CalibrationRecipe, Execution, Recipe
+from slimqwen.recipe import CalibrationRecipe, Execution, Recipe, TeacherRecipe
 from slimqwen.recipe.file import dump_recipe
 from slimqwen.runs import stages, training_stages
 from slimqwen.runs.recipe_run import run
+from slimqwen.teacher_cache import write
 from slimqwen.training.trainer import Trainer
 
 SHORT: dict[str, Any] = {
@@ -142,6 +145,53 @@ def test_shares_of_the_ranks_are_every_row_once(alone: Recipe) -> None:
         return [(*part, row.tolist()) for part, batch in some.batches(2) for row in batch]
 
     assert sorted(row for share in shares for row in rows(share)) == sorted(rows(text))
+
+
+# --- teacher cache -----------------------------------------------------------------------------------------------------
+
+
+def cache(recipe: Recipe, out: Path, streaming: bool, ended_after: int | None = None) -> None:
+    """`teacher-cache` with a sequence to a shard; the second rank ends without a word after some of its shards."""
+    if ended_after is not None and rank() == 1:
+        original, written = write.write_shard, 0
+
+        def write_or_end(*arguments: Any) -> None:
+            nonlocal written
+            if written == ended_after:
+                os._exit(9)
+            written += 1
+            original(*arguments)
+
+        write.write_shard = write_or_end
+    write.write_teacher_cache(
+        Path(recipe.teacher),
+        out,
+        tokens=recipe.run_dir / "tokens",
+        recipe=TeacherRecipe(kind="cache", top_k=4),
+        text=recipe.text,
+        sequences=7,
+        execution=Execution(cache_file_bytes=1, streaming=streaming),
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_teacher_cache_is_that_of_one_rank(alone: Recipe, tmp_path: Path, streaming: bool) -> None:
+    """Killed and continued on the way: shards that were finished stay."""
+    run_ranks(1, cache, alone, tmp_path / "one", streaming)
+    codes, said = Ranks(2, cache, alone, tmp_path / "many", streaming, 2).end()
+    assert codes == [1, 9], said
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / ".many.partial").glob("shard-*.safetensors")}
+    assert 2 <= len(finished) < 7
+    run_ranks(2, cache, alone, tmp_path / "many", streaming)
+    shards = sorted(path.name for path in (tmp_path / "one").glob("shard-*.safetensors"))
+    assert len(shards) == 7 and files_in(tmp_path / "many") == files_in(tmp_path / "one")
+    for path, written_at in finished.items():
+        assert (tmp_path / "many" / path.name).stat().st_mtime_ns == written_at
+    for name in shards:  # each is computed by one process, from the same sequence alone
+        found, expected = (load_file(tmp_path / folder / name) for folder in ("many", "one"))
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), (name, key)
 
 
 # --- ended by one rank -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from slimqwen.artifacts.record import MARKER, TEXT_MARK, is_marked
 from slimqwen.artifacts.writing import (
     atomic_file,
     atomic_folder,
+    joined_folder,
     make_file,
     make_folder,
     makes_file,
@@ -47,6 +48,7 @@ __all__ = [
     "fingerprint_value",
     "full_disk_explained",
     "is_marked",
+    "joined_folder",
     "make_file",
     "make_folder",
     "makes_file",

@@ -173,6 +173,14 @@ def resumable_folder(path: Path, key: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def joined_folder(path: Path) -> Iterator[Path]:
+    """Yield the folder of finished files that another process of the same job has open for `path` (`resumable_folder`)."""
+    partial = hidden(path.resolve(), "partial")
+    with working_in(partial):
+        yield partial
+
+
+@contextlib.contextmanager
 def scratch_folder(path: Path, key: str) -> Iterator[Path]:
     """Like `resumable_folder`, for intermediate files: removed when the work is done, and never renamed to `path`."""
     path = path.resolve()

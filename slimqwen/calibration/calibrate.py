@@ -135,7 +135,7 @@ class _Work:
 
     def measure_together(self, statistics: Statistics, out: Path, job: Job) -> None:
         """Measure this rank's share of the text; the first rank writes the sums of all."""
-        self._measure_in_memory(self.text.share(job.rank, job.size), statistics)
+        self._measure_in_memory(self.text.share(*job.share), statistics)
         assert isinstance(statistics.sums, dict)
         job.add_up(statistics.sums)
 

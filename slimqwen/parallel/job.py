@@ -104,12 +104,22 @@ class Job:
             with suppress(RuntimeError):  # they may be gone
                 self._tell(FAILED)
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """Return the number of this process among those that share out the work now, and how many these are: (0, 1) alone."""
+        return (0, 1) if self.is_alone else (self.rank, self.size)
+
+    def wait(self) -> None:
+        """Block until all ranks that share out the work have called this, however long they work."""
+        if not self.is_alone:
+            dist.all_reduce(torch.zeros(1), group=self._control)
+
     def add_up(self, sums: dict[str, torch.Tensor]) -> None:
         """Add to the first rank's float64 sums, in the host's memory, those of the others; each rank may lack some of them.
 
         One after another, in place: a rank needs the memory of one sum more.
         """
-        if self.size == 1:
+        if self.is_alone:
             return
         everywhere: list[Any] = [None] * self.size
         shapes = {name: list(tensor.shape) for name, tensor in sums.items()}

@@ -54,6 +54,7 @@ class TeacherCaching(Stage):
 
     file = "teacher_cache"
     revision = 1
+    is_shared = True
 
     @property
     def inputs(self) -> Mapping[str, Any]:

@@ -108,14 +108,21 @@ class LayerByLayer(Predictor):
             yield batch, HiddenStates(states.to(stream.device), None if draft is None else draft.to(stream.device))
 
 
-def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> bool:
-    """Return whether all weights fit into memory beside a budget for activations; print it where they do not."""
+def fits(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, budget_bytes: int, processes: int = 1
+) -> bool:
+    """Return whether all weights fit into memory beside a budget for activations; print it where they do not.
+
+    processes: of this machine, on a CPU each with weights of its own.
+    """
+    models = processes if device.type == "cpu" else 1
     needed = dtype.itemsize * sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
     available = available_bytes(device)
-    if available is None or needed + budget_bytes <= available:
+    if available is None or models * (needed + budget_bytes) <= available:
         return True
+    of_each = f" for each of {models} processes" if models > 1 else ""
     say(
-        f"layer by layer (--streaming): the teacher takes {bytes_in_words(needed)} in {str(dtype).removeprefix('torch.')}, and "
-        f"{bytes_in_words(available)} of memory are free"
+        f"layer by layer (--streaming): the teacher takes {bytes_in_words(needed)} in {str(dtype).removeprefix('torch.')}{of_each}, "
+        f"and {bytes_in_words(available)} of memory are free"
     )
     return False

@@ -1,5 +1,6 @@
 """The stage itself: the teacher runs once over the stored text, shard after shard."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slimqwen.artifacts import alone, check_replaceable, fingerprint_value, make_folder, resumable_folder, write_json
+from slimqwen.artifacts import (
+    alone,
+    check_replaceable,
+    fingerprint_value,
+    joined_folder,
+    make_folder,
+    resumable_folder,
+    write_json,
+)
 from slimqwen.artifacts.disk import check_space
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core import torchrun
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import UserError
-from slimqwen.core.progress import Progress, say
+from slimqwen.core.progress import Progress, quiet, say
 from slimqwen.data import store
 from slimqwen.data.mixture import MixedStream
 from slimqwen.data.stream import Batch, StoredRows
@@ -21,6 +31,7 @@ from slimqwen.losses.head import Logits
 from slimqwen.losses.loss import align
 from slimqwen.losses.signal import TopTokens
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.parallel.job import Job, join_job
 from slimqwen.recipe import Execution, TeacherRecipe, TextSettings
 from slimqwen.teacher_cache.folder import (
     MANIFEST,
@@ -36,6 +47,7 @@ from slimqwen.teacher_cache.folder import (
 from slimqwen.teacher_cache.predict import Advance, InMemory, LayerByLayer, Predictor, fits
 from slimqwen.teacher_cache.records import bytes_per_token, pack
 
+IN_MEMORY, LAYER_BY_LAYER = "in memory", "layer by layer"  # ways to run the teacher
 CHUNK_TOKENS = 1024  # whose logits exist at one time
 
 
@@ -80,7 +92,8 @@ def write_teacher_cache(
 ) -> Path:
     """Write `teacher`'s distributions for the training text of the folder `tokens` to the folder `out`; return `out`.
 
-    An interrupted call leaves its finished shards, and the same call continues with the first that is not there.
+    An interrupted call leaves its finished shards, and the same call continues with the first that is not there. All
+    processes that torchrun started may call it together: each writes shards of its own.
 
     Args:
         with_mtp: the teacher's MTP head's, too (for `mtp_target: mtp`).
@@ -113,12 +126,22 @@ def write_teacher_cache(
             sequences_per_shard=max(execution.cache_file_bytes // sequence_bytes, 1),
         )
         caches.append(Cache(out / (source or "."), stream, chosen, manifest))
-    for cache in caches:
-        check_replaceable(cache.out, teacher, tokens, kind="teacher_cache")
-    with alone(out):
-        _announce(caches, out, title)
-        _write_all(caches, out, checkpoint, execution, torch_device, torch_dtype, title)
+    with join_job(torch_device) as job, quiet(not job.is_first):
+        for cache in caches:
+            check_replaceable(cache.out, teacher, tokens, kind="teacher_cache")
+        with alone(out):
+            pending = json.loads(job.lead(lambda: _prepare(caches, out, title)))
+            _write_all([caches[number] for number in pending], out, checkpoint, execution, torch_dtype, job, title)
     return out
+
+
+def _prepare(caches: list[Cache], out: Path, title: str) -> str:
+    """Print what will be written, make room for it, and return the numbers of the caches that are not there yet, as JSON."""
+    _announce(caches, out, title)
+    for cache in caches:
+        with make_folder(cache.out):  # in order, whatever killed an earlier call
+            pass
+    return json.dumps([number for number, cache in enumerate(caches) if not cache.is_done])
 
 
 def _write_all(
@@ -126,20 +149,16 @@ def _write_all(
     out: Path,
     checkpoint: Checkpoint,
     execution: Execution,
-    torch_device: torch.device,
     torch_dtype: torch.dtype,
+    job: Job,
     title: str,
 ) -> None:
-    """Write those that are not there yet."""
-    for cache in caches:
-        with make_folder(cache.out):  # in order, whatever killed an earlier call
-            pass
-    caches = [cache for cache in caches if not cache.is_done]
+    """Write them, by all ranks of the job."""
     if caches:
-        predictor = _load_predictor(checkpoint, execution, caches[0].manifest, torch_device, torch_dtype)
-        with torch.inference_mode(), reproducible(torch_device):
+        predictor = _load_predictor(checkpoint, execution, caches[0].manifest, torch_dtype, job)
+        with torch.inference_mode(), reproducible(resolve_device(execution.device)):
             for cache in caches:
-                _write(cache, predictor, title if cache.out == out else f"{title} {cache.out.name}")
+                _write(cache, predictor, job, title if cache.out == out else f"{title} {cache.out.name}")
 
 
 def check_teacher(recipe: TeacherRecipe, teacher: Checkpoint, with_mtp: bool) -> None:
@@ -189,13 +208,19 @@ def _announce(caches: list[Cache], out: Path, title: str) -> None:
 
 
 def _load_predictor(
-    checkpoint: Checkpoint, execution: Execution, manifest: CacheManifest, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, execution: Execution, manifest: CacheManifest, dtype: torch.dtype, job: Job
 ) -> Predictor:
-    """Return the teacher, in memory where it fits and `execution` leaves it open."""
-    with_mtp, streaming = "mtp" in manifest.heads, execution.streaming
-    if streaming is None:
-        streaming = not fits(checkpoint, dtype, device, execution.memory_budget)
-    if not streaming:
+    """Return the teacher, in memory where it fits (of every rank) and `execution` leaves it open."""
+    with_mtp = "mtp" in manifest.heads
+    processes = torchrun.local_world_size() if job.share[1] > 1 else 1
+
+    def choose_way() -> str:
+        if execution.streaming is not None:
+            return LAYER_BY_LAYER if execution.streaming else IN_MEMORY
+        device = resolve_device(execution.device)
+        return IN_MEMORY if fits(checkpoint, dtype, device, execution.memory_budget, processes) else LAYER_BY_LAYER
+
+    if job.lead(choose_way) == IN_MEMORY:
         return InMemory(checkpoint, execution, with_mtp=with_mtp, dtype=dtype)
     return LayerByLayer(
         checkpoint,
@@ -207,23 +232,29 @@ def _load_predictor(
     )
 
 
-def _write(cache: Cache, predictor: Predictor, title: str) -> None:
+def _write(cache: Cache, predictor: Predictor, job: Job, title: str) -> None:
+    rank, size_of_job = job.share
     manifest = cache.manifest
     logits = Logits(predictor.head, CHUNK_TOKENS)
     size = manifest.sequences_per_shard
     shards = [cache.sequences[first : first + size] for first in range(0, len(cache.sequences), size)]
     key = fingerprint_value(manifest.model_dump(mode="json"))
-    with resumable_folder(cache.out, key) as folder:
+    with resumable_folder(cache.out, key) if rank == 0 else joined_folder(cache.out) as folder:
         files = [folder / shard_name(number) for number in range(len(shards))]
         positions = manifest.sequence_length * predictor.passes
-        done = sum(len(shard) for shard, file in zip(shards, files, strict=True) if file.exists())
+        missing = json.loads(job.lead(lambda: json.dumps([n for n, file in enumerate(files) if not file.exists()])))
+        own = missing[rank::size_of_job]
+        done = len(cache.sequences) - sum(len(shards[number]) for number in missing)
         unit = "tokens" if predictor.passes == 1 else "token-layers"
-        total = len(cache.sequences) * positions
-        with Progress(title, total=total, unit=unit, start=done * positions) as progress:
-            for shard, file in zip(shards, files, strict=True):
-                if not file.exists():
-                    rows = cache.stream.in_order(shard)
-                    write_shard(file, shard, *_compute_records(rows, predictor, logits, manifest, progress.advance))
+        total = done + sum(len(shards[number]) for number in own)
+        with Progress(title, total=total * positions, unit=unit, start=done * positions) as progress:
+            for number in own:
+                rows = cache.stream.in_order(shards[number])
+                records = _compute_records(rows, predictor, logits, manifest, progress.advance)
+                write_shard(files[number], shards[number], *records)
+        job.wait()
+        if rank != 0:
+            return
         finished = manifest.model_copy(update={"shards": [shard_entry(file) for file in files]})
         write_json(folder / MANIFEST, finished.model_dump(mode="json"))
 
