@@ -371,7 +371,9 @@ def test_kills_at_random_moments(folder: Path, tmp_path: Path, size: int, terms:
     run_ranks(size, train, folder, out, at_its_end, "student", 60)
     assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes(), seed
     lines = metrics(out)
-    assert {line["step"] % 3 for line in lines if "acc_0" in line} <= {2}, seed  # none, where every kill came before the third
+    assert {line["step"] % 3 for line in lines if "acc_0" in line} <= {2}, (
+        seed
+    )  # none, where every kill came before the third
     lines = [{name: line[name] for name in line if not name.startswith(("heldout_", "acc_"))} for line in lines]
     assert lines == metrics(expected), seed
 
