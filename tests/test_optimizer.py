@@ -19,7 +19,6 @@ from torch import Tensor
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.model.model import load
-from slimqwen.parallel.ranks import Ranks
 from slimqwen.recipe import DistilRecipe, OptimizerRecipe, TextSettings
 from slimqwen.training.average import Average
 from slimqwen.training.distil import distil
@@ -337,4 +336,4 @@ def test_two_ranks_are_one(folder: Path, tmp_path: Path) -> None:
 def test_a_first_batch_that_ranks_cannot_share() -> None:
     settings = recipe(batch_size_ramp={"start": 1, "tokens": 99})["recipe"]
     with pytest.raises(UserError, match=r"batch_size_ramp.start 1 cannot be shared by 2 ranks"):
-        check_batch(settings, Ranks(size=2))
+        check_batch(settings, 2)

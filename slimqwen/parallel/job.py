@@ -32,6 +32,7 @@ LOST_CONTACT = (
     "Broken pipe",
     "timed out",
     "remote process exited",
+    "Connection was likely closed",  # of the store by which the processes find each other
 )
 END, READ = "slimqwen/end", "slimqwen/end-read"  # keys of the job's store
 JOIN, DONE, FAILED = "join", "done", "failed"  # words of the first rank to those that wait
