@@ -89,7 +89,7 @@ def expert_roles(groups: Sequence[ExpertGroup], num_experts: int) -> list[Role]:
     """Return what became of each of the `num_experts` source experts.
 
     'kept': its weights are unchanged; 'base': others were averaged into it; 'absorbed': it was averaged into a base;
-    'dropped': in no group. A base that absorbed nobody is 'kept': the word is for what happened to the weights.
+    'dropped': in no group. A base that absorbed no other expert is 'kept': its weights are unchanged.
     """
     roles: list[Role] = ["dropped"] * num_experts
     for group in groups:

@@ -45,7 +45,7 @@ class Interrupts:
                 raise StepInterrupted(received)
             if self._ranks.size == 1:
                 sent = self._received
-            elif number < len(micro_batches):  # an exchange that nobody reads would be left over
+            elif number < len(micro_batches):  # an exchange without a reader would be left over
                 sent = self._ranks.begin_largest(self._received())
             yield micro_batch
 

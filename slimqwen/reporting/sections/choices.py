@@ -61,7 +61,7 @@ def _expert_choice(plan: Plan, where: str) -> list[Chart]:
         Chart.of(
             f"What became of each expert{where}",
             expert_fates(scores, plan.expert_groups),
-            f"{recipe.compression.outcome} Same order as the importance; a base that absorbed nobody counts as kept.",
+            f"{recipe.compression.outcome} Same order as the importance; a base that absorbed no other expert counts as kept.",
         ),
     ]
     if any(len(group.members) > 1 for groups in plan.expert_groups.values() for group in groups):
