@@ -135,6 +135,23 @@ class Job:
             else:
                 sums.pop(name, None)
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up, in place and on every rank that shares out the work, a tensor of the same shape; the same bits everywhere.
+
+        On the host it may wait for as long as the others work. On a GPU the wait is limited as in any training (TIMEOUT).
+        """
+        if not self.is_alone:
+            dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value, JSON, of every rank that shares out the work, in their order: `[value]` alone."""
+        if self.is_alone:
+            return [value]
+        everywhere: list[Any] = [None] * self.size
+        dist.all_gather_object(everywhere, json.dumps(value), group=self._control)
+        return [json.loads(found) for found in everywhere]
+
     def mesh(self, device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         """Return the mesh of all ranks in this shape; the same object, and the same groups, for every stage of the job."""
         key = (device_type, shape)
