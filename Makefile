@@ -1,6 +1,7 @@
 # make demo   set everything up, compress the built-in teacher, print where the report and the checkpoint are
 # make test   set everything up, run the linter, the type checker and the tests (.ci/run calls exactly this)
-# make test-lowest  run the quick tests with the lowest versions that pyproject.toml promises, in .venv-lowest
+# make test-lowest  run the tests of models and recipes with the lowest versions that pyproject.toml promises, PyTorch apart
+#                   (part of make test); make test-lowest-torch runs all quick tests, with the lowest PyTorch too
 # make docs   set everything up, write the documentation site to site/
 # make golden write tests/golden/golden.json anew, after a change that is meant to change results, help or a recipe's fields
 # make clean  remove what the two made: .venv, runs/demo and caches
@@ -12,8 +13,11 @@ BIN := .venv/bin
 # Adds up in another order than any processor does by itself: no vector instructions beyond SSE, and two threads.
 OTHER_ROUNDING := TEST_THREADS=2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 INSTALLED := .venv/.installed
+# Packages in their lowest versions, which hide those of .venv where PYTHONPATH names the folder.
+LOWEST := .venv/lowest
+LOWEST_TESTS := $(addprefix tests/test_,every_family.py families.py glm_and_qwen3_5.py lowest_versions.py modeling.py recipe.py)
 
-.PHONY: setup demo test test-lowest docs golden clean
+.PHONY: setup demo test test-lowest test-lowest-torch docs golden clean
 
 setup: $(INSTALLED)
 
@@ -27,13 +31,23 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist worksteal
 	$(OTHER_ROUNDING) $(BIN)/pytest -q -n 2 --dist worksteal -m rounding
+	$(MAKE) --no-print-directory test-lowest
+
+test-lowest: $(LOWEST)/.installed
+	LOWEST_WITHOUT=torch PYTHONPATH=$(LOWEST) $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow" $(LOWEST_TESTS)
+
+$(LOWEST)/.installed: $(INSTALLED) pyproject.toml tests/lowest_versions.py
+	rm -rf $(LOWEST)
+	$(BIN)/python tests/lowest_versions.py --without torch > .venv/lowest.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(LOWEST) -r .venv/lowest.txt
+	@touch $@
 
 # Its PyTorch is the build that the package index offers: on Linux that of CUDA, with its packages, unless the index has a CPU build.
-test-lowest:
+test-lowest-torch:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python tests/lowest_versions.py > .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/lowest.txt -e '.[dev]'
-	.venv-lowest/bin/pytest -q -m "not slow"
+	LOWEST_WITHOUT= .venv-lowest/bin/pytest -q -m "not slow"
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

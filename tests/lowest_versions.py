@@ -1,8 +1,9 @@
-"""The lowest versions that pyproject.toml promises, as requirements for pip: `make test-lowest` runs the tests with them.
+"""The lowest versions that pyproject.toml promises, as requirements for pip: `make test-lowest` runs tests with them.
 
-python tests/lowest_versions.py > lowest.txt
+python tests/lowest_versions.py [--without NAME ...] > lowest.txt
 """
 
+import argparse
 import re
 import tomllib
 from pathlib import Path
@@ -19,8 +20,13 @@ def lowest(requirement: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--without", nargs="*", default=[], help="packages to leave out")
+    left_out = parser.parse_args().without
     for requirement in tomllib.loads(PROJECT.read_text())["project"]["dependencies"]:
-        print(lowest(requirement))
+        pin = lowest(requirement)
+        if pin.partition("==")[0] not in left_out:
+            print(pin)
 
 
 if __name__ == "__main__":

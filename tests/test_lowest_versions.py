@@ -1,6 +1,8 @@
 """The lowest versions that pyproject.toml promises are written so that a test run can install them (`make test-lowest`)."""
 
+import os
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,12 @@ def test_what_is_pinned_is_not_below_what_is_promised(requirement: str) -> None:
     )
     name, version = lowest(requirement).split("==")
     assert numbers(pins[name]) >= numbers(version)
+
+
+@pytest.mark.skipif("LOWEST_WITHOUT" not in os.environ, reason="only `make test-lowest` installs the lowest versions")
+@pytest.mark.parametrize("requirement", DEPENDENCIES)
+def test_the_lowest_version_is_the_one_that_is_tested(requirement: str) -> None:
+    name, promised = lowest(requirement).split("==")
+    if name not in os.environ["LOWEST_WITHOUT"].split():
+        found = numbers(version(name))
+        assert found[: len(numbers(promised))] == numbers(promised) and not any(found[len(numbers(promised)) :])
