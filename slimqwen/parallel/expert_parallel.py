@@ -78,7 +78,7 @@ def exchanged_forward(
     sent = sent.scatter_add_(0, chosen, torch.ones_like(chosen)).view(group.size(), -1)
     received = torch.empty_like(sent)  # pairs by the rank that they come from and by this rank's expert
     dist.all_to_all_single(received, sent, group=group)
-    sent_rows, received_rows = torch.stack([sent.sum(dim=1), received.sum(dim=1)]).tolist()
+    sent_rows, received_rows = read_row_counts(sent, received, len(chosen))
 
     # What an all-to-all returns is on its way still: a kernel that does not know of that needs it waited for.
     rows = hidden_states[order // top_k_index.shape[1]]
@@ -100,6 +100,15 @@ def exchanged_forward(
     per_choice[order] = returned
     weighted = per_choice.view(*top_k_index.shape, -1) * top_k_weights[..., None]
     return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def read_row_counts(sent: Tensor, received: Tensor, rows: int) -> tuple[list[int], list[int]]:
+    """Return how many of this rank's `rows` go to each rank, and how many come from each. The one place that waits for the device.
+
+    sent, received: [ranks, experts of a rank].
+    """
+    sent_rows, received_rows = torch.stack([sent.sum(dim=1), received.sum(dim=1)]).tolist()
+    return sent_rows, received_rows
 
 
 def _local_parameters(experts: nn.Module) -> dict[str, Tensor]:
