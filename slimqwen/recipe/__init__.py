@@ -10,6 +10,7 @@ from slimqwen.recipe.criteria import (
     ExpertCompression,
     ExpertImportance,
     ExpertSimilarity,
+    TrainedParts,
     WidthCriterion,
 )
 from slimqwen.recipe.data import BuiltinSource, DataRecipe, DocumentBoundaries, Source, TextFormat
@@ -25,7 +26,7 @@ from slimqwen.recipe.distil import (
     TeacherRecipe,
     TrainedPart,
 )
-from slimqwen.recipe.execution import BadSteps, Execution, LoggerName, OnBadStep
+from slimqwen.recipe.execution import BadSteps, Execution, LoggerName, Offload, OnBadStep
 from slimqwen.recipe.pruning import (
     CalibrationRecipe,
     ExpertRecipe,
@@ -75,6 +76,7 @@ __all__ = [
     "HealingRecipe",
     "LoggerName",
     "LossTerm",
+    "Offload",
     "OnBadStep",
     "OptimizerName",
     "OptimizerRecipe",
@@ -94,5 +96,6 @@ __all__ = [
     "TextSettings",
     "TokenCount",
     "TrainedPart",
+    "TrainedParts",
     "WidthCriterion",
 ]

@@ -169,3 +169,31 @@ class DivergenceName(Criterion):
     FORWARD_KL = ("forward_kl", "KL(teacher || student)", "KL(teacher || student)")
     REVERSE_KL = ("reverse_kl", "KL(student || teacher)", "KL(student || teacher)")
     JSD = ("jsd", "Jensen-Shannon divergence", "the Jensen-Shannon divergence")
+
+
+class TrainedParts(Criterion):
+    """What of a student is trained: presets, and the parts of a model as the families name them."""
+
+    ALL = ("all", "every part", "every part")
+    NO_EXPERTS = ("no_experts", "all but the routed experts", "every part but the routed experts")
+    ROUTER_ONLY = ("router_only", "the routers alone", "the routers alone")
+    EMBEDDING = ("embedding", "embedding and lm_head", "the embedding and lm_head")
+    NORM = ("norm", "norms", "the norms around the layers' mixers and MLPs, and the last one")
+    ATTENTION = ("attention", "attention", "the attention mixers")
+    DELTANET = ("deltanet", "DeltaNet", "the DeltaNet mixers")
+    DENSE_MLP = ("dense_mlp", "dense MLPs", "the MLPs of layers without experts")
+    ROUTER = ("router", "routers", "the routers")
+    ROUTED_EXPERTS = ("routed_experts", "routed experts", "the routed experts")
+    SHARED_EXPERTS = ("shared_experts", "shared experts", "the shared experts and their gates")
+    MTP_PROJECTION = ("mtp_projection", "MTP projection", "the projection at the MTP module's input")
+
+    @property
+    def parts(self) -> set[str]:
+        """The parts that this word stands for."""
+        presets = {TrainedParts.ALL, TrainedParts.NO_EXPERTS, TrainedParts.ROUTER_ONLY}
+        every = {str(part) for part in TrainedParts if part not in presets}
+        if self == TrainedParts.ALL:
+            return every
+        if self == TrainedParts.NO_EXPERTS:
+            return every - {"routed_experts"}
+        return {"router"} if self == TrainedParts.ROUTER_ONLY else {str(self)}

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, WrapValidator, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, WrapValidator, model_validator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
-from slimqwen.recipe.criteria import DivergenceName, described
+from slimqwen.recipe.criteria import DivergenceName, TrainedParts, described
 from slimqwen.recipe.section import (
     Fraction,
     NonNegativeFloat,
@@ -13,6 +13,7 @@ from slimqwen.recipe.section import (
     PositiveInt,
     Section,
     Tagged,
+    as_list,
 )
 from slimqwen.recipe.units import Duration, TokenCount, in_units
 
@@ -89,7 +90,7 @@ class OptimizerRecipe(Tagged):
     )
     learning_rate_scale: dict[TrainedPart, NonNegativeFloat] = Field(
         {},
-        description="Factors on the learning rate by part of the model, e.g. {router: 0.1}; 0 freezes the part. Weight decay, "
+        description="Factors on the learning rate by part of the model, e.g. {router: 0.1}; 0 is as to leave the part out of distil.train. Weight decay, "
         "which AdamW multiplies by the learning rate, follows. 'embedding' is lm_head too, 'norm' the norms around the layers' "
         "mixers and MLPs.",
     )
@@ -187,6 +188,12 @@ class DistilRecipe(Section):
         Duration(2000, "steps"),
         description="Linear warm-up, once per run: '2000 steps', or '8B tokens', which takes the steps that train on as many.",
     )
+    train: Annotated[list[TrainedParts], Field(min_length=1), BeforeValidator(as_list)] = Field(
+        [TrainedParts.ALL],
+        description=described("What is trained, one of these or a list of several:", TrainedParts)
+        + " What is not trained has no gradient and no optimiser state; its matrices stay in the student's dtype on disk, and the "
+        "result has them bit for bit.",
+    )
     optimizer: OptimizerRecipe = Field(OptimizerRecipe(), description="The optimiser.")
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
@@ -195,6 +202,12 @@ class DistilRecipe(Section):
         "After t steps of a stage the decay is at most (1 + t) / (10 + t), so that the beginning is forgotten. What is measured "
         "on the way (execution.evaluate_every) is the weights themselves. Default: none.",
     )
+
+    @property
+    def trained_parts(self) -> set[str]:
+        """The parts that are trained, whether the student has them or not; without those whose factor on the learning rate is 0."""
+        stopped = {part for part, scale in self.optimizer.learning_rate_scale.items() if scale == 0.0}
+        return set().union(*(word.parts for word in self.train)) - stopped
 
     @property
     def is_taught(self) -> bool:

@@ -1,20 +1,17 @@
 """How a recipe is carried out: what changes speed, memory or bookkeeping, and no result beyond rounding."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from slimqwen.recipe.section import LARGEST, PositiveInt, Section, Tagged
+from slimqwen.recipe.section import LARGEST, PositiveInt, Section, Tagged, as_list
 from slimqwen.recipe.units import ByteCount, Duration, TokenCount, in_units
 
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 OnBadStep = Literal["stop", "skip", "roll_back"]
+Offload = Literal["none", "student", "all"]
 
 SaveTime = Annotated[Duration, in_units("steps", "tokens", "min")]
-
-
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, (list, tuple)) else [value]
 
 
 class BadSteps(Tagged):
@@ -53,7 +50,7 @@ class Execution(Section):
     recompute_activations: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, slower."
     )
-    save_every: Annotated[list[SaveTime], Field(min_length=1), BeforeValidator(_as_list)] = Field(
+    save_every: Annotated[list[SaveTime], Field(min_length=1), BeforeValidator(as_list)] = Field(
         [Duration(100, "steps")],
         description="Time between resumable training states: '500 steps', '2B tokens', '30 min', or a list of several.",
     )
@@ -66,6 +63,16 @@ class Execution(Section):
         [],
         description="Where the metrics go beside metrics.jsonl: any of tensorboard, wandb, trackio. Each needs its library: "
         "pip install 'slimqwen[tensorboard]'.",
+    )
+    streaming_teacher: bool | None = Field(
+        None,
+        description="Run a live teacher layer by layer on all sequences of an optimiser step, each layer's weights read once per "
+        "step, the others left on disk. Default: where the teacher does not fit beside the student.",
+    )
+    offload: Offload = Field(
+        "none",
+        description="What lies in the host's memory while training, and is copied to the GPU layer by layer when it is used. "
+        "'student': its weights, gradients and optimiser state, and the optimiser computes on the CPU; 'all': the teacher's weights too.",
     )
     workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="Processes that tokenize. Default: one per usable core."

@@ -37,6 +37,11 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST), AfterValidator(_n
 SeedInt = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
+def as_list(value: Any) -> Any:
+    """Return a list as it is, and what is given alone as a list of one."""
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
 def expanded(text: str) -> str:
     """Replace ~ and $VARIABLES in a path as a recipe has it; $$ is a dollar sign.
 
