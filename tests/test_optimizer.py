@@ -118,15 +118,15 @@ def test_every_parameter_of_every_family_is_of_a_part(name: str, tmp_path: Path)
 def test_groups_by_decay_and_learning_rate(folder: Path) -> None:
     model = load(folder / "student")
     parts = parts_of(model.family, model.config)
-    settings = recipe(
+    whole = recipe(
         optimizer={
             "weight_decay": 0.5,
             "weight_decay_exempt": ["router", "embedding"],
             "learning_rate_scale": {"router": 0.1, "attention": 0.0},
         }
-    )["recipe"].optimizer
-    parameters = freeze_untrained(model, parts, settings, with_mtp=True)
-    optimizer = build_optimizer(parameters, parts, settings)
+    )["recipe"]
+    parameters = freeze_untrained(model, parts, whole.trained_parts, with_mtp=True)
+    optimizer = build_optimizer(parameters, parts, whole.optimizer)
     set_learning_rate(optimizer, 2.0)
     found = {id(p): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     assert len(found) == len(parameters)

@@ -13,6 +13,7 @@ from slimqwen.core.progress import say
 from slimqwen.core.versions import in_words, release
 from slimqwen.core.warning import warn
 from slimqwen.families import Config, Family
+from slimqwen.model.frozen import frozen_experts_forward
 
 BATCHED_EXPERTS = "slimqwen_batched"
 FLASH_CAPABILITY = (8, 0)  # of a GPU, from which PyTorch has flash attention and the grouped product
@@ -129,13 +130,17 @@ def batched_experts_forward(
 
     Autocast does not know the grouped product. Left to itself, float32 weights would be multiplied in float32, for
     which a GPU has no grouped kernel: PyTorch then runs one expert after another and waits for the GPU in between.
+    On a CPU frozen experts in another dtype than the hidden states are computed one after another (`model/frozen.py`).
 
     Shapes: hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k]; returns [tokens, hidden].
     Raises UserError for experts of a size that the grouped product does not take.
     """
     device = hidden_states.device
     weights: Any = self.gate_up_proj  # not `get_parameter`: healing puts a tensor in the parameter's place
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights.dtype
+    is_autocast = torch.is_autocast_enabled(device.type)
+    if device.type == "cpu" and not is_autocast and not weights.requires_grad and weights.dtype != hidden_states.dtype:
+        return frozen_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    dtype = torch.get_autocast_dtype(device.type) if is_autocast else weights.dtype
     check_rows(self, dtype)
     experts: Any = self if dtype == weights.dtype else _CastExperts(self, dtype)
     if torch.is_grad_enabled() and leaves_gradients_unset(device):

@@ -1,7 +1,7 @@
 """A causal language model with its MTP module: loading, random initialisation, the forward pass, saving."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from slimqwen.core.warning import warn
 from slimqwen.families import Config, Family, family_of
 from slimqwen.families.axes import Sizes
 from slimqwen.families.family import Block, Layout, TensorSpec
+from slimqwen.model.frozen import freeze_as_stored, stored_dtypes
 from slimqwen.model.internals import mark_as_initialised, set_experts_function
 from slimqwen.model.kernels import check_rows
 from slimqwen.model.mtp import MTP_PREFIX, MtpModule
@@ -46,11 +47,15 @@ class MtpCausalLM(nn.Module):
         self.mtp = mtp
         self.family = family
         self.config = config
+        self._products_dtype: torch.dtype | None = None  # once parts are frozen
 
     @property
     def head(self) -> torch.Tensor:
-        """lm_head's weight, [vocab, hidden], shared by both heads."""
-        return self.backbone.get_output_embeddings().weight
+        """lm_head's weight, [vocab, hidden], shared by both heads; a frozen one in the dtype of products with it."""
+        weight: torch.Tensor = self.backbone.get_output_embeddings().weight
+        if self._products_dtype is None or torch.is_autocast_enabled(weight.device.type):
+            return weight
+        return weight.to(self._products_dtype)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None, with_mtp: bool = True) -> HiddenStates:
         """Compute the hidden states of both heads, without the vocabulary-sized logits.
@@ -87,6 +92,15 @@ class MtpCausalLM(nn.Module):
             tensors |= {MTP_PREFIX + name: parameter for name, parameter in self.mtp.named_parameters()}
         return tensors
 
+    def freeze(self, names: Collection[str], checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        """Freeze the parameters of these names, which are on the meta device, and give matrices the checkpoint's dtype.
+
+        dtype: of the products with them where there is no autocast (`model/frozen.py`).
+        """
+        frozen = {name: tensor for name, tensor in self.tensors().items() if name in names}
+        freeze_as_stored(self, frozen, stored_dtypes(checkpoint), dtype)
+        self._products_dtype = dtype
+
     def held(self) -> dict[str, torch.Tensor]:
         """Return all that a checkpoint keeps: `tensors`, and buffers that are no parameters (a router's correction bias)."""
         held = dict(self.backbone.state_dict(keep_vars=True))
@@ -95,14 +109,23 @@ class MtpCausalLM(nn.Module):
         return held
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MtpCausalLM:
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    frozen: Collection[str] = (),
+) -> MtpCausalLM:
     """Load a checkpoint folder with its MTP module. Local files only; no code from the folder runs.
+
+    frozen: names of parameters that are not trained, and keep the dtype that they have on disk (`MtpCausalLM.freeze`).
 
     Raises UserError for experts of a size that cannot be computed in `dtype`.
     """
     checkpoint = Checkpoint(folder)
     device = torch.device(device)
     model = weightless(checkpoint, dtype, device)
+    if frozen:
+        model.freeze(frozen, checkpoint, dtype)
     allocate(model, device)
     fill(model.held(), checkpoint)
     for tensor in model.held().values():

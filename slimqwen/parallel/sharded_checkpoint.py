@@ -1,6 +1,6 @@
 """Checkpoints in and out of a sharded model: a rank reads its own rows only, and no rank ever holds the whole model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
@@ -25,14 +25,18 @@ def load_sharded(
     *,
     trains: bool,
     reshard_after_forward: bool,
+    frozen: Collection[str] = (),
 ) -> MtpCausalLM:
     """Load a checkpoint (`model.load`) sharded over the ranks: built without weights, then each rank reads its own rows.
 
     trains: False freezes the parameters. True on a GPU computes in bfloat16 on parameters in `dtype`.
+    frozen: names of parameters that are not trained all the same, and keep the dtype that they have on disk.
     """
     model = weightless(checkpoint, dtype, device)
     model.requires_grad_(trains)
     mixed_precision = trains and device.type == "cuda"
+    if frozen:
+        model.freeze(frozen, checkpoint, torch.bfloat16 if mixed_precision else dtype)
     shard(model, ranks, mixed_precision=mixed_precision, reshard_after_forward=reshard_after_forward)
     allocate(model, device)
     fill_own(model.held(), checkpoint)

@@ -210,6 +210,11 @@ class DistilRecipe(Section):
         return set().union(*(word.parts for word in self.train)) - stopped
 
     @property
+    def has_mtp_terms(self) -> bool:
+        """Whether the loss has a term of the MTP head."""
+        return not {"mtp_lm", "mtp_kd"}.isdisjoint(self.terms)
+
+    @property
     def is_taught(self) -> bool:
         """Whether the loss needs a teacher."""
         return not {"kd", "mtp_kd"}.isdisjoint(self.terms)

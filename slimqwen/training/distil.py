@@ -40,6 +40,7 @@ from slimqwen.training.loggers import check_loggers, open_loggers
 from slimqwen.training.loop import train
 from slimqwen.training.metrics import MetricsLog, StepLog
 from slimqwen.training.moments import load_moments
+from slimqwen.training.optimizer import untrained
 from slimqwen.training.state import saved_states
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Span, Student, Trainer
@@ -115,7 +116,7 @@ def distil(
             announce_training(opened, stream, settings, device)
         ranks.wait()
 
-        student = load_student(opened.student, device, execution, ranks)
+        student = load_student(opened.student, device, settings, ranks)
         teacher = load_live_teacher(opened, device, settings, ranks) if cached_teacher is None else cached_teacher
         loaded = Loaded(opened, student, teacher, stream, settings.span, ranks)
         choice = choose_rate(loaded, settings, out, title) if recipe.learning_rate == "auto" else None
@@ -292,12 +293,15 @@ def write_result(out: Path, loaded: Loaded, choice: RateChoice | None) -> None:
             write_json(folder / LEARNING_RATE_FILE, choice.model_dump(mode="json"))
 
 
-def load_student(checkpoint: Checkpoint, device: torch.device, execution: Execution, ranks: Ranks) -> MtpCausalLM:
-    """Load the student in float32, whole or sharded over the ranks."""
+def load_student(checkpoint: Checkpoint, device: torch.device, settings: Settings, ranks: Ranks) -> MtpCausalLM:
+    """Load the student, what is trained in float32 and the rest as it is on disk, whole or sharded over the ranks."""
+    frozen = untrained(checkpoint, settings.recipe)
     if ranks.mesh is None:
-        return load(checkpoint.folder, torch.float32, device)
-    reshard = execution.reshard_student
-    return load_sharded(checkpoint, ranks, torch.float32, device, trains=True, reshard_after_forward=reshard)
+        return load(checkpoint.folder, torch.float32, device, frozen)
+    reshard = settings.execution.reshard_student
+    return load_sharded(
+        checkpoint, ranks, torch.float32, device, trains=True, reshard_after_forward=reshard, frozen=frozen
+    )
 
 
 def load_live_teacher(inputs: OpenInputs, device: torch.device, settings: Settings, ranks: Ranks) -> LiveTeacher | None:

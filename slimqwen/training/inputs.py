@@ -12,7 +12,7 @@ from slimqwen.parallel.expert_parallel import check_expert_ranks
 from slimqwen.parallel.ranks import Ranks
 from slimqwen.recipe import DistilRecipe
 from slimqwen.training.moments import check_moments
-from slimqwen.training.optimizer import check_optimizer
+from slimqwen.training.optimizer import check_optimizer, check_trained
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def check_ranks(inputs: OpenInputs, recipe: DistilRecipe, ranks: Ranks) -> None:
     """Raise UserError where these ranks cannot share the batch, the optimiser's work or a model's experts."""
     check_batch(recipe, ranks.size)
     check_optimizer(recipe.optimizer, inputs.student, ranks.size)
+    check_trained(recipe, inputs.student)
     for checkpoint in (inputs.student, inputs.teacher):
         if checkpoint is not None and ranks.experts_mesh is not None:
             check_expert_ranks(checkpoint, ranks.experts_mesh["expert"].size())

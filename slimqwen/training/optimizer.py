@@ -2,7 +2,7 @@
 
 import importlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from slimqwen.core.errors import UserError
 from slimqwen.families import Config, Family
 from slimqwen.families.family import Layout, Part
 from slimqwen.model.model import MtpCausalLM
-from slimqwen.recipe import OptimizerRecipe
+from slimqwen.model.mtp import MTP_PREFIX
+from slimqwen.recipe import DistilRecipe, OptimizerRecipe
 
 EPS = 1e-8
 # Muon is for matrices that map hidden states to hidden states. Embeddings, lm_head and routers map from or to tokens and
@@ -85,17 +86,43 @@ def parts_of(family: Family, config: Config) -> dict[str, Part]:
     return {family.module_name(spec.name, config): spec.part for spec in family.tensors(config, stacked)}
 
 
+def untrained(checkpoint: Checkpoint, recipe: DistilRecipe) -> set[str]:
+    """Return the names of the tensors that the recipe does not train; the MTP module's too, where the loss has no MTP term."""
+    family, config = checkpoint.family, checkpoint.config
+    return {
+        name
+        for name, part in parts_of(family, config).items()
+        if part not in recipe.trained_parts or (name.startswith(MTP_PREFIX) and not recipe.has_mtp_terms)
+    }
+
+
 def freeze_untrained(
-    model: MtpCausalLM, parts: Mapping[str, Part], settings: OptimizerRecipe, *, with_mtp: bool
+    model: MtpCausalLM, parts: Mapping[str, Part], trained_parts: Collection[str], *, with_mtp: bool
 ) -> dict[str, Tensor]:
-    """Freeze the parameters whose `learning_rate_scale` is 0, and return the others by name."""
+    """Freeze the parameters of all other parts than `trained_parts`, and return those of these by name."""
     trained = {}
     for name, parameter in model.tensors(with_mtp).items():
-        if _scale(settings, parts[name]) == 0.0:
-            parameter.requires_grad_(False)
-        else:
+        if parts[name] in trained_parts:
             trained[name] = parameter
+        else:
+            parameter.requires_grad_(False)
     return trained
+
+
+def check_trained(recipe: DistilRecipe, student: Checkpoint) -> None:
+    """Raise UserError where `distil.train` names a part that the student lacks, and where nothing of the student is trained."""
+    parts = parts_of(student.family, student.config)
+    found = set(parts.values())
+    for word in recipe.train:
+        if not word.parts & found:
+            raise UserError(
+                f"distil.train names '{word}', which {student.folder} lacks: its parts are {', '.join(sorted(found))}."
+            )
+    if not {name for name, part in parts.items() if part != "vision"} - untrained(student, recipe):
+        raise UserError(
+            f"distil.train [{', '.join(recipe.train)}] leaves nothing to train of {student.folder}: name another part, or leave "
+            "distil.train out; distil.optimizer.learning_rate_scale 0 freezes a part too, and without an MTP term the MTP module is frozen."
+        )
 
 
 def check_optimizer(settings: OptimizerRecipe, student: Checkpoint, ranks: int = 1) -> None:

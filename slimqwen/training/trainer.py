@@ -96,7 +96,7 @@ class Trainer:
         self.with_mtp = student.model.mtp is not None and bool({"mtp_lm", "mtp_kd"} & set(recipe.terms))
         # Without an MTP term the MTP module gets no gradient: it does not change, and has no optimiser state.
         parts = parts_of(student.family, student.config)
-        self.parameters = freeze_untrained(student.model, parts, recipe.optimizer, with_mtp=self.with_mtp)
+        self.parameters = freeze_untrained(student.model, parts, recipe.trained_parts, with_mtp=self.with_mtp)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = build_optimizer(self.parameters, parts, recipe.optimizer)
         self.average: Average | None = None
