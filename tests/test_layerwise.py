@@ -27,6 +27,7 @@ from slimqwen.layerwise.stream import Rows, Stream, Visitor, create_file_backed
 from slimqwen.layerwise.walk import walk_layers
 from slimqwen.layerwise.weights import dense_tensors
 from slimqwen.model.model import load
+from slimqwen.parallel.job import Job
 from slimqwen.recipe import Execution
 
 ROWS, SEQUENCE_LENGTH, HIDDEN_SIZE = 7, 8, 32
@@ -177,7 +178,7 @@ def test_hidden_states_in_a_file_are_written_through_and_read_back(
 ) -> None:
     stream = stream_of(checkpoint, tokens, hidden_dtype=dtype)
     written = stream.embed(stream.create(tmp_path / "hidden"))
-    assert (tmp_path / "hidden").stat().st_size == ROWS * SEQUENCE_LENGTH * HIDDEN_SIZE * dtype.itemsize
+    assert (tmp_path / f"hidden.0-{ROWS}").stat().st_size == ROWS * SEQUENCE_LENGTH * HIDDEN_SIZE * dtype.itemsize
     read = stream.open(tmp_path / "hidden")
     assert read.dtype == dtype and torch.equal(read, written)
     read.zero_()  # a private mapping: the file keeps what it has
@@ -190,7 +191,7 @@ def test_a_new_file_of_hidden_states_holds_zeros_whatever_lay_there(tmp_path: Pa
 
 
 def test_hidden_states_that_are_not_there_are_not_zeros(checkpoint: Checkpoint, tokens: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="No such file"):
+    with pytest.raises(FileNotFoundError, match="lacks 7 of 7 rows"):
         stream_of(checkpoint, tokens).open(tmp_path / "missing")
 
 
@@ -204,6 +205,7 @@ def test_a_disk_without_room_for_hidden_states_is_one_sentence(tmp_path: Path, m
             tmp_path,
             1,
             lambda _number, _before, after, _progress: create_file_backed(after / "hidden", 4) and None,
+            job=Job(),
             tokens=1,
             title="walk",
             hidden_states=["hidden"],
@@ -228,15 +230,15 @@ def test_a_walk_continues_with_the_layer_under_way(tmp_path: Path, capsys: pytes
     taken: list[tuple[int, str | None]] = []
 
     def take(number: int, before: Path | None, after: Path, progress: Progress) -> None:
-        taken.append((number, None if before is None else (before / "hidden").read_text()))
+        taken.append((number, None if before is None else (before / "hidden.0-1").read_text()))
         if len(taken) == 3:
             raise KeyboardInterrupt
-        (after / "hidden").write_text(f"after {number}")
+        (after / "hidden.0-1").write_text(f"after {number}")
         (after / "sums").write_text(f"sums of {number}")
         progress.advance(10)
 
     def walk() -> list[Path]:
-        return walk_layers(tmp_path, 4, take, tokens=10, title="walk", hidden_states=["hidden"])
+        return walk_layers(tmp_path, 4, take, job=Job(), tokens=10, title="walk", hidden_states=["hidden"])
 
     with pytest.raises(KeyboardInterrupt):
         walk()
@@ -245,7 +247,7 @@ def test_a_walk_continues_with_the_layer_under_way(tmp_path: Path, capsys: pytes
     assert [number for number, _ in taken] == [0, 1, 2, 2, 3]
     assert [before for _, before in taken] == [None, "after 0", "after 1", "after 1", "after 2"]
     assert [(path / "sums").read_text() for path in folders] == [f"sums of {number}" for number in range(4)]
-    assert [path.name for path in folders if (path / "hidden").exists()] == ["003"]
+    assert [path.name for path in folders if (path / "hidden.0-1").exists()] == ["003"]
     assert "walk: 40/40 token-layers" in capsys.readouterr().err
     assert walk() == folders and len(taken) == 5  # all is there: nothing is taken again
 

@@ -27,6 +27,7 @@ from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.side_by_side import STUDENT, TEACHER, SideBySide
 from slimqwen.layerwise.stream import Stream
 from slimqwen.model.model import load
+from slimqwen.parallel.job import Job
 from slimqwen.planning.measured_depth import Dropped, MeasuredDepth, MeasuredDrop
 from slimqwen.planning.plan import plan
 from slimqwen.pruning.cut import Cut
@@ -283,7 +284,7 @@ def test_a_stream_without_layers_is_the_pruned_model(tmp_path: Path, dropped: Dr
     kept = [step.number for step in left.steps if step.number is not None]
     layers = tmp_path / "layers"
     layers.mkdir()
-    *_, last = SideBySide(left, whole, kept, keep_coordinates).run(Unchanged(left), layers, "walk")
+    *_, last = SideBySide(left, whole, kept, keep_coordinates, Job()).run(Unchanged(left), layers, "walk")
     (kl,) = walk._compute_divergences(whole.open(last.with_name(TEACHER)), [left.open(last.with_name(STUDENT))])
     assert kl == pytest.approx(referee(model, dropped, tmp_path / "pruned"), rel=1e-3, abs=1e-5)
 
@@ -317,7 +318,9 @@ def test_the_refit_sees_even_rows_alone(tmp_path: Path) -> None:
         refit = Refit(left, seen_folds(walk._parts), torch.tensor([row % 2 == 1 for row in range(SAMPLES)]))
         layers = tmp_path / f"{name}-layers"
         layers.mkdir()
-        files = SideBySide(left, walk._stream.without(()), [0, 2, 4], keep_coordinates).run(refit, layers, "walk")
+        files = SideBySide(left, walk._stream.without(()), [0, 2, 4], keep_coordinates, Job()).run(
+            refit, layers, "walk"
+        )
         found.append([load_file(file) for file in files])
     source = Checkpoint(model.checkpoint)
     changed = 0
@@ -406,7 +409,7 @@ def test_killed_while_a_refit_is_cleared_away(tmp_path: Path, monkeypatch: pytes
     whole = measured(model, tmp_path / "whole.json", keep=3)
 
     def killed(folder: Path) -> None:
-        for stream in folder.rglob(STUDENT):
+        for stream in folder.rglob(f"{STUDENT}.*"):
             stream.unlink()
         raise KeyboardInterrupt
 

@@ -165,7 +165,7 @@ def test_ctrl_c_loses_the_layer_under_way_and_nothing_else(
     left = tmp_path / ".statistics.layers.partial"
     assert {path.name for path in tmp_path.iterdir()} == {"uninterrupted", left.name}
     assert sorted(path.name for path in left.iterdir()) == [".slimqwen", "000", "001"]
-    assert [path.parent.name for path in left.glob("*/hidden_states")] == ["001"]
+    assert [path.parent.name for path in left.glob("*/hidden_states.0-10")] == ["001"]
 
     monkeypatch.undo()
     again: list[int] = []

@@ -14,7 +14,7 @@ from slimqwen.calibration.walk import Walk, is_unfinished
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core import torchrun
 from slimqwen.core.progress import Progress, quiet, say
-from slimqwen.layerwise.memory import allot, fits
+from slimqwen.layerwise.memory import Allotment, allot, fits
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import announce_slow
 from slimqwen.model.model import load
@@ -24,7 +24,6 @@ from slimqwen.recipe import CalibrationRecipe, Execution, TextSettings
 # The ways to measure.
 IN_MEMORY = "in memory"
 LAYER_BY_LAYER = "layer by layer"
-TOGETHER = "in the memory of each rank, each a share of the text"
 
 
 @makes_file("checkpoint", "tokens", "recipe", kind="safetensors")
@@ -46,8 +45,8 @@ def calibrate(
     The MTP module is measured at the positions whose next token is in the row, i.e. all of them: rows hold one token more
     than the model reads. A model that does not fit into memory is measured layer by layer (`walk`).
 
-    All processes that torchrun started may call it together: where the model fits into the memory of each, each measures a
-    share of the sequences, and the sums are added up; else the first measures and the others wait.
+    All processes that torchrun started may call it together: each measures a share of the sequences, in its memory where the
+    model fits into that of each, else layer by layer, and the sums are added up.
 
     second_moments: also sum up z z' of every norm's input, which `pruning.width: rotation` needs: 2 hidden^2 operations
     per token and norm, a tenth of the forward pass of Qwen3-Next-80B.
@@ -70,12 +69,9 @@ def calibrate(
     device = resolve_device(execution.device)
     work = _Work(source, sequences, execution, resolve_dtype(text.dtype, device), device, second_moments, title)
     with join_job(device) as job, quiet(not job.is_first), reproducible(device):
-        is_shared = not job.is_alone
-        way = job.lead(lambda: work.choose_way(out, is_shared))
-        if way == TOGETHER:
-            work.measure_together(statistics, out, job)
-        else:
-            job.lead(lambda: work.measure_alone(statistics, out, way))
+        size = job.share[1]
+        way = job.lead(lambda: work.choose_way(out, size))
+        work.measure(statistics, out, way, job)
         return statistics if way == IN_MEMORY and job.is_first else Statistics.load(out)
 
 
@@ -91,17 +87,18 @@ class _Work:
     second_moments: bool
     title: str
 
-    def choose_way(self, out: Path, is_shared: bool) -> str:
+    def choose_way(self, out: Path, ranks: int) -> str:
         """Return the way to measure: layer by layer by choice, to finish what was begun so, or where the model does not fit.
 
-        is_shared: whether all ranks are there to measure.
+        ranks: how many share the text, each with a model of its own.
         """
         self.text.warn_where_short()
         announce_slow(self.source.family, self.source.config, self.device)
         streaming = self.execution.streaming
-        if streaming or (streaming is None and (is_unfinished(out) or not self._fits(1))):
+        processes = min(ranks, torchrun.local_world_size())
+        if streaming or (streaming is None and (is_unfinished(out) or not self._fits(processes))):
             return LAYER_BY_LAYER
-        return TOGETHER if is_shared and self._fits(torchrun.local_world_size()) else IN_MEMORY
+        return IN_MEMORY
 
     def _fits(self, processes: int) -> bool:
         return fits(
@@ -114,28 +111,14 @@ class _Work:
             processes=processes,
         )
 
-    def measure_alone(self, statistics: Statistics, out: Path, way: str) -> str:
-        """Measure all of the text in this process, and write the sums; return `out`."""
-        if way == IN_MEMORY:
-            self._measure_in_memory(self.text, statistics)
-            statistics.save(out)
-            return str(out)
-        allotment = allot(
-            self.source,
-            self.execution,
-            rows=max(self.text.sections),
-            sequence_length=self.text.shape[1] - 1,
-            dtype=self.dtype,
-            parts=len(self.text.sections),
-            second_moments=self.second_moments,
-        )
-        walk = Walk(self.source, self.text, allotment, self.dtype, self.device, self.second_moments)
-        walk.run(statistics, out, self.title)
-        return str(out)
-
-    def measure_together(self, statistics: Statistics, out: Path, job: Job) -> None:
-        """Measure this rank's share of the text; the first rank writes the sums of all."""
-        self._measure_in_memory(self.text.share(*job.share), statistics)
+    def measure(self, statistics: Statistics, out: Path, way: str, job: Job) -> None:
+        """Measure this rank's share of the text, all of it alone; the first rank writes the sums of all."""
+        text = self.text.share(*job.share)
+        if way == LAYER_BY_LAYER:
+            walk = Walk(self.source, text, self._allot(text), self.dtype, self.device, self.second_moments, job)
+            walk.run(statistics, out, self.execution, self.title)
+            return
+        self._measure_in_memory(text, statistics)
         assert isinstance(statistics.sums, dict)
         job.add_up(statistics.sums)
 
@@ -144,6 +127,17 @@ class _Work:
             return str(out)
 
         job.lead(save)
+
+    def _allot(self, text: CalibrationText) -> Allotment:
+        return allot(
+            self.source,
+            self.execution,
+            rows=max(text.sections, default=1),
+            sequence_length=text.shape[1] - 1,
+            dtype=self.dtype,
+            parts=len(self.text.sections),
+            second_moments=self.second_moments,
+        )
 
     def _measure_in_memory(self, text: CalibrationText, statistics: Statistics) -> None:
         model = load(self.source.folder, self.dtype, self.device)

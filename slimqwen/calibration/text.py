@@ -13,6 +13,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.core.warning import warn
 from slimqwen.data.store import check_vocabulary, load_manifest, training_stream
 from slimqwen.data.stream import RowStream
+from slimqwen.layerwise.ranks import share_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,8 @@ class CalibrationText:
     Of each source they are the first ones of the training order of `seed`, so distillation on it sees them too. Where
     samples do not divide evenly the first sources have one more.
 
-    `tokens` is the number of tokens measured in each part, `fingerprint` changes with whatever changes the sequences.
+    `tokens` is the number of tokens measured in each part, `fingerprint` changes with whatever changes the sequences, `first_row`
+    is where a share begins.
     Raises UserError for tokens that `checkpoint` cannot read, names that would not be distinct in the statistics, and
     fewer samples than sources.
     """
@@ -51,6 +53,7 @@ class CalibrationText:
             raise UserError(
                 f"{samples} samples cannot be spread over {len(sources)} sources: raise calibration.samples."
             )
+        self.first_row = 0
         self._streams: dict[str, RowStream] = {}
         self._rows: dict[str, int] = {}
         manifests = {}
@@ -63,28 +66,35 @@ class CalibrationText:
             self._streams[name] = training_stream(folder, sequence_length, seed)
             self._rows[name] = samples // len(sources) + (number < samples % len(sources))
         self._sequence_length = sequence_length
-        self._first, self._step = 0, 1  # of each part's rows those of this share
         self.fingerprint = fingerprint_value([manifests, self._rows, sequence_length, seed])
-        self.tokens = {
-            Part(name, half): len(range(half, rows, 2)) * sequence_length
+        parts = {
+            Part(name, half): range(half, rows, 2)
             for name, rows in self._rows.items()
             for half in HALVES
             if half < rows
         }
+        self._take(parts)
+
+    def _take(self, parts: Mapping[Part, range]) -> None:
+        """Have these rows of each part, by their numbers in the source."""
+        self._parts = {part: rows for part, rows in parts.items() if rows}
+        self.tokens = {part: len(rows) * self._sequence_length for part, rows in self._parts.items()}
 
     def share(self, rank: int, size: int) -> "CalibrationText":
-        """Return every `size`-th row of each part, from row `rank` on: what one of `size` ranks measures."""
-        assert self._step == 1, "a share is not shared out"
-        share = copy(self)
-        share._first, share._step = rank, size
-        rows = {part: len(range(rank, count // self._sequence_length, size)) for part, count in self.tokens.items()}
-        share.tokens = {part: count * self._sequence_length for part, count in rows.items() if count}
+        """Return the rows that one of `size` ranks measures (`share_of`), where the parts lie one after another."""
+        share, own, first = copy(self), share_of(sum(self.sections), rank, size), 0
+        parts = {}
+        for part, rows in self._parts.items():
+            parts[part] = rows[max(own.start - first, 0) : max(own.stop - first, 0)]
+            first += len(rows)
+        share._take(parts)
+        share.first_row = self.first_row + own.start
         return share
 
     @property
     def sections(self) -> list[int]:
         """Rows of each part, in the order of `tokens`."""
-        return [count // self._sequence_length for count in self.tokens.values()]
+        return [len(rows) for rows in self._parts.values()]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,9 +108,8 @@ class CalibrationText:
     def __getitem__(self, rows: slice) -> "torch.Tensor":
         """Read some rows of one part, int64 [rows, sequence_length + 1], where the parts lie one after another."""
         part, number = self._locate(rows.start)
-        stream = self._streams[part.source]
-        first = part.half + 2 * (self._first + self._step * number)
-        return stream.batch(first, rows.stop - rows.start, step=2 * self._step).tokens
+        first = self._parts[part][number]
+        return self._streams[part.source].batch(first, rows.stop - rows.start, step=2).tokens
 
     def _locate(self, row: int) -> tuple[Part, int]:
         """Return the part of a row, and the row's number in it."""

@@ -1,7 +1,8 @@
 """Streaming calibration: the layers one after another, each on all of the text, for models that do not fit into memory.
 
-Between two layers the hidden states of the whole text lie in a file (`layerwise`). An interrupted walk continues with the layer
-under way: what is finished lies in a folder per layer, beside the result.
+Between two layers the hidden states of the whole text lie in a file (`layerwise`), or in one for each rank that measures a share.
+An interrupted walk continues with the layer under way, on another number of ranks too: what is finished lies in a folder per
+layer, beside the result.
 """
 
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimqwen.artifacts import fingerprint_value, scratch_folder
+from slimqwen.artifacts import fingerprint_value
 from slimqwen.artifacts.disk import check_space
 from slimqwen.calibration.observe import add_layer_sums, observe_blocks
 from slimqwen.calibration.statistics import FORMAT, Statistics
@@ -23,15 +24,20 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.progress import Progress, say
 from slimqwen.core.stopwatch import Stopwatch
-from slimqwen.layerwise.memory import Allotment
+from slimqwen.layerwise.memory import Allotment, settings_of
+from slimqwen.layerwise.ranks import shared_scratch_folder
 from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Stream, Visitor
 from slimqwen.layerwise.walk import walk_layers
+from slimqwen.parallel.job import Job
+from slimqwen.recipe import Execution
 
 # In the folder of each layer that is finished:
 BLOCK_SUMS = "statistics.safetensors"  # what was measured inside the layer
 LAYER_SUMS = "layers.safetensors"  # what was measured between the layers, up to this one
-HIDDEN_STATES = "hidden_states"  # the layer's output, raw, [rows, seq, hidden]; the last finished layer's only
+HIDDEN_STATES = (
+    "hidden_states"  # each rank's: the layer's output, raw, [rows, seq, hidden]; the last finished layer's only
+)
 
 
 def is_unfinished(out: Path) -> bool:
@@ -80,10 +86,10 @@ class LayerSums(Visitor):
 
 
 class Walk:
-    """Measures `text` on one layer of the checkpoint after another.
+    """Measures a text on one layer of the checkpoint after another, each rank of `job` its share, `text`.
 
     The sums are those of a pass in memory, up to the rounding of float32: larger batches are added up in another order.
-    Interrupted and continued, they are the same to the bit.
+    Interrupted and continued by as many ranks, they are the same to the bit.
     """
 
     def __init__(
@@ -94,41 +100,56 @@ class Walk:
         dtype: torch.dtype,
         device: torch.device,
         second_moments: bool,
+        job: Job,
     ) -> None:
-        self._text, self._allotment, self._second_moments = text, allotment, second_moments
-        self._stream = Stream(checkpoint, text, allotment, dtype, device, hidden_dtype=dtype, sections=text.sections)
-        self._tokens = sum(text.tokens.values())
+        self._text, self._allotment, self._second_moments, self._job = text, allotment, second_moments, job
+        self._stream = Stream(
+            checkpoint,
+            text,
+            allotment,
+            dtype,
+            device,
+            hidden_dtype=dtype,
+            sections=text.sections,
+            first_row=text.first_row,
+        )
         self._measuring = Stopwatch()
 
-    def run(self, blank: Statistics, out: Path, title: str) -> None:
-        """Write to `out` the statistics that `blank` announces. Continues where the same walk was interrupted."""
-        settings = [
-            self._allotment.rows_per_pass,
-            self._allotment.rows_per_chunk,
-            str(self._stream.dtype),
-            self._stream.device.type,
-        ]
-        key = fingerprint_value([FORMAT, blank.checkpoint, blank.data, *settings, self._second_moments])
-        with scratch_folder(_scratch(out), key) as folder:
-            self._announce(folder, title)
-            finished = self._walk(folder, blank, title)
-            layers = Statistics.load(finished[-1] / LAYER_SUMS)
-            Statistics.joined([layers, *(Statistics.load(path / BLOCK_SUMS) for path in finished)]).save(out)
+    def run(self, blank: Statistics, out: Path, execution: Execution, title: str) -> None:
+        """Write to `out` the statistics that `blank` announces. Continues where the same walk was interrupted.
 
-    def _announce(self, folder: Path, title: str) -> None:
+        The key is of what the user has set, and not of what it comes to on so many ranks, so that another number can continue.
+        """
+        settings = [*settings_of(execution), str(self._stream.dtype), self._stream.device.type]
+        key = fingerprint_value([FORMAT, blank.checkpoint, blank.data, *settings, self._second_moments])
+        tokens = sum(counts["main"] for counts in blank.tokens.values())
+        with shared_scratch_folder(_scratch(out), key, self._job) as folder:
+            self._announce(folder, tokens, title)
+            finished = self._walk(folder, blank, tokens, title)
+
+            def save() -> str:
+                layers = Statistics.load(finished[-1] / LAYER_SUMS)
+                Statistics.joined([layers, *(Statistics.load(path / BLOCK_SUMS) for path in finished)]).save(out)
+                return str(out)
+
+            self._job.lead(save)
+
+    def _announce(self, folder: Path, tokens: int, title: str) -> None:
         """Print what the work will take. Raises StageFailed where the disk is too small."""
-        of_text = self._tokens * self._stream.shape[2] * self._stream.dtype.itemsize
+        of_text = tokens * self._stream.shape[2] * self._stream.dtype.itemsize
         sums = len(self._stream.steps) * self._allotment.sums_bytes
         needed = 2 * (of_text + sums)  # the text before and after a layer; the sums by layer and together
         free = shutil.disk_usage(folder).free
+        size = self._job.share[1]
+        of_each = f", on each of {size} ranks" if size > 1 else ""
         say(
             f"{title}: layer by layer, {self._allotment.rows_per_pass} sequences through a token mixer at once and "
-            f"{self._allotment.rows_per_chunk} through the experts; it takes {bytes_in_words(self._allotment.total_bytes)} "
+            f"{self._allotment.rows_per_chunk} through the experts{of_each}; it takes {bytes_in_words(self._allotment.total_bytes)} "
             f"of memory (page cache apart) and {bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
         )
         check_space(folder.parent, needed, free, "measure fewer samples")
 
-    def _walk(self, folder: Path, blank: Statistics, title: str) -> list[Path]:
+    def _walk(self, folder: Path, blank: Statistics, tokens: int, title: str) -> list[Path]:
         """Take the text through every layer; return the folders of all of them."""
         layers_here = 0
 
@@ -142,22 +163,21 @@ class Walk:
             folder,
             len(self._stream.steps),
             take,
-            tokens=self._tokens,
+            job=self._job,
+            tokens=sum(self._text.tokens.values()),
             title=title,
             hidden_states=(HIDDEN_STATES,),
         )
         if layers_here:
-            tokens = self._tokens * layers_here / len(finished)
-            self._report(title, tokens, time.perf_counter() - started)
+            self._report(title, tokens * layers_here / len(finished), time.perf_counter() - started)
         return finished
 
     def _take(self, step: Step, before: Path | None, after: Path, blank: Statistics, progress: Progress) -> None:
         """Take all of the text through one step: from the folder of the step before, if there is one, to this step's."""
         stream = self._stream
-        inside = replace(blank, sums={})
-        between = replace(blank, sums={} if before is None else dict(Statistics.load(before / LAYER_SUMS).sums))
+        inside, between = replace(blank, sums={}), replace(blank, sums={})
         out = stream.create(after / HIDDEN_STATES)
-        hidden = stream.embed(out) if before is None else stream.open(before / HIDDEN_STATES)
+        hidden = stream.embed(out) if before is None else stream.open(before / HIDDEN_STATES, into=out)
         visitor = LayerSums(
             self._text,
             inside,
@@ -172,8 +192,21 @@ class Walk:
         ):
             stream.advance(step, hidden, progress.advance, out=out, visitor=visitor, with_norm=True)
         with stream.writing:
-            inside.save(after / BLOCK_SUMS)
-            between.save(after / LAYER_SUMS)
+            stream.flush(after / HIDDEN_STATES)
+            self._save(inside, between, before, after)
+
+    def _save(self, inside: Statistics, between: Statistics, before: Path | None, after: Path) -> None:
+        """Add up the sums of all ranks, and write them on the first: `between` with those of the layers before."""
+        assert isinstance(inside.sums, dict) and isinstance(between.sums, dict)
+        self._job.add_up(inside.sums)
+        self._job.add_up(between.sums)
+        if not self._job.is_first:
+            return
+        if before is not None:
+            for name, sums in Statistics.load(before / LAYER_SUMS).sums.items():
+                between.sums[name] = between.sums[name] + sums if name in between.sums else sums
+        inside.save(after / BLOCK_SUMS)
+        between.save(after / LAYER_SUMS)
 
     def _report(self, title: str, tokens: float, seconds: float) -> None:
         watches = (self._measuring, self._stream.reading, self._stream.writing)

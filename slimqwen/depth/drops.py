@@ -15,6 +15,7 @@ from slimqwen.core.progress import Progress, say
 from slimqwen.families.family import Block
 from slimqwen.layerwise.side_by_side import STUDENT, TEACHER, SideBySide
 from slimqwen.layerwise.stream import Stream
+from slimqwen.parallel.job import Job
 from slimqwen.planning.measured_depth import Dropped, MeasuredDrop
 from slimqwen.refit.layers import Refit
 
@@ -62,7 +63,7 @@ class LayerDrops:
             layers = file.with_suffix(".layers")
             layers.mkdir(exist_ok=True)
             name = f"{self._title}, without layers {', '.join(map(str, dropped))}, refitted"
-            *_, last = SideBySide(left, whole, kept, keep_coordinates).run(refit, layers, name)
+            *_, last = SideBySide(left, whole, kept, keep_coordinates, Job()).run(refit, layers, name)
             ends = [whole.open(last.with_name(TEACHER))[measurable], left.open(last.with_name(STUDENT))[measurable]]
             (kl,) = self._compute_divergences(ends[0], ends[1:])
             write_json(file, {"kl": kl})

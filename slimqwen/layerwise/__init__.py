@@ -6,7 +6,8 @@
   after chunk, in place or from one tensor into another: in memory, or in a mapped file, as the caller has made it.
 - `Visitor` (`stream`): what else happens at a step, by a context around each chunk and a method that receives what
   goes in and out.
-- `walk_layers` (`walk`): one folder per finished layer, so that interrupted work continues with the layer under way.
+- `walk_layers` (`walk`): one folder per finished layer, so that interrupted work continues with the layer under way. Of a job's
+  ranks each takes its own rows (`ranks`: `share_of`) through the layers, with a file of its own for their hidden states.
 - `SideBySide` (`side_by_side`): two streams in step, the teacher's advanced and the student's changed (`LayerChange`).
 
 Calibration walks one stream with a visitor; the teacher cache advances one, without folders, shard after shard; refit

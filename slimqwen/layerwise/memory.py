@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core import torchrun
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.free_memory import available_bytes, limit_bytes
 from slimqwen.core.progress import say
@@ -54,6 +55,11 @@ class Allotment:
         return self.fixed_bytes + self.activations_bytes
 
 
+def settings_of(execution: Execution) -> list[int]:
+    """Return what the user sets of how many rows go through a layer at once, whatever it comes to on one machine or another."""
+    return [execution.batch_size, execution.memory_budget]
+
+
 def allot(
     checkpoint: Checkpoint,
     execution: Execution,
@@ -68,8 +74,8 @@ def allot(
     """Return as many rows at once as `execution.memory_budget` allows: at least 1, passes of at most `execution.batch_size`.
 
     The budget is for activations. On a CPU it is what the memory limit of this process leaves, where that is less: a limit,
-    and not what is free at the moment, so that the same command does the same. Where it leaves too little for one row, that
-    is a warning.
+    shared with the job's other processes on this machine, and not what is free at the moment, so that the same command does the
+    same. Where it leaves too little for one row, that is a warning.
 
     Args:
         rows: of the text, or of the largest of its parts.
@@ -94,6 +100,7 @@ def allot(
     )
     limit = limit_bytes() if device.type == "cpu" else None
     if limit is not None:
+        limit //= torchrun.local_world_size()
         budget_bytes = max(0, min(budget_bytes, limit - fixed.fixed_bytes - beside_bytes))
     row = dtype.itemsize * sequence_length
     chosen = config["num_experts_per_tok"]
@@ -145,14 +152,9 @@ def fits(
     available = available_bytes(device)
     if available is None or needed + models * budget_bytes <= available:
         return True
-    if processes > 1:
-        say(
-            f"the first process measures alone: model and statistics of {processes} take {bytes_in_words(needed)}, and "
-            f"{bytes_in_words(available)} of memory are free"
-        )
-        return False
+    of_each = f" for each of {processes} processes" if processes > 1 else ""
     say(
-        f"layer by layer (--streaming): the model in {str(dtype).removeprefix('torch.')} and its statistics take "
+        f"layer by layer (--streaming): the model in {str(dtype).removeprefix('torch.')} and its statistics{of_each} take "
         f"{bytes_in_words(needed)}, and {bytes_in_words(available)} of memory are free"
     )
     return False

@@ -15,6 +15,7 @@ from torch import Tensor
 from slimqwen.core.progress import Progress
 from slimqwen.families.family import Block
 from slimqwen.layerwise.courses import Course, pair_courses
+from slimqwen.layerwise.ranks import AnyJob
 from slimqwen.layerwise.stream import Stream
 from slimqwen.layerwise.walk import walk_layers
 
@@ -69,7 +70,7 @@ class LayerChange(Protocol):
         """Change a layer: `hidden` [rows, seq, hidden] comes as its input and is then its output, without the norm that may follow.
 
         Writes the changed tensors to `folder` / CHANGED, beside whatever the next layer's change reads: `before` is the folder of
-        the layer before, None for the first one. Advances `progress` by the text's tokens once for each of the passes.
+        the layer before, None for the first one. Of several ranks the first writes, and each has rows of its own in `hidden`. Advances `progress` by the text's tokens once for each of the passes.
         """
 
 
@@ -77,6 +78,7 @@ class SideBySide:
     """The walk: every layer of the student is changed, on its own stream, towards the teacher's.
 
     projection: returns for one of the teacher's blocks the map from the stream after it to the student's target (`Projection.after`).
+    job: the ranks that walk together, each on rows of its own, which both streams have.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class SideBySide:
         teacher: Stream,
         kept_layers: Sequence[int],
         projection: Callable[[Block], Callable[[Tensor], Tensor]],
+        job: AnyJob,
     ) -> None:
-        self._student, self._teacher, self._projection = student, teacher, projection
+        self._student, self._teacher, self._projection, self._job = student, teacher, projection, job
         self._tokens = math.prod(student.shape[:2])
         self._courses = pair_courses(student.steps, teacher.steps, kept_layers)
 
@@ -100,7 +103,13 @@ class SideBySide:
 
         with torch.no_grad():
             finished = walk_layers(
-                folder, len(self._courses), take, tokens=self._tokens, title=title, hidden_states=(STUDENT, TEACHER)
+                folder,
+                len(self._courses),
+                take,
+                job=self._job,
+                tokens=self._tokens,
+                title=title,
+                hidden_states=(STUDENT, TEACHER),
             )
         return [path / CHANGED for path in finished]
 
@@ -117,8 +126,13 @@ class SideBySide:
         change(course, ours, Target(theirs, self._projection(course.teacher_block)), after, before, progress)
         self._student.apply_norm(course.student, ours)
         self._teacher.apply_norm(course.teacher[-1], theirs)
+        self._student.flush(after / STUDENT)
+        self._teacher.flush(after / TEACHER)
 
     def _begin(self, stream: Stream, before: Path | None, after: Path, name: str) -> Tensor:
         """Return what goes into a step, in the file where its output will be."""
         hidden = stream.create(after / name)
-        return stream.embed(hidden) if before is None else hidden.copy_(stream.open(before / name))
+        if before is None:
+            return stream.embed(hidden)
+        states = stream.open(before / name, into=hidden)
+        return hidden if states is hidden else hidden.copy_(states)

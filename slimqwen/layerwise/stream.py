@@ -43,6 +43,15 @@ def create_file_backed(path: Path, *shape: int, dtype: torch.dtype = torch.float
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
 
 
+def file_of(path: Path, rows: slice) -> Path:
+    """Return the name of the file with the hidden states of some of a text's rows: `path` and their numbers, `NAME.0-128`."""
+    return path.with_name(f"{path.name}.{rows.start}-{rows.stop}")
+
+
+def _within(rows: slice, first: int) -> slice:
+    return slice(rows.start - first, rows.stop - first)
+
+
 class Rows(Protocol):
     """The rows of a text, int64 [rows, seq + 1]: a tensor, or an object that reads them when they are needed."""
 
@@ -72,6 +81,7 @@ class Stream:
     `dtype` on `device`, a few rows at a time. `reading` and `writing` count the seconds spent on weights and on hidden states.
 
     sections: the numbers of rows, one after another, that go through a layer apart from each other. Default: all rows together.
+    first_row: the number of the first of these rows in the whole text, of which other ranks have other rows.
     """
 
     def __init__(
@@ -83,6 +93,7 @@ class Stream:
         device: torch.device,
         hidden_dtype: torch.dtype = torch.float32,
         sections: Sequence[int] | None = None,
+        first_row: int = 0,
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.model = without_weights(checkpoint, dtype, device)
@@ -90,11 +101,12 @@ class Stream:
         self.steps = steps_of(self.model)
         self.reading, self.writing = Stopwatch(), Stopwatch()
         self._allotment, self._hidden_dtype = allotment, hidden_dtype
-        self._set_text(tokens, sections)
+        self._set_text(tokens, sections, first_row)
 
-    def _set_text(self, tokens: Rows, sections: Sequence[int] | None = None) -> None:
+    def _set_text(self, tokens: Rows, sections: Sequence[int] | None = None, first_row: int = 0) -> None:
         rows, length = tokens.shape
         self.tokens = tokens
+        self._place = slice(first_row, first_row + rows)
         self.shape = (rows, length - 1, self.checkpoint.config["hidden_size"])
         self._sections = [rows] if sections is None else sections
         assert sum(self._sections) == rows
@@ -132,13 +144,48 @@ class Stream:
         return self.checkpoint.read(head_name(self.checkpoint, self.model)).to(self.device, dtype)
 
     def create(self, path: Path) -> Tensor:
-        """Create a file for hidden states, and return them, zeros."""
-        return create_file_backed(path, *self.shape, dtype=self._hidden_dtype)
+        """Create a file for the hidden states of these rows, `path` with their numbers, and return them, zeros."""
+        return create_file_backed(file_of(path, self._place), *self.shape, dtype=self._hidden_dtype)
 
-    def open(self, path: Path) -> Tensor:
-        """Map the hidden states in a file, for reading: what is written to them does not reach it."""
-        count = int(torch.Size(self.shape).numel())
-        return torch.from_file(str(path), shared=False, size=count, dtype=self._hidden_dtype).view(*self.shape)
+    def open(self, path: Path, into: Tensor | None = None) -> Tensor:
+        """Return the hidden states of these rows in the files of `path` that one rank or several created.
+
+        One file with just these rows is mapped, for reading: what is written to them does not reach it. Of others the rows are
+        copied, into `into` or memory.
+
+        Raises FileNotFoundError where a row is in no file.
+        """
+        own = file_of(path, self._place)
+        if own.exists():
+            return self._map(own, self.shape)
+        result = torch.empty(self.shape, dtype=self._hidden_dtype) if into is None else into
+        found = 0
+        for file in path.parent.glob(f"{path.name}.*"):
+            first, end = map(int, file.suffix[1:].split("-"))
+            both = slice(max(first, self._place.start), min(end, self._place.stop))
+            if both.start < both.stop:
+                rows = self._map(file, (end - first, *self.shape[1:]))
+                result[_within(both, self._place.start)] = rows[_within(both, first)]
+                found += both.stop - both.start
+        if found != self.shape[0]:
+            raise FileNotFoundError(f"{path} lacks {self.shape[0] - found} of {self.shape[0]} rows")
+        return result
+
+    def _map(self, file: Path, shape: Sequence[int]) -> Tensor:
+        count = int(torch.Size(shape).numel())
+        return torch.from_file(str(file), shared=False, size=count, dtype=self._hidden_dtype).view(*shape)
+
+    def flush(self, path: Path) -> None:
+        """Bring the hidden states that were created at `path` to the disk, so that the processes of other machines read them."""
+        descriptor = os.open(file_of(path, self._place), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def remove(self, path: Path) -> None:
+        """Remove the hidden states that were created at `path`."""
+        file_of(path, self._place).unlink()
 
     def embed(self, hidden: Tensor) -> Tensor:
         """Write what goes into the first layer to `hidden`, and return it."""

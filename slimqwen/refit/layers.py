@@ -68,7 +68,7 @@ class Refit:
         for rows in self._student.passes():
             subtract_from_target(rows)
         save_file(stored, folder / CHANGED)
-        (folder / INPUTS).unlink()
+        self._student.remove(folder / INPUTS)
 
     def _refit_networks(
         self,
@@ -86,7 +86,7 @@ class Refit:
         missing = squared_norm(scratch)
         if missing <= UNCHANGED**2 * wanted:
             target.copy_(scratch)
-            (folder / SCRATCH).unlink()
+            self._student.remove(folder / SCRATCH)
             progress.advance(self._tokens * (SWEEPS + len(self._folds)))
             return "0, left as it is"
         seen = networks if self._seen is None else [network.on(self._seen) for network in networks]
@@ -102,6 +102,6 @@ class Refit:
             take_share(seen, matrices, start, residual, share)
         if residual is scratch:
             subtract_outputs(networks, matrices, target)
-        (folder / SCRATCH).unlink()
+        self._student.remove(folder / SCRATCH)
         before, after = (math.sqrt(error / wanted) if wanted else 0.0 for error in (missing, squared_norm(target)))
         return f"{before:.3f} to {after:.3f}" + (f" ({share:.2f} of the refit)" if share < 1 else "")

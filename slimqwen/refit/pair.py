@@ -22,6 +22,7 @@ from slimqwen.layerwise.memory import allot
 from slimqwen.layerwise.side_by_side import SideBySide
 from slimqwen.layerwise.stream import Stream
 from slimqwen.model.device import resolve_device, resolve_dtype
+from slimqwen.parallel.job import Job
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution, TextSettings
 from slimqwen.refit.projection import Projection
@@ -94,7 +95,7 @@ class Pair:
             Stream(checkpoint, self.rows, allotment, self.dtype, self.device)
             for checkpoint, allotment in zip((self.student, self.teacher), self._allotments, strict=True)
         )
-        return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection.after)
+        return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection.after, Job())
 
     def write(self, changed: Iterable[Path], out: Path) -> None:
         """Write the student with the changed tensors in these files to the folder `out`, with what lies beside the weights."""
