@@ -471,11 +471,11 @@ def recorded(monkeypatch) -> list[str]:
     """The titles under which a model was run over the text, as they come."""
     titles: list[str] = []
 
-    def watch(model, family, config, rows, *, batch_size, title):
+    def watch(*arguments, title, **options):
         titles.append(title)
-        return record(model, family, config, rows, batch_size=batch_size, title=title)
+        return record(*arguments, title=title, **options)
 
-    monkeypatch.setattr("slimqwen.evaluation.evaluate.record", watch)
+    monkeypatch.setattr("slimqwen.evaluation.examinee.record", watch)
     return titles
 
 
@@ -497,7 +497,7 @@ def test_an_interrupted_evaluation_goes_on_after_the_models_that_are_measured(
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("slimqwen.evaluation.evaluate.continue_greedily", interrupted)
+        patch.setattr("slimqwen.evaluation.examinee.continue_greedily", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(models, out, tokens)
     assert not out.exists()

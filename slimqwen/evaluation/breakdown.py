@@ -10,7 +10,8 @@ from torch import Tensor
 
 from slimqwen.core.progress import Progress
 from slimqwen.data.packed import PackedTokens
-from slimqwen.evaluation.fidelity import Recording
+from slimqwen.evaluation.fidelity import ALONE, Recording
+from slimqwen.parallel.job import Job
 
 CHUNK_TOKENS = 1024  # tokens whose logits exist at one time
 CONFIDENCE_BINS = 15
@@ -35,9 +36,9 @@ class Breakdown:
 
 @torch.inference_mode()
 def breakdown(
-    recording: Recording, sequence_length: int, ranks: Tensor, *, title: str = "where the loss is"
+    recording: Recording, sequence_length: int, ranks: Tensor, *, title: str = "where the loss is", job: Job = ALONE
 ) -> Breakdown:
-    """Compute the breakdown of all recorded predictions, with a few [chunk, vocab] tensors in memory.
+    """Compute the breakdown of all predictions recorded on the ranks of `job`, with a few [chunk, vocab] tensors in memory.
 
     ranks: [vocab] int64, the rank of each token, from 1; 0 for a token that the text lacks (`token_ranks`).
     title: shown with the progress.
@@ -61,7 +62,8 @@ def breakdown(
             correct = (top_token == labels).double()
             bins.index_add_(1, index, torch.stack([torch.ones_like(correct), correct, confidence]))
             progress.advance(len(labels))
-    number, correct, confidence = bins
+    positions, frequencies = positions.on_all(job), frequencies.on_all(job)
+    number, correct, confidence = job.total(bins.cpu())
     gaps = (correct - confidence).abs()  # the bin's share of the predictions cancels the divisor of its mean
     return Breakdown(
         loss_by_position={_powers_of_two(bucket): value for bucket, value in positions.items()},
@@ -82,6 +84,15 @@ class Means:
             total, count = self.sums.get(bucket, (0.0, 0))
             here = loss[buckets == bucket]
             self.sums[bucket] = (total + float(here.sum()), count + here.numel())
+
+    def on_all(self, job: Job) -> "Means":
+        """Return the means over the losses of all ranks of `job`."""
+        together = Means()
+        for sums in job.gather(list(self.sums.items())):
+            for bucket, (total, count) in sums:
+                before = together.sums.get(bucket, (0.0, 0))
+                together.sums[bucket] = (before[0] + total, before[1] + count)
+        return together
 
     def items(self) -> Iterator[tuple[int, float]]:
         """Iterate over (bucket, mean loss) in order."""

@@ -1,30 +1,30 @@
 """The stage `evaluate`: from checkpoints and held-out tokens to evaluation.json."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from slimqwen.artifacts import fingerprint, makes_file, write_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import StageFailed, UserError, did_you_mean
-from slimqwen.core.progress import Progress, say
+from slimqwen.core.progress import Progress, quiet, say
 from slimqwen.data.packed import bin_path
 from slimqwen.data.store import TokenManifest, check_vocabulary, load_manifest
 from slimqwen.data.tokenizer import load_tokenizer
-from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily, heldout_prompts
+from slimqwen.evaluation.acceptance import heldout_prompts
 from slimqwen.evaluation.breakdown import Breakdown, breakdown, token_ranks
-from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
+from slimqwen.evaluation.examinee import Examinee, load_examinee
+from slimqwen.evaluation.fidelity import ALONE, Recording, compare, heldout_rows
 from slimqwen.evaluation.kept import KeptRecording, keep_numbers, kept_folder
 from slimqwen.evaluation.result import FORMAT, Evaluation, ModelEvaluation, Sample
+from slimqwen.evaluation.shares import Share
 from slimqwen.families.count import count
-from slimqwen.generation import DEFAULT_DRAFT
-from slimqwen.generation.acceptance import speculative_acceptance
 from slimqwen.losses.loss import count_targets
 from slimqwen.model.device import resolve_device, resolve_dtype
-from slimqwen.model.model import MtpCausalLM, load
+from slimqwen.parallel.job import Job, join_job
 from slimqwen.recipe import EvaluationRecipe, Execution, TextSettings
 
 LARGEST_LOSS = 700.0  # e^710 is beyond float64
@@ -49,6 +49,9 @@ def evaluate(
     results, and the teacher's hidden states, are written at once into a hidden folder beside `out` (`kept`): a repeated
     command, after an interruption or with other models, measures only what is missing.
 
+    All processes that torchrun started may call it together: each model is sharded over them, each measures a share of the text
+    and of the prompts, and the sums are added up. Another number of processes continues what was begun.
+
     Args:
         models: name -> checkpoint folder, all over the same vocabulary.
         tokens: folder written by `tokenize`, made with the models' tokenizer.
@@ -61,39 +64,60 @@ def evaluate(
         StageFailed: for a model whose loss is not finite.
     """
     checkpoints = _open(models, teacher, tokens)
-    examination = Examination(
-        next(iter(checkpoints.values())),
-        None if teacher is None else checkpoints[teacher],
-        tokens=tokens,
-        recipe=recipe,
-        text=text,
-        execution=execution,
-        keep=kept_folder(out),
-    )
+    with join_job(resolve_device(execution.device)) as job, quiet(not job.is_first):
+        examination = Examination(
+            next(iter(checkpoints.values())),
+            None if teacher is None else checkpoints[teacher],
+            tokens=tokens,
+            recipe=recipe,
+            text=text,
+            execution=execution,
+            keep=kept_folder(out),
+            job=job,
+        )
+        evaluations = _measure(examination, checkpoints, out, job, title)
+        predicted, _ = count_targets(examination.rows.tokens, examination.rows.mask)
+        evaluation = Evaluation(
+            format=FORMAT, tokens=predicted, sequence_length=text.sequence_length, models=evaluations
+        )
+        if job.is_first:
+            write_json(out, evaluation.model_dump(mode="json"))
+        job.wait()
+    return evaluation
+
+
+def _measure(
+    examination: "Examination", checkpoints: Mapping[str, Checkpoint], out: Path, job: Job, title: str
+) -> dict[str, ModelEvaluation]:
+    """Measure every model whose numbers are not kept beside `out`. What is there the first rank decides, and it alone writes."""
     evaluations = {}
-    with keep_numbers(out, examination.made_from) as kept:
-        examination.forget_other_recordings()
+    with keep_numbers(out, examination.made_from) if job.is_first else nullcontext() as kept:
+        if job.is_first:
+            examination.forget_other_recordings()
         for name, checkpoint in checkpoints.items():
             identity = checkpoint.fingerprint()
-            numbers = kept.find(identity)
-            if numbers is None:
-                numbers = examination.of(name, checkpoint, f"{title} {name}")
-                kept.keep(identity, numbers)
-            else:
+
+            def find(identity: str = identity) -> str:
+                found = None if kept is None else kept.find(identity)
+                return "" if found is None else found.model_dump_json()
+
+            if found := job.lead(find):
+                numbers = ModelEvaluation.model_validate_json(found)
                 say(f"{title} {name}: measured already")
+            else:
+                numbers = examination.of(name, checkpoint, f"{title} {name}")
+                if kept is not None:
+                    kept.keep(identity, numbers)
             evaluations[name] = numbers.model_copy(update={"checkpoint": str(checkpoint.folder)})
-    predicted, _ = count_targets(examination.rows.tokens, examination.rows.mask)
-    evaluation = Evaluation(format=FORMAT, tokens=predicted, sequence_length=text.sequence_length, models=evaluations)
-    write_json(out, evaluation.model_dump(mode="json"))
-    return evaluation
+    return evaluations
 
 
 class Examination:
     """The held-out text and prompts on which models are measured, one after another, with the teacher's predictions.
 
     like: a checkpoint with the common vocabulary and tokenizer. keep: a folder for the teacher's hidden states, so that
-    another process need not run it again (`kept.KeptRecording`). The other arguments are those of `evaluate`. Raises
-    UserError where the text is too short.
+    another process need not run it again (`kept.KeptRecording`). job: whose ranks measure together; default: this process alone.
+    The other arguments are those of `evaluate`. Raises UserError where the text is too short.
     """
 
     def __init__(
@@ -106,7 +130,9 @@ class Examination:
         text: TextSettings,
         execution: Execution = Execution(),  # noqa: B008 - immutable
         keep: Path | None = None,
+        job: Job = ALONE,
     ) -> None:
+        self._job = job
         self.rows = heldout_rows(tokens, text.sequence_length, recipe.tokens, text.documents)
         self._teacher = teacher
         self._recipe = recipe
@@ -118,6 +144,7 @@ class Examination:
         self._ranks = token_ranks(counted, like.config["vocab_size"])
         self._device = resolve_device(execution.device)
         self._dtype = resolve_dtype(text.dtype, self._device)
+        self._own_rows = Share.of(len(self.rows.tokens), job).rows(self.rows)
         prompts = heldout_prompts(tokens, recipe.acceptance.prompts, recipe.acceptance.prompt_tokens)
         self._prompts = prompts.to(self._device)
         self._teachers_recording: Recording | None = None
@@ -132,30 +159,33 @@ class Examination:
         # What numbers depend on beside the model; how many sequences are computed at once is rounding.
         self.made_from = read | {"evaluation": recipe.model_dump(mode="json")}
         recorded_from = read | {"measured_tokens": recipe.tokens}
-        self._kept = None if keep is None or teacher is None else KeptRecording(keep, recorded_from)
+        self._kept = None if keep is None or teacher is None else KeptRecording(keep, recorded_from, job)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def of(self, name: str, checkpoint: Checkpoint, title: str) -> ModelEvaluation:
-        """Measure one model. Raises StageFailed where its loss is not finite."""
+        """Measure one model, on all ranks of the job. Raises StageFailed where its loss is not finite."""
         is_teacher = self._teacher is not None and checkpoint.folder == self._teacher.folder
         if self._teacher is not None and self._teachers_recording is None and not is_teacher:
             self._teachers_recording = self._kept_recording(self._teacher)
             if self._teachers_recording is None:
-                self._teachers_recording = self._record(self._teacher, f"{title}: the teacher first")[1]
+                self._teachers_recording = self._load(self._teacher).record(
+                    self._own_rows, f"{title}: the teacher first"
+                )
                 self._keep(self._teachers_recording)
-        model, recording = self._record(checkpoint, title)
+        model = self._load(checkpoint)
+        recording = model.record(self._own_rows, title)
         if is_teacher:
             self._teachers_recording = recording
-        means = compare(recording, self._teachers_recording, title=f"{title}: losses")
+        means = compare(recording, self._teachers_recording, title=f"{title}: losses", job=self._job)
         _check_loss(name, checkpoint.folder, means["lm"])
         if is_teacher:
             self._keep(recording)
-        acceptance, sample = _generate(
-            model, self._tokenizer, self._prompts.split(self._execution.batch_size), self._recipe, title
-        )
-        yielded = _speculate(model, self._prompts, self._recipe, f"{title}: speculative decoding")
+        acceptance, sample = self._generate(model, title)
+        yielded = self._speculate(model, f"{title}: speculative decoding")
         del model
-        where = breakdown(recording, self._sequence_length, self._ranks, title=f"{title}: where the loss is")
+        where = breakdown(
+            recording, self._sequence_length, self._ranks, title=f"{title}: where the loss is", job=self._job
+        )
         return _summary(checkpoint, self._manifest, means, where, recording.utilisation, acceptance, yielded, sample)
 
     def forget_other_recordings(self) -> None:
@@ -166,7 +196,7 @@ class Examination:
     def _keep(self, recording: Recording) -> None:
         """Write the teacher's recording, for other processes."""
         if self._kept is not None:
-            self._kept.keep(recording)
+            self._kept.keep(recording, self.rows)
 
     def _kept_recording(self, teacher: Checkpoint) -> Recording | None:
         """Read an earlier process's recording of the teacher; None where there is none."""
@@ -174,10 +204,42 @@ class Examination:
             return None
         return self._kept.find(teacher, self.rows, self._execution.batch_size, self._dtype, self._device)
 
-    def _record(self, checkpoint: Checkpoint, title: str) -> tuple[MtpCausalLM, Recording]:
-        model = load(checkpoint.folder, self._dtype, self._device)
-        batch_size = self._execution.batch_size
-        return model, record(model, checkpoint.family, checkpoint.config, self.rows, batch_size=batch_size, title=title)
+    def _load(self, checkpoint: Checkpoint) -> Examinee:
+        return load_examinee(checkpoint, self._execution, self._dtype, self._device, self._job)
+
+    def _generate(self, model: Examinee, title: str) -> tuple[list[float], Sample]:
+        """Generate continuations. Returns MTP acceptance (empty without an MTP module), and a sample: the first prompt's."""
+        recipe = self._recipe.acceptance
+        new_tokens, prompt_tokens = recipe.new_tokens, recipe.prompt_tokens
+        share = Share.of(len(self._prompts), self._job)
+        batches = self._prompts[share.numbers if model.has_mtp else [0]].split(self._execution.batch_size)
+        sequences, accepted = [], []
+        what = "drafts" if model.has_mtp else "a sample"
+        with Progress(f"{title}: {what}", total=sum(map(len, batches)) * new_tokens, unit="tokens") as progress:
+            for batch in batches:
+                sequences.append(model.continue_greedily(batch, new_tokens))
+                if model.has_mtp:
+                    accepted.append(model.accepted_drafts(sequences[-1], prompt_tokens, recipe.depth))
+                progress.advance(len(batch) * new_tokens)
+        prompt, completion = torch.tensor(self._job.gather(sequences[0][0].tolist())[0]).split(
+            [prompt_tokens, new_tokens]
+        )
+        sample = Sample(prompt=self._tokenizer.decode(prompt), completion=self._tokenizer.decode(completion))
+        if not accepted:
+            return [], sample
+        own = torch.cat(accepted)[: share.own].double().cpu()
+        positions = len(self._prompts) * own.shape[1]
+        return (self._job.total(own.sum(dim=(0, 1))) / positions).tolist(), sample
+
+    def _speculate(self, model: Examinee, title: str) -> float | None:
+        """Measure the tokens per forward pass of the backbone with drafts of the MTP module; None without one.
+
+        Every n-th of the prompts is continued greedily, as by `slimqwen generate`.
+        """
+        if not model.has_mtp:
+            return None
+        few = self._prompts[:: math.ceil(len(self._prompts) / SPECULATED_PROMPTS)]
+        return model.tokens_per_verification(few, self._recipe.acceptance.new_tokens, title)
 
 
 def _open(models: Mapping[str, Path], teacher: str | None, tokens: Path) -> dict[str, Checkpoint]:
@@ -205,46 +267,6 @@ def _open(models: Mapping[str, Path], teacher: str | None, tokens: Path) -> dict
                 f"'{first_name}' ({first.folder}) {vocab_size:,}: evaluate them separately, with each one's own tokens."
             )
     return checkpoints
-
-
-def _generate(
-    model: MtpCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    batches: Sequence[torch.Tensor],
-    recipe: EvaluationRecipe,
-    title: str,
-) -> tuple[list[float], Sample]:
-    """Generate continuations. Returns MTP acceptance (empty without an MTP module), and a sample: the first prompt's.
-
-    batches: of prompts, each [prompts, prompt], on the model's device.
-    """
-    new_tokens, prompt_tokens = recipe.acceptance.new_tokens, batches[0].shape[1]
-    if model.mtp is None:
-        batches = [batches[0][:1]]  # the sample's
-    sequences, accepted = [], []
-    what = "a sample" if model.mtp is None else "drafts"
-    with Progress(f"{title}: {what}", total=sum(map(len, batches)) * new_tokens, unit="tokens") as progress:
-        for batch in batches:
-            sequences.append(continue_greedily(model.backbone, batch, new_tokens))
-            if model.mtp is not None:
-                accepted.append(accepted_drafts(model, sequences[-1], prompt_tokens, recipe.acceptance.depth))
-            progress.advance(len(batch) * new_tokens)
-    acceptance = torch.cat(accepted).double().mean(dim=(0, 1)).tolist() if accepted else []
-    prompt, completion = sequences[0][0].split([prompt_tokens, new_tokens])
-    return acceptance, Sample(prompt=tokenizer.decode(prompt), completion=tokenizer.decode(completion))
-
-
-def _speculate(model: MtpCausalLM, prompts: torch.Tensor, recipe: EvaluationRecipe, title: str) -> float | None:
-    """Measure the tokens per forward pass of the backbone with drafts of the MTP module; None without one.
-
-    Every n-th of the prompts [prompts, prompt] is continued greedily, as by `slimqwen generate`.
-    """
-    if model.mtp is None:
-        return None
-    few = prompts[:: math.ceil(len(prompts) / SPECULATED_PROMPTS)]
-    new_tokens = recipe.acceptance.new_tokens
-    measured = speculative_acceptance(model, few, draft=DEFAULT_DRAFT, new_tokens=new_tokens, title=title)
-    return measured["tokens_per_verification"]
 
 
 def _check_loss(name: str, path: Path, loss: float) -> None:

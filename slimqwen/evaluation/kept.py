@@ -28,12 +28,14 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.progress import say
 from slimqwen.data.stream import Batch
-from slimqwen.evaluation.fidelity import Recording
+from slimqwen.evaluation.fidelity import ALONE, Recording
 from slimqwen.evaluation.result import ModelEvaluation
+from slimqwen.evaluation.shares import Share
 from slimqwen.losses.loss import align
 from slimqwen.model.arithmetic import arithmetic, warn_of_other_arithmetic
 from slimqwen.model.device import aligned
 from slimqwen.model.model import head_name, weightless
+from slimqwen.parallel.job import Job
 
 REVISION = 1  # raised when the code changes the results of the same model and text: kept results are then invalid
 LARGEST_RECORDING_BYTES = (
@@ -121,30 +123,30 @@ class KeptRecording:
 
     They are tokens x hidden_size numbers in the dtype of the computation: 268 MB for 65,536 tokens of a bfloat16 teacher of
     hidden_size 2048, where distributions over a vocabulary of 152k would be 20 GB. Above `LARGEST_RECORDING_BYTES` they are
-    not kept. made_from: all that they depend on, including the teacher.
+    not kept. made_from: all that they depend on, including the teacher. job: whose ranks each have a share of the rows; the file
+    holds all of them, so that any number of ranks can read it.
     """
 
-    def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, made_from: Mapping[str, Any], job: Job = ALONE) -> None:
+        self._folder, self._job = folder, job
         self._key = fingerprint_value({"slimqwen": version("slimqwen"), "revision": REVISION, **made_from})
         self._file = folder / f"teacher-{self._key[:16]}.safetensors"
 
     def find(
         self, teacher: Checkpoint, rows: Batch, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> Recording | None:
-        """Read the recording, in batches, with all that `compare` needs of a teacher; None where there is no valid one."""
-        if not is_marked(self._file):
-            return None
+        """Read the recording of this rank's share of `rows`, in batches, with all that `compare` needs of a teacher.
+
+        None where there is no valid one.
+        """
         count, length = rows.tokens[:, 1:].shape
-        shape = (count * length, teacher.config["hidden_size"])
-        try:
-            hidden = load_file(self._file).get(HIDDEN)
-        except Exception:  # safetensors may raise anything on a damaged file, which is recorded again
+        hidden = self._read((count * length, teacher.config["hidden_size"]), dtype)
+        if any(self._job.gather(hidden is None)) or hidden is None:
             return None
-        if hidden is None or hidden.shape != shape or hidden.dtype != dtype:
-            return None
-        parts = hidden.to(device).view(count, length, -1).split(batch_size)
-        batches = rows.to(device).split(batch_size)
+        share = Share.of(count, self._job)
+        hidden = hidden.view(count, length, -1)
+        parts = (hidden if share.own == count else hidden[share.numbers]).to(device).split(batch_size)
+        batches = share.rows(rows).to(device).split(batch_size)
         head = teacher.read(head_name(teacher, weightless(teacher, dtype, device)))
         return Recording(
             [align(batch.tokens, part, mask=batch.mask) for batch, part in zip(batches, parts, strict=True)],
@@ -152,9 +154,20 @@ class KeptRecording:
             utilisation={},
         )
 
-    def keep(self, recording: Recording) -> None:
-        """Write a recording, or print a message where it is too large."""
-        size = sum(predictions.hidden.nbytes for predictions in recording.predictions)
+    def _read(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Map the hidden states of all rows, [tokens, hidden]; None where they are not there, or not valid."""
+        if not is_marked(self._file):
+            return None
+        try:
+            hidden = load_file(self._file).get(HIDDEN)
+        except Exception:  # safetensors may raise anything on a damaged file, which is recorded again
+            return None
+        return hidden if hidden is not None and hidden.shape == shape and hidden.dtype == dtype else None
+
+    def keep(self, recording: Recording, rows: Batch) -> None:
+        """Write the recording of all ranks' shares of `rows`, or print a message where it is too large."""
+        tokens = rows.tokens[:, 1:].numel()
+        size = tokens * recording.predictions[0].hidden[0].nbytes
         if size > LARGEST_RECORDING_BYTES:
             say(
                 f"the teacher's hidden states take {bytes_in_words(size)} and are not kept: the next call runs the teacher "
@@ -162,6 +175,26 @@ class KeptRecording:
             )
             return
         hidden = torch.cat([predictions.hidden.cpu() for predictions in recording.predictions])
+        rank, ranks = self._job.share
+        if ranks == 1:
+            self._write(hidden)
+            return
+        save_file({HIDDEN: hidden}, self._part(rank))
+        self._job.wait()
+        self._job.lead(lambda: self._join([self._part(rank) for rank in range(ranks)], tokens))
+
+    def _join(self, parts: list[Path], tokens: int) -> str:
+        """Write the recording of all rows from those of the ranks' shares; return its file."""
+        self._write(torch.cat([load_file(part)[HIDDEN] for part in parts])[:tokens])
+        for part in parts:
+            part.unlink()
+        return str(self._file)
+
+    def _part(self, rank: int) -> Path:
+        """Return the file of a rank's share. It is hidden: what a killed process leaves is removed with all that is unfinished."""
+        return self._folder / f".teacher-{self._key[:16]}.{rank}"
+
+    def _write(self, hidden: torch.Tensor) -> None:
         with atomic_file(self._file) as partial:
             save_file({HIDDEN: hidden}, partial, metadata={"slimqwen": FORMAT})
 

@@ -18,6 +18,14 @@ from slimqwen.generation.sampling import GREEDY, Sampling, accept, draw
 from slimqwen.generation.state import CachedBackbone
 from slimqwen.model.model import MtpCausalLM
 
+Agree = Callable[[list[int]], list[int]]
+"""Returns the choice of the process whose choices count, when each of several passes its own."""
+
+
+def own_choice(choice: list[int]) -> list[int]:
+    """Return the choice itself, of a process that decodes alone."""
+    return choice
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -94,6 +102,34 @@ def speculate(
     if draft > 0 and model.mtp is None:
         raise UserError("this checkpoint has no MTP module to draft with: use a draft of 0, which is plain decoding.")
     rounds = _Rounds(model, draft, sampling, Generator(prompt.device).manual_seed(seed))
+    return _decode(rounds, prompt, room, max_new_tokens, end_of_text, emit)
+
+
+@torch.inference_mode()
+def speculate_together(
+    model: MtpCausalLM, prompt: Tensor, *, draft: int, max_new_tokens: int, agree: Agree
+) -> Generation:
+    """Continue one prompt greedily, as `speculate` does, on all processes that share the model at once.
+
+    Their forward passes are common, and two processes may differ by rounding: where two logits are as good as equal, each would
+    choose another token, accept another number of drafts, and wait for a forward pass that the others do not make.
+
+    agree: called with the tokens that each verification leads to; what it returns is followed on every process.
+    """
+    room = min(max_new_tokens, _context_left(model, prompt))
+    rounds = _Rounds(model, draft, GREEDY, Generator(prompt.device).manual_seed(0), agree)
+    return _decode(rounds, prompt, room, max_new_tokens)
+
+
+def _decode(
+    rounds: "_Rounds",
+    prompt: Tensor,
+    room: int,
+    max_new_tokens: int,
+    end_of_text: Collection[int] = (),
+    emit: Callable[[list[int]], None] | None = None,
+) -> Generation:
+    """Read the prompt and verify drafts until `room` tokens are made, or one of `end_of_text`."""
     tokens: list[int] = []
     started = time.perf_counter()
     new = rounds.read_prompt(prompt)
@@ -105,7 +141,7 @@ def speculate(
             emit(new)
         if new[-1] in end_of_text or len(tokens) == room:
             break
-        new = rounds.verify(min(draft, room - len(tokens) - 1))  # the backbone always adds one token of its own
+        new = rounds.verify(min(rounds.draft, room - len(tokens) - 1))  # the backbone always adds one token of its own
     ended = time.perf_counter()
     return Generation(
         tokens=tokens,
@@ -122,7 +158,10 @@ def speculate(
 class _Rounds:
     """The rounds of drafting and verification for one prompt, and counts of the drafts by depth."""
 
-    def __init__(self, model: MtpCausalLM, draft: int, sampling: Sampling, generator: Generator) -> None:
+    def __init__(
+        self, model: MtpCausalLM, draft: int, sampling: Sampling, generator: Generator, agree: Agree = own_choice
+    ) -> None:
+        self.draft = draft
         self.verifications = 0
         self.proposed, self.reached, self.accepted = [0] * draft, [0] * draft, [0] * draft
         self._head = model.head
@@ -131,6 +170,7 @@ class _Rounds:
         self._drafter = Drafter(model, sampling, generator)
         self._backbone = CachedBackbone(model.backbone)
         self._uses_drafts = draft > 0
+        self._agree = agree
 
     def read_prompt(self, prompt: Tensor) -> list[int]:
         """Read the prompt, int64 [prompt]. Returns the first new token."""
@@ -138,7 +178,7 @@ class _Rounds:
         logits = self._hidden[0, -1] @ self._head.T
         if not logits.isfinite().all():
             raise StageFailed("the model's logits after the prompt are not finite: its weights are broken.")
-        new = [int(draw(self._sampling.probabilities(logits), self._generator))]
+        new = self._agree([int(draw(self._sampling.probabilities(logits), self._generator))])
         self._following = torch.cat([prompt[1:], prompt.new_tensor(new)])
         return new
 
@@ -154,12 +194,13 @@ class _Rounds:
         hidden = self._backbone.read_revocably(piece) if self._uses_drafts else self._backbone.read(piece)
         target = self._sampling.probabilities(hidden[0] @ self._head.T)
         accepted, own = accept(target, drafted, drafts, self._generator)
+        new = self._agree([*drafts[:accepted].tolist(), own])
+        accepted = len(new) - 1
         if self._uses_drafts:
             self._backbone.forget(depth - accepted)
         self._hidden = hidden[:, : accepted + 1]
-        self._following = torch.cat([drafts[:accepted], drafts.new_tensor([own])])
+        self._following = drafts.new_tensor(new)
         self._count(depth, accepted)
-        new: list[int] = self._following.tolist()
         return new
 
     def _count(self, depth: int, accepted: int) -> None:

@@ -160,6 +160,7 @@ class Evaluating(Stage):
 
     file = "evaluation.json"
     revision = EVALUATION_REVISION
+    is_shared = True
 
     @property
     def inputs(self) -> Mapping[str, Any]:

@@ -1,0 +1,102 @@
+"""A model that is measured: in memory, whole or sharded over the ranks of a job, or layer by layer where it does not fit."""
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.data.stream import Batch
+from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily
+from slimqwen.evaluation.fidelity import Recording, record
+from slimqwen.generation import DEFAULT_DRAFT
+from slimqwen.generation.acceptance import speculative_acceptance
+from slimqwen.model.model import MtpCausalLM, load
+from slimqwen.parallel.job import Job
+from slimqwen.parallel.ranks import join_ranks
+from slimqwen.parallel.sharded_checkpoint import load_sharded
+from slimqwen.recipe import Execution
+
+
+class Examinee(ABC):
+    """A model that is measured. All ranks of the job call the same methods in the same order, with as many rows or prompts.
+
+    has_mtp: whether it has an MTP module to draft with.
+    """
+
+    has_mtp: bool
+
+    @abstractmethod
+    def record(self, rows: Batch, title: str) -> Recording:
+        """Run on this rank's rows, and record the outputs."""
+
+    @abstractmethod
+    def continue_greedily(self, prompts: Tensor, new_tokens: int) -> Tensor:
+        """Continue this rank's prompts, as `acceptance.continue_greedily` does."""
+
+    @abstractmethod
+    def accepted_drafts(self, sequences: Tensor, prompt_tokens: int, depth: int) -> Tensor:
+        """Find the accepted drafts in this rank's continuations, as `acceptance.accepted_drafts` does."""
+
+    @abstractmethod
+    def tokens_per_verification(self, prompts: Tensor, new_tokens: int, title: str) -> float | None:
+        """Decode speculatively after prompts, the same on every rank, and return the tokens per forward pass; None: not measured."""
+
+
+class InMemory(Examinee):
+    """A model with all its weights in memory: of this process, or of the ranks that share a copy of it."""
+
+    def __init__(self, model: MtpCausalLM, checkpoint: Checkpoint, batch_size: int, job: Job) -> None:
+        self.model = model
+        self.has_mtp = model.mtp is not None
+        self._checkpoint, self._batch_size, self._job = checkpoint, batch_size, job
+
+    def record(self, rows: Batch, title: str) -> Recording:
+        family, config = self._checkpoint.family, self._checkpoint.config
+        return record(self.model, family, config, rows, batch_size=self._batch_size, title=title, job=self._job)
+
+    def continue_greedily(self, prompts: Tensor, new_tokens: int) -> Tensor:
+        return continue_greedily(self.model.backbone, prompts, new_tokens)
+
+    def accepted_drafts(self, sequences: Tensor, prompt_tokens: int, depth: int) -> Tensor:
+        return accepted_drafts(self.model, sequences, prompt_tokens, depth)
+
+    def tokens_per_verification(self, prompts: Tensor, new_tokens: int, title: str) -> float | None:
+        def agree(tokens: Sequence[int]) -> list[int]:
+            agreed: list[int] = self._job.gather(list(tokens))[0]
+            return agreed
+
+        measured = speculative_acceptance(
+            self.model, prompts, draft=DEFAULT_DRAFT, new_tokens=new_tokens, title=title, agree=agree
+        )
+        return measured["tokens_per_verification"]
+
+
+def load_for_all(
+    checkpoint: Checkpoint, execution: Execution, dtype: torch.dtype, device: torch.device, job: Job
+) -> MtpCausalLM:
+    """Load a model for forward passes: alone all of it, else sharded over the ranks of the job, as in training.
+
+    Routed experts are shared by `execution.expert_ranks` ranks where these divide them, and else gathered like other weights.
+    """
+    if job.is_alone:
+        return load(checkpoint.folder, dtype, device)
+    gc.collect()  # the modules of a sharded model refer to one another: the one before would stay for a while
+    with join_ranks(device, execution.shard_ranks, expert_ranks_of(checkpoint, execution)) as ranks:
+        reshards = execution.reshard_teacher
+        return load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshards)
+
+
+def expert_ranks_of(checkpoint: Checkpoint, execution: Execution) -> int | None:
+    """Return the ranks that share the routed experts of a model: those of `execution`, or None where they do not divide them."""
+    ranks = execution.expert_ranks
+    return None if ranks is None or checkpoint.config["num_experts"] % ranks else ranks
+
+
+def load_examinee(
+    checkpoint: Checkpoint, execution: Execution, dtype: torch.dtype, device: torch.device, job: Job
+) -> Examinee:
+    """Load a model to be measured, on all ranks of the job."""
+    return InMemory(load_for_all(checkpoint, execution, dtype, device, job), checkpoint, execution.batch_size, job)
