@@ -84,15 +84,17 @@ def end(code: int, *lines: str, is_told: bool = False) -> NoReturn:
 
     is_told: another process of the job failed, and this one ends for its reason.
     """
+    leave: Callable[[int], NoReturn] = sys.exit
     if os.environ.get("WORLD_SIZE", "1").isdecimal() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from slimqwen.parallel.job import end_code
+        from slimqwen.parallel import ending
 
-        if (entered := end_code(code, is_told=is_told)) is not None:
-            sys.exit(entered)
+        leave = ending.leave
+        if (entered := ending.end_code(code, is_told=is_told)) is not None:
+            leave(entered)
     prefix = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     first, *others = lines
     say(f"{prefix}error: {first}", *others)
-    sys.exit(code)
+    leave(code)
 
 
 def check_arguments(arguments: list[str]) -> None:

@@ -1,8 +1,7 @@
 """The job: all processes that torchrun started, from the first meeting to the end that one of them brings for all."""
 
 import json
-import os
-import time
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -13,17 +12,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from slimqwen.core import torchrun
-from slimqwen.core.errors import EndedElsewhere, StageFailed
+from slimqwen.core.errors import EndedElsewhere, Interrupted, StageFailed
+from slimqwen.parallel import ending
+from slimqwen.parallel.watch import Watch
 
 # A rank waits this long for the others of a collective before it gives up. The longest wait without an error is for rank 0
-# to bring a finished checkpoint to the disk. That a process died shows at once: its connections close, and torchrun sees it.
+# to bring a finished checkpoint to the disk. That a process died or hangs is found by the watch (`parallel/watch.py`).
 TIMEOUT = timedelta(minutes=10)
 # The other ranks wait this long for a stage that the first makes alone. It is no measure of anything: that the first rank
-# died shows at once, as above.
+# died is found as above.
 LONGEST_STAGE = timedelta(days=60)
-# A rank whose own connection broke waits this long for the rank that failed to enter why; and the first rank, where the
-# store of the entries ends with it, for the others to have read them.
-END_SECONDS = 5.0
 # How gloo and NCCL, whose errors have no types of their own for it, tell that another process is gone.
 LOST_CONTACT = (
     "Connection closed by peer",
@@ -31,10 +29,11 @@ LOST_CONTACT = (
     "Connection refused",
     "Broken pipe",
     "timed out",
-    "remote process exited",
+    "remote process exit",  # "exited or there was a network error", "exiting prematurely"
+    "NCCL communicator was aborted",
+    "collective operation timeout",  # of NCCL's watchdog, where it does not abort the process
     "Connection was likely closed",  # of the store by which the processes find each other
 )
-END, READ = "slimqwen/end", "slimqwen/end-read"  # keys of the job's store
 JOIN, DONE, FAILED = "join", "done", "failed"  # words of the first rank to those that wait
 
 
@@ -169,7 +168,7 @@ class Job:
 
 
 _job: Job | None = None  # that this process is in
-_store: dist.Store | None = None  # of the last job
+_joined = 0  # jobs that this process has joined
 
 
 @contextmanager
@@ -180,7 +179,7 @@ def join_job(device: torch.device) -> Iterator[Job]:
 
     Raises StageFailed where another rank is gone.
     """
-    global _job
+    global _job, _joined
     if _job is not None:
         yield _job
         return
@@ -188,73 +187,69 @@ def join_job(device: torch.device) -> Iterator[Job]:
     if size == 1:
         yield Job()
         return
+    _joined += 1
+    watch = None
     try:
-        job = Job(rank, size, _meet(device, rank, size))
-        _job = job
-        try:
-            yield job
-        except BaseException:
-            job.give_up()
-            raise
-        finally:
-            _job = None
-    except RuntimeError as error:
-        reason = next((words for words in LOST_CONTACT if words.lower() in str(error).lower()), None)
-        if reason is None:
+        store = _open_store()
+        watch = Watch(rank, size, _joined)
+        _job = Job(rank, size, _meet(device, rank, size, store))
+        watch.start()
+        yield _job
+        _job.wait()  # none leaves, and ends the store with it, while another works
+        watch.leave()
+    except BaseException as error:
+        if _job is not None:
+            _job.give_up()
+        lost = lost_contact(error)
+        if lost is not None:
+            ending.await_entry()
+        if watch is not None:
+            _end_watch(watch, error)
+        if lost is None:
             raise
         raise StageFailed(
-            f"rank {rank} has lost another rank, which ended or cannot be reached ({reason}). The last saved state is "
+            f"rank {rank} has lost another rank, which ended or cannot be reached ({lost}). The last saved state is "
             "intact: see what the other rank said, and give the same command to continue."
         ) from error
+    finally:
+        _job = None
     # After an error the process group is left to the end of the process: to destroy it may take a rank that is gone.
     dist.destroy_process_group()
 
 
-def _meet(device: torch.device, rank: int, size: int) -> dist.ProcessGroup | None:
+def _end_watch(watch: Watch, error: BaseException) -> None:
+    """End the watch of a rank that leaves the job by an error: the others find out by its entry, or as its process ends."""
+    if isinstance(error, Interrupted | KeyboardInterrupt):  # all ranks leave
+        watch.leave(is_interrupted=True)
+    else:
+        watch.stop()
+
+
+def lost_contact(error: BaseException) -> str | None:
+    """Return the words by which an error tells that another process is gone; None for an error of another kind."""
+    if not isinstance(error, RuntimeError):
+        return None
+    return next((words for words in LOST_CONTACT if words.lower() in str(error).lower()), None)
+
+
+def _open_store() -> dist.Store:
+    """Open the launcher's store, and allow this process as many open files as the system does.
+
+    With n ranks each has some 2 n connections to the others (two groups of gloo); the usual limit is 1,024.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    store = ending.open_store(TIMEOUT)
+    ending.keep_store(store)
+    return store
+
+
+def _meet(device: torch.device, rank: int, size: int, store: dist.Store) -> dist.ProcessGroup | None:
     """Make the process group of all ranks; return a second one, in which the others wait for the first rank."""
-    global _store
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    _store = _open_store(TIMEOUT)
     own = device if device.type == "cuda" else None
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=own)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=own)
     return dist.new_group(backend="gloo", timeout=LONGEST_STAGE)
-
-
-def _open_store(timeout: timedelta) -> dist.Store:
-    """Open the store of the launcher, by which the processes find each other."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    found: dist.Store = store
-    return found
-
-
-def end_code(code: int, *, is_told: bool) -> int | None:
-    """Enter this process's failure as the job's; return the exit code of one that another process entered before, else None.
-
-    So one process says why the job ends, and the others end with the same exit code.
-
-    is_told: another process failed, and this one has nothing to say of its own.
-    """
-    try:
-        store = _store or _open_store(timedelta(seconds=2 * END_SECONDS))
-        if is_told:
-            store.wait([END], timedelta(seconds=END_SECONDS))
-        own = json.dumps([torchrun.rank(), code])
-        rank, found = json.loads(store.compare_set(END, "", own))
-        if rank != torchrun.rank():
-            store.add(READ, 1)
-            return int(found)
-        if torchrun.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _await_readers(store)
-    except (RuntimeError, ValueError):  # the store ended with the process that held it
-        return code if is_told else None
-    return None
-
-
-def _await_readers(store: dist.Store) -> None:
-    """Keep the store, which this process holds, until the others have read the entry, or are at work and will not."""
-    until = time.monotonic() + END_SECONDS
-    while store.add(READ, 0) < torchrun.world_size() - 1 and time.monotonic() < until:
-        time.sleep(0.05)
