@@ -31,7 +31,7 @@ from slimqwen.losses.signal import LiveSignal, StoredSignal, TopTokens
 from slimqwen.model.model import load
 from slimqwen.recipe import DistilRecipe, Source, TeacherRecipe, TextSettings
 from slimqwen.runs.recipe_run import run
-from slimqwen.teacher_cache import write
+from slimqwen.teacher_cache import predict, write
 from slimqwen.teacher_cache.folder import MANIFEST, TeacherCache
 from slimqwen.teacher_cache.records import bytes_per_token, pack, unpack
 from slimqwen.teacher_cache.write import write_teacher_cache
@@ -360,6 +360,34 @@ def test_layer_by_layer_says_the_same(folder: Path, tmp_path: Path, model_type: 
         for head in expected:
             assert error(found[head].log_probs, expected[head].log_probs) < FORWARD
             assert error(found[head].log_tail, expected[head].log_tail) < FORWARD
+
+
+def test_the_checkpoint_is_read_once_per_pass_of_shards_and_their_bytes_stay(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass per shard; as many as the memory holds, after the first which measures; as many as the time allows."""
+    read: list[str] = []
+    original = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (read.append(name), original(self, name))[1])
+    # Three sequences of two heads in a shard; their hidden states of 40 float32.
+    usual = {"sequences": 17, "cache_file_bytes": 10_000, "streaming": True, "with_mtp": True, "top_k": 24}
+    shard_hidden_bytes = 2 * 3 * SEQUENCE_LENGTH * 40 * 4
+    made = {}
+    for name, passes, changes in (
+        ("one by one", 6, {"hidden_states_bytes": 1}),
+        ("three at most", 3, {"hidden_states_bytes": 4 * shard_hidden_bytes - 1}),  # 1, 3, 2
+        ("all", 2, {}),
+        ("no time", 6, {"seconds": 1e-9}),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(predict, "PASS_SECONDS", changes.pop("seconds", 1e9))
+            read.clear()
+            made[name] = cached(folder, tmp_path / name, **usual, **changes)
+        assert TeacherCache(made[name]).manifest.number_of_shards == 6
+        assert read.count("model.layers.3.self_attn.q_proj.weight") == read.count("mtp.fc.weight") == passes, name
+    for other in made.values():
+        for file in made["one by one"].glob("shard-*"):
+            assert (other / file.name).read_bytes() == file.read_bytes()
 
 
 # --- interrupted, and several sources ---------------------------------------------------------------------------------

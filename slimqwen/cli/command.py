@@ -86,6 +86,7 @@ OPTION_OF: dict[str, dict[str, str]] = {
         "distil.teacher.top_k": "top_k",
         "distil.teacher.exact": "exact",
         "execution.cache_file_bytes": "shard_size",
+        "execution.hidden_states_bytes": "hidden_states_size",
         "data.documents": "isolated",
     },
     "distil": {"data.documents": "isolated"},

@@ -101,8 +101,21 @@ def teacher_cache(
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
     shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Size of a file; an interruption loses at most one.")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Size of a file; an interruption loses at most one, layer by layer half an hour's files.",
+        ),
     ] = "256MB",
+    hidden_states_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for hidden states, layer by layer: the checkpoint is read once for as many tokens as fit. Default: half "
+            "of what is free.",
+            show_default=False,
+        ),
+    ] = None,
     streaming: Streaming = None,
     memory_budget: MemoryBudget = "2GB",
     seed: Seed = 0,
@@ -111,8 +124,8 @@ def teacher_cache(
 ) -> None:
     """Run a teacher once and keep its most likely tokens, so that `distil` need not run it.
 
-    Interrupted, the same command continues with the first file that is not complete. Layer by layer (--streaming) the teacher
-    runs once for each file.
+    Interrupted, the same command continues with the first file that is not complete. Layer by layer (--streaming) the files of
+    a pass over the checkpoint are complete at its end.
     """
     from slimqwen.builtin import checkpoint_folder
     from slimqwen.recipe import TeacherRecipe
@@ -132,6 +145,9 @@ def teacher_cache(
             streaming=streaming,
             memory_budget=memory_budget,
             cache_file_bytes=size_of("--shard-size", shard_size),
+            hidden_states_bytes=None
+            if hidden_states_size is None
+            else size_of("--hidden-states-size", hidden_states_size),
         ),
     )
     show(str(out))

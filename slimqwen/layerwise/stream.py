@@ -111,10 +111,10 @@ class Stream:
         self._sections = [rows] if sections is None else sections
         assert sum(self._sections) == rows
 
-    def on(self, tokens: Rows) -> "Stream":
+    def on(self, tokens: Rows, sections: Sequence[int] | None = None) -> "Stream":
         """Return the same model on another text."""
         other = copy(self)
-        other._set_text(tokens)
+        other._set_text(tokens, sections)
         return other
 
     def without(self, layers: Collection[int]) -> "Stream":

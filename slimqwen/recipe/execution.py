@@ -96,8 +96,14 @@ class Execution(Section):
     loss_chunk_tokens: PositiveInt = Field(1024, description="Tokens whose logits exist at one time.")
     cache_file_bytes: ByteCount = Field(
         256_000_000,
-        description="Size of a file of the teacher cache: what an interruption costs. Layer by layer the checkpoint is read once "
-        "for each, and the hidden states of its tokens are in memory.",
+        description="Size of a file of the teacher cache: what an interruption costs where the teacher is in memory. Layer by layer "
+        "the tokens of several files go through each layer together.",
+    )
+    hidden_states_bytes: ByteCount | None = Field(
+        None,
+        description="Memory of each process for hidden states when the teacher runs layer by layer for its cache: the checkpoint "
+        "is read once for as many tokens as fit, or as take half an hour. At least those of one file. Default: half of what is "
+        "free, shared by the processes of a machine.",
     )
     shard_ranks: PositiveInt | None = Field(
         None,

@@ -1,7 +1,8 @@
 """The teacher's hidden states of many sequences: with all its weights in memory, or layer by layer."""
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
 import torch
@@ -19,10 +20,17 @@ from slimqwen.model.model import HiddenStates, load
 from slimqwen.recipe import Execution
 
 Advance = Callable[[int], None]
+Pieces = Iterator[tuple[Batch, HiddenStates]]
+
+# What an interruption may cost layer by layer: the shards of a pass are finished together, at its end. A pass of an 80B teacher
+# reads 160 GB, half a minute at 5 GB/s: in passes this long reading does not count.
+PASS_SECONDS = 1800.0
+FREE_FRACTION = 0.5  # of the free memory, for hidden states by default; weights are read through the other half
+CPU = torch.device("cpu")
 
 
 class Predictor(ABC):
-    """A teacher that runs on the sequences of one shard after another.
+    """A teacher that runs on the sequences of some shards after those of others.
 
     head: lm_head's weight, [vocab, hidden]. passes: how often it goes over each token.
     """
@@ -31,8 +39,15 @@ class Predictor(ABC):
     passes: int
 
     @abstractmethod
-    def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
-        """Yield pieces of the shard in its order, each with what goes into `head`; call `advance` with the positions done."""
+    def shards_at_once(self, left: int) -> int:
+        """Return how many of the shards that are left are to go through it together."""
+
+    @abstractmethod
+    def hidden_states(self, shards: Sequence[Batch], advance: Advance) -> Iterator[Pieces]:
+        """Yield for each shard its pieces in order, each with what goes into `head`; call `advance` with the positions done.
+
+        The pieces of a shard, the same whatever other shards go with it, must be taken before those of the next.
+        """
 
 
 class InMemory(Predictor):
@@ -49,16 +64,23 @@ class InMemory(Predictor):
         self._model = load(checkpoint.folder, dtype, self._device)
         self.head = self._model.head
 
-    def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
+    def shards_at_once(self, left: int) -> int:
+        return 1
+
+    def hidden_states(self, shards: Sequence[Batch], advance: Advance) -> Iterator[Pieces]:
+        return (self._pieces(shard, advance) for shard in shards)
+
+    def _pieces(self, shard: Batch, advance: Advance) -> Pieces:
         for batch in shard.split(self._batch_size):
             yield batch, self._model(batch.tokens.to(self._device), with_mtp=self._with_mtp)
             advance(batch.tokens[:, 1:].numel())
 
 
 class LayerByLayer(Predictor):
-    """One layer's weights at a time, each layer on all sequences of a shard, whose hidden states are in memory meanwhile.
+    """One layer's weights at a time, each layer on all sequences of a pass, whose hidden states are in memory meanwhile.
 
-    So the checkpoint is read once per shard: larger shards read less. On a CPU no more than one expert is in memory.
+    So the checkpoint is read once per pass, of as many shards as the memory for hidden states holds; from the second on
+    also of no more than take PASS_SECONDS by the pace of the one before. On a CPU no more than one expert is in memory.
     """
 
     def __init__(
@@ -70,10 +92,12 @@ class LayerByLayer(Predictor):
         sequences: int,
         sequence_length: int,
         dtype: torch.dtype,
+        processes: int = 1,
     ) -> None:
-        """Allot the memory beside the hidden states of a shard of `sequences` sequences."""
+        """Allot the memory beside the hidden states of a shard of `sequences` sequences. processes: that share the machine's."""
         self._batch_size, device = execution.batch_size, resolve_device(execution.device)
         held = (1 + with_mtp) * sequences * sequence_length * checkpoint.config["hidden_size"] * dtype.itemsize
+        # What goes through a layer at once depends on the size of a shard and on nothing else: so do the bits of its records.
         allotment = allot(
             checkpoint,
             execution,
@@ -87,14 +111,30 @@ class LayerByLayer(Predictor):
         self._stream = stream if with_mtp else stream.without(())
         self.passes = len(self._stream.steps)
         self.head = aligned(stream.read_head(dtype))
+        self._shard_seconds: float | None = None
+        room = execution.hidden_states_bytes
+        if room is None:
+            room = int(FREE_FRACTION * ((available_bytes(CPU) or 0) - allotment.total_bytes)) // processes
+        self._most_shards = max(1, room // held)
         say(
-            f"layer by layer: the checkpoint is read once for every {sequences:,} sequences; it takes "
-            f"{bytes_in_words(allotment.total_bytes + held)} of memory, {bytes_in_words(held)} of it for hidden states"
+            f"layer by layer: it takes {bytes_in_words(allotment.total_bytes)} of memory, and {bytes_in_words(held)} for each "
+            f"{sequences:,} sequences that go through the layers together: at most {bytes_in_words(self._most_shards * held)}, or as "
+            f"many as take {PASS_SECONDS / 60:.0f} minutes. The checkpoint is read once for these"
         )
 
-    def hidden_states(self, shard: Batch, advance: Advance) -> Iterator[tuple[Batch, HiddenStates]]:
-        """Take the whole shard through every layer, then yield it batch by batch."""
-        stream = self._stream.on(shard.tokens)
+    def shards_at_once(self, left: int) -> int:
+        most = self._most_shards
+        if self._shard_seconds is None:
+            most = 1  # the pace is not known yet
+        elif self._shard_seconds > 0:
+            most = min(most, max(1, int(PASS_SECONDS / self._shard_seconds)))
+        return -(-left // -(-left // most))  # passes of equal size
+
+    def hidden_states(self, shards: Sequence[Batch], advance: Advance) -> Iterator[Pieces]:
+        """Take the shards through every layer together, then yield one after another, batch by batch."""
+        started = time.perf_counter()
+        sizes = [len(shard.tokens) for shard in shards]
+        stream = self._stream.on(torch.cat([shard.tokens for shard in shards]), sizes)
         hidden = stream.embed(torch.empty(stream.shape, dtype=stream.dtype))
         mtp = None
         for step in stream.steps:
@@ -102,10 +142,17 @@ class LayerByLayer(Predictor):
                 mtp = torch.empty_like(hidden)
             with stream.weights_of(step):
                 stream.advance(step, hidden, advance, out=mtp, with_norm=True)
-        main = hidden.split(self._batch_size)
+        of_shards = hidden.split(sizes)
+        drafts = [None] * len(shards) if mtp is None else mtp.split(sizes)
+        for shard, main, draft in zip(shards, of_shards, drafts, strict=True):
+            yield self._pieces(shard, main, draft)
+        self._shard_seconds = (time.perf_counter() - started) / len(shards)
+
+    def _pieces(self, shard: Batch, hidden: Tensor, mtp: Tensor | None) -> Pieces:
+        device, main = self._stream.device, hidden.split(self._batch_size)
         drafts = [None] * len(main) if mtp is None else mtp.split(self._batch_size)
         for batch, states, draft in zip(shard.split(self._batch_size), main, drafts, strict=True):
-            yield batch, HiddenStates(states.to(stream.device), None if draft is None else draft.to(stream.device))
+            yield batch, HiddenStates(states.to(device), None if draft is None else draft.to(device))
 
 
 def fits(

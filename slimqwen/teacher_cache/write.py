@@ -26,7 +26,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.core.progress import Progress, quiet, say
 from slimqwen.data import store
 from slimqwen.data.mixture import MixedStream
-from slimqwen.data.stream import Batch, StoredRows
+from slimqwen.data.stream import StoredRows
 from slimqwen.losses.head import Logits
 from slimqwen.losses.loss import align
 from slimqwen.losses.signal import TopTokens
@@ -44,7 +44,7 @@ from slimqwen.teacher_cache.folder import (
     text_fingerprint,
     write_shard,
 )
-from slimqwen.teacher_cache.predict import Advance, InMemory, LayerByLayer, Predictor, fits
+from slimqwen.teacher_cache.predict import InMemory, LayerByLayer, Pieces, Predictor, fits
 from slimqwen.teacher_cache.records import bytes_per_token, pack
 
 IN_MEMORY, LAYER_BY_LAYER = "in memory", "layer by layer"  # ways to run the teacher
@@ -229,6 +229,7 @@ def _load_predictor(
         sequences=min(manifest.sequences_per_shard, max(manifest.sequences, 1)),
         sequence_length=manifest.sequence_length,
         dtype=dtype,
+        processes=processes,
     )
 
 
@@ -248,10 +249,13 @@ def _write(cache: Cache, predictor: Predictor, job: Job, title: str) -> None:
         unit = "tokens" if predictor.passes == 1 else "token-layers"
         total = done + sum(len(shards[number]) for number in own)
         with Progress(title, total=total * positions, unit=unit, start=done * positions) as progress:
-            for number in own:
-                rows = cache.stream.in_order(shards[number])
-                records = _compute_records(rows, predictor, logits, manifest, progress.advance)
-                write_shard(files[number], shards[number], *records)
+            while own:
+                taken = own[: predictor.shards_at_once(len(own))]
+                own = own[len(taken) :]
+                rows = [cache.stream.in_order(shards[number]) for number in taken]
+                found = predictor.hidden_states(rows, progress.advance)
+                for number, pieces in zip(taken, found, strict=True):
+                    write_shard(files[number], shards[number], *_compute_records(pieces, logits, manifest))
         job.wait()
         if rank != 0:
             return
@@ -260,12 +264,12 @@ def _write(cache: Cache, predictor: Predictor, job: Job, title: str) -> None:
 
 
 def _compute_records(
-    shard: Batch, predictor: Predictor, logits: Logits, manifest: CacheManifest, advance: Advance
+    shard: Pieces, logits: Logits, manifest: CacheManifest
 ) -> tuple[list[int], dict[Head, dict[str, Array]]]:
-    """Return predicted tokens of each sequence, and each head's arrays of all of them."""
+    """Return predicted tokens of each sequence of a shard, and each head's arrays of all of them."""
     lengths: list[int] = []
     pieces: dict[Head, list[dict[str, Array]]] = {head: [] for head in manifest.heads}
-    for batch, hidden in predictor.hidden_states(shard, advance):
+    for batch, hidden in shard:
         aligned = align(batch.tokens, hidden.main, hidden.mtp, batch.mask)
         lengths += aligned.main_mask.view(len(batch.tokens), -1).sum(1).tolist()
         counted = aligned.main_mask.to(aligned.hidden.device)
