@@ -21,8 +21,9 @@ from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.recipe import Target
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.counts import Comparison, compare, comparison_table
-from slimqwen.shapes.footprint import TrainingSettings, dtype_of, footprint, forward_flops
+from slimqwen.shapes.footprint import dtype_of, footprint, forward_flops
 from slimqwen.shapes.target import completed, target_config
+from slimqwen.shapes.training_memory import TrainingSettings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PAPER = {  # the models of the paper, as the recipes have them: config, target
@@ -161,19 +162,30 @@ def test_training_memory_by_hand() -> None:
     assert memory.teacher_bytes == 2 * (79_674_391_296 + 1_650_471_424) // 64
     linear_layer = (count(QWEN3_NEXT, teacher).parts["deltanet"] // 36) + 2 * 2048  # mixer and norms
     linear_layer += 512 * 2048 + (3 * 512 + 1) * 2048 + 512 * 3 * 512 * 2048  # router, shared, routed
-    assert memory.gathered_bytes == 2 * 2 * linear_layer
+    around, teacher_around = 2 * 151936 * 1536, 2 * 151936 * 2048  # embedding and lm_head
+    projection = 2 * 1536 * 1536 + 3 * 1536  # MTP's, and its norms
+    teacher_projection = 2 * 2048 * 2048 + 3 * 2048
+    around += 1536 + projection
+    assert memory.gathered_bytes == 2 * (around + 2048 + teacher_around + teacher_projection)
+    activations = memory.teacher_layer_bytes - 3 * 2 * linear_layer
+    assert 0 < activations < memory.layer_bytes / 4
+    linear_layer = count(QWEN3_NEXT, student).parts["deltanet"] // 27 + 2 * 1536
+    linear_layer += 256 * 1536 + (3 * 512 + 1) * 1536 + 256 * 3 * 512 * 1536
+    assert memory.layer_weights_bytes == (2 * 2 + 2 + 4) * linear_layer  # two gathered, its gradient, the last one's
+    assert memory.around_gradient_bytes == (2 + 4) * around
     logits = 2 * 2 * 1024 + 4 * 6 * (2**24 // 151936)  # two chunks in bfloat16, six blocks in float32, per word
     states = 4096 * (4 * 4 * 1536 + 2 * 2048)
-    assert memory.loss_bytes == 151936 * (logits + (4 + 2 * 2) * 1536) + states
+    assert memory.loss_bytes == 151936 * (logits + (4 + 2) * 1536) + states
     held = memory.student_bytes + memory.teacher_bytes + memory.gathered_bytes
-    assert memory.peak_bytes == held + memory.activation_bytes + memory.loss_bytes
+    assert memory.peak_bytes == held + memory.activation_bytes + max(memory.loss_bytes, memory.layer_weights_bytes)
     less = costs.checkpointed_training
     assert less.activation_bytes < memory.activation_bytes / 5
-    assert less.layer_inputs_bytes == 36 * 4096 * 4 * 1536
+    assert less.layer_inputs_bytes == 36 * 4096 * 2 * 1536
     alone = footprint(QWEN3_NEXT, student, teacher, 4096, TrainingSettings(gpus=1)).training
     assert alone.student_bytes == 64 * memory.student_bytes
     assert alone.gathered_bytes == 2 * (23_176_328_256 + 631_907_840)
-    assert alone.activation_bytes == memory.activation_bytes
+    assert alone.layer_weights_bytes == 0
+    assert alone.activation_bytes > memory.activation_bytes  # autocast copies inputs
 
 
 def test_dtypes() -> None:

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from slimqwen.checkpoint.config import read_config
 from slimqwen.families import FAMILIES, Config
+from slimqwen.families.count import count
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.model.kernels import BATCHED_EXPERTS
 from slimqwen.model.live_bytes import measured_peak
 from slimqwen.model.model import MtpCausalLM, initialise
 from slimqwen.recipe import DistilRecipe
 from slimqwen.shapes.activations import CPU, Precision, saved_bytes
-from slimqwen.shapes.footprint import TrainingSettings, training_memory
+from slimqwen.shapes.training_memory import TrainingMemory, TrainingSettings, training_memory
+from slimqwen.shapes.weights import MUON_PARTS, weigh
 from slimqwen.training.dry_run import held_bytes, predict_memory
+from slimqwen.training.optimizer import MUON_PARTS as MUON_PARTS_TRAINED
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
@@ -138,3 +141,65 @@ def test_what_each_setting_does_to_the_prediction() -> None:
     assert peak(device="cpu", gpus=1) > peak(device="cuda", gpus=1)
     alone = training_memory(QWEN3_NEXT, config, None, TrainingSettings(gpus=1))
     assert alone.teacher_bytes == 0 and alone.peak_bytes < peak(gpus=1)
+
+
+# --- many devices, frozen parts, the host's memory --------------------------------------------------------------------
+
+
+def test_more_devices_never_need_more_memory_each() -> None:
+    config = tiny_config()
+
+    def peak(**settings: Any) -> int:
+        return training_memory(QWEN3_NEXT, config, config, TrainingSettings(micro_batches=2, **settings)).peak_bytes
+
+    peaks = [peak(gpus=gpus) for gpus in (2, 4, 8, 64, 512)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peak(gpus=64, shard_ranks=8) == peak(gpus=8)  # copies of the model save nothing
+    shared = [peak(gpus=8, expert_ranks=ranks, expert_imbalance=1.0) for ranks in (2, 4, 8)]
+    assert shared == sorted(shared, reverse=True)
+    assert peak(gpus=8, expert_ranks=2, expert_imbalance=2.0) > shared[0]
+    assert peak(gpus=8, reshard_student=False) > peak(gpus=8) < peak(gpus=8, reshard_teacher=False)
+
+
+def test_frozen_experts_cost_their_weights_in_bfloat16() -> None:
+    config = tiny_config()
+    total = sum(count(QWEN3_NEXT, config).parts.values()) + count(QWEN3_NEXT, config).mtp_parameters
+    experts = sum(unit.routed for unit in weigh(QWEN3_NEXT, config).layers)
+
+    def memory(**settings: Any) -> TrainingMemory:
+        return training_memory(QWEN3_NEXT, config, config, TrainingSettings(gpus=1, **settings))
+
+    everything, frozen = memory(), memory(frozen=("routed_experts",))
+    assert everything.student_bytes == 12 * total and everything.gradient_bytes == 4 * total
+    assert frozen.student_bytes == 12 * (total - experts) + 2 * experts
+    assert frozen.gradient_bytes == 4 * (total - experts)
+    assert frozen.activation_bytes < everything.activation_bytes
+    small = memory(optimizer="adamw_8bit")
+    assert small.student_bytes == pytest.approx((4 + 2 * (1 + 4 / 256)) * total, abs=1)
+    offloaded = memory(offload="student")
+    assert offloaded.student_bytes == offloaded.gradient_bytes == 0
+    assert offloaded.host_bytes == 16 * total and everything.host_bytes == 0
+    assert memory(offload="all").host_bytes == 18 * total
+    assert memory(offload="all").teacher_bytes == 0 < offloaded.teacher_bytes
+
+
+def test_a_teacher_that_is_not_there_as_a_whole() -> None:
+    config = tiny_config()
+
+    def memory(**settings: Any) -> TrainingMemory:
+        return training_memory(QWEN3_NEXT, config, config, TrainingSettings(gpus=1, memory_budget=1, **settings))
+
+    live, cache, layered = (memory(teacher=kind) for kind in ("live", "cache", "layer_by_layer"))
+    assert cache.teacher_bytes == 0 == cache.teacher_layer_bytes
+    assert layered.teacher_bytes == 2 * config["vocab_size"] * config["hidden_size"] < live.teacher_bytes
+    assert layered.host_bytes == 2 * config["hidden_size"] * 4096
+    assert memory(teacher="layer_by_layer", micro_batches=3).host_bytes == 3 * layered.host_bytes
+
+
+def test_muon_is_predicted_for_the_parts_that_it_updates() -> None:
+    assert MUON_PARTS == MUON_PARTS_TRAINED
+    config = tiny_config()
+    unit = weigh(QWEN3_NEXT, config).all
+    memory = training_memory(QWEN3_NEXT, config, None, TrainingSettings(gpus=1, optimizer="muon"))
+    assert 0 < unit.muon < unit.dense
+    assert memory.student_bytes == 12 * unit.total - 4 * unit.muon

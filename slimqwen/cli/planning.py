@@ -16,7 +16,7 @@ from slimqwen.recipe import PruningRecipe, Target
 if TYPE_CHECKING:  # they take numpy, which no other command's --help should wait for
     from slimqwen.planning.plan import Plan
     from slimqwen.shapes.counts import Comparison
-    from slimqwen.shapes.footprint import TrainingSettings
+    from slimqwen.shapes.training_memory import TrainingSettings
 
 commands = typer.Typer()
 
@@ -105,7 +105,7 @@ def plan(
     from slimqwen.checkpoint.config import read_config
     from slimqwen.recipe.file import load_recipe
     from slimqwen.shapes.counts import compare, comparison_table
-    from slimqwen.shapes.footprint import TrainingSettings
+    from slimqwen.shapes.training_memory import TrainingSettings
 
     wanted = Target() if target is None else load_recipe(target, model=Target)
     training = TrainingSettings(gpus=gpus, micro_batch_size=micro_batch_size, sequence_length=sequence_length)

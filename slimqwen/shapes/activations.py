@@ -4,10 +4,11 @@ Counted operation by operation after what PyTorch saves of Transformers' layers 
 compares the sums with the tensors that are actually alive.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from slimqwen.families.axes import Axis, Read, Sizes, Term, size
-from slimqwen.families.family import Block, Table
+from slimqwen.families.family import Block, ExpertTable, Table
 
 FLOAT32 = 4
 CHUNK_TOKENS = 64  # of the chunked delta rule, in Transformers' reference and in flash-linear-attention
@@ -29,9 +30,17 @@ class Precision:
 
 CPU = Precision(compute_bytes=4, casts=False, fused_deltanet=False)
 GPU = Precision(compute_bytes=2, casts=True, fused_deltanet=True)
+SHARDED_GPU = Precision(compute_bytes=2, casts=False, fused_deltanet=True)  # weights and residual stream in bfloat16
 
 
-def saved_bytes(block: Block, sizes: Sizes, hidden: Axis, num_experts_per_tok: int, precision: Precision) -> int:
+def saved_bytes(
+    block: Block,
+    sizes: Sizes,
+    hidden: Axis,
+    num_experts_per_tok: int,
+    precision: Precision,
+    frozen: Collection[str] = (),
+) -> int:
     """Return the bytes that a block saves per token for its backward pass: the sum over its parts.
 
     norms over the residual stream: input and normalised input in float32; output once, or cast for each matrix that reads it
@@ -39,7 +48,8 @@ def saved_bytes(block: Block, sizes: Sizes, hidden: Axis, num_experts_per_tok: i
     the MTP module's projection: its input
     SwiGLU networks: outputs of gate and up, the activated gate, the product
     router: a score per expert in float32; per chosen expert the indices that sort tokens to experts and back (40 bytes)
-    routed experts, per chosen one: the token itself, what a SwiGLU network keeps, the output
+    routed experts, per chosen one: the token itself, what a SwiGLU network keeps, the output; where they are `frozen`, no input
+    of a matrix
     """
     h, c = sizes[hidden], precision.compute_bytes
     tables = block.tables
@@ -57,8 +67,35 @@ def saved_bytes(block: Block, sizes: Sizes, hidden: Axis, num_experts_per_tok: i
         total += c * h  # the shared expert's output, before its gate
     if block.experts is not None:
         total += FLOAT32 * sizes[block.experts.axis] + 40 * num_experts_per_tok
-        total += c * num_experts_per_tok * (2 * h + _swiglu(block.experts.per_expert, sizes, hidden))
+        total += c * num_experts_per_tok * _expert(block.experts, sizes, hidden, "routed_experts" in frozen)
     return total
+
+
+def exchanged_bytes(
+    block: Block,
+    sizes: Sizes,
+    hidden: Axis,
+    num_experts_per_tok: int,
+    precision: Precision,
+    frozen: Collection[str],
+    imbalance: float,
+) -> int:
+    """Return the bytes per token that a block saves beyond `saved_bytes` where ranks share its routed experts.
+
+    Per chosen expert the output once more, as it comes back; and what the experts save, (imbalance - 1) times: the busiest rank gets
+    so many times the mean.
+    """
+    if block.experts is None:
+        return 0
+    own = _expert(block.experts, sizes, hidden, "routed_experts" in frozen)
+    return round(precision.compute_bytes * num_experts_per_tok * (sizes[hidden] + (imbalance - 1) * own))
+
+
+def _expert(experts: ExpertTable, sizes: Sizes, hidden: Axis, is_frozen: bool) -> int:
+    """Count the elements that one routed expert saves of a token."""
+    inputs = sizes[hidden] + sum(size(dims[1], sizes) for dims in experts.per_expert.values() if dims[0] == hidden)
+    total = 2 * sizes[hidden] + _swiglu(experts.per_expert, sizes, hidden)
+    return total - inputs if is_frozen else total
 
 
 def _reads(columns: Term) -> bool:

@@ -11,8 +11,9 @@ from slimqwen.families.count import Counts, count
 from slimqwen.families.family import Layout
 from slimqwen.recipe import Target
 from slimqwen.serving.loadable import Loadable, describe, loadable
-from slimqwen.shapes.footprint import Footprint, TrainingSettings, footprint
+from slimqwen.shapes.footprint import Footprint, footprint
 from slimqwen.shapes.target import completed, size_of, target_config
+from slimqwen.shapes.training_memory import TrainingSettings
 
 
 class Footprints(BaseModel):
@@ -101,7 +102,8 @@ def comparison_table(comparison: Comparison) -> str:
         ("student and AdamW's moments", "student_bytes"),
         ("gradients", "gradient_bytes"),
         ("teacher", "teacher_bytes"),
-        ("gathered layers", "gathered_bytes"),
+        ("gathered for the whole step", "gathered_bytes"),
+        ("weights around a layer in its backward pass", "layer_weights_bytes"),
         ("loss", "loss_bytes"),
         (f"activations of {settings.tokens:,} tokens", "activation_bytes"),
     ):

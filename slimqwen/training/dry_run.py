@@ -8,7 +8,7 @@ from slimqwen.core.progress import say
 from slimqwen.data.stream import Batch
 from slimqwen.losses.loss import LossWeights, count_targets
 from slimqwen.model.live_bytes import measured_peak
-from slimqwen.shapes.footprint import TrainingMemory, TrainingSettings, training_memory
+from slimqwen.shapes.training_memory import TrainingMemory, TrainingSettings, training_memory
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Trainer
 
@@ -68,13 +68,18 @@ def predict_memory(trainer: Trainer) -> TrainingMemory:
     )  # with a batch size ramp, the last batch is the largest
     micro_batch_size = min(trainer.micro_batch_size, rows)
     settings = TrainingSettings(
-        gpus=execution.shard_ranks or ranks.size,
+        gpus=ranks.size,
+        shard_ranks=None if ranks.mesh is None else ranks.mesh["shard"].size(),
+        expert_ranks=1 if ranks.experts_mesh is None else ranks.experts_mesh["expert"].size(),
         micro_batch_size=micro_batch_size,
         micro_batches=-(-rows // micro_batch_size),  # the last of what is left (`Batch.split`)
         sequence_length=trainer.stream.sequence_length,
         recompute_activations=execution.recompute_activations,
+        reshard_student=execution.reshard_student,
+        reshard_teacher=execution.reshard_teacher,
         loss_chunk_tokens=execution.loss_chunk_tokens,
         device="cuda" if trainer.device.type == "cuda" else "cpu",
+        optimizer=trainer.recipe.optimizer.kind,
     )
     return _predict(trainer, settings)
 
