@@ -15,7 +15,7 @@ OTHER_ROUNDING := TEST_THREADS=2 ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
 INSTALLED := .venv/.installed
 # Packages in their lowest versions, which hide those of .venv where PYTHONPATH names the folder.
 LOWEST := .venv/lowest
-LOWEST_TESTS := $(addprefix tests/test_,every_family.py families.py glm_and_qwen3_5.py lowest_versions.py modeling.py recipe.py)
+LOWEST_TESTS := $(patsubst %,tests/test_%.py,every_family families glm_and_qwen3_5 lowest_versions modeling recipe)
 
 .PHONY: setup demo test test-lowest test-lowest-torch docs golden clean
 
