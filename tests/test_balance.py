@@ -5,6 +5,10 @@ import torch
 from torch import Tensor
 
 from slimqwen.losses.balance import expert_counts, load_balancing_loss
+from slimqwen.model.routing import Routing
+from slimqwen.parallel.ranks import ALONE
+from slimqwen.recipe import BalancingCounts
+from slimqwen.training.balancing import StepCounts
 
 pytestmark = pytest.mark.rounding
 
@@ -72,3 +76,38 @@ def test_any_cut_of_the_batch_has_the_same_loss_and_gradient(cut: list[int]) -> 
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
     for ours, theirs in zip(torch.autograd.grad(total, blocks), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("group", "cut"), [(2, [6]), (2, [2, 2, 2]), (2, [4, 2]), (2, [3, 3]), (4, [6]), (1, [1, 5]), (9, [3, 3])]
+)
+def test_rows_meet_the_counts_up_to_the_end_of_their_group(group: int, cut: list[int]) -> None:
+    """Six rows of four tokens, some of them padding, in any cut: against the definition, row by row."""
+    g = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(24, 5, generator=g) for _ in range(2)]
+    mask = torch.rand(24, generator=g) < 0.8
+    routing = [Routing(logits, logits[:, :2], logits.topk(2).indices) for logits in blocks]
+    counts = StepCounts(ALONE, BalancingCounts(rows=group), step_rows=6)
+    pieces = []
+    for part in torch.arange(24).split([4 * rows for rows in cut]):
+        of_part = [Routing(seen.logits[part], seen.gates[part], seen.experts[part]) for seen in routing]
+        pieces.append((of_part, mask[part], len(part) // 4))
+    assert counts.needs_counting_ahead(cut[0]) == (cut in ([3, 3],))
+    if counts.needs_counting_ahead(cut[0]):
+        for piece in pieces:
+            counts.count_ahead(*piece)
+    found = [[x.expand(rows, -1) for x in counts.meet(of_part, part, rows)] for of_part, part, rows in pieces]
+    for block, seen in enumerate(routing):
+        expected = []
+        for row in range(6):
+            end = 4 * min((row // group + 1) * group, 6)
+            expected.append(expert_counts(seen.experts[:end], mask[:end], 5))
+        assert torch.equal(torch.cat([piece[block] for piece in found]), torch.stack(expected))
+
+
+def test_rows_with_counts_of_their_own_by_hand() -> None:
+    """Two rows of two tokens, two experts. P of the rows: (1, 1) and (0.5, 1.5), over 4 tokens; f: (1/2, 1/2) and (1/4, 3/4)."""
+    probs = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.25, 0.75], [0.25, 0.75]])
+    counts = torch.tensor([[1, 1], [1, 3]])
+    loss = load_balancing_loss([probs.log()], torch.ones(4, dtype=torch.bool), [counts], 4)
+    assert loss.item() == pytest.approx(2 * (1 / 2 * 2 / 4 + 1 / 4 * 0.5 / 4 + 3 / 4 * 1.5 / 4))

@@ -1,6 +1,7 @@
 """Documents that do not see each other: one to a row, and nothing that is padding counts anywhere."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.isolated import DocumentStream
 from slimqwen.data.packed import PackedTokens, PackedWriter
 from slimqwen.data.store import load_manifest
-from slimqwen.data.stream import Batch, TokenStream
+from slimqwen.data.stream import Batch, Place, TokenStream
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
 from slimqwen.losses.balance import expert_counts
 from slimqwen.losses.loss import LossWeights, count_targets
 from slimqwen.model.model import MtpCausalLM, load
+from slimqwen.model.routing import Routing
 from slimqwen.recipe import DistilRecipe, EvaluationRecipe, Execution, TextSettings
+from slimqwen.training.balancing import StepCounts
 from slimqwen.training.distil import distil
 from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.teacher import LiveTeacher
@@ -93,7 +96,8 @@ def test_documents_of_several_sequences_are_one_document(tmp_path: Path) -> None
     (tmp_path / "t.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
     tokens = PackedTokens(tmp_path / "t")
     assert tokens.boundaries(0, 3).tolist() == [0, 3, 3, 5] and tokens.boundaries(1, 2).tolist() == [3, 3]
-    assert [row.tolist() for row in map(DocumentStream(tokens, 8, 0)._stored_row, range(2))] == [[1, 2, 3], [4, 5]]
+    stream = DocumentStream(tokens, 8, 0)
+    assert [stream.stored(Place(row)).tolist() for row in range(2)] == [[1, 2, 3], [4, 5]]
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -175,6 +179,16 @@ def trainer(folder: Path, tmp_path: Path, documents: list[list[int]], **changes:
     return Trainer(student, teacher, stream, span=Span(0, 3, 3), **sections(DistilRecipe, usual | changes))
 
 
+class Met(StepCounts):
+    """Counts that all rows meet."""
+
+    def __init__(self, counts: list[Tensor]) -> None:
+        self.counts = counts
+
+    def meet(self, routing: Sequence[Routing], mask: Tensor, rows: int) -> list[Tensor]:
+        return self.counts
+
+
 def test_the_loss_of_a_padded_batch_is_the_mean_over_its_documents_alone(folder: Path, tmp_path: Path) -> None:
     """All four terms, load balancing and every gradient."""
     documents = random_documents(*LENGTHS)
@@ -195,7 +209,7 @@ def test_the_loss_of_a_padded_batch_is_the_mean_over_its_documents_alone(folder:
     expected = {"loss": 0.0, "load_balancing": 0.0}
     sums = None
     for batch in batches:
-        loss, part, balance = alone.backward(batch, weights, counts, main)
+        loss, part, balance = alone.backward(batch, weights, Met(counts), main)
         expected["loss"] += float(loss)
         expected["load_balancing"] += float(balance)
         sums = part if sums is None else sums + part

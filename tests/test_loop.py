@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.staging import DefaultStager
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import Preempted, StageFailed, UserError
-from slimqwen.data.stream import Batch
 from slimqwen.evaluation.fidelity import compare, heldout_rows, record
 from slimqwen.model.model import load
 from slimqwen.model.peaks import peak_of
@@ -275,17 +274,8 @@ def spoil(patch: pytest.MonkeyPatch, bad: Mapping[int, float]) -> list[list[int]
     step, backward = Trainer.step, Trainer.backward
 
     def noted(self: Trainer, number: int) -> dict[str, float]:
-        batch = self.stream.batch
-
-        def noted_batch(first_row: int, rows: int) -> Batch:
-            seen.append([number, first_row])
-            return batch(first_row, rows)
-
-        self.stream.batch = noted_batch  # type: ignore[method-assign]
-        try:
-            return step(self, number)
-        finally:
-            del self.stream.batch
+        seen.append([number, self.rows_of(number).first_row])
+        return step(self, number)
 
     def spoiled(self: Trainer, *arguments: Any) -> Any:
         loss, *rest = backward(self, *arguments)

@@ -150,7 +150,10 @@ def train_isolated(folder: Path, out: Path, changes: dict[str, Any]) -> None:
 
 
 def test_ranks_with_more_and_less_padding(folder: Path, tmp_path: Path) -> None:
-    """One document to a row: the ranks' rows have different numbers of real tokens, and one number divides them all."""
+    """One document to a row: the ranks' rows have different numbers of real tokens, and one number divides them all.
+
+    The load balancing's counts run from one row of each rank to the next, as over pairs of rows on one rank.
+    """
     (tmp_path / "text").mkdir()
     for i in range(60):
         (tmp_path / "text" / f"{i}.txt").write_text("index[tail] = left\n" * (1 + i % 5))
@@ -159,10 +162,12 @@ def test_ranks_with_more_and_less_padding(folder: Path, tmp_path: Path) -> None:
     for name in ("student", "teacher"):
         (tmp_path / name).symlink_to(folder / name)
     batch = training_stream(tmp_path / "tokens", SEQUENCE_LENGTH, 0, "isolated").batch(0, BATCH_SIZE)
-    halves = [count_targets(half.tokens, half.mask) for half in batch.split(BATCH_SIZE // 2)]
+    assert batch.mask is not None
+    halves = [count_targets(batch.tokens[rank::2], batch.mask[rank::2]) for rank in range(2)]
     assert halves[0] != halves[1]
-    train(tmp_path, tmp_path / "alone" / "out", {}, documents="isolated")
-    run_ranks(2, train_isolated, tmp_path, tmp_path / "pair" / "out", {"micro_batch_size": 1})
+    running = {"load_balancing_counts": {"rows": 2}}  # a row of each rank
+    train(tmp_path, tmp_path / "alone" / "out", running, documents="isolated")
+    run_ranks(2, train_isolated, tmp_path, tmp_path / "pair" / "out", running | {"micro_batch_size": 1})
     assert_equal_but_for_rounding(tmp_path / "pair" / "out", tmp_path / "alone" / "out")
 
 

@@ -107,12 +107,25 @@ def same_weights(one: Path, other: Path) -> bool:
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_any_cut_of_the_batch_is_the_same_step(folder: Path, micro_batch_size: int) -> None:
-    """Losses, gradients and weights, load balancing over the whole batch included (its weight is large here)."""
-    whole = trainer(folder, load_balancing_coefficient=0.5, warmup="0 steps")
-    parts = trainer(folder, load_balancing_coefficient=0.5, warmup="0 steps", micro_batch_size=micro_batch_size)
-    for step in range(3):
+@pytest.mark.parametrize(
+    ("counts", "micro_batch_size", "forwards"),
+    [("exact", 1, 2), ("running", 2, 2), ({"rows": 2}, 2, 1), ({"rows": 2}, 1, 2)],
+)
+def test_any_cut_of_the_batch_is_the_same_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, counts: Any, micro_batch_size: int, forwards: int
+) -> None:
+    """Losses, gradients and weights, load balancing over the whole batch included (its weight is large here).
+
+    forwards: of the student, of each micro-batch. Only counts of a later micro-batch take a second one: with counts that run in
+    groups of two rows, two rows at a time take none.
+    """
+    changes = {"load_balancing_coefficient": 0.5, "load_balancing_counts": counts, "warmup": "0 steps"}
+    whole = trainer(folder, **changes)
+    parts = trainer(folder, **changes, micro_batch_size=micro_batch_size)
+    made: list[Trainer] = []
+    original = Trainer.forward
+    monkeypatch.setattr(Trainer, "forward", lambda self, batch: (made.append(self), original(self, batch))[1])
+    for step in range(2):
         expected, found = whole.step(step), parts.step(step)
         assert found.keys() == expected.keys() and {"lm", "kd", "mtp_lm", "mtp_kd", "load_balancing"} <= found.keys()
         assert found == pytest.approx(expected, rel=TRAINED if step else GRADIENT)
@@ -120,14 +133,14 @@ def test_any_cut_of_the_batch_is_the_same_step(folder: Path, micro_batch_size: i
             for name, parameter in whole.parameters.items():
                 assert error(parts.parameters[name].grad, parameter.grad) < GRADIENT, name
     assert_trained_alike(parts.parameters, whole.parameters)
+    assert made.count(whole) == 2 and made.count(parts) == 2 * forwards * BATCH_SIZE // micro_batch_size
 
 
-def test_balancing_each_micro_batch_by_itself_would_be_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = trainer(folder).step(0)
-    monkeypatch.setattr(Trainer, "global_expert_counts", lambda self, micro_batches: None)
-    apart = trainer(folder, micro_batch_size=1).step(0)
-    assert abs(apart["load_balancing"] - whole["load_balancing"]) > 1e-2
-    assert apart["loss"] == pytest.approx(whole["loss"], rel=FORWARD)
+def test_counts_that_run_are_seen(folder: Path) -> None:
+    """Each row meets its own counts and those of the rows before: another load balancing, and the same other terms."""
+    exact, running = (trainer(folder, load_balancing_counts=counts).step(0) for counts in ("exact", {"rows": 1}))
+    assert abs(running["load_balancing"] - exact["load_balancing"]) > 1e-3
+    assert running["loss"] == pytest.approx(exact["loss"], rel=FORWARD)
 
 
 def test_recomputed_activations_have_the_same_gradients(folder: Path) -> None:
@@ -140,7 +153,7 @@ def test_recomputed_activations_have_the_same_gradients(folder: Path) -> None:
         )
         batch = one.stream.batch(0, BATCH_SIZE)
         terms = LossWeights.from_terms(one.recipe.terms, 0.5, 0.3).per_token(*count_targets(batch.tokens))
-        one.backward(batch, terms, None, BATCH_SIZE * SEQUENCE_LENGTH)
+        one.backward(batch, terms, one.count_ahead([batch]), BATCH_SIZE * SEQUENCE_LENGTH)
         gradients.append({name: parameter.grad for name, parameter in one.parameters.items()})
         forwards.append(len(calls))
     assert forwards == [1, 2]  # the second did compute the layer again
@@ -172,9 +185,7 @@ def test_a_growing_batch_reads_each_row_once(folder: Path, tmp_path: Path) -> No
     """2 rows for 64 tokens (2 steps), then 4: the rows in order, and lambda by the tokens before each step."""
     original, read = TokenStream.batch, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            TokenStream, "batch", lambda self, first, rows: (read.append((first, rows)), original(self, first, rows))[1]
-        )
+        patch.setattr(TokenStream, "batch", lambda self, *rows: (read.append(rows[:2]), original(self, *rows))[1])
         ramp = {"start": 2, "tokens": 64}
         train(folder, tmp_path / "out", teacher=None, terms=["lm"], tokens=12 * 16, batch_size_ramp=ramp)
     assert read == [(0, 2), (2, 2), (4, 4), (8, 4)]

@@ -37,7 +37,7 @@ class DocumentStream(StoredRows):
             raise UserError(f"{bin_path(self.tokens.prefix)} has no document of two tokens or more: add text.")
         return rows[-1], targets
 
-    def _stored_row(self, row: int) -> TokenIds:
+    def _bounds(self, row: int) -> tuple[int, int]:
         if not 0 <= row < self.rows_per_epoch:
             raise IndexError(f"row {row} of {self.tokens.prefix}, which has {self.rows_per_epoch}")
         entry = int(np.searchsorted(self._first_rows, row, side="right")) - 1
@@ -48,7 +48,7 @@ class DocumentStream(StoredRows):
         pieces_before_the_end = int(ends[document]) - within
         pieces = int(self._pieces(boundaries[document + 1] - boundaries[document]))
         start = int(boundaries[document]) + (pieces - pieces_before_the_end) * self.sequence_length
-        return self.tokens.slice(start, min(start + self.sequence_length + 1, int(boundaries[document + 1])))
+        return start, min(start + self.sequence_length + 1, int(boundaries[document + 1]))
 
     def _boundaries(self, first: int) -> TokenIds:
         """Return the boundaries of the documents of one entry."""

@@ -54,6 +54,10 @@ class MixedStream(RowStream):
         assert place.source is not None, "a row of a mixture belongs to one of its sources"
         return self.streams[place.source].stored(place)
 
+    def length(self, place: Place) -> int:
+        assert place.source is not None, "a row of a mixture belongs to one of its sources"
+        return self.streams[place.source].length(place)
+
 
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raise UserError for a weight that is not a positive number, or too small beside the others to give any row."""

@@ -2,8 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,22 +31,49 @@ class Batch:
     tokens: int64 [rows, sequence_length + 1]. mask: True at real tokens, of the same shape; None where all are real.
     Padding is at the right end of a row, and the models are causal: no real token attends to it. So they read `tokens`
     without an attention mask, and the mask is for sums over positions: losses, targets, the experts' assignments.
-    places: the location of each row, where the batch is from a stream.
+    places: the location of each row, where the batch is from a stream. lengths: its tokens without padding, where it is.
     """
 
     tokens: "torch.Tensor"
     mask: "torch.Tensor | None" = None
     places: tuple[Place, ...] = ()
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> int | None:
+        """The tokens that are predicted, counted without the device; None where that cannot be."""
+        rows, columns = self.tokens.shape
+        if self.mask is None:
+            return rows * (columns - 1)
+        return targets_of(self.lengths)[0] if self.lengths else None
 
     def to(self, device: "torch.device") -> "Batch":
-        return Batch(self.tokens.to(device), None if self.mask is None else self.mask.to(device), self.places)
+        """Copy to a device; from pinned memory without waiting for what the device is at."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return replace(self, tokens=self.tokens.to(device, non_blocking=True), mask=mask)
+
+    def pin(self) -> "Batch":
+        """Copy to pinned memory, from which a GPU reads by itself."""
+        return replace(
+            self, tokens=self.tokens.pin_memory(), mask=None if self.mask is None else self.mask.pin_memory()
+        )
 
     def split(self, rows: int) -> "list[Batch]":
         """Split into batches of `rows` rows; the last may be smaller."""
         tokens = self.tokens.split(rows)
         masks = [None] * len(tokens) if self.mask is None else self.mask.split(rows)
-        places = [self.places[first : first + rows] for first in range(0, len(self.tokens), rows)]
-        return [Batch(*parts) for parts in zip(tokens, masks, places, strict=True)]
+        starts = range(0, len(self.tokens), rows)
+        places, lengths = ([of[first : first + rows] for first in starts] for of in (self.places, self.lengths))
+        return [Batch(*parts) for parts in zip(tokens, masks, places, lengths, strict=True)]
+
+
+def targets_of(lengths: Iterable[int]) -> tuple[int, int]:
+    """Count the predictions of the main head and of the MTP head on rows of so many tokens: 4 and 3 on a row of 5."""
+    main = mtp = 0
+    for length in lengths:
+        main += max(length - 1, 0)
+        mtp += max(length - 2, 0)
+    return main, mtp
 
 
 class RowStream(ABC):
@@ -71,6 +98,10 @@ class RowStream(ABC):
     def stored(self, place: Place) -> TokenIds:
         """Read the row at a place without its padding, int64 [at most sequence_length + 1]. Raises IndexError beyond the text."""
 
+    @abstractmethod
+    def length(self, place: Place) -> int:
+        """Return how many tokens `stored` reads at a place, without reading them."""
+
     def row(self, index: int) -> TokenIds:
         """Read row `index` of the training order, as `stored` does."""
         return self.stored(self.place(index))
@@ -78,6 +109,15 @@ class RowStream(ABC):
     def batch(self, first_row: int, rows: int, step: int = 1) -> Batch:
         """Read `rows` rows of the training order, every `step`-th from `first_row` on."""
         return self.rows_at(range(first_row, first_row + rows * step, step))
+
+    def count_targets(self, first_row: int, rows: int) -> tuple[int, int]:
+        """Count the predictions of the main head and of the MTP head on rows of the training order, without reading them.
+
+        So every rank knows by itself what the loss of all ranks' rows is divided by.
+        """
+        if self.padding_fraction == 0.0:
+            return rows * self.sequence_length, rows * (self.sequence_length - 1)
+        return targets_of(self.length(self.place(row)) for row in range(first_row, first_row + rows))
 
     def rows_at(self, rows: Sequence[int]) -> Batch:
         """Read the given rows of the training order."""
@@ -93,7 +133,7 @@ class RowStream(ABC):
         for padded, row in zip(tokens, rows, strict=True):
             padded[: len(row)] = row
         mask = None if lengths.min() == columns else torch.from_numpy(np.arange(columns) < lengths[:, None])
-        return Batch(torch.from_numpy(tokens), mask, tuple(places))
+        return Batch(torch.from_numpy(tokens), mask, tuple(places), tuple(lengths.tolist()))
 
 
 class StoredRows(RowStream):
@@ -114,15 +154,19 @@ class StoredRows(RowStream):
         """Count the rows and targets of an epoch. Raises `UserError` where there is no row."""
 
     @abstractmethod
-    def _stored_row(self, row: int) -> TokenIds:
-        """Read row `row` in the order of the files."""
+    def _bounds(self, row: int) -> tuple[int, int]:
+        """Return where row `row` in the order of the files begins and ends among the tokens. Raises IndexError beyond the text."""
 
     def place(self, index: int) -> Place:
         epoch, position = divmod(index, self.rows_per_epoch)
         return Place(shuffled(position, self.rows_per_epoch, self.seed, epoch))
 
     def stored(self, place: Place) -> TokenIds:
-        return self._stored_row(place.row)
+        return self.tokens.slice(*self._bounds(place.row))
+
+    def length(self, place: Place) -> int:
+        start, end = self._bounds(place.row)
+        return end - start
 
     def in_order(self, rows: Sequence[int]) -> Batch:
         """Read rows by their stored order. Raises IndexError at `rows_per_epoch` and beyond."""
@@ -154,9 +198,9 @@ class TokenStream(StoredRows):
             )
         return rows, rows * self.sequence_length
 
-    def _stored_row(self, row: int) -> TokenIds:
+    def _bounds(self, row: int) -> tuple[int, int]:
         start = row * self.sequence_length
-        return self.tokens.slice(start, start + self.sequence_length + 1)
+        return start, start + self.sequence_length + 1
 
 
 def shuffled(position: int, size: int, seed: int, epoch: int) -> int:

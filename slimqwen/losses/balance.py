@@ -22,6 +22,27 @@ def expert_counts(indices: Tensor, mask: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, indices.flatten(), selected.flatten())
 
 
+def counts_by_group(experts: Tensor, mask: Tensor, groups: Tensor, num_groups: int, num_experts: int) -> Tensor:
+    """Count what `expert_counts` does, of all blocks at once and apart for groups of rows.
+
+    Args:
+        experts: [blocks, tokens, k] int64, the experts that each token was routed to; its rows are equally long, one after another.
+        mask: [tokens] bool, True at real tokens.
+        groups: [rows] int64, the group of each row, from 0.
+
+    Returns:
+        [num_groups, blocks, num_experts] int64.
+    """
+    blocks, _, k = experts.shape
+    rows = len(groups)
+    first = groups * blocks + torch.arange(blocks, device=groups.device)[:, None]  # [blocks, rows]
+    places = experts.reshape(blocks, rows, -1) + first[..., None] * num_experts
+    selected = mask.view(rows, -1, 1).expand(rows, -1, k).reshape(1, rows, -1).expand_as(places)
+    counts = torch.zeros(num_groups * blocks * num_experts, dtype=torch.int64, device=experts.device)
+    counts.scatter_add_(0, places.flatten(), selected.to(torch.int64).flatten())
+    return counts.view(num_groups, blocks, num_experts)
+
+
 def load_balancing_loss(
     router_logits: Sequence[Tensor],
     mask: Tensor,
@@ -29,14 +50,14 @@ def load_balancing_loss(
     global_tokens: int,
     scores: Literal["softmax", "sigmoid"] = "softmax",
 ) -> Tensor:
-    """Compute a micro-batch's share of the load-balancing loss of the global batch, a float32 scalar.
+    """Compute a micro-batch's share of the load-balancing loss of the global batch, a float32 scalar; without waiting for the device.
 
         loss = mean over blocks of  E * sum_i f_i P_i
         f_i  = counts_i / sum(counts)                        the share of all assignments that expert i received
         P_i  = sum over this micro-batch's tokens of p_i / global_tokens
         p_i  = softmax_i, or sigmoid_i / sum_j sigmoid_j where the router scores by sigmoid (DeepSeek-V3, 2412.19437, eq. 19)
 
-    f carries no gradient and is the same everywhere; P is a sum. So what the micro-batches and ranks return adds up to
+    f carries no gradient and is the same everywhere (or the same for a row, wherever it is computed); P is a sum. So what the micro-batches and ranks return adds up to
     the loss of the global batch, and any cut of the batch gives the same gradient. Because f sums to 1, a balanced
     router has a loss of exactly 1. Transformers' `load_balancing_loss_func` divides the assignments by tokens: its f
     sums to k = num_experts_per_tok and its balanced router has k, so the same coefficient weighs k times less here.
@@ -47,17 +68,21 @@ def load_balancing_loss(
     Args:
         router_logits: one [tokens, experts] tensor per MoE block, before softmax, with gradient.
         mask: [tokens] bool, True at real tokens.
-        counts: one [experts] tensor per MoE block: `expert_counts` summed over micro-batches and ranks.
+        counts: one [experts] tensor per MoE block: `expert_counts` summed over micro-batches and ranks. Or [rows, experts], where the
+            tokens are so many rows of equal length, each with the counts that its probabilities meet.
         global_tokens: real tokens of the global batch.
         scores: how the family's routers turn logits into scores (`Family.router_scores`).
     """
     losses = []
+    counted = mask[:, None]
     for logits, block_counts in zip(router_logits, counts, strict=True):
-        exact = logits[mask].to(torch.promote_types(logits.dtype, torch.float32))
+        exact = torch.where(counted, logits, 0).to(torch.promote_types(logits.dtype, torch.float32))
         if scores == "softmax":
             probs = exact.softmax(dim=-1)
         else:
             probs = exact.sigmoid() / exact.sigmoid().sum(dim=-1, keepdim=True)
-        fraction = block_counts.to(probs.dtype) / block_counts.sum()
-        losses.append(logits.shape[-1] * (fraction * probs.sum(0)).sum() / global_tokens)
+        by_row = block_counts.view(-1, logits.shape[-1])
+        fraction = by_row.to(probs.dtype) / by_row.sum(1, keepdim=True)
+        sums = torch.where(counted, probs, 0).view(len(by_row), -1, logits.shape[-1]).sum(1)
+        losses.append(logits.shape[-1] * (fraction * sums).sum() / global_tokens)
     return torch.stack(losses).mean()

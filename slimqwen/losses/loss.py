@@ -8,7 +8,7 @@ reported about it. Every reduction here is a sum: dividing by the step's number 
 weights (`LossWeights.per_token`), so that micro-batches and ranks add up to the loss of the whole batch.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,9 +35,17 @@ class Predictions:
     main_mask: Tensor  # [N] bool, where the main head's prediction counts
     mtp_hidden: Tensor | None  # [N, hidden], the MTP head's input, None for a model without MTP
     mtp_mask: Tensor  # [N] bool, where the MTP head's prediction counts; main_mask is True there too
+    targets: int | None = None  # how often main_mask is True; None: to be counted, which waits for the device
 
 
-def align(tokens: Tensor, hidden: Tensor, mtp_hidden: Tensor | None = None, mask: Tensor | None = None) -> Predictions:
+def align(
+    tokens: Tensor,
+    hidden: Tensor,
+    mtp_hidden: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    targets: int | None = None,
+) -> Predictions:
     """Line both heads up on the token that they predict.
 
     For each row t_0 .. t_seq the model ran on t_0 .. t_{seq-1} and its h_i predicts t_{i+1}. The MTP module saw h_i and
@@ -61,6 +69,7 @@ def align(tokens: Tensor, hidden: Tensor, mtp_hidden: Tensor | None = None, mask
         hidden: [batch, seq, hidden], of the model that ran on tokens[:, :-1].
         mtp_hidden: [batch, seq, hidden], or None.
         mask: [batch, seq + 1] bool, True at real tokens; None when there is no padding.
+        targets: the main head's predictions that count, where the caller has their number.
     """
     main_mask, mtp_mask = _target_masks(tokens, mask)
     return Predictions(
@@ -69,6 +78,7 @@ def align(tokens: Tensor, hidden: Tensor, mtp_hidden: Tensor | None = None, mask
         main_mask=main_mask.flatten(),
         mtp_hidden=None if mtp_hidden is None else F.pad(mtp_hidden[:, :-1], (0, 0, 1, 0)).flatten(0, 1),
         mtp_mask=mtp_mask.flatten(),
+        targets=main_mask.numel() if mask is None else targets,
     )
 
 
@@ -145,15 +155,22 @@ class LossSums:
         sums: list[Any] = [None if a is None or b is None else a + b for a, b in pairs]
         return LossSums(*sums)
 
+    def measured(self) -> dict[str, Tensor]:
+        """Return the fields that were measured, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def means(self) -> dict[str, float]:
         """Return the mean per prediction of each field that was measured on at least one prediction; waits for the device."""
-        tokens = {"lm": self.main_tokens, "kd": self.main_tokens, "top1_agreement": self.main_tokens}
-        if self.mtp_tokens is not None:
-            tokens |= {"mtp_lm": self.mtp_tokens, "mtp_kd": self.mtp_tokens}
-        sums: dict[str, Tensor | None] = {name: getattr(self, name) for name in tokens}
-        return {
-            name: float(total / tokens[name]) for name, total in sums.items() if total is not None and tokens[name] > 0
-        }
+        measured = self.measured()
+        return means_of(dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)))
+
+
+def means_of(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean per prediction of each sum, named as in `LossSums`, that is over at least one prediction."""
+    tokens = {name: sums["main_tokens"] for name in ("lm", "kd", "top1_agreement")}
+    tokens |= {name: sums.get("mtp_tokens", 0.0) for name in ("mtp_lm", "mtp_kd")}
+    return {name: sums[name] / number for name, number in tokens.items() if name in sums and number > 0}
 
 
 def chunked_loss(
@@ -164,6 +181,7 @@ def chunked_loss(
     teacher: TeacherSignal | None = None,
     divergence: Divergence = FORWARD_KL,
     chunk_tokens: int,
+    unscaled: bool = False,
 ) -> tuple[Tensor, LossSums]:
     """Compute the weighted sum of the four terms over the predictions that count, and the unweighted sums.
 
@@ -190,6 +208,8 @@ def chunked_loss(
         teacher: over the same vocabulary as `head`, live or stored; None trains on the data alone.
         divergence: what the kd terms minimise; what is reported as kd is KL(teacher || student) whatever is minimised.
         chunk_tokens: changes memory and speed, not the result (beyond rounding).
+        unscaled: the loss is differentiated as it is, or as a term of a sum, as in training. Its gradients are then not multiplied by
+            autograd's, which is 1: a product would be a second tensor of the head's size, and whether it is 1 only the device has.
 
     Returns:
         The loss, a scalar, differentiable once in predictions.hidden, predictions.mtp_hidden and head; and the sums.
@@ -209,15 +229,16 @@ def chunked_loss(
                 predictions, head, weights, teacher, divergence, chunk_tokens, needs_gradient
             )
     if any(needs_gradient):
-        loss = _WithGradients.apply(loss, *gradients, *inputs)  # type: ignore[no-untyped-call]
+        loss = _WithGradients.apply(unscaled, loss, *gradients, *inputs)  # type: ignore[no-untyped-call]
     return loss, sums
 
 
 class _WithGradients(torch.autograd.Function):
-    """The loss, with gradients that are known already: the backward pass only scales them."""
+    """The loss, with gradients that are known already: the backward pass only scales them, or does not (`unscaled`)."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *gradients_and_inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, unscaled: bool, loss: Tensor, *gradients_and_inputs: Tensor | None) -> Tensor:
+        ctx.unscaled = unscaled
         ctx.save_for_backward(*gradients_and_inputs[:3])
         return loss.clone()
 
@@ -225,11 +246,10 @@ class _WithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        # Training's case. A product would be a second tensor of the head's size; the question waits for the device once.
-        if upstream != 1.0:
+        if not ctx.unscaled:
             gradients = [None if gradient is None else gradient * upstream for gradient in gradients]
         # Autograd casts each gradient to its input's dtype.
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients
 
 
 def _sum_chunks(
@@ -243,7 +263,7 @@ def _sum_chunks(
 ) -> tuple[Tensor, LossSums, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Compute loss, sums, and the gradients of hidden, mtp_hidden and head (None where not needed): steps 2 to 4."""
     main_needs, mtp_needs, head_needs = needs_gradient
-    counted = predictions.main_mask.nonzero().squeeze(1)
+    counted = _places(predictions.main_mask, predictions.targets)
     chunk_tokens = max(min(chunk_tokens, counted.numel()), 1)
     student = Logits(head, chunk_tokens)
     taught = None if teacher is None else teacher.chunks(student)
@@ -284,3 +304,12 @@ def _sum_chunks(
     loss = main.loss(main_sums) if mtp is None else main.loss(main_sums) + mtp.loss(mtp_sums)
     gradients = (main.grad_hidden, None if mtp is None else mtp.grad_hidden, grad_head)
     return loss.to(softmax_dtype(head)), sums, gradients
+
+
+def _places(mask: Tensor, number: int | None) -> Tensor:
+    """Return where `mask` [N] is True, in order; without waiting for the device if `number` says how often that is."""
+    if number is None:
+        return mask.nonzero().squeeze(1)
+    if number == len(mask):
+        return torch.arange(number, device=mask.device)
+    return mask.logical_not().to(torch.uint8).argsort(stable=True)[:number]

@@ -8,10 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.integrations.moe import _grouped_linear as grouped_linear
 
-__all__ = ["apply_gate", "computed_by", "grouped_linear", "initialise", "mark_as_initialised", "set_experts_function"]
+from slimqwen.model.patching import overridden
+
+__all__ = [
+    "apply_gate",
+    "computed_by",
+    "grouped_linear",
+    "initialise",
+    "mark_as_initialised",
+    "one_sequence_per_row",
+    "set_experts_function",
+]
 
 
 def apply_gate(experts: Any, gate_up: Tensor) -> Tensor:
@@ -34,6 +44,17 @@ def computed_by(name: str, experts: Any) -> Iterator[None]:
         yield
     finally:
         set_experts_function(experts.config, usual)
+
+
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Keep Transformers from looking for several sequences in a row, by their positions, while open.
+
+    Where it builds a mask without padding it reads from the device whether there are any: the host would wait for all that the
+    device is at, once in the backbone and once in the MTP module. Our rows have positions of one sequence.
+    """
+    with overridden(masking_utils, find_packed_sequence_indices=lambda position_ids: None):
+        yield
 
 
 def initialise(backbone: PreTrainedModel, module: nn.Module) -> None:

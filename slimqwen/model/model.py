@@ -20,7 +20,7 @@ from slimqwen.families import Config, Family, family_of
 from slimqwen.families.axes import Sizes
 from slimqwen.families.family import Block, Layout, TensorSpec
 from slimqwen.model.frozen import freeze_as_stored, stored_dtypes
-from slimqwen.model.internals import mark_as_initialised, set_experts_function
+from slimqwen.model.internals import mark_as_initialised, one_sequence_per_row, set_experts_function
 from slimqwen.model.kernels import check_rows
 from slimqwen.model.mtp import MTP_PREFIX, MtpModule
 from slimqwen.model.native import build_backbone
@@ -58,7 +58,7 @@ class MtpCausalLM(nn.Module):
         return weight.to(self._products_dtype)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None, with_mtp: bool = True) -> HiddenStates:
-        """Compute the hidden states of both heads, without the vocabulary-sized logits.
+        """Compute the hidden states of both heads, without the vocabulary-sized logits and without waiting for the device.
 
         Args:
             tokens: rows of seq + 1 tokens, [batch, seq + 1]: the backbone reads the first seq of each; the MTP module
@@ -68,11 +68,12 @@ class MtpCausalLM(nn.Module):
         """
         decoder = self.backbone.get_decoder()
         inputs_mask = None if mask is None else mask[:, :-1]
-        main = decoder(input_ids=tokens[:, :-1], attention_mask=inputs_mask, use_cache=False).last_hidden_state
-        if self.mtp is None or not with_mtp:
-            return HiddenStates(main, None)
-        next_embeddings = decoder.embed_tokens(tokens[:, 1:])
-        return HiddenStates(main, self.mtp(main, next_embeddings, decoder.rotary_emb, inputs_mask))
+        with one_sequence_per_row():
+            main = decoder(input_ids=tokens[:, :-1], attention_mask=inputs_mask, use_cache=False).last_hidden_state
+            if self.mtp is None or not with_mtp:
+                return HiddenStates(main, None)
+            next_embeddings = decoder.embed_tokens(tokens[:, 1:])
+            return HiddenStates(main, self.mtp(main, next_embeddings, decoder.rotary_emb, inputs_mask))
 
     def set_experts_implementation(self, name: str) -> None:
         """Choose how routed experts are computed (a key of Transformers' ALL_EXPERTS_FUNCTIONS), in both parts."""

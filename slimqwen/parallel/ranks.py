@@ -183,8 +183,8 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> float:
-    """Scale gradients down to `max_norm`, the 2-norm of all of them on all ranks; return the norm before.
+def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to `max_norm`, the 2-norm of all of them on all ranks; return the norm before, a scalar on their device.
 
     `torch.nn.utils.clip_grad_norm_`, which refuses to add up what lies on different meshes.
     """
@@ -198,4 +198,4 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> float
     total = get_total_norm(norms)
     for group in by_mesh.values():
         clip_grads_with_norm_(group, max_norm, total)
-    return float(total)
+    return total

@@ -16,6 +16,7 @@ from slimqwen.recipe.criteria import (
 from slimqwen.recipe.data import BuiltinSource, DataRecipe, DocumentBoundaries, Source, TextFormat
 from slimqwen.recipe.distil import (
     AUTO_REFERENCE,
+    BalancingCounts,
     BatchSizeRamp,
     DistilRecipe,
     DivergenceRecipe,
@@ -52,6 +53,7 @@ __all__ = [
     "AUTO_REFERENCE",
     "BUILTIN_TEACHER",
     "BadSteps",
+    "BalancingCounts",
     "Baseline",
     "BatchSizeRamp",
     "BuiltinSource",

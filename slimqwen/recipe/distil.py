@@ -124,6 +124,22 @@ class DivergenceRecipe(Tagged):
     )
 
 
+class BalancingCounts(Tagged):
+    """Counts of the load-balancing loss; `load_balancing_counts: exact` is `load_balancing_counts: {kind: exact}`."""
+
+    kind: Literal["running", "exact"] = Field(
+        "running",
+        description="How often each expert was chosen, which the probabilities of a row are multiplied with. 'running': by the rows of the "
+        "step up to this one, in groups of `rows` (the buffer of arXiv 2501.11873). 'exact': by all rows of the step; one of several "
+        "micro-batches then takes one more forward pass of the student, to count. A step of one group is the same in both.",
+    )
+    rows: PositiveInt = Field(
+        8,
+        description="Of 'running': sequences of a group. A multiple of it must go through the model at one time, on all devices together "
+        "(ranks x execution.micro_batch_size), or the step counts ahead as 'exact' does.",
+    )
+
+
 class TeacherRecipe(Tagged):
     """How the teacher is there while training; `teacher: cache` is `teacher: {kind: cache}`."""
 
@@ -172,6 +188,9 @@ class DistilRecipe(Section):
     )
     load_balancing_coefficient: NonNegativeFloat = Field(
         0.001, description="Weight of the load-balancing loss over the global batch; 0 turns it off."
+    )
+    load_balancing_counts: BalancingCounts = Field(
+        BalancingCounts(), description="The counts of the load-balancing loss."
     )
     learning_rate: LearningRate = Field(
         4e-4,

@@ -45,7 +45,9 @@ def _pad_and_flatten(rows: list[TopTokens], columns: int, device: torch.device) 
         padded = first.new_zeros(len(rows), columns, *first.shape[1:])
         for row, tensor in zip(padded, of_rows, strict=True):
             row[: len(tensor)] = tensor
-        tensors.append(padded.flatten(0, 1).to(device))
+        flat = padded.flatten(0, 1)
+        # From pinned memory a GPU copies while it computes; from other memory the copy would wait for it.
+        tensors.append((flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True))
     return TopTokens(*tensors)
 
 

@@ -55,7 +55,7 @@ def _run_passes(trainer: Trainer, settings: TrainingSettings) -> None:
     main_targets, mtp_targets = count_targets(batch.tokens)
     weights = LossWeights.from_terms(recipe.terms, 0.5, 1.0).per_token(main_targets, mtp_targets)
     micro_batches = batch.split(settings.micro_batch_size)
-    counts = trainer.global_expert_counts(micro_batches) if len(micro_batches) > 1 else None
+    counts = trainer.count_ahead(micro_batches)
     for micro_batch in micro_batches:
         trainer.backward(micro_batch, weights, counts, main_targets)
 

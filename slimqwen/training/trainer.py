@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,7 +11,7 @@ from slimqwen.core.errors import StageFailed
 from slimqwen.core.warning import warn
 from slimqwen.data.stream import Batch, RowStream
 from slimqwen.families import Config, Family
-from slimqwen.losses.balance import expert_counts, load_balancing_loss
+from slimqwen.losses.balance import load_balancing_loss
 from slimqwen.losses.divergence import Divergence
 from slimqwen.losses.loss import (
     LossSums,
@@ -19,7 +19,7 @@ from slimqwen.losses.loss import (
     Predictions,
     align,
     chunked_loss,
-    count_targets,
+    means_of,
 )
 from slimqwen.model.kernels import BATCHED_EXPERTS
 from slimqwen.model.model import MtpCausalLM
@@ -28,6 +28,8 @@ from slimqwen.parallel.ranks import ALONE, Ranks, clip_grad_norm, fully_sharded
 from slimqwen.recipe import DistilRecipe, Execution
 from slimqwen.training import schedules
 from slimqwen.training.average import Average
+from slimqwen.training.balancing import StepCounts
+from slimqwen.training.batches import Batches, StepRows
 from slimqwen.training.course import compute_course
 from slimqwen.training.guard import Guard
 from slimqwen.training.interrupt import Interrupts
@@ -98,6 +100,7 @@ class Trainer:
         parts = parts_of(student.family, student.config)
         self.parameters = freeze_untrained(student.model, parts, recipe.trained_parts, with_mtp=self.with_mtp)
         self.device = next(iter(self.parameters.values())).device
+        self.batches = Batches(stream, ranks, self.device)
         self.optimizer = build_optimizer(self.parameters, parts, recipe.optimizer)
         self.average: Average | None = None
         if recipe.ema_decay is not None:
@@ -112,6 +115,9 @@ class Trainer:
 
         A bad step (`Guard`) makes no update: it is left out, or StageFailed or BadStep is raised, as
         `execution.bad_steps` says. Raises StepInterrupted between two micro-batches where a rank got a signal.
+
+        The host waits for the device once, at the end (`read`): before the optimiser moves, the guard needs the step's loss and
+        norm. Experts that ranks share (`expert_ranks`) wait once more per block and pass, for the sizes that they exchange.
         """
         recipe = self.recipe
         progress = self.course.progress(step)
@@ -122,15 +128,12 @@ class Trainer:
         )
         set_learning_rate(self.optimizer, learning_rate)
 
-        rows = self.course.rows(step) // self.ranks.size
-        first_row = self.course.first_row(step) + self.guard.rows_left_out(step)
-        batch = self.stream.batch(first_row + self.ranks.rank * rows, rows).to(self.device)
-        targets = self.ranks.total(torch.tensor(count_targets(batch.tokens, batch.mask)))
-        main_targets, mtp_targets = targets.tolist()
-        weights = LossWeights.from_terms(recipe.terms, kd_weight, mtp_weight).per_token(main_targets, mtp_targets)
-        micro_batches = batch.split(self.micro_batch_size)
-        balances = recipe.load_balancing_coefficient > 0.0 and len(micro_batches) > 1
-        counts = self.global_expert_counts(micro_batches) if balances else None
+        following = self.rows_of(step + 1) if step + 1 < self.span.end_step else None
+        taken = self.batches.take(self.rows_of(step), following)
+        main_targets, _ = taken.targets
+        weights = LossWeights.from_terms(recipe.terms, kd_weight, mtp_weight).per_token(*taken.targets)
+        micro_batches = taken.batch.to(self.device).split(self.micro_batch_size)
+        counts = self.count_ahead(micro_batches)
 
         self.optimizer.zero_grad(set_to_none=True)
         sums: LossSums | None = None
@@ -143,11 +146,11 @@ class Trainer:
             sums = micro_sums if sums is None else sums + micro_sums
         assert sums is not None
 
-        grad_norm = clip_grad_norm(self.parameters.values(), recipe.optimizer.max_grad_norm)
-        loss_value, balance_value = self.ranks.total(losses).tolist()
+        norm = clip_grad_norm(self.parameters.values(), recipe.optimizer.max_grad_norm)
+        (loss_value, balance_value), means, grad_norm = self.read(losses, sums, norm)
         values = {
             "loss": loss_value,
-            **self.total_sums(sums).means(),
+            **means,
             "load_balancing": balance_value,
             "lambda": kd_weight,
             "beta": mtp_weight,
@@ -163,6 +166,23 @@ class Trainer:
             return values
         self.leave_out(step, problem)
         return {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": 1}
+
+    def rows_of(self, step: int) -> StepRows:
+        """Return a step's rows in the order of training, later by those that rollbacks have left out."""
+        return StepRows(self.course.first_row(step) + self.guard.rows_left_out(step), self.course.rows(step))
+
+    def read(
+        self, losses: torch.Tensor, sums: LossSums, grad_norm: torch.Tensor
+    ) -> tuple[list[float], dict[str, float], float]:
+        """Return the losses and the means of the terms over all ranks, and the norm; waits for the device, once.
+
+        losses: [n], this rank's part of each. grad_norm: of all ranks.
+        """
+        measured = sums.measured()
+        totals = self.ranks.total(torch.stack([*losses.double().unbind(), *measured.values()]))
+        *values, norm = torch.cat([totals, grad_norm.double().reshape(1)]).tolist()
+        number = len(losses)
+        return values[:number], means_of(dict(zip(measured, values[number:], strict=True))), norm
 
     def leave_out(self, step: int, problem: str) -> None:
         """Leave out a bad step, with a warning.
@@ -184,11 +204,11 @@ class Trainer:
             warn(f"optimiser step {step} is left out: {problem}")
 
     def backward(
-        self, batch: Batch, weights: LossWeights, counts: list[torch.Tensor] | None, step_tokens: int
+        self, batch: Batch, weights: LossWeights, counts: StepCounts, step_tokens: int
     ) -> tuple[torch.Tensor, LossSums, torch.Tensor]:
         """Run forward and backward of one micro-batch; return (loss, sums, load balancing), all detached.
 
-        counts: expert assignments of the whole step per block; None where each rank has this one micro-batch.
+        counts: those of the step, which this micro-batch's rows are the next to meet.
         step_tokens: unmasked predictions of the whole step; padding is routed too, but its routing is not counted.
         """
         signal = None if self.teacher is None else self.teacher.signal(batch)
@@ -201,11 +221,11 @@ class Trainer:
                 teacher=signal,
                 divergence=self.divergence,
                 chunk_tokens=self.execution.loss_chunk_tokens,
+                unscaled=True,
             )
         logits, mask = [seen.logits for seen in routing], predictions.main_mask
-        if counts is None:
-            counts = self.sum_over_ranks([expert_counts(seen.experts, mask, seen.logits.shape[-1]) for seen in routing])
-        balance = load_balancing_loss(logits, mask, counts, step_tokens, self.student.family.router_scores)
+        met = counts.meet(routing, mask, len(batch.tokens))
+        balance = load_balancing_loss(logits, mask, met, step_tokens, self.student.family.router_scores)
         (loss + self.recipe.load_balancing_coefficient * balance).backward()
         return loss.detach(), sums, balance.detach()
 
@@ -214,31 +234,31 @@ class Trainer:
         model = self.student.model
         with observe_routing(model, self.blocks) as seen, self.mixed_precision():
             hidden = model(batch.tokens, with_mtp=self.with_mtp)
-        return align(batch.tokens, hidden.main, hidden.mtp, batch.mask), [seen[block.name] for block in self.blocks]
+        predictions = align(batch.tokens, hidden.main, hidden.mtp, batch.mask, targets=batch.targets)
+        return predictions, [seen[block.name] for block in self.blocks]
+
+    def count_ahead(self, micro_batches: list[Batch]) -> StepCounts:
+        """Return the expert counts of a step, of which these are this rank's rows.
+
+        Where a row meets the counts of a later micro-batch (`StepCounts`), they are known before the first backward pass: at the cost of one
+        more forward pass of the student, without gradient.
+        """
+        rows = sum(len(batch.tokens) for batch in micro_batches)
+        counts = StepCounts(self.ranks, self.recipe.load_balancing_counts, rows * self.ranks.size)
+        if self.recipe.load_balancing_coefficient > 0.0 and counts.needs_counting_ahead(len(micro_batches[0].tokens)):
+            self.count_experts(counts, micro_batches)
+        return counts
 
     @torch.no_grad()
-    def global_expert_counts(self, micro_batches: list[Batch]) -> list[torch.Tensor]:
-        """Count the expert assignments of the whole step per block, in a forward pass without gradient.
-
-        The load-balancing loss multiplies each micro-batch's probabilities with the counts of ALL of them
-        (arXiv 2501.11873), so the counts must be known before the first backward pass. It costs one more student
-        forward, and only where a step has several micro-batches; it makes any cut of the batch the same step.
-        """
-        totals: list[torch.Tensor] | None = None
+    def count_experts(self, counts: StepCounts, micro_batches: list[Batch]) -> None:
+        """Count the experts that the student chooses on a step's rows, in a forward pass of their own."""
         for batch in self.interrupts.between(micro_batches):
             predictions, routing = self.forward(batch)
-            counts = [expert_counts(seen.experts, predictions.main_mask, seen.logits.shape[-1]) for seen in routing]
-            totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
-        assert totals is not None
-        return self.sum_over_ranks(totals)
-
-    def sum_over_ranks(self, counts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Sum expert assignments per block over all ranks."""
-        return list(self.ranks.total(torch.stack(counts)).unbind())
+            counts.count_ahead(routing, predictions.main_mask, len(batch.tokens))
 
     def total_sums(self, sums: LossSums) -> LossSums:
         """Sum the loss terms over all ranks' predictions. All ranks measure the same terms."""
-        measured = {f.name: getattr(sums, f.name) for f in fields(sums) if getattr(sums, f.name) is not None}
+        measured = sums.measured()
         totals = self.ranks.total(torch.stack(list(measured.values())))
         return replace(sums, **dict(zip(measured, totals.unbind(), strict=True)))
 
