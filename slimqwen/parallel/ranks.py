@@ -39,6 +39,11 @@ class Ranks:
         """Whether this process is the one that prints, logs and writes the result."""
         return self.rank == 0
 
+    @property
+    def copy_ranks(self) -> int:
+        """The number of ranks that share one copy of the models."""
+        return 1 if self.mesh is None else self.mesh["shard"].size()
+
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, on every rank with the same bits."""
         if self.mesh is None:

@@ -1,6 +1,6 @@
 """How a recipe is carried out: what changes speed, memory or bookkeeping, and no result beyond rounding."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -12,6 +12,10 @@ OnBadStep = Literal["stop", "skip", "roll_back"]
 Offload = Literal["none", "student", "all"]
 
 SaveTime = Annotated[Duration, in_units("steps", "tokens", "min")]
+
+
+def _none_is_auto(value: Any) -> Any:
+    return "auto" if value is None else value
 
 
 class BadSteps(Tagged):
@@ -105,15 +109,15 @@ class Execution(Section):
         "is read once for as many tokens as fit, or as take half an hour. At least those of one file. Default: half of what is "
         "free, shared by the processes of a machine.",
     )
-    shard_ranks: PositiveInt | None = Field(
-        None,
-        description="On many devices: ranks that share one copy of the models. Default: all. The GPUs of one node: weights are "
-        "gathered within a node, and only gradients cross between nodes.",
+    shard_ranks: Annotated[PositiveInt | Literal["auto", "all"], BeforeValidator(_none_is_auto)] = Field(
+        "auto",
+        description="On many devices: ranks that share one copy of the models; gradients alone cross between copies. 'auto': those of "
+        "one node, or of the fewest nodes in whose GPUs a copy fits. 'all': one copy over all of them.",
     )
-    expert_ranks: PositiveInt | None = Field(
-        None,
-        description="On many devices: ranks that share the routed experts of each layer between them and send each other "
-        "tokens, instead of gathering all experts. Divides shard_ranks and both models' experts. Default: none do.",
+    expert_ranks: Annotated[PositiveInt | Literal["auto"], BeforeValidator(_none_is_auto)] = Field(
+        "auto",
+        description="On many devices: ranks that share the routed experts of each layer between them and send each other tokens, "
+        "instead of gathering all experts. Divides shard_ranks and both models' experts; 1: none do. 'auto': the most of a node.",
     )
     reshard_student: bool = Field(
         True,

@@ -103,13 +103,15 @@ def check_shared(recipe: Recipe, source: Checkpoint, stages: Sequence[ScheduleSt
     """Raise UserError now where `ranks` ranks could not train together, as each training would when it begins."""
     if ranks == 1:
         return
-    execution, expert_ranks = recipe.execution, recipe.execution.expert_ranks
-    check_shares(ranks, execution.shard_ranks, expert_ranks)
+    shard_ranks, expert_ranks = recipe.execution.shard_ranks, recipe.execution.expert_ranks
+    check_shares(
+        ranks, shard_ranks if isinstance(shard_ranks, int) else None, expert_ranks if expert_ranks != "auto" else None
+    )
     check_batch(recipe.distil, ranks)
     check_optimizer(recipe.distil.optimizer, source, ranks)
     experts = [source.config["num_experts"], *(stage.target.num_experts for stage in stages)]
     for num_experts in experts:
-        if expert_ranks is not None and num_experts and num_experts % expert_ranks:
+        if expert_ranks != "auto" and num_experts and num_experts % expert_ranks:
             raise UserError(
                 f"execution.expert_ranks {expert_ranks} does not divide the {num_experts} experts that the teacher or a stage of "
                 "the schedule has: choose a divisor."

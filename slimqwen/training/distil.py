@@ -1,5 +1,7 @@
 """The stage `distil`: trains a student checkpoint on tokens, and on a teacher's distributions where there is one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import announce_slow, announce_zeroed_gradients, check_gradients
 from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.model.native import announce_noise
+from slimqwen.parallel.job import join_job
 from slimqwen.parallel.ranks import Ranks, join_ranks
 from slimqwen.parallel.sharded_checkpoint import export, fill_own, load_sharded
 from slimqwen.recipe import DistilRecipe, Execution, TextSettings
@@ -41,6 +44,7 @@ from slimqwen.training.loop import train
 from slimqwen.training.metrics import MetricsLog, StepLog
 from slimqwen.training.moments import load_moments
 from slimqwen.training.optimizer import untrained
+from slimqwen.training.shares import agree_on_shares
 from slimqwen.training.state import saved_states
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Span, Student, Trainer
@@ -107,7 +111,7 @@ def distil(
     settings = Settings(recipe, text, span or whole_run(recipe, text.sequence_length), execution)
     device = resolve_device(execution.device)
     check_gradients(opened.student.family, opened.student.config, device)
-    with join_ranks(device, execution.shard_ranks, execution.expert_ranks) as ranks:
+    with join_sharing(device, opened, settings) as ranks:
         check_ranks(opened, recipe, ranks)
         stream = training_stream(inputs.tokens, text.sequence_length, text.seed, text.documents)
         cached_teacher = open_cached_teacher(opened, stream, settings)
@@ -174,6 +178,16 @@ class Loaded:
     def refill(self) -> None:
         """Load the student's weights again from its checkpoint."""
         fill_own(self.student.held(), self.inputs.student)
+
+
+@contextmanager
+def join_sharing(device: torch.device, inputs: OpenInputs, settings: Settings) -> Iterator[Ranks]:
+    """Join the ranks (`join_ranks`), which share models and experts as the recipe says, or as suits these models."""
+    rows = settings.course.rows(settings.span.end_step - 1)  # with a batch size ramp, the last batch is the largest
+    with join_job(device) as job:
+        shares = agree_on_shares(job, inputs, settings.execution, rows, settings.text.sequence_length)
+        with join_ranks(device, *shares) as ranks:
+            yield ranks
 
 
 def whole_run(recipe: DistilRecipe, sequence_length: int) -> Span:
