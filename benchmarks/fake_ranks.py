@@ -121,7 +121,7 @@ class Tracing(TorchDispatchMode):
         elif _launches(func):
             self.counts.launches[func._schema.name] += _kernels(func)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 for storage in get_untyped_storages(leaf):
                     self.see(storage)
         return result
