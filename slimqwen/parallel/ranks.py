@@ -44,6 +44,12 @@ class Ranks:
         """The number of ranks that share one copy of the models."""
         return 1 if self.mesh is None else self.mesh["shard"].size()
 
+    def device_of(self, model: nn.Module) -> torch.device:
+        """Return the device that a model computes on, wherever its parameters lie."""
+        if self.mesh is None or self.mesh.device_type == "cpu":
+            return next(model.parameters()).device
+        return torch.device("cuda", torch.cuda.current_device())
+
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, on every rank with the same bits."""
         if self.mesh is None:

@@ -29,6 +29,9 @@ class CachedTeacher:
         self._heads: list[Head] = ["main", "mtp"] if teaches_mtp else ["main"]
         self.identity = fingerprint_value([cache.manifest.identity() for cache in caches.values()])
 
+    def prepare(self, batch: Batch) -> None:
+        pass
+
     def signal(self, batch: Batch) -> StoredSignal:
         """Return the stored distributions, aligned with the student's predictions; the loss masks those at padding."""
         columns, device = batch.tokens.shape[1] - 1, batch.tokens.device

@@ -46,6 +46,7 @@ from slimqwen.training.moments import load_moments
 from slimqwen.training.optimizer import untrained
 from slimqwen.training.shares import agree_on_shares
 from slimqwen.training.state import saved_states
+from slimqwen.training.streamed_teacher import StreamedTeacher, goes_layer_by_layer
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
@@ -121,7 +122,7 @@ def distil(
         ranks.wait()
 
         student = load_student(opened.student, device, settings, ranks)
-        teacher = load_live_teacher(opened, device, settings, ranks) if cached_teacher is None else cached_teacher
+        teacher = load_live_teacher(student, opened, settings, ranks) if cached_teacher is None else cached_teacher
         loaded = Loaded(opened, student, teacher, stream, settings.span, ranks)
         choice = choose_rate(loaded, settings, out, title) if recipe.learning_rate == "auto" else None
         trainer = begin_trainer(loaded, settings, out, choice)
@@ -246,7 +247,7 @@ def announce_training(inputs: OpenInputs, stream: RowStream, settings: Settings,
 
 def choose_rate(loaded: Loaded, settings: Settings, out: Path, title: str) -> RateChoice:
     """Choose the learning rate by forks of the training; the student has its first weights again afterwards."""
-    device = next(loaded.student.parameters()).device
+    device = loaded.ranks.device_of(loaded.student)
     if device.type == "cuda":
         dry_run(loaded.build(settings.recipe, settings.execution))
     start = Start(
@@ -318,17 +319,24 @@ def load_student(checkpoint: Checkpoint, device: torch.device, settings: Setting
     )
 
 
-def load_live_teacher(inputs: OpenInputs, device: torch.device, settings: Settings, ranks: Ranks) -> LiveTeacher | None:
-    """Load the teacher that runs beside the student, whole or sharded over the ranks; None where none does."""
-    checkpoint, dtype = inputs.teacher, resolve_dtype(settings.text.dtype, device)
+def load_live_teacher(loaded: MtpCausalLM, inputs: OpenInputs, settings: Settings, ranks: Ranks) -> Teacher | None:
+    """Load the teacher that runs beside the student: whole, sharded over the ranks, or layer by layer; None where none does."""
+    checkpoint, execution, device = inputs.teacher, settings.execution, ranks.device_of(loaded)
+    dtype = resolve_dtype(settings.text.dtype, device)
     if checkpoint is None:
         return None
+    teaches_mtp = settings.recipe.is_taught_by_mtp and inputs.student.has_mtp
+    if goes_layer_by_layer(checkpoint, loaded, execution, dtype, ranks):
+        rows = settings.course.rows(settings.span.end_step - 1) // ranks.size
+        length = settings.text.sequence_length
+        return StreamedTeacher(
+            checkpoint, execution, teaches_mtp=teaches_mtp, rows=rows, sequence_length=length, dtype=dtype
+        )
     if ranks.mesh is None:
-        model = load(checkpoint.folder, dtype, device)
-    else:
-        reshard = settings.execution.reshard_teacher
-        model = load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshard)
-    return LiveTeacher(model, teaches_mtp=settings.recipe.is_taught_by_mtp and inputs.student.has_mtp)
+        return LiveTeacher(load(checkpoint.folder, dtype, device), teaches_mtp=teaches_mtp)
+    reshard = execution.reshard_teacher
+    model = load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshard)
+    return LiveTeacher(model, teaches_mtp=teaches_mtp)
 
 
 def state_folder_of(out: Path) -> Path:

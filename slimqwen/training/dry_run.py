@@ -52,6 +52,8 @@ def _run_passes(trainer: Trainer, settings: TrainingSettings) -> None:
     recipe, rows = trainer.recipe, settings.micro_batch_size * min(settings.micro_batches, 2)
     found = trainer.stream.batch(0, rows).to(trainer.device)
     batch = Batch(found.tokens, None, found.places)  # without a mask: a batch without padding needs the most memory
+    if trainer.teacher is not None:
+        trainer.teacher.prepare(batch)
     main_targets, mtp_targets = count_targets(batch.tokens)
     weights = LossWeights.from_terms(recipe.terms, 0.5, 1.0).per_token(main_targets, mtp_targets)
     micro_batches = batch.split(settings.micro_batch_size)

@@ -17,6 +17,7 @@ from slimqwen.losses.loss import LossSums, chunked_loss
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.parallel.ranks import Ranks, fully_sharded
 from slimqwen.recipe import DocumentBoundaries, Duration, Execution
+from slimqwen.training.streamed_teacher import StreamedTeacher
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Trainer
 
@@ -52,7 +53,7 @@ class HeldOut:
         The training is not affected: its modes, random state, gradients and sharding stay as they are.
         """
         with evaluation_mode(trainer):
-            teacher = trainer.teacher if isinstance(trainer.teacher, LiveTeacher) else None
+            teacher = trainer.teacher if isinstance(trainer.teacher, LiveTeacher | StreamedTeacher) else None
             losses = measure_losses(trainer, self.rows, teacher)
             values = {f"heldout_{name}": value for name, value in losses.items()}
             if trainer.with_mtp:
@@ -77,7 +78,10 @@ def measure_losses(trainer: Trainer, rows: Batch, teacher: Teacher | None) -> di
     The student must be in `evaluation_mode`. Every rank must pass the same `rows`, and measures its share of them.
     """
     sums: LossSums | None = None
-    for batch in _rows_of_rank(rows, trainer.ranks).to(trainer.device).split(trainer.micro_batch_size):
+    own = _rows_of_rank(rows, trainer.ranks).to(trainer.device)
+    if teacher is not None:
+        teacher.prepare(own)
+    for batch in own.split(trainer.micro_batch_size):
         predictions, _ = trainer.forward(batch)
         signal = None if teacher is None else teacher.signal(batch)
         with trainer.mixed_precision():

@@ -7,6 +7,7 @@ import torch
 
 from slimqwen.model.peaks import dense_bf16_flops
 from slimqwen.shapes.footprint import forward_flops, training_flops
+from slimqwen.training.streamed_teacher import StreamedTeacher
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Trainer
 
@@ -35,9 +36,10 @@ class Speed:
 def flops_per_token(trainer: Trainer) -> int:
     """Return the `training_flops` per token of this training, without MTP modules, as in `forward_flops`."""
     student, teacher, length = trainer.student, trainer.teacher, trainer.stream.sequence_length
-    taught = (
-        forward_flops(teacher.model.family, teacher.model.config, length) if isinstance(teacher, LiveTeacher) else 0
-    )
+    taught = 0
+    if isinstance(teacher, LiveTeacher | StreamedTeacher):
+        running = teacher.model if isinstance(teacher, LiveTeacher) else teacher.checkpoint
+        taught = forward_flops(running.family, running.config, length)
     return training_flops(forward_flops(student.family, student.config, length), taught)
 
 

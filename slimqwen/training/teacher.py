@@ -13,6 +13,10 @@ from slimqwen.model.model import MtpCausalLM
 class Teacher(Protocol):
     """Source of a teacher's distributions."""
 
+    def prepare(self, batch: Batch) -> None:
+        """Get ready for the signals of these rows, a micro-batch at a time. It may do nothing: the signals are the same."""
+        ...
+
     def signal(self, batch: Batch) -> TeacherSignal:
         """Return the teacher's distributions on a batch, aligned with the student's predictions (`align`)."""
         ...
@@ -27,6 +31,9 @@ class LiveTeacher:
     def __init__(self, model: MtpCausalLM, *, teaches_mtp: bool) -> None:
         self.model = model
         self.teaches_mtp = teaches_mtp
+
+    def prepare(self, batch: Batch) -> None:
+        pass
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> LiveSignal:

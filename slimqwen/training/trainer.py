@@ -99,7 +99,7 @@ class Trainer:
         # Without an MTP term the MTP module gets no gradient: it does not change, and has no optimiser state.
         parts = parts_of(student.family, student.config)
         self.parameters = freeze_untrained(student.model, parts, recipe.trained_parts, with_mtp=self.with_mtp)
-        self.device = next(iter(self.parameters.values())).device
+        self.device = ranks.device_of(student.model)
         self.batches = Batches(stream, ranks, self.device)
         self.optimizer = build_optimizer(self.parameters, parts, recipe.optimizer)
         self.average: Average | None = None
@@ -132,7 +132,10 @@ class Trainer:
         taken = self.batches.take(self.rows_of(step), following)
         main_targets, _ = taken.targets
         weights = LossWeights.from_terms(recipe.terms, kd_weight, mtp_weight).per_token(*taken.targets)
-        micro_batches = taken.batch.to(self.device).split(self.micro_batch_size)
+        batch = taken.batch.to(self.device)
+        if self.teacher is not None:
+            self.teacher.prepare(batch)
+        micro_batches = batch.split(self.micro_batch_size)
         counts = self.count_ahead(micro_batches)
 
         self.optimizer.zero_grad(set_to_none=True)
