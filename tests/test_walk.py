@@ -14,6 +14,9 @@ from settings import sections
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE
 from torch import Tensor
+from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextExperts
 from typer.testing import CliRunner
 
 from slimqwen.calibration import calibrate as calibrate_module
@@ -25,10 +28,12 @@ from slimqwen.calibration.statistics import ADDED_AT_ONCE, Part, Statistics, che
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.cli import app
 from slimqwen.core.errors import UserError
+from slimqwen.core.stopwatch import Stopwatch
 from slimqwen.families import FAMILIES
 from slimqwen.layerwise import memory, stream, weights
 from slimqwen.layerwise.memory import allot
 from slimqwen.model.device import ALIGNMENT_BYTES
+from slimqwen.model.experts import ExpertsObserver, Pairs, grouped
 from slimqwen.model.live_bytes import measured_peak
 from slimqwen.recipe import CalibrationRecipe, Execution, TextSettings
 
@@ -312,6 +317,67 @@ def test_a_memory_limit_lowers_the_budget(
     assert allotted(10**12) == free and capsys.readouterr().err == ""
     assert allotted(1_000_000).rows_per_chunk == 1
     assert "this process may have 1.0 MB: it may be killed" in capsys.readouterr().err
+
+
+def test_the_processes_of_a_job_share_the_limit_of_their_machine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allotted(limit: int, processes: int) -> memory.Allotment:
+        monkeypatch.setattr(memory, "limit_bytes", lambda: limit)
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        settings: dict[str, Any] = {"rows": 64, "sequence_length": SEQUENCE_LENGTH, "dtype": torch.float32}
+        return allot(Checkpoint(checkpoint), Execution(device="cpu", memory_budget=10**9), **settings)
+
+    limit = allotted(10**12, 1).fixed_bytes + 400_000
+    assert allotted(4 * limit, 4) == allotted(limit, 1) != allotted(4 * limit, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "neurons", "experts", "chosen"), [(256, 64, 16, 4), (64, 128, 8, 2)])
+def test_what_all_experts_hold_at_once(
+    dtype: torch.dtype, hidden: int, neurons: int, experts: int, chosen: int
+) -> None:
+    """Counted on a CPU: the products that a GPU computes by, with sums and without, never hold more than promised, and not far less."""
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": neurons}
+    config = Qwen3NextConfig(num_experts=experts, num_experts_per_tok=chosen, num_hidden_layers=1, **sizes)
+    module: Any = Qwen3NextExperts(config).to(dtype)
+    tokens = 1024
+    x = torch.randn(tokens, hidden, dtype=dtype)
+    picked = torch.stack([torch.randperm(experts)[:chosen] for _ in range(tokens)])
+    gates = torch.rand(tokens, chosen).to(dtype)
+    observer = ExpertsObserver(lambda _name, _value: None, Stopwatch())
+    held = []
+    for compute in (
+        lambda: grouped(module, x, Pairs.of(picked, gates, experts), observer),
+        lambda: grouped_mm_experts_forward(module, x, picked, gates),
+    ):
+        with torch.inference_mode(), measured_peak(torch.device("cpu")) as peak:
+            compute()
+        held.append(peak.extra_bytes / tokens / chosen)
+    promised = memory._held_by_a_pair(hidden, neurons, dtype.itemsize)
+    assert 0.9 * promised < max(held) <= promised
+
+
+def test_on_a_gpu_the_budget_holds_what_lies_there(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the GPU: all of a layer's experts beside the activations of all pairs, and the host's sums apart."""
+    monkeypatch.setattr(memory, "gpu_bytes", lambda _: size)
+    size, source = 10**12, Checkpoint(checkpoint)
+
+    def allotted(device: str, budget: int) -> memory.Allotment:
+        monkeypatch.setattr(memory, "resolve_device", lambda _: torch.device(device))
+        settings: dict[str, Any] = {"rows": 64, "sequence_length": SEQUENCE_LENGTH, "dtype": torch.float32}
+        return allot(source, Execution(batch_size=8, memory_budget=budget), parts=2, **settings)
+
+    on_gpu, on_cpu = allotted("cuda", 10**6), allotted("cpu", 10**6)
+    experts, hidden, neurons, chosen = 8, 32, 16, 2
+    assert on_gpu.weights_bytes - on_cpu.weights_bytes == 4 * (experts - 1) * 3 * hidden * neurons
+    pairs = chosen * on_gpu.rows_per_chunk * SEQUENCE_LENGTH
+    assert pairs * memory._held_by_a_pair(hidden, neurons, 4) < on_gpu.activations_bytes <= 10**6
+    assert on_gpu.rows_per_chunk < on_cpu.rows_per_chunk
+    assert on_gpu.total_bytes - on_gpu.on_gpu_bytes == on_gpu.sums_bytes + on_gpu.process_bytes
+    size = memory.GPU_PROCESS_BYTES + on_gpu.on_gpu_bytes  # a smaller one
+    assert allotted("cuda", 10**9) == on_gpu
 
 
 def test_sums_are_added_a_few_rows_at_a_time_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,7 @@ def main() -> None:
             )
             took = time.perf_counter() - started
             peak = peak_memory(torch.device(section.device))
-            # Python and its libraries are no memory of a GPU.
-            allotment = allotted[0].total_bytes - (allotted[0].process_bytes if section.on_gpu else 0)
+            allotment = allotted[0].on_gpu_bytes if section.on_gpu else allotted[0].total_bytes
             part.note(
                 tokens_per_second=samples * length / took,
                 seconds=took,

@@ -140,12 +140,16 @@ class Walk:
         sums = len(self._stream.steps) * self._allotment.sums_bytes
         needed = 2 * (of_text + sums)  # the text before and after a layer; the sums by layer and together
         free = shutil.disk_usage(folder).free
-        size = self._job.share[1]
+        size, allotment = self._job.share[1], self._allotment
         of_each = f", on each of {size} ranks" if size > 1 else ""
+        memory = f"{bytes_in_words(allotment.total_bytes)} of memory"
+        if self._stream.device.type == "cuda":
+            on_gpu = allotment.on_gpu_bytes
+            memory = f"{bytes_in_words(on_gpu)} of the GPU's memory, {bytes_in_words(allotment.total_bytes - on_gpu)} of the host's"
         say(
-            f"{title}: layer by layer, {self._allotment.rows_per_pass} sequences through a token mixer at once and "
-            f"{self._allotment.rows_per_chunk} through the experts{of_each}; it takes {bytes_in_words(self._allotment.total_bytes)} "
-            f"of memory (page cache apart) and {bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
+            f"{title}: layer by layer, {allotment.rows_per_pass} sequences through a token mixer at once and "
+            f"{allotment.rows_per_chunk} through the experts{of_each}; it takes {memory} "
+            f"(page cache apart) and {bytes_in_words(needed)} of disk, {bytes_in_words(free)} are free"
         )
         check_space(folder.parent, needed, free, "measure fewer samples")
 

@@ -21,6 +21,8 @@ ADDED_AT_ONCE = 1 << 18  # numbers of a sum: PyTorch copies what it adds into th
 # Anonymous memory beside weights, sums and activations, measured: Python with PyTorch and Transformers; a name and a shape.
 PROCESS_BYTES = 450_000_000
 BYTES_PER_TENSOR = 2_000
+GPU_PROCESS_BYTES = 1_000_000_000  # of a GPU's memory, for CUDA and its libraries; not measured
+PAIR_INDICES = 40  # bytes of a (token, chosen expert) pair: its place in several orders, and its gate
 # Numbers that a token mixer holds at once, per token, over those that come out of its projections and go in. Measured on
 # layers of Qwen3-Next-80B, Qwen3-30B and Mixtral with 1 to 8 sequences of 256, and one of 2,048 and 4,096: DeltaNet without
 # its fused kernels 3.4 to 6.0, attention 0.6 to 2.6. A dense network holds its neurons four times.
@@ -34,7 +36,7 @@ class Allotment:
     Token mixers see `rows_per_pass` sequences at once, experts `rows_per_chunk`. weights_bytes: of the largest layer, but
     on a CPU of one routed expert only. sums_bytes: of the largest layer's statistics; copies_bytes: what is added to them at
     one time. What the layers read from the checkpoint and from the file of hidden states is page cache, which the system takes
-    back as it needs.
+    back as it needs. On a GPU lie the weights, copies and activations; sums and process take the host's memory.
     """
 
     rows_per_pass: int
@@ -53,6 +55,11 @@ class Allotment:
     @property
     def total_bytes(self) -> int:
         return self.fixed_bytes + self.activations_bytes
+
+    @property
+    def on_gpu_bytes(self) -> int:
+        """What of it lies in the GPU's memory, where there is one."""
+        return self.weights_bytes + self.copies_bytes + self.activations_bytes
 
 
 def settings_of(execution: Execution) -> list[int]:
@@ -73,42 +80,28 @@ def allot(
 ) -> Allotment:
     """Return as many rows at once as `execution.memory_budget` allows: at least 1, passes of at most `execution.batch_size`.
 
-    The budget is for activations. On a CPU it is what the memory limit of this process leaves, where that is less: a limit,
-    shared with the job's other processes on this machine, and not what is free at the moment, so that the same command does the
-    same. Where it leaves too little for one row, that is a warning.
+    The budget is for activations. It is what the memory limit of this process leaves, where that is less: a limit, and not what is
+    free at the moment, so that the same command does the same. On a CPU the processes of the job on this machine share it; a
+    GPU's is its size. Where it leaves too little for one row, that is a warning.
 
     Args:
         rows: of the text, or of the largest of its parts.
         parts: how many of the text are measured apart, 0 where no statistics are.
-        beside_bytes: held in memory by the caller meanwhile.
+        beside_bytes: held in the host's memory by the caller meanwhile.
     """
     device, budget_bytes = resolve_device(execution.device), execution.memory_budget
     family, config = checkpoint.family, checkpoint.config
     sizes = family.sizes(config)
-    steps = _steps(checkpoint)
     layers = [block for block in family.blocks(config) if block.recall is not None]
-    hidden, experts = sizes[family.hidden], sizes[family.expert]
-    resident = experts if device.type != "cpu" else 1
-    fixed = Allotment(
-        rows_per_pass=1,
-        rows_per_chunk=1,
-        weights_bytes=dtype.itemsize * max(sum(_weights(b, sizes, resident) for b in blocks) for blocks in steps),
-        sums_bytes=8 * parts * max(_sums(blocks, checkpoint, second_moments) for blocks in steps),
-        copies_bytes=_copies_bytes(checkpoint, second_moments) if parts else 0,
-        activations_bytes=0,
-        process_bytes=PROCESS_BYTES + BYTES_PER_TENSOR * len(checkpoint.specs),
-    )
-    limit = limit_bytes() if device.type == "cpu" else None
+    fixed = _fixed(checkpoint, dtype, device, parts, second_moments)
+    limit = _limit(device)
+    taken = fixed.fixed_bytes + beside_bytes if device.type == "cpu" else fixed.on_gpu_bytes
     if limit is not None:
-        limit //= torchrun.local_world_size()
-        budget_bytes = max(0, min(budget_bytes, limit - fixed.fixed_bytes - beside_bytes))
-    row = dtype.itemsize * sequence_length
-    chosen = config["num_experts_per_tok"]
+        budget_bytes = max(0, min(budget_bytes, limit - taken))
+    row, hidden = dtype.itemsize * sequence_length, sizes[family.hidden]
     passing = row * max(_held_in_a_pass(block, sizes, hidden) for block in layers)
     waiting = row * 3 * hidden  # while others pass: the residual stream so far, the experts' inputs, their copy
-    in_experts = row * max(
-        _held_by_experts(block, sizes, hidden, chosen) for block in layers if block.experts is not None
-    )
+    in_experts = sequence_length * _held_by_a_token(checkpoint, layers, dtype, device)
     rows_per_pass = int(min(execution.batch_size, rows, max(1, budget_bytes // 2 // passing)))
     left = budget_bytes - rows_per_pass * passing
     rows_per_chunk = int(min(rows, max(rows_per_pass, min(left // waiting, budget_bytes // in_experts))))
@@ -119,8 +112,38 @@ def allot(
         activations_bytes=int(max(rows_per_pass * passing + rows_per_chunk * waiting, rows_per_chunk * in_experts)),
     )
     if limit is not None:
-        _warn_beyond(limit, allotment.total_bytes + beside_bytes)
+        _warn_beyond(limit, taken + allotment.activations_bytes)
     return allotment
+
+
+def _fixed(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, parts: int, second_moments: bool
+) -> Allotment:
+    """Return what is there whatever goes through a layer at once, of one row without activations."""
+    sizes, steps = checkpoint.family.sizes(checkpoint.config), _steps(checkpoint)
+    resident = 1 if device.type == "cpu" else sizes[checkpoint.family.expert]
+    return Allotment(
+        rows_per_pass=1,
+        rows_per_chunk=1,
+        weights_bytes=dtype.itemsize * max(sum(_weights(b, sizes, resident) for b in blocks) for blocks in steps),
+        sums_bytes=8 * parts * max(_sums(blocks, checkpoint, second_moments) for blocks in steps),
+        copies_bytes=_copies_bytes(checkpoint, second_moments) if parts else 0,
+        activations_bytes=0,
+        process_bytes=PROCESS_BYTES + BYTES_PER_TENSOR * len(checkpoint.specs),
+    )
+
+
+def _limit(device: torch.device) -> int | None:
+    """Return the memory that this process may have for its work: on a GPU of the GPU's, else a share of the machine's."""
+    if device.type == "cuda":
+        return gpu_bytes(device) - GPU_PROCESS_BYTES
+    limit = limit_bytes() if device.type == "cpu" else None
+    return None if limit is None else limit // torchrun.local_world_size()
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """Return the size of a GPU's memory."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _warn_beyond(limit: int, needed: int) -> None:
@@ -169,14 +192,35 @@ def _held_in_a_pass(block: Block, sizes: Sizes, hidden: int) -> float:
     )
 
 
-def _held_by_experts(block: Block, sizes: Sizes, hidden: int, chosen: int) -> int:
-    """Return numbers per token.
+def _held_by_a_token(
+    checkpoint: Checkpoint, layers: Collection[Block], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return the bytes of a token while the experts of the largest of some layers compute.
 
     They are seven of the residual stream; each output of router and shared experts three times; and what is kept of each
-    chosen expert (indices of 8 bytes among it).
+    chosen expert: on a CPU, where one expert computes at a time, indices and gates, on a GPU the inputs and outputs of all.
     """
-    tables = [block.tables[part] for part in ("shared_experts", "router") if part in block.tables]
-    return 7 * hidden + 3 * sum(_outputs(table, sizes) for table in tables) + 10 * chosen
+    sizes = checkpoint.family.sizes(checkpoint.config)
+    hidden, _, neurons = _expert_sizes(checkpoint)
+    chosen = checkpoint.config["num_experts_per_tok"]
+    pair = 10 * dtype.itemsize if device.type == "cpu" else _held_by_a_pair(hidden, neurons, dtype.itemsize)
+    outputs = max(
+        sum(_outputs(block.tables[part], sizes) for part in ("shared_experts", "router") if part in block.tables)
+        for block in layers
+        if block.experts is not None
+    )
+    return dtype.itemsize * (7 * hidden + 3 * outputs) + chosen * pair
+
+
+def _held_by_a_pair(hidden: int, neurons: int, itemsize: int) -> int:
+    """Return the bytes of a (token, chosen expert) pair where all experts compute at once, in `itemsize` bytes a number.
+
+    The most of these moments: the outputs weighted and put in order again beside the inputs (Transformers' grouped product); its
+    neurons gated; outputs, neurons and what is summed up of either in float32 (`model.experts.grouped`). And PAIR_INDICES.
+    """
+    inputs, each = itemsize * hidden, itemsize * neurons
+    summed = inputs + each + max(4 * hidden, 8 * neurons)
+    return max(4 * inputs, inputs + 4 * each, summed, 3 * inputs + each) + PAIR_INDICES
 
 
 def _outputs(table: Table, sizes: Sizes) -> int:
