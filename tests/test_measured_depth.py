@@ -302,7 +302,7 @@ def walk_of(model: Measurable, folder: Path, rows: Tensor | None = None) -> Laye
         dtype=torch.float32,
     )
     parts = [Part("text", row % 2) for row in range(SAMPLES)]
-    return LayerDrops(Stream(source, rows, allotment, **settings), parts, folder, "walk")
+    return LayerDrops(Stream(source, rows, allotment, **settings), parts, folder, "walk", Job())
 
 
 def test_the_refit_sees_even_rows_alone(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_the_refit_sees_even_rows_alone(tmp_path: Path) -> None:
     for name, text in (("one", rows), ("other", other)):
         walk = walk_of(model, tmp_path / name, text)
         left = walk._stream.without((IDLE, 3))
-        refit = Refit(left, seen_folds(walk._parts), torch.tensor([row % 2 == 1 for row in range(SAMPLES)]))
+        refit = Refit(left, Job(), seen_folds(walk._parts), torch.tensor([row % 2 == 1 for row in range(SAMPLES)]))
         layers = tmp_path / f"{name}-layers"
         layers.mkdir()
         files = SideBySide(left, walk._stream.without(()), [0, 2, 4], keep_coordinates, Job()).run(

@@ -128,7 +128,7 @@ def test_networks_without_a_token_are_no_error() -> None:
 
 def test_ridge_by_hand() -> None:
     """Feature 2, residual 6: from 0, D = 12 / (4 + 4) = 1.5; R was measured with a change of 1, so that 8 is to be explained."""
-    sums = RidgeSums()
+    sums = RidgeSums(1, 1)
     sums.add(torch.tensor([[2.0]]), torch.tensor([[6.0]]))
     assert sums.solve(torch.zeros(1, 1), 4.0).item() == pytest.approx(1.5)
     assert sums.solve(torch.ones(1, 1), 4.0).item() == pytest.approx(2.0)

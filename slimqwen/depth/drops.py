@@ -1,5 +1,6 @@
 """The KL of a model without some of its layers, as it is or refitted: all sets of them in one walk over the layers."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -25,11 +26,12 @@ CHUNK_TOKENS = 512  # whose logits, of two models, exist at one time
 class LayerDrops:
     """The model on a text without some of its layers: the sets of a round share one walk, and every layer's weights are read once.
 
-    parts: of each row of the text, its source and half. folder: keeps the result of each round and of each refit, for resuming.
+    stream: with the rows of this rank of the job; the KL is that of all rows, on every rank. parts: of each row of the whole text,
+    its source and half. folder: keeps the result of each round and of each refit, for resuming.
     """
 
-    def __init__(self, stream: Stream, parts: Sequence[Part], folder: Path, title: str) -> None:
-        self._stream, self._parts, self._folder, self._title = stream, parts, folder, title
+    def __init__(self, stream: Stream, parts: Sequence[Part], folder: Path, title: str, job: Job) -> None:
+        self._stream, self._parts, self._folder, self._title, self._job = stream, parts, folder, title, job
         self._steps = [step for step in stream.steps if step.number is not None]
         self._walked = 0
 
@@ -37,9 +39,7 @@ class LayerDrops:
         """Return KL(whole || without) of each set, in the order of `sets`; what an interrupted process measured is read."""
         file = self._folder / f"round-{self._walked:03d}.json"
         self._walked += 1
-        if not file.exists():
-            write_json(file, self._measure_round(sets, name))
-        values = read_json(file)["kl"]
+        values = self._kept(file) or self._keep(file, self._measure_round(sets, name))
         return [MeasuredDrop(dropped=drop, kl=kl) for drop, kl in zip(sets, values, strict=True)]
 
     def measure_refitted(self, drops: Sequence[MeasuredDrop], measurable: Tensor) -> list[MeasuredDrop]:
@@ -55,23 +55,40 @@ class LayerDrops:
     def _measure_one_refitted(self, dropped: Dropped, measurable: Tensor) -> float:
         """Refit the model without these layers, layer by layer, and return its KL; or read what was measured before."""
         file = self._folder / f"refitted-{'-'.join(map(str, dropped))}.json"
-        if not file.exists():
-            whole, left = self._stream.without(()), self._stream.without(dropped)
-            kept = [step.number for step in left.steps if step.number is not None]
-            unseen = torch.tensor([part.half == 1 for part in self._parts])
-            refit = Refit(left, seen_folds(self._parts), unseen)
-            layers = file.with_suffix(".layers")
-            layers.mkdir(exist_ok=True)
-            name = f"{self._title}, without layers {', '.join(map(str, dropped))}, refitted"
-            *_, last = SideBySide(left, whole, kept, keep_coordinates, Job()).run(refit, layers, name)
-            ends = [whole.open(last.with_name(TEACHER))[measurable], left.open(last.with_name(STUDENT))[measurable]]
-            (kl,) = self._compute_divergences(ends[0], ends[1:])
-            write_json(file, {"kl": kl})
+        if (found := self._kept(file)) is not None:
+            return found[0]
+        own = self._stream.place
+        whole, left = self._stream.without(()), self._stream.without(dropped)
+        kept = [step.number for step in left.steps if step.number is not None]
+        unseen = torch.tensor([part.half == 1 for part in self._parts])[own]
+        refit = Refit(left, self._job, [fold[own] for fold in seen_folds(self._parts)], unseen)
+        layers = file.with_suffix(".layers")
+        layers.mkdir(exist_ok=True)
+        name = f"{self._title}, without layers {', '.join(map(str, dropped))}, refitted"
+        *_, last = SideBySide(left, whole, kept, keep_coordinates, self._job).run(refit, layers, name)
+        ends = [
+            states[measurable[own]]
+            for states in (whole.open(last.with_name(TEACHER)), left.open(last.with_name(STUDENT)))
+        ]
+        found = self._keep(file, self._compute_divergences(ends[0], ends[1:]))
+        if self._job.is_first:
             shutil.rmtree(layers)  # only now: what is half removed would look finished
-            say(f"{name}: KL {kl:.4f}")
-        return float(read_json(file)["kl"])
+        say(f"{name}: KL {found[0]:.4f}")
+        return found[0]
 
-    def _measure_round(self, sets: Sequence[Dropped], name: str) -> dict[str, list[float]]:
+    def _kept(self, file: Path) -> list[float] | None:
+        """Return the KLs that an interrupted process kept in a file, the same on every rank; None where it kept none."""
+        kept = self._job.lead(lambda: json.dumps(read_json(file)["kl"] if file.exists() else None))
+        found: list[float] | None = json.loads(kept)
+        return found
+
+    def _keep(self, file: Path, kl: list[float]) -> list[float]:
+        """Keep KLs in a file, by the first rank, and return them."""
+        if self._job.is_first:
+            write_json(file, {"kl": kl})
+        return kl
+
+    def _measure_round(self, sets: Sequence[Dropped], name: str) -> list[float]:
         """Take the text through every layer once for all sets, and compare what goes into lm_head with the whole model's."""
         everything = [(), *sets]
         tokens = math.prod(self._stream.shape[:2])
@@ -87,11 +104,11 @@ class LayerDrops:
             for hidden in streams.values():
                 self._stream.apply_norm(self._steps[-1], hidden)
             kl = self._compute_divergences(streams.pop(()), [streams[drop] for drop in sets], progress)
-        for path in self._folder.glob(".stream*"):
-            path.unlink()
+        for name_of_set in {path.stem for path in self._folder.glob(".stream*")}:
+            self._stream.remove(self._folder / name_of_set)
         best = min(range(len(sets)), key=kl.__getitem__)
         say(f"{self._title}, {name}: without layers {', '.join(map(str, sets[best]))} KL {kl[best]:.4f}")
-        return {"kl": kl}
+        return kl
 
     def _fork(self, streams: dict[Dropped, Tensor], layer: int, sets: Iterable[Dropped]) -> dict[Dropped, Tensor]:
         """Return the streams after the choice at a layer, by what they lack of the layers up to it; one that lacks it begins as a copy."""
@@ -110,7 +127,7 @@ class LayerDrops:
     def _compute_divergences(
         self, whole: Tensor, others: Sequence[Tensor], progress: Progress | None = None
     ) -> list[float]:
-        """Compute the mean over all positions of KL(whole || other), from what goes into lm_head, [rows, seq, hidden].
+        """Compute the mean over all positions of KL(whole || other), from what goes into lm_head, [rows, seq, hidden] of each rank.
 
         Two models' log-probabilities of CHUNK_TOKENS positions exist at one time, however many are compared.
         """
@@ -129,7 +146,8 @@ class LayerDrops:
                 totals[number] += float(divergence.double().sum())
             if progress is not None:
                 progress.advance(len(wanted))
-        count = whole.shape[0] * whole.shape[1]
+        everywhere = torch.tensor([*totals, whole.shape[0] * whole.shape[1]], dtype=torch.float64)
+        *totals, count = self._job.total(everywhere).tolist()
         return [max(total / count, 0.0) for total in totals]
 
 

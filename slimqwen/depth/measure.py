@@ -18,19 +18,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slimqwen.artifacts import fingerprint_value, makes_file, scratch_folder, write_text
+from slimqwen.artifacts import fingerprint_value, makes_file, write_text
 from slimqwen.calibration.statistics import Part, Statistics
 from slimqwen.calibration.text import CalibrationText
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
+from slimqwen.core.progress import quiet
 from slimqwen.core.warning import warn
 from slimqwen.depth.drops import LayerDrops, unseen_rows
 from slimqwen.depth.search import Search
 from slimqwen.families import Config
 from slimqwen.families.canonical import full_attention_interval
-from slimqwen.layerwise.memory import allot
+from slimqwen.layerwise.memory import allot, settings_of
+from slimqwen.layerwise.ranks import share_of, shared_scratch_folder
 from slimqwen.layerwise.stream import Stream
 from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.parallel.job import join_job
 from slimqwen.planning import importance
 from slimqwen.planning.measured_depth import MeasuredDepth
 from slimqwen.recipe import Execution, Section, TextSettings
@@ -62,7 +65,8 @@ def measure_depth(
     Every round adds to the layers left out so far the one, of `effort.shortlist` with the least block influence, without which the
     KL is smallest; with the last round come the contiguous runs with the least influence, half as many. The best of that round
     and the layers with the least influence are then refitted on half of the text and measured on the other. Layer by layer:
-    one layer's weights in memory at a time, the hidden states in files. Interrupted, it continues with the round under way.
+    one layer's weights in memory at a time, the hidden states in files. Interrupted, it continues with the round under way. All
+    processes that torchrun started may call it together: each takes a share of the sequences through the layers.
 
     Args:
         statistics: of the same checkpoint, for the block influence.
@@ -79,23 +83,27 @@ def measure_depth(
     rows, parts = sequences.read()
     measurable = _rows_to_measure_a_refit(rows, parts) if effort.refit else None
     device = resolve_device(execution.device)
-    torch_dtype = resolve_dtype(text.dtype, device)
-    allotment = allot(source, execution, rows=len(rows), sequence_length=text.sequence_length, dtype=torch_dtype)
+    dtype = resolve_dtype(text.dtype, device)
     measured = [source.fingerprint(), sequences.fingerprint, influence]
     made_from = [version("slimqwen"), *measured, num_hidden_layers, effort.shortlist, effort.refit]
-    settings = [allotment.rows_per_pass, allotment.rows_per_chunk, str(torch_dtype), device.type]
+    key = fingerprint_value([made_from, [*settings_of(execution), str(dtype), device.type]])
     rounds = out.with_name(f"{out.name}.rounds")
-    key = fingerprint_value([made_from, settings])
-    with scratch_folder(rounds, key) as folder, reproducible(device), torch.inference_mode():
-        drops = LayerDrops(Stream(source, rows, allotment, torch_dtype, device), parts, folder, title)
+    with join_job(device) as job, quiet(not job.is_first), shared_scratch_folder(rounds, key, job) as folder:
+        own = share_of(len(rows), *job.share)
+        own_rows = max(own.stop - own.start, 1)
+        allotment = allot(source, execution, rows=own_rows, sequence_length=text.sequence_length, dtype=dtype)
+        stream = Stream(source, rows[own], allotment, dtype, device, first_row=own.start)
         search = _search_of(source, influence, num_hidden_layers, effort.shortlist)
-        found = search.run(drops)
-        if measurable is not None:
-            found = [*found, *drops.measure_refitted(search.finalists(found), measurable)]
+        with reproducible(device), torch.inference_mode():
+            drops = LayerDrops(stream, parts, folder, title, job)
+            found = search.run(drops)
+            if measurable is not None:
+                found = [*found, *drops.measure_refitted(search.finalists(found), measurable)]
         result = MeasuredDepth(
             checkpoint=source.fingerprint(), data=sequences.fingerprint, tokens=rows[:, 1:].numel(), measured=found
         )
-        write_text(out, result.model_dump_json(indent=1) + "\n")
+        if job.is_first:
+            write_text(out, result.model_dump_json(indent=1) + "\n")
     return result
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import fingerprint_value, makes_folder, scratch_folder
+from slimqwen.artifacts import fingerprint_value, makes_folder
 from slimqwen.calibration.statistics import Part
 from slimqwen.core.errors import UserError
+from slimqwen.core.progress import quiet
 from slimqwen.healing.layers import ARITHMETIC, Healing, Split
-from slimqwen.model.device import reproducible
+from slimqwen.layerwise.ranks import shared_scratch_folder
+from slimqwen.model.device import reproducible, resolve_device
 from slimqwen.model.kernels import check_gradients
+from slimqwen.parallel.job import join_job
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution, HealingRecipe, TextSettings
 from slimqwen.refit.pair import Pair
@@ -39,7 +42,8 @@ def heal(
     target is the teacher's stream after the same layer, in the student's coordinates. Every weight of the layer trains, in float32
     (bfloat16 products on a GPU). Embeddings, the final norm and lm_head stay, as do layout and dtypes. In memory there
     are one layer's weights five times (itself, where it began, gradients and AdamW's moments), and with the last layer both lm_heads and
-    a few rows of logits; hidden states lie in files. Interrupted, it continues with the layer under way.
+    a few rows of logits; hidden states lie in files. Interrupted, it continues with the layer under way. All processes that torchrun
+    started may call it together: each takes a share of the sequences through the layers, and gradients are added up.
 
     Args:
         student: what `prune` made of `teacher` by `plan`, refitted or not, embeddings not trained since.
@@ -54,21 +58,24 @@ def heal(
     check_samples(recipe.samples, 1 if isinstance(tokens, Path) else len(tokens))
     budget = execution.memory_budget // HELD_FOR_GRADIENTS
     passes = execution.model_copy(update={"batch_size": recipe.batch_size, "memory_budget": budget})
-    pair = Pair(student, teacher, plan=plan, tokens=tokens, text=text, samples=recipe.samples, execution=passes)
-    check_gradients(pair.student.family, pair.student.config, pair.device)
-    split = _split(pair)
-    layers = out.with_name(f"{out.name}.layers")
-    key = fingerprint_value(
-        [version("slimqwen"), *pair.made_from, recipe.model_dump(mode="json"), *ARITHMETIC, LEFT_OUT]
-    )
-    with scratch_folder(layers, key) as folder, reproducible(pair.device):
-        pair.announce(folder, title)
-        student_stream, teacher_stream, side_by_side = pair.side_by_side()
-        healing = Healing(
-            student_stream, teacher_stream, recipe, seed=text.seed, split=split, rows_per_pass=pair.rows_per_pass
+    with join_job(resolve_device(execution.device)) as job, quiet(not job.is_first):
+        pair = Pair(
+            student, teacher, plan=plan, tokens=tokens, text=text, samples=recipe.samples, execution=passes, job=job
         )
-        changed = side_by_side.run(healing, folder, title)
-        pair.write(changed, out)
+        check_gradients(pair.student.family, pair.student.config, pair.device)
+        split = _split(pair)
+        layers = out.with_name(f"{out.name}.layers")
+        key = fingerprint_value(
+            [version("slimqwen"), *pair.made_from, recipe.model_dump(mode="json"), *ARITHMETIC, LEFT_OUT]
+        )
+        with shared_scratch_folder(layers, key, job) as folder, reproducible(pair.device):
+            pair.announce(folder, title)
+            ours, theirs, side_by_side = pair.side_by_side()
+            healing = Healing(
+                ours, theirs, recipe, seed=text.seed, split=split, rows_per_pass=pair.rows_per_pass, job=job
+            )
+            changed = side_by_side.run(healing, folder, title)
+            pair.write(changed, out)
     return out
 
 

@@ -1,7 +1,7 @@
 """One layer of the student trained alone: its own stream in, the teacher's stream out."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from slimqwen.layerwise.step import Step
 from slimqwen.layerwise.stream import Stream, moe_block
 from slimqwen.model.internals import computed_by
 from slimqwen.model.kernels import BATCHED_EXPERTS
+from slimqwen.parallel.job import Job
 from slimqwen.recipe import HealingRecipe
 from slimqwen.training.rate_search import FACTOR, lowest_point, next_exponent
 
@@ -67,7 +68,8 @@ class Healing:
 
     A layer whose error on the rows left out did not fall stays as it was, and one that is where the teacher's is, to rounding.
 
-    rows_per_pass: that go through a layer at once.
+    job: the ranks, each with rows of its own in both streams. Of a batch each computes the rows that it has; gradients and
+    errors are those of all. The first writes. rows_per_pass: that go through a layer at once.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class Healing:
         seed: int,
         split: Split,
         rows_per_pass: int,
+        job: Job,
     ) -> None:
         self._student, self._teacher, self._recipe, self._seed = student, teacher, recipe, seed
+        self._job = job
         assert isinstance(student.tokens, Tensor), "rows are taken out of order"
         self._tokens = student.tokens
         self._rows_per_pass = rows_per_pass
@@ -116,14 +120,16 @@ class Healing:
             is_better = error < start
             if not is_better:
                 training.reset()
-            rows_not_trained_on = len(hidden) - (0 if rate is None else len(self._training))
+            rows_not_trained_on = len(hidden) - (0 if rate is None else len(self._own(self._training)))
             progress.advance(3 * self._recipe.epochs * rows_not_trained_on * self._seq)
             changed = training.changed()
             for rows in self._chunks(torch.arange(len(hidden))):
                 hidden[rows] = layer(rows).float().cpu()
                 progress.advance(len(rows) * self._seq)
-            save_file(stored_tensors(checkpoint, step, changed), folder / CHANGED)
-        write_json(folder / RATE, {"next": rate / LONGER if rate is not None and is_better else next_first})
+            if self._job.is_first:
+                save_file(stored_tensors(checkpoint, step, changed), folder / CHANGED)
+        if self._job.is_first:
+            write_json(folder / RATE, {"next": rate / LONGER if rate is not None and is_better else next_first})
         begun, ended = objective.in_words(start), objective.in_words(error)
         progress.advance(0, **{objective.name: f"{begun} to {ended}" if is_better else f"{begun}, left as it is"})
 
@@ -182,18 +188,26 @@ class Healing:
         for number, rows in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = rate * share_of_peak(number, len(batches))
-            for some in self._chunks(rows):
+            for some in self._chunks(self._own(rows)):
                 with torch.enable_grad(), self._mixed_precision():
                     loss = objective.total(training.layer(some), some) / (len(rows) * self._seq)
                 loss.backward()
                 if progress is not None:
                     progress.advance(3 * len(some) * self._seq)
+            self._add_up_gradients(weights)
             torch.nn.utils.clip_grad_norm_(weights.values(), MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    def _add_up_gradients(self, weights: Mapping[str, Tensor]) -> None:
+        """Add to this rank's gradients those of the other ranks' rows of the batch."""
+        for weight in () if self._job.is_alone else weights.values():
+            if weight.grad is None:  # no row is this rank's
+                weight.grad = torch.zeros_like(weight)
+            self._job.total(weight.grad)
+
     def _batches(self, course: Course) -> Iterator[Tensor]:
-        """Yield the rows of each step: every epoch has all of them in an order of its own."""
+        """Yield the rows of each step, by their numbers in the whole text: every epoch has all of them in an order of its own."""
         number = -1 if course.student.number is None else course.student.number
         generator = torch.Generator().manual_seed((1_000_003 * self._seed + number + 1) % 2**63)  # of 64 bits, signed
         for _ in range(self._recipe.epochs):
@@ -204,8 +218,9 @@ class Healing:
         """Return the objective's mean over the tokens of the rows left out."""
         layer, total = training.layer, training.objective.total
         with self._mixed_precision():
-            totals = [float(total(layer(rows), rows)) for rows in self._chunks(self._validation)]
-        return math.fsum(totals) / (len(self._validation) * self._seq)
+            totals = [float(total(layer(rows), rows)) for rows in self._chunks(self._own(self._validation))]
+        everywhere = self._job.total(torch.tensor(math.fsum(totals), dtype=torch.float64))
+        return float(everywhere) / (len(self._validation) * self._seq)
 
     def _through(self, step: Step, hidden: Tensor, rows: Tensor) -> Tensor:
         """Return the layer's output for some rows, [rows, seq, hidden]."""
@@ -219,8 +234,13 @@ class Healing:
         autocast: AbstractContextManager[Any] = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
         return autocast
 
+    def _own(self, rows: Tensor) -> Tensor:
+        """Return those of some rows of the whole text that this rank has, by their numbers here."""
+        place = self._student.place
+        return rows[(rows >= place.start) & (rows < place.stop)] - place.start
+
     def _chunks(self, rows: Tensor) -> Sequence[Tensor]:
-        return tuple(rows.split(self._rows_per_pass))
+        return tuple(rows.split(self._rows_per_pass)) if len(rows) else ()
 
     @contextmanager
     def _batched_experts(self, step: Step) -> Iterator[None]:

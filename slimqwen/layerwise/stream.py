@@ -81,7 +81,8 @@ class Stream:
     `dtype` on `device`, a few rows at a time. `reading` and `writing` count the seconds spent on weights and on hidden states.
 
     sections: the numbers of rows, one after another, that go through a layer apart from each other. Default: all rows together.
-    first_row: the number of the first of these rows in the whole text, of which other ranks have other rows.
+    first_row: the number of the first of these rows in the whole text, of which other ranks have other rows; `place` has the
+    numbers of all of them.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Stream:
     def _set_text(self, tokens: Rows, sections: Sequence[int] | None = None, first_row: int = 0) -> None:
         rows, length = tokens.shape
         self.tokens = tokens
-        self._place = slice(first_row, first_row + rows)
+        self.place = slice(first_row, first_row + rows)
         self.shape = (rows, length - 1, self.checkpoint.config["hidden_size"])
         self._sections = [rows] if sections is None else sections
         assert sum(self._sections) == rows
@@ -145,7 +146,7 @@ class Stream:
 
     def create(self, path: Path) -> Tensor:
         """Create a file for the hidden states of these rows, `path` with their numbers, and return them, zeros."""
-        return create_file_backed(file_of(path, self._place), *self.shape, dtype=self._hidden_dtype)
+        return create_file_backed(file_of(path, self.place), *self.shape, dtype=self._hidden_dtype)
 
     def open(self, path: Path, into: Tensor | None = None) -> Tensor:
         """Return the hidden states of these rows in the files of `path` that one rank or several created.
@@ -155,17 +156,17 @@ class Stream:
 
         Raises FileNotFoundError where a row is in no file.
         """
-        own = file_of(path, self._place)
+        own = file_of(path, self.place)
         if own.exists():
             return self._map(own, self.shape)
         result = torch.empty(self.shape, dtype=self._hidden_dtype) if into is None else into
         found = 0
         for file in path.parent.glob(f"{path.name}.*"):
             first, end = map(int, file.suffix[1:].split("-"))
-            both = slice(max(first, self._place.start), min(end, self._place.stop))
+            both = slice(max(first, self.place.start), min(end, self.place.stop))
             if both.start < both.stop:
                 rows = self._map(file, (end - first, *self.shape[1:]))
-                result[_within(both, self._place.start)] = rows[_within(both, first)]
+                result[_within(both, self.place.start)] = rows[_within(both, first)]
                 found += both.stop - both.start
         if found != self.shape[0]:
             raise FileNotFoundError(f"{path} lacks {self.shape[0] - found} of {self.shape[0]} rows")
@@ -177,7 +178,7 @@ class Stream:
 
     def flush(self, path: Path) -> None:
         """Bring the hidden states that were created at `path` to the disk, so that the processes of other machines read them."""
-        descriptor = os.open(file_of(path, self._place), os.O_RDONLY)
+        descriptor = os.open(file_of(path, self.place), os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -185,7 +186,7 @@ class Stream:
 
     def remove(self, path: Path) -> None:
         """Remove the hidden states that were created at `path`."""
-        file_of(path, self._place).unlink()
+        file_of(path, self.place).unlink(missing_ok=True)  # ranks without a row share a name
 
     def embed(self, hidden: Tensor) -> Tensor:
         """Write what goes into the first layer to `hidden`, and return it."""

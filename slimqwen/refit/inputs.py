@@ -17,11 +17,11 @@ from slimqwen.refit.matrices import Network
 class RecordedInputs:
     """Inputs and gates of a layer's networks, recorded pass by pass on the CPU.
 
-    hidden_states: the file-backed [tokens, hidden] that the inputs are written to.
+    hidden_states: the file-backed [tokens, hidden] that the inputs are written to. device: of the networks.
     """
 
-    def __init__(self, hidden_states: Tensor) -> None:
-        self._hidden_states = hidden_states
+    def __init__(self, hidden_states: Tensor, device: torch.device) -> None:
+        self._hidden_states, self._device = hidden_states, device
         self._written = 0
         self._gates: list[Tensor] = []  # of the dense networks, [tokens, networks]
         self._chosen: list[Tensor] = []  # routed experts, [tokens, k]
@@ -41,12 +41,15 @@ class RecordedInputs:
 
     def to_dense(self, number: int, network: Any, writer: Any) -> Network:
         """Return one of the dense networks; `writer` is the module in it that holds its output matrix."""
-        gates = torch.cat([part[:, number] for part in self._gates])
-        return Network(partial(_compute_neurons, network, writer), self._hidden_states, torch.arange(len(gates)), gates)
+        gates = torch.cat([torch.zeros(0), *(part[:, number] for part in self._gates)])
+        neurons = partial(_compute_neurons, network, writer)
+        return Network(neurons, self._hidden_states, torch.arange(len(gates)), gates, self._device)
 
     def to_experts(self, experts: Any) -> list[Network]:
         """Return each expert of Transformers' module, of which `gate_up_proj[expert]` and the activation are used."""
-        pairs = Pairs.of(torch.cat(self._chosen), torch.cat(self._chosen_gates), experts.num_experts)
+        chosen = torch.cat(self._chosen) if self._chosen else torch.zeros(0, 1, dtype=torch.int64)
+        gates = torch.cat(self._chosen_gates) if self._chosen else torch.zeros(0, 1)
+        pairs = Pairs.of(chosen, gates, experts.num_experts)
         ends = pairs.counts.cumsum(0).tolist()
         return [
             Network(
@@ -54,6 +57,7 @@ class RecordedInputs:
                 self._hidden_states,
                 pairs.tokens[start:end],
                 pairs.gates[start:end],
+                self._device,
             )
             for expert, (start, end) in enumerate(pairwise([0, *ends]))
         ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from slimqwen.layerwise.courses import Course
 from slimqwen.layerwise.side_by_side import CHANGED, LayerProgress, Target
 from slimqwen.layerwise.stream import Stream
+from slimqwen.parallel.job import Job
 from slimqwen.refit.matrices import Network, agreement, refit, squared_norm, subtract_outputs, take_share, trusted_share
 from slimqwen.refit.outputs import matrices_of, output_specs
 from slimqwen.refit.record import record_networks
@@ -27,12 +28,13 @@ INPUTS = "inputs"  # of the networks of the layer under way
 class Refit:
     """Refits the networks of a layer whose output is not the teacher's.
 
-    folds: what is left out, bool [rows], to measure how far to take a refit on text that it was not fitted on
+    job: the ranks, each with rows of its own in `student` and in what follows; all solve for the same matrices, and the first
+    writes them. folds: what is left out, bool [rows], to measure how far to take a refit on text that it was not fitted on
     (`matrices.trusted_share`). unseen: rows that nothing is fitted on and no fold has, bool [rows], to measure the result on.
     """
 
-    def __init__(self, student: Stream, folds: Sequence[Tensor] = (), unseen: Tensor | None = None) -> None:
-        self._student = student
+    def __init__(self, student: Stream, job: Job, folds: Sequence[Tensor] = (), unseen: Tensor | None = None) -> None:
+        self._student, self._job = student, job
         self._folds = [left_out.repeat_interleave(student.shape[1]) for left_out in folds]
         self._seen = None if unseen is None else ~unseen.repeat_interleave(student.shape[1])
         self._tokens = math.prod(student.shape[:2])
@@ -67,7 +69,8 @@ class Refit:
         progress.advance(0, block=course.block.name, error=error)
         for rows in self._student.passes():
             subtract_from_target(rows)
-        save_file(stored, folder / CHANGED)
+        if self._job.is_first:
+            save_file(stored, folder / CHANGED)
         self._student.remove(folder / INPUTS)
 
     def _refit_networks(
@@ -81,9 +84,10 @@ class Refit:
         """Change `matrices`; the file-backed target becomes what they leave of it. Return the share missing, before and after."""
         target, start = target.flatten(0, 1), [matrix.clone() for matrix in matrices]
         scratch = self._student.create(folder / SCRATCH).flatten(0, 1).copy_(target)
-        wanted = squared_norm(target)
+        total = self._job.total
+        wanted = squared_norm(target, total=total)
         subtract_outputs(networks, matrices, scratch)
-        missing = squared_norm(scratch)
+        missing = squared_norm(scratch, total=total)
         if missing <= UNCHANGED**2 * wanted:
             target.copy_(scratch)
             self._student.remove(folder / SCRATCH)
@@ -92,10 +96,12 @@ class Refit:
         seen = networks if self._seen is None else [network.on(self._seen) for network in networks]
         agreements = []
         for left_out in self._folds:
-            agreements.append(agreement(seen, matrices, target, scratch, left_out, ridge=RIDGE, sweeps=SWEEPS))
+            agreements.append(
+                agreement(seen, matrices, target, scratch, left_out, ridge=RIDGE, sweeps=SWEEPS, total=total)
+            )
             progress.advance(self._tokens)
         residual = target if self._seen is None else scratch.copy_(target)
-        for sweep, _ in enumerate(refit(seen, matrices, residual, ridge=RIDGE, sweeps=SWEEPS)):
+        for sweep, _ in enumerate(refit(seen, matrices, residual, ridge=RIDGE, sweeps=SWEEPS, total=total)):
             progress.advance(self._tokens if sweep else 0)
         share = trusted_share(agreements)
         if share < 1:
@@ -103,5 +109,6 @@ class Refit:
         if residual is scratch:
             subtract_outputs(networks, matrices, target)
         self._student.remove(folder / SCRATCH)
-        before, after = (math.sqrt(error / wanted) if wanted else 0.0 for error in (missing, squared_norm(target)))
+        left = squared_norm(target, total=total)
+        before, after = (math.sqrt(error / wanted) if wanted else 0.0 for error in (missing, left))
         return f"{before:.3f} to {after:.3f}" + (f" ({share:.2f} of the refit)" if share < 1 else "")

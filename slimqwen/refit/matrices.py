@@ -3,11 +3,22 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from slimqwen.refit.ridge import RidgeSums
 
+CPU = torch.device("cpu")
+
+Total = Callable[[Tensor], Tensor]
+"""Adds a tensor up, in place, over the ranks that have rows of the text, and returns it (`Job.total`)."""
+
 NUMBERS_AT_ONCE = 1 << 24  # of a network's neurons, or outputs, in the making: 134 MB in float64
+
+
+def of_one_rank(tensor: Tensor) -> Tensor:
+    """Return the tensor: the `Total` where one rank has all rows."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -16,13 +27,14 @@ class Network:
 
     neurons: from the network's input, [n, hidden], to what its output matrix multiplies, [n, neurons]. hidden_states: the
     input of the layer's networks, [text, hidden]. tokens: those that this one computes on, int64 [n]. gates: the weight
-    of each output, float32 [n]. All may lie on another device than the network's weights.
+    of each output, float32 [n]. All may lie on another device than the network's weights, `device`.
     """
 
     neurons: Callable[[Tensor], Tensor]
     hidden_states: Tensor
     tokens: Tensor
     gates: Tensor
+    device: torch.device = CPU
 
     def on(self, chosen: Tensor) -> "Network":
         """Return the same network on some of the text's tokens alone; chosen: bool [text]."""
@@ -40,7 +52,13 @@ class Network:
 
 
 def refit(
-    networks: Sequence[Network], matrices: Sequence[Tensor], residual: Tensor, *, ridge: float, sweeps: int
+    networks: Sequence[Network],
+    matrices: Sequence[Tensor],
+    residual: Tensor,
+    *,
+    ridge: float,
+    sweeps: int,
+    total: Total = of_one_rank,
 ) -> Iterator[float]:
     """Change `matrices`, [hidden, neurons] of each network, so that together they explain more of a target.
 
@@ -54,21 +72,25 @@ def refit(
     network is solved exactly against what the others leave. No sweep raises the sum, and there is never more than one
     system of neurons x neurons, in float64. The penalty is `ridge` times the mean, over all neurons, of a neuron's sum of
     squares: one number for all networks, so that one with few tokens stays nearer to where it was.
+
+    Of several ranks each has its own tokens of the text, in the networks and the residual, and all have the same matrices.
     """
-    used = [(network, matrix) for network, matrix in zip(networks, matrices, strict=True) if len(network.tokens)]
+    counts = total(torch.tensor([len(network.tokens) for network in networks])).tolist()
+    used = [(network, matrix) for network, matrix, count in zip(networks, matrices, counts, strict=True) if count]
     squares, neurons = 0.0, 0
     for network, matrix in used:
         for tokens, features in network.parts(_at_once(max(matrix.shape))):
             squares += float(features.double().square().sum())
             _subtract(tokens, features, matrix, residual)
         neurons += matrix.shape[1]
-    yield squared_norm(residual)
+    yield squared_norm(residual, total=total)
+    squares = float(total(torch.tensor(squares, dtype=torch.float64)))
     penalty = ridge * squares / max(neurons, 1)
     start = [matrix.clone() for _, matrix in used]
     for _ in range(sweeps):
         for (network, matrix), origin in zip(used, start, strict=True) if penalty > 0 else ():
-            _refit_one(network, matrix, origin, residual, penalty)
-        yield squared_norm(residual)
+            _refit_one(network, matrix, origin, residual, penalty, total)
+        yield squared_norm(residual, total=total)
 
 
 def agreement(
@@ -80,6 +102,7 @@ def agreement(
     *,
     ridge: float,
     sweeps: int,
+    total: Total = of_one_rank,
 ) -> tuple[float, float]:
     """Return <r, D> and <D, D> on tokens left out of a refit: r is what had been missing there, D what the refit changes there.
 
@@ -88,16 +111,19 @@ def agreement(
     """
     refitted = [matrix.clone() for matrix in matrices]
     scratch.copy_(target)
-    for _ in refit([one.on(~left_out) for one in networks], refitted, scratch, ridge=ridge, sweeps=sweeps):
+    others = [one.on(~left_out) for one in networks]
+    for _ in refit(others, refitted, scratch, ridge=ridge, sweeps=sweeps, total=total):
         pass
     elsewhere = [one.on(left_out) for one in networks]
     steps = [new.float() - old.float() for new, old in zip(refitted, matrices, strict=True)]
     scratch.copy_(target)
     subtract_outputs(elsewhere, matrices, scratch)
-    errors = [squared_norm(scratch, left_out)]  # |r - a D|^2 of a = 0, 1 and 2: a parabola, and D need not be kept
+    errors = [
+        squared_norm(scratch, left_out, total)
+    ]  # |r - a D|^2 of a = 0, 1 and 2: a parabola, and D need not be kept
     for _ in range(2):
         subtract_outputs(elsewhere, steps, scratch)
-        errors.append(squared_norm(scratch, left_out))
+        errors.append(squared_norm(scratch, left_out, total))
     changed = (errors[0] - 2 * errors[1] + errors[2]) / 2
     return (errors[0] - errors[1] + changed) / 2, changed
 
@@ -122,20 +148,22 @@ def take_share(
         matrix.copy_(shortened)
 
 
-def squared_norm(rows: Tensor, chosen: Tensor | None = None) -> float:
+def squared_norm(rows: Tensor, chosen: Tensor | None = None, total: Total = of_one_rank) -> float:
     """Return the sum of all squares of [tokens, hidden], or of the chosen tokens' (bool [tokens]), in float64."""
     size = _at_once(rows.shape[1])
-    if chosen is None:
-        return float(sum(part.double().square().sum() for part in rows.split(size)))
-    pairs = zip(rows.split(size), chosen.split(size), strict=True)
-    return float(sum(part[here].double().square().sum() for part, here in pairs))
+    parts = iter(rows.split(size))
+    if chosen is not None:
+        parts = (part[here] for part, here in zip(parts, chosen.split(size), strict=True))
+    squares = sum(float(part.double().square().sum()) for part in parts)
+    return float(total(torch.tensor(squares, dtype=torch.float64)))
 
 
-def _refit_one(network: Network, matrix: Tensor, start: Tensor, residual: Tensor, penalty: float) -> None:
+def _refit_one(network: Network, matrix: Tensor, start: Tensor, residual: Tensor, penalty: float, total: Total) -> None:
     """Solve for the best `matrix` [hidden, neurons] where all others stay as they are; it and `residual` change in place."""
-    sums = RidgeSums()
+    sums = RidgeSums(matrix.shape[1], matrix.shape[0], network.device)
     for tokens, features in network.parts(_at_once(max(matrix.shape))):
         sums.add(features, residual[tokens].to(features))
+    sums.add_up(total)
     change = sums.solve(matrix.double() - start.double(), penalty)
     refitted = (start.double() + change.to(start.device)).to(matrix.dtype)
     step = refitted.float() - matrix.float()

@@ -18,7 +18,8 @@ from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
-from slimqwen.layerwise.memory import allot
+from slimqwen.layerwise.memory import allot, settings_of
+from slimqwen.layerwise.ranks import share_of
 from slimqwen.layerwise.side_by_side import SideBySide
 from slimqwen.layerwise.stream import Stream
 from slimqwen.model.device import resolve_device, resolve_dtype
@@ -27,13 +28,14 @@ from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution, TextSettings
 from slimqwen.refit.projection import Projection
 
-FORMAT = "slimqwen.layerwise/1"  # of the folder in which finished layers are kept
+FORMAT = "slimqwen.layerwise/2"  # of the folder in which finished layers are kept
 
 
 class Pair:
     """The student as `prune` made it of the teacher by the plan, perhaps changed layer by layer since, and some text.
 
-    rows: the text, int64 [rows, sequence_length + 1]; parts: of each row its source and half.
+    rows: the text, int64 [rows, sequence_length + 1]; parts: of each row its source and half; own: the rows that go through the
+    layers on this rank of the job.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Pair:
         text: TextSettings,
         samples: int,
         execution: Execution,
+        job: Job,
     ) -> None:
         """Read both models, the plan and the text.
 
@@ -62,24 +65,26 @@ class Pair:
         )
         sequences.warn_where_short()
         self.rows, self.parts = sequences.read()
+        self.own = share_of(len(self.rows), *job.share)
         self.device = resolve_device(execution.device)
         self.dtype = resolve_dtype(text.dtype, self.device)
+        own_rows = max(self.own.stop - self.own.start, 1)
         self._allotments = [
-            allot(checkpoint, execution, rows=len(self.rows), sequence_length=text.sequence_length, dtype=self.dtype)
+            allot(checkpoint, execution, rows=own_rows, sequence_length=text.sequence_length, dtype=self.dtype)
             for checkpoint in (self.student, self.teacher)
         ]
-        self._text = sequences.fingerprint
+        self._text, self._settings, self._job = sequences.fingerprint, settings_of(execution), job
 
     @property
     def made_from(self) -> list[Any]:
-        """Everything that the walk depends on."""
+        """Everything that the walk depends on, the number of ranks apart, which only rounds."""
         return [
             FORMAT,
             self.student.fingerprint(),
             self.teacher.fingerprint(),
             self.plan.model_dump(mode="json"),
             self._text,
-            [(allotment.rows_per_pass, allotment.rows_per_chunk) for allotment in self._allotments],
+            self._settings,
             str(self.dtype),
             self.device.type,
         ]
@@ -92,16 +97,24 @@ class Pair:
     def side_by_side(self) -> tuple[Stream, Stream, SideBySide]:
         """Return the student's stream, the teacher's, and the walk over both."""
         student, teacher = (
-            Stream(checkpoint, self.rows, allotment, self.dtype, self.device)
+            Stream(checkpoint, self.rows[self.own], allotment, self.dtype, self.device, first_row=self.own.start)
             for checkpoint, allotment in zip((self.student, self.teacher), self._allotments, strict=True)
         )
-        return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection.after, Job())
+        return student, teacher, SideBySide(student, teacher, self.plan.kept_layers, self.projection.after, self._job)
 
     def write(self, changed: Iterable[Path], out: Path) -> None:
-        """Write the student with the changed tensors in these files to the folder `out`, with what lies beside the weights."""
-        with atomic_folder(out) as partial:
-            write_changed(self.student, changed, partial)
-            copy_companions(self.student.folder, partial)
+        """Write the student with the changed tensors in these files to the folder `out`, with what lies beside the weights.
+
+        The first rank does; the others wait.
+        """
+
+        def write() -> str:
+            with atomic_folder(out) as partial:
+                write_changed(self.student, changed, partial)
+                copy_companions(self.student.folder, partial)
+            return str(out)
+
+        self._job.lead(write)
 
     def announce(self, folder: Path, title: str, scratch_sizes: int = 0) -> None:
         """Print what the work will take. Raises StageFailed where the disk is too small.

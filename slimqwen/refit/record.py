@@ -69,7 +69,7 @@ def record_networks(
     networks = [stream.model.module_of(name.removesuffix(".weight")) for name in dense]
     block = moe_block(step)
     experts = None if block is None else stream.experts_of(block)
-    recorded = RecordedInputs(stream.create(inputs).flatten(0, 1))
+    recorded = RecordedInputs(stream.create(inputs).flatten(0, 1), stream.device)
     with networks_recorded(networks[0] if step.moe is None else step.moe, networks, experts, recorded):
         for rows in stream.passes():
             hidden[rows] = step.run(stream.prepare(hidden[rows]), stream.tokens[rows]).cpu().float()

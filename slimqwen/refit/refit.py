@@ -6,9 +6,12 @@ from pathlib import Path
 
 import torch
 
-from slimqwen.artifacts import fingerprint_value, makes_folder, scratch_folder
+from slimqwen.artifacts import fingerprint_value, makes_folder
 from slimqwen.calibration.statistics import Part
-from slimqwen.model.device import reproducible
+from slimqwen.core.progress import quiet
+from slimqwen.layerwise.ranks import shared_scratch_folder
+from slimqwen.model.device import reproducible, resolve_device
+from slimqwen.parallel.job import join_job
 from slimqwen.planning.plan import Plan
 from slimqwen.recipe import Execution, TextSettings
 from slimqwen.refit.layers import RIDGE, SWEEPS, Refit
@@ -34,6 +37,9 @@ def refit(
     stream is where the teacher's is after the same layer. Nothing else changes, layout and dtypes neither. Only one layer's
     weights are needed at a time; the text's hidden states lie in files. Interrupted, it continues with the layer under way.
 
+    All processes that torchrun started may call it together: each takes a share of the sequences through the layers, and what
+    the matrices are solved from is added up.
+
     Args:
         student: what `prune` made of `teacher` by `plan`, not trained since.
         tokens: folder written by `tokenize`, or several by the names of their sources; the first `samples` sequences of their training
@@ -44,14 +50,18 @@ def refit(
     Raises UserError where plan, student and teacher do not belong together, where the student was trained since, and where
     the disk is too small.
     """
-    pair = Pair(student, teacher, plan=plan, tokens=tokens, text=text, samples=samples, execution=execution)
-    layers = out.with_name(f"{out.name}.layers")
-    key = fingerprint_value([version("slimqwen"), *pair.made_from, RIDGE, SWEEPS])
-    with scratch_folder(layers, key) as folder, reproducible(pair.device), torch.inference_mode():
-        pair.announce(folder, title, scratch_sizes=2)  # the networks' inputs, and what is to be explained
-        stream, _, side_by_side = pair.side_by_side()
-        refitted = side_by_side.run(Refit(stream, folds_of(pair.parts)), folder, title)
-        pair.write(refitted, out)
+    with join_job(resolve_device(execution.device)) as job, quiet(not job.is_first):
+        pair = Pair(
+            student, teacher, plan=plan, tokens=tokens, text=text, samples=samples, execution=execution, job=job
+        )
+        layers = out.with_name(f"{out.name}.layers")
+        key = fingerprint_value([version("slimqwen"), *pair.made_from, RIDGE, SWEEPS])
+        with shared_scratch_folder(layers, key, job) as folder, reproducible(pair.device), torch.inference_mode():
+            pair.announce(folder, title, scratch_sizes=2)  # the networks' inputs, and what is to be explained
+            stream, _, side_by_side = pair.side_by_side()
+            folds = [left_out[pair.own] for left_out in folds_of(pair.parts)]
+            refitted = side_by_side.run(Refit(stream, job, folds), folder, title)
+            pair.write(refitted, out)
     return out
 
 

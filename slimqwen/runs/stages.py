@@ -129,6 +129,7 @@ class DepthMeasuring(Stage):
 
     file = "depth.json"
     revision = 1
+    is_shared = True
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -246,6 +247,7 @@ class Refitting(_Fitting):
 
     file = "refitted"
     revision = 1
+    is_shared = True
     fit = staticmethod(refit)
 
     @property
@@ -258,6 +260,7 @@ class Healing(_Fitting):
 
     file = "healed"
     revision = 1
+    is_shared = True
     fit = staticmethod(heal)
 
     @property
