@@ -1,5 +1,6 @@
 """MTP acceptance: the share of drafts that equal the backbone's own greedy continuation."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,20 +69,43 @@ def accepted_drafts(model: MtpCausalLM, sequences: Tensor, prompt_tokens: int, d
         sequences: from `continue_greedily` of this model, [batch, prompt_tokens + new_tokens]; new_tokens > depth.
     """
     assert model.mtp is not None, "there is no MTP module to draft with"
+    mtp, decoder = model.mtp, model.backbone.get_decoder()
+    embeddings = decoder.embed_tokens(sequences)
+
+    def draft(hidden: Tensor, k: int) -> Tensor:
+        result: Tensor = mtp(hidden, embeddings[:, k + 1 :], decoder.rotary_emb)
+        return result
+
+    hidden = decoder(input_ids=sequences[:, :-1], use_cache=False).last_hidden_state
+    return judge_drafts(hidden, draft, model.head, sequences, prompt_tokens, depth)
+
+
+@torch.inference_mode()
+def judge_drafts(
+    hidden: Tensor,
+    draft: Callable[[Tensor, int], Tensor],
+    head: Tensor,
+    sequences: Tensor,
+    prompt_tokens: int,
+    depth: int,
+) -> Tensor:
+    """Do what `accepted_drafts` does, with the backbone's hidden states of `sequences` and a function that runs the MTP module.
+
+    Args:
+        hidden: of all tokens but the last, [batch, length - 1, hidden].
+        draft: returns the outputs of depth k from the hidden states before it, [batch, length - 1 - k, hidden].
+        head: lm_head's weight, [vocab, hidden].
+    """
     length = sequences.shape[1]
     first, end = prompt_tokens - 1, length - 1 - depth  # counted positions: first <= i < end
     assert first < end, f"{length - prompt_tokens} new tokens leave no position to draft {depth} tokens from"
 
-    decoder = model.backbone.get_decoder()
-    hidden = decoder(input_ids=sequences[:, :-1], use_cache=False).last_hidden_state
-    embeddings = decoder.embed_tokens(sequences)
     accepted = torch.ones_like(sequences[:, first:end], dtype=torch.bool)
     by_depth = []
     for k in range(depth):
-        positions = length - 1 - k  # those with a t_{i+k+1}
-        hidden = model.mtp(hidden[:, :positions], embeddings[:, k + 1 :], decoder.rotary_emb)
+        hidden = draft(hidden[:, : length - 1 - k], k)  # the positions that have a t_{i+k+1}
         # One sequence at a time, so that only [positions, vocab] logits exist, not those of the batch.
-        drafts = torch.stack([(row @ model.head.T).argmax(-1) for row in hidden[:, first:end]])
+        drafts = torch.stack([(row @ head.T).argmax(-1) for row in hidden[:, first:end]])
         accepted = accepted & (drafts == sequences[:, first + k + 2 : end + k + 2])
         by_depth.append(accepted)
     return torch.stack(by_depth, dim=-1)

@@ -16,9 +16,10 @@ from slimqwen.data.store import TokenManifest, check_vocabulary, load_manifest
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.evaluation.acceptance import heldout_prompts
 from slimqwen.evaluation.breakdown import Breakdown, breakdown, token_ranks
-from slimqwen.evaluation.examinee import Examinee, load_examinee
+from slimqwen.evaluation.examinee import Examinee
 from slimqwen.evaluation.fidelity import ALONE, Recording, compare, heldout_rows
 from slimqwen.evaluation.kept import KeptRecording, keep_numbers, kept_folder
+from slimqwen.evaluation.loading import load_examinee
 from slimqwen.evaluation.result import FORMAT, Evaluation, ModelEvaluation, Sample
 from slimqwen.evaluation.shares import Share
 from slimqwen.families.count import count
@@ -45,7 +46,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure checkpoints on the same held-out text and write `out`, a JSON file (`Evaluation`).
 
-    One model is in memory at a time; the teacher's final hidden states and lm_head are kept for the comparisons. Each model's
+    One model is in memory at a time, or where it does not fit one of its layers (`layer_by_layer`); the teacher's final hidden states and lm_head are kept for the comparisons. Each model's
     results, and the teacher's hidden states, are written at once into a hidden folder beside `out` (`kept`): a repeated
     command, after an interruption or with other models, measures only what is missing.
 
@@ -205,22 +206,24 @@ class Examination:
         return self._kept.find(teacher, self.rows, self._execution.batch_size, self._dtype, self._device)
 
     def _load(self, checkpoint: Checkpoint) -> Examinee:
-        return load_examinee(checkpoint, self._execution, self._dtype, self._device, self._job)
+        acceptance = self._recipe.acceptance
+        rows, length = self._own_rows.tokens[:, 1:].shape
+        shape = (rows, max(length, acceptance.prompt_tokens + acceptance.new_tokens))
+        return load_examinee(checkpoint, shape, self._dtype, self._device, self._job, self._execution)
 
     def _generate(self, model: Examinee, title: str) -> tuple[list[float], Sample]:
         """Generate continuations. Returns MTP acceptance (empty without an MTP module), and a sample: the first prompt's."""
         recipe = self._recipe.acceptance
         new_tokens, prompt_tokens = recipe.new_tokens, recipe.prompt_tokens
         share = Share.of(len(self._prompts), self._job)
-        batches = self._prompts[share.numbers if model.has_mtp else [0]].split(self._execution.batch_size)
+        batches = model.batches(self._prompts[share.numbers if model.has_mtp else [0]])
         sequences, accepted = [], []
         what = "drafts" if model.has_mtp else "a sample"
         with Progress(f"{title}: {what}", total=sum(map(len, batches)) * new_tokens, unit="tokens") as progress:
             for batch in batches:
-                sequences.append(model.continue_greedily(batch, new_tokens))
+                sequences.append(model.continue_greedily(batch, new_tokens, progress.advance))
                 if model.has_mtp:
                     accepted.append(model.accepted_drafts(sequences[-1], prompt_tokens, recipe.depth))
-                progress.advance(len(batch) * new_tokens)
         prompt, completion = torch.tensor(self._job.gather(sequences[0][0].tolist())[0]).split(
             [prompt_tokens, new_tokens]
         )

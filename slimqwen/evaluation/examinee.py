@@ -1,8 +1,8 @@
-"""A model that is measured: in memory, whole or sharded over the ranks of a job, or layer by layer where it does not fit."""
+"""A model that is measured, and one with all its weights in memory: whole, or sharded over the ranks of a job."""
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,12 +33,16 @@ class Examinee(ABC):
         """Run on this rank's rows, and record the outputs."""
 
     @abstractmethod
-    def continue_greedily(self, prompts: Tensor, new_tokens: int) -> Tensor:
-        """Continue this rank's prompts, as `acceptance.continue_greedily` does."""
+    def batches(self, prompts: Tensor) -> Sequence[Tensor]:
+        """Split this rank's prompts into those that are continued together."""
+
+    @abstractmethod
+    def continue_greedily(self, prompts: Tensor, new_tokens: int, count: Callable[[int], None]) -> Tensor:
+        """Continue a batch of prompts, as `acceptance.continue_greedily` does; call `count` with the number of tokens made."""
 
     @abstractmethod
     def accepted_drafts(self, sequences: Tensor, prompt_tokens: int, depth: int) -> Tensor:
-        """Find the accepted drafts in this rank's continuations, as `acceptance.accepted_drafts` does."""
+        """Find the accepted drafts in a batch of continuations, as `acceptance.accepted_drafts` does."""
 
     @abstractmethod
     def tokens_per_verification(self, prompts: Tensor, new_tokens: int, title: str) -> float | None:
@@ -57,8 +61,13 @@ class InMemory(Examinee):
         family, config = self._checkpoint.family, self._checkpoint.config
         return record(self.model, family, config, rows, batch_size=self._batch_size, title=title, job=self._job)
 
-    def continue_greedily(self, prompts: Tensor, new_tokens: int) -> Tensor:
-        return continue_greedily(self.model.backbone, prompts, new_tokens)
+    def batches(self, prompts: Tensor) -> Sequence[Tensor]:
+        return prompts.split(self._batch_size)
+
+    def continue_greedily(self, prompts: Tensor, new_tokens: int, count: Callable[[int], None]) -> Tensor:
+        sequences = continue_greedily(self.model.backbone, prompts, new_tokens)
+        count(len(prompts) * new_tokens)
+        return sequences
 
     def accepted_drafts(self, sequences: Tensor, prompt_tokens: int, depth: int) -> Tensor:
         return accepted_drafts(self.model, sequences, prompt_tokens, depth)
@@ -93,10 +102,3 @@ def expert_ranks_of(checkpoint: Checkpoint, execution: Execution) -> int | None:
     """Return the ranks that share the routed experts of a model: those of `execution`, or None where they do not divide them."""
     ranks = execution.expert_ranks
     return None if ranks is None or checkpoint.config["num_experts"] % ranks else ranks
-
-
-def load_examinee(
-    checkpoint: Checkpoint, execution: Execution, dtype: torch.dtype, device: torch.device, job: Job
-) -> Examinee:
-    """Load a model to be measured, on all ranks of the job."""
-    return InMemory(load_for_all(checkpoint, execution, dtype, device, job), checkpoint, execution.batch_size, job)

@@ -83,7 +83,7 @@ class Execution(Section):
     )
     streaming: bool | None = Field(
         None,
-        description="Calibrate, and run the teacher for its cache, layer by layer, the other weights left on disk. "
+        description="Calibrate, evaluate, and run the teacher for its cache, layer by layer, the other weights left on disk. "
         "Default: where the model does not fit into memory.",
     )
     memory_budget: ByteCount = Field(
