@@ -1,11 +1,13 @@
 """Searching a shape by KL: the curves by hand, a model with worthless experts, resuming, and agreement with `evaluate`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from ranks import run_ranks
 from rounding import FORWARD
 from safetensors.torch import load_file, save_file
 from test_cli import assert_one_sentence, slimqwen
@@ -225,6 +227,26 @@ def test_nothing_is_measured_twice(
     assert len(cut) <= made + 1, "another search shares what it can"
     assert not list(tmp_path.rglob("model*.safetensors")), "checkpoints do not pile up"
     assert (tmp_path / "cut" / "thesis.txt").read_text() == "the user's"
+
+
+@pytest.mark.rounding
+def test_two_ranks_find_what_one_finds(world: World, found: tuple[Path, SearchResult], tmp_path: Path) -> None:
+    """With the statistics and the first cuts of one rank's search, which ended on the way."""
+    work, alone = found
+    for name in ("statistics", "kl"):
+        shutil.copytree(work / name, tmp_path / name)
+    shutil.copytree(work / ".steps", tmp_path / ".steps")
+    kept = sorted((tmp_path / "kl").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for folder in kept[-2:]:
+        shutil.rmtree(folder)
+    run_ranks(2, run_search, world, tmp_path)
+    result = SearchResult.model_validate_json((tmp_path / "search.json").read_text())
+    assert [shape.candidate for shape in result.shapes] == [shape.candidate for shape in alone.shapes]
+    for mine, other in zip(result.shapes, alone.shapes, strict=True):
+        assert (mine.measured_kl is None) == (other.measured_kl is None)
+        assert (mine.measured_kl or 0.0) == pytest.approx(other.measured_kl or 0.0, rel=FORWARD)
+        assert mine.predicted_kl == pytest.approx(other.predicted_kl, rel=FORWARD)
+    assert not list(tmp_path.rglob("model*.safetensors"))
 
 
 def test_a_search_removes_nothing_that_it_did_not_write(world: World, tmp_path: Path) -> None:

@@ -86,10 +86,12 @@ class ContentStore:
 
     metrics = None  # each training has its own
 
-    def __init__(self, folder: Path, command: str, execution: Execution) -> None:
+    def __init__(self, folder: Path, command: str, execution: Execution, job: Job | None = None) -> None:
+        """job: whose ranks make the artefacts, as in a `RunStore`; None: this process alone."""
         self.folder = folder
         self.steps = Steps(folder, command)
         self.execution = execution
+        self.job = job or Job()
 
     def begin(self, recipe: Recipe) -> None:
         """Note what the folder is for. Raises UserError where it holds numbers of another precision: they do not compare."""
@@ -117,11 +119,21 @@ class ContentStore:
         identity = stage.identity()
         place = f"{stage.name}/{fingerprint_value(identity)[:16]}"
         out = self.folder / place / stage.file
-        with alone(out, wait=True):
-            self.steps.step(place, out, identity, lambda: stage.make(out, self.execution, stage.name))
-        for path in stage.scratch_of(out):
-            remove_ours(path)
-        return out
+
+        def make() -> None:
+            stage.make(out, self.execution, stage.name)
+
+        def make_on_all() -> None:
+            self.job.together(make)
+
+        def get() -> str:
+            with alone(out, wait=True):
+                self.steps.step(place, out, identity, make_on_all if stage.is_shared else make)
+            for path in stage.scratch_of(out):
+                remove_ours(path)
+            return str(out)
+
+        return Path(self.job.lead(get, make))
 
 
 class ScratchStore:
@@ -129,9 +141,11 @@ class ScratchStore:
 
     metrics = None
 
-    def __init__(self, folder: Path, execution: Execution) -> None:
+    def __init__(self, folder: Path, execution: Execution, job: Job | None = None) -> None:
+        """job: whose ranks make a cut together, as in a `RunStore`; None: this process alone."""
         self.folder = folder
         self.execution = execution
+        self.job = job or Job()
 
     def within(self, folder: str) -> "ScratchStore":
         """Return this store: a cut has one folder."""
@@ -140,14 +154,23 @@ class ScratchStore:
     def get(self, stage: Stage) -> Path:
         """Return the artefact, made now."""
         out = self.folder / stage.file
-        stage.make(out, self.execution, stage.name)
-        return out
+
+        def make() -> str:
+            stage.make(out, self.execution, stage.name)
+            return str(out)
+
+        return Path(make() if stage.is_shared else self.job.lead(make))
 
     def claim(self) -> None:
-        """Make the folder, or find it as ours. Raises UserError where it is not."""
-        claim_folder(self.folder, None)
+        """Make the folder, or find it as ours, by the first rank. Raises UserError where it is not."""
+        if self.job.is_first:
+            claim_folder(self.folder, None)
 
     def empty(self) -> None:
-        """Remove what lies in the folder. Raises UserError where it is not ours."""
-        self.claim()
-        discard(self.folder)
+        """Remove what lies in the folder, by the first rank. Raises UserError where it is not ours.
+
+        No rank waits for another here, since this ends a cut that failed, too: all must have read what they need.
+        """
+        if self.job.is_first:
+            claim_folder(self.folder, None)
+            discard(self.folder)

@@ -14,9 +14,12 @@ from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import StageFailed
 from slimqwen.core.progress import duration, say
-from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows, record
+from slimqwen.core.torchrun import rank
+from slimqwen.evaluation.fidelity import Recording, compare, heldout_rows
+from slimqwen.evaluation.loading import load_examinee
+from slimqwen.evaluation.shares import Share
 from slimqwen.model.device import resolve_device, resolve_dtype
-from slimqwen.model.model import load
+from slimqwen.parallel.job import Job
 from slimqwen.recipe import Execution, Recipe, Target
 from slimqwen.runs.schedule import cut
 from slimqwen.runs.stage import Stage
@@ -31,21 +34,27 @@ class Gauge:
     """Measurement of targets of one teacher. Results are kept in `recipe.run_dir`, by content; checkpoints are deleted.
 
     One cut checkpoint is on disk at a time, and one model in memory; of the teacher, its final hidden states on the
-    measured text and its lm_head, as in `evaluate`.
+    measured text and its lm_head, as in `evaluate`. What does not fit is measured layer by layer.
+
+    job: whose ranks cut and measure together, and call the same methods in the same order.
     """
 
-    def __init__(self, recipe: Recipe, tokens: Path, statistics: Path | None, command: str) -> None:
+    def __init__(
+        self, recipe: Recipe, tokens: Path, statistics: Path | None, command: str, job: Job | None = None
+    ) -> None:
         self._recipe = recipe
+        self._job = job or Job()
         self._tokens = tokens
         self._execution = recipe.execution
-        self._store = ContentStore(recipe.run_dir, command, self._execution)
-        self._scratch = ScratchStore(self._store.folder / SCRATCH, self._execution)
+        self._store = ContentStore(recipe.run_dir, command, self._execution, self._job)
+        self._scratch = ScratchStore(self._store.folder / SCRATCH, self._execution, self._job)
         self._scratch.empty()  # before any work: check that it is ours, and remove what a killed search left
         self._source = Checkpoint(checkpoint_folder(recipe.teacher))
         self._statistics = statistics or self._store.get(Calibrating(recipe, self._source.folder, tokens))
         self._device = resolve_device(self._execution.device)
         self._dtype = resolve_dtype(recipe.dtype, self._device)
-        self._rows = heldout_rows(tokens, recipe.data.sequence_length, recipe.evaluation.tokens)
+        rows = heldout_rows(tokens, recipe.data.sequence_length, recipe.evaluation.tokens)
+        self._rows = Share.of(len(rows.tokens), self._job).rows(rows)
         self._done = self._expected = self._measured_now = 0
         self._started = time.monotonic()
 
@@ -59,10 +68,14 @@ class Gauge:
         if full == shape_of(self._source.family, self._source.config):
             return 0.0
         measuring = KlMeasuring(self._recipe, self._source.folder, self._statistics, self._tokens, full, self._measure)
-        kl = float(read_json(self._store.get(measuring))["kl_to_teacher"])
+        kl = float(self.agree(read_json(self._store.get(measuring))["kl_to_teacher"]))
         self._done += 1
         self._say(target, kl)
         return kl
+
+    def agree(self, value: Any) -> Any:
+        """Return the first rank's value, JSON, on every rank: what follows from it is then the same on all."""
+        return self._job.gather(value)[0]
 
     def _say(self, target: Target, kl: float) -> None:
         left = (self._expected - self._done) * (time.monotonic() - self._started) / max(self._measured_now, 1)
@@ -75,7 +88,7 @@ class Gauge:
         scratch.claim()
         try:
             last, _ = cut(recipe, source, self._statistics, scratch, tokens=self._tokens, target=target)
-            kl = float(compare(self._recording(last, "cut model"), self._teacher)["kd"])
+            kl = float(compare(self._recording(last, "cut model"), self._teacher, job=self._job)["kd"])
         finally:
             scratch.empty()
         if not math.isfinite(kl):
@@ -90,16 +103,11 @@ class Gauge:
         return self._recording(self._source.folder, "teacher")
 
     def _recording(self, folder: Path, title: str) -> Recording:
-        checkpoint, model = Checkpoint(folder), load(folder, self._dtype, self._device)
-        recording: Recording = record(
-            model,
-            checkpoint.family,
-            checkpoint.config,
-            self._rows,
-            batch_size=self._execution.batch_size,
-            title=f"measure {title}",
+        rows, length = self._rows.tokens[:, 1:].shape
+        examinee = load_examinee(
+            Checkpoint(folder), (rows, length), self._dtype, self._device, self._job, self._execution
         )
-        return recording
+        return examinee.record(self._rows, f"measure {title}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ class KlMeasuring(Stage):
 
     file = "kl.json"
     revision = 1
+    is_shared = True
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -137,7 +146,8 @@ class KlMeasuring(Stage):
 
     def make(self, out: Path, execution: Execution, title: str) -> None:
         kl, target = self.measure(self.target), self.target.model_dump(exclude_none=True)
-        write_json(out, {"format": "slimqwen.kl/1", "target": target, "kl_to_teacher": kl})
+        if rank() == 0:
+            write_json(out, {"format": "slimqwen.kl/1", "target": target, "kl_to_teacher": kl})
 
 
 def in_words(target: Target) -> str:

@@ -9,9 +9,11 @@ from slimqwen.artifacts import alone_in, check_file_replaceable
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
-from slimqwen.core.progress import say
+from slimqwen.core.progress import quiet, say
 from slimqwen.data.store import check_vocabulary, load_manifest
 from slimqwen.families.count import Counts
+from slimqwen.model.device import resolve_device
+from slimqwen.parallel.job import join_job
 from slimqwen.recipe import Execution, Target
 from slimqwen.runs.places import check_apart
 from slimqwen.search.gauge import Gauge
@@ -46,6 +48,8 @@ def search(
     Measurements are kept in `work` by content: after an interruption the same call continues, and another search
     reuses those that it has in common with this one.
 
+    All processes that torchrun started may call it together: they measure as in `evaluate`, and the first decides what is next.
+
     Args:
         teacher: a checkpoint folder, or 'builtin'.
         budgets: in the form of `fit`.
@@ -54,7 +58,7 @@ def search(
 
     Raises UserError, before anything is measured, for arguments that conflict and where no shape meets the budgets.
     """
-    with alone_in(work):
+    with join_job(resolve_device(execution.device)) as job, quiet(not job.is_first), alone_in(work):
         check_file_replaceable(work / RESULT)
         source = Checkpoint(checkpoint_folder(teacher))
         check_apart("--work", work, {"the teacher": [source.folder], "the tokens": [tokens]})
@@ -66,9 +70,11 @@ def search(
             f"search: {len(found.shapes):,} shapes meet {budgets}; {len(cuts)} cuts of one axis and about "
             f"{settings.shapes + 1} shapes to measure"
         )
-        gauge = Gauge(settings.recipe(teacher, work, execution), tokens, statistics, command)
+        gauge = Gauge(settings.recipe(teacher, work, execution), tokens, statistics, command, job)
         result = measure_shapes(found, axes, cuts, gauge, settings, checkpoint=source.fingerprint(), budgets=budgets)
-        result.save(work / RESULT)
+        if job.is_first:
+            result.save(work / RESULT)
+        job.wait()
         return result
 
 
@@ -87,7 +93,8 @@ def measure_shapes(
     base_kl = gauge.kl(axes.base)
     sensitivities = [_sensitivity(axes, gauge, base_kl, *cut) for cut in cuts]
     prediction = predicted(found.shapes, _curves(found, sensitivities), base_kl)
-    ranked = found.candidates(np.argsort(prediction, kind="stable"), max(settings.shapes, LISTED))
+    order_by_prediction = gauge.agree(np.argsort(prediction, kind="stable").tolist())
+    ranked = found.candidates(order_by_prediction, max(settings.shapes, LISTED))
     by_arithmetic = found.candidates(range(len(found.shapes)), 1)
     to_measure = dict(list(ranked.items())[: settings.shapes]) | by_arithmetic
     gauge.expect(len(to_measure))
