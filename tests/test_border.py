@@ -238,8 +238,8 @@ def test_ranks_of_torchrun(slimqwen: Program, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert (rank(), world_size(), local_rank()) == (1, 2, 3)
-    result = slimqwen("check", "builtin")
-    assert result.code == 2 and result.err.startswith("rank 1: error: 'check' is work for one process")
+    result = slimqwen("study", "depth")
+    assert result.code == 2 and result.err.startswith("rank 1: error: 'study' is work for one process")
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UserError, match="ranks count from 0"):
         rank()

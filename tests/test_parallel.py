@@ -187,10 +187,10 @@ def test_a_batch_that_the_ranks_cannot_share(folder: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_distil_is_work_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_are_not_for_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="'report' is work for one process, and torchrun has started 2"):
-        app(["report", "nowhere"], standalone_mode=False)
+    with pytest.raises(UserError, match="'pretrain' is work for one process, and torchrun has started 2"):
+        app(["pretrain", "nowhere"], standalone_mode=False)
 
 
 # --- in and out of shards ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What all commands have in common: the range of their numbers, and the words of their errors and interruptions."""
 
+import functools
 import math
 import os
 import re
@@ -10,8 +11,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from typer.core import TyperCommand
 from typer.models import ParameterInfo
 
+from slimqwen.cli.many_ranks import carry_out
 from slimqwen.core.errors import Interrupted, UserError
-from slimqwen.core.torchrun import world_size
 from slimqwen.recipe.section import LARGEST_SEED, MOST
 
 # What stays of a command that is interrupted, by Ctrl-C.
@@ -92,8 +93,6 @@ OPTION_OF: dict[str, dict[str, str]] = {
     "distil": {"data.documents": "isolated"},
     "evaluate": {"evaluation.tokens": "measured_tokens", "data.documents": "isolated"},
 }
-# Commands that several processes, started by torchrun, carry out together.
-FOR_MANY = ("run", "demo", "distil")
 # Commands that read one section of a recipe as a file.
 SECTION_FILES = {"distil": "distil", "plan": "pruning", "plan search": "pruning"}
 FIELD = re.compile(
@@ -106,14 +105,9 @@ class Command(TyperCommand):
     """A command whose numbers are bounded and finite, whose paths know ~, and whose errors name its own options in place of fields."""
 
     def invoke(self, ctx: Any) -> Any:
-        if self.name not in FOR_MANY and world_size() > 1:
-            raise UserError(
-                f"'{self.name}' is work for one process, and torchrun has started {world_size()}: run it without "
-                "torchrun, and only `slimqwen run`, `demo` and `distil` with it."
-            )
         try:
             check_numbers(ctx.params, options_of(self))
-            return super().invoke(ctx)
+            return carry_out(self.name or "", functools.partial(super().invoke, ctx))
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {LEFT.get(self.name or '', NOTHING_STAYS)}") from None
         except UserError as error:
