@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from slimqwen.core import torchrun
 from slimqwen.core.errors import EndedElsewhere, Interrupted, StageFailed
 from slimqwen.parallel import ending
-from slimqwen.parallel.watch import Watch
+from slimqwen.parallel.watch import FAILED, INTERRUPTED, Watch
 
 # A rank waits this long for the others of a collective before it gives up. The longest wait without an error is for rank 0
 # to bring a finished checkpoint to the disk. That a process died or hangs is found by the watch (`parallel/watch.py`).
@@ -34,7 +34,7 @@ LOST_CONTACT = (
     "collective operation timeout",  # of NCCL's watchdog, where it does not abort the process
     "Connection was likely closed",  # of the store by which the processes find each other
 )
-JOIN, DONE, FAILED = "join", "done", "failed"  # words of the first rank to those that wait
+JOIN, DONE, GIVEN_UP = "join", "done", "given up"  # words of the first rank to those that wait
 
 
 class Job:
@@ -83,7 +83,7 @@ class Job:
             word, result = self._hear()
             if word == DONE:
                 return result
-            if word == FAILED:
+            if word == GIVEN_UP:
                 raise EndedElsewhere("the first rank of the job failed: see its error.")
             assert shared is not None, "the first rank began work that this rank has no part in"
             shared()
@@ -102,7 +102,7 @@ class Job:
         """End the others' wait after an error of the first rank."""
         if self.size > 1 and self.is_first and not self._is_joint:
             with suppress(RuntimeError):  # they may be gone
-                self._tell(FAILED)
+                self._tell(GIVEN_UP)
 
     @property
     def share(self) -> tuple[int, int]:
@@ -196,15 +196,15 @@ def join_job(device: torch.device) -> Iterator[Job]:
         watch.start()
         yield _job
         _job.wait()  # none leaves, and ends the store with it, while another works
-        watch.leave()
+        watch.end()
     except BaseException as error:
         if _job is not None:
             _job.give_up()
         lost = lost_contact(error)
         if lost is not None:
             ending.await_entry()
-        if watch is not None:
-            _end_watch(watch, error)
+        if watch is not None:  # all ranks are interrupted together
+            watch.end(INTERRUPTED if isinstance(error, Interrupted | KeyboardInterrupt) else FAILED)
         if lost is None:
             raise
         raise StageFailed(
@@ -215,14 +215,6 @@ def join_job(device: torch.device) -> Iterator[Job]:
         _job = None
     # After an error the process group is left to the end of the process: to destroy it may take a rank that is gone.
     dist.destroy_process_group()
-
-
-def _end_watch(watch: Watch, error: BaseException) -> None:
-    """End the watch of a rank that leaves the job by an error: the others find out by its entry, or as its process ends."""
-    if isinstance(error, Interrupted | KeyboardInterrupt):  # all ranks leave
-        watch.leave(is_interrupted=True)
-    else:
-        watch.stop()
 
 
 def lost_contact(error: BaseException) -> str | None:

@@ -29,7 +29,7 @@ MISSED_BEATS = 24
 # How long a rank may go on after another was interrupted (SIGTERM, Ctrl-C), which all ranks are together.
 INTERRUPTED_SECONDS = 60.0
 RANK_DIGITS = 8  # of the number that a rank sends after the token
-LEFT, INTERRUPTED = "left", "interrupted"  # in the place of a number of beats
+LEFT, INTERRUPTED, FAILED = "left", "interrupted", "failed"  # in the place of a number of beats
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Beats:
 
 
 class Watch:
-    """The thread that watches over the other ranks of a job, from `start` to `leave` or `stop`.
+    """The thread that watches over the other ranks of a job, from `start` to `end`.
 
     Made before the ranks meet, started after: so each has a first beat when the others begin to look. `number` tells this job from
     others of the same processes.
@@ -71,21 +71,18 @@ class Watch:
             self._connect()
         self._thread.start()
 
-    def leave(self, *, is_interrupted: bool = False) -> None:
-        """End the watch, and enter that this rank is done, or was interrupted, and no longer part of the job."""
-        self.stop()
-        with contextlib.suppress(RuntimeError):  # the store may be gone with the first rank
-            self._store.set(self._key(self._rank), INTERRUPTED if is_interrupted else LEFT)
-        for key in list(self._selector.get_map().values()):
-            key.fileobj.close()  # type: ignore[union-attr]
-        self._selector.close()
-
-    def stop(self) -> None:
-        """End the watch. The connection stays to the end of the process, which the others see."""
+    def end(self, how: str = LEFT) -> None:
+        """End the watch, and enter how this rank left the job. After a failure its connection stays to the end of the process."""
         self._is_over.set()
         self._waker.close()
         if self._thread.is_alive():
             self._thread.join(ending.END_SECONDS)
+        with contextlib.suppress(RuntimeError):  # the store may be gone with the first rank
+            self._store.set(self._key(self._rank), how)
+        if how != FAILED:
+            for key in list(self._selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+            self._selector.close()
 
     def _run(self) -> None:
         try:
@@ -152,7 +149,8 @@ class Watch:
     def _look_at_closed(self, rank: int) -> None:
         """Find out why a rank's connection is closed: it left the job, or its process ended."""
         self._last_seen = f"its process ended at {time.strftime('%H:%M:%S')}"
-        if self._is_over.is_set() or self._store.get(self._key(rank)).decode() in (LEFT, INTERRUPTED):
+        how = self._store.get(self._key(rank)).decode()
+        if how in (LEFT, INTERRUPTED) or (how == FAILED and self._is_over.wait(ending.END_SECONDS)):  # as this one did
             return
         self._follow(ending.entered(self._store))
         self._lose(rank, self._last_seen)
