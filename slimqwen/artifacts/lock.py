@@ -44,9 +44,14 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
+def _holds_locks() -> bool:
+    """Return whether this process holds locks, and removes what they leave: of those of torchrun the first, for all."""
+    return os.environ.get("RANK", "0").strip() in ("", "0")
+
+
 @contextlib.contextmanager
 def _parent_created(path: Path) -> Iterator[None]:
-    missing = [folder for folder in path.parents if not os.path.lexists(folder)]
+    missing = [folder for folder in path.parents if not os.path.lexists(folder)] if _holds_locks() else []
     with _os_errors_explained(path.parent, "created"):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -70,7 +75,7 @@ def _os_errors_explained(what: Path, done: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock_held(lock: Path, what: Path, wait: bool) -> Iterator[None]:
     me = (lock, threading.get_ident())
-    if me in _held or os.environ.get("RANK", "0") != "0":
+    if me in _held or not _holds_locks():
         yield
         return
     with _os_errors_explained(what, "written"):
