@@ -83,6 +83,7 @@ def exchanged_forward(
     # What an all-to-all returns is on its way still: a kernel that does not know of that needs it waited for.
     rows = hidden_states[order // top_k_index.shape[1]]
     rows = wait_tensor(all_to_all_single(rows, received_rows, sent_rows, group))
+    experts.received_pairs = getattr(experts, "received_pairs", 0) + len(rows)  # for the log of each rank
     own_experts = torch.arange(experts.num_experts, device=rows.device).repeat(group.size())
     own_experts = own_experts.repeat_interleave(received.flatten(), output_size=len(rows))
     # Without a pair the experts get one row of zeros: products of no rows fail on some kernels, and the backward pass

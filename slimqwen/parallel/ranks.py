@@ -207,6 +207,10 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
         norm = get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = get_total_norm(norms)
+    if any(mesh is not None and "replicate" in (mesh.mesh_dim_names or ()) for mesh in by_mesh):
+        dist.all_reduce(
+            total, dist.ReduceOp.MAX
+        )  # copies of the model may add up in another order, and must stay equal
     for group in by_mesh.values():
         clip_grads_with_norm_(group, max_norm, total)
     return total

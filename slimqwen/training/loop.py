@@ -16,6 +16,7 @@ from slimqwen.training.guard import GuardRecord, Rollback
 from slimqwen.training.heldout import HeldOut
 from slimqwen.training.interrupt import Interrupts, StepInterrupted, defer_interrupts
 from slimqwen.training.metrics import MetricsLog
+from slimqwen.training.rank_log import RankLog
 from slimqwen.training.speed import Speed
 from slimqwen.training.state import States
 from slimqwen.training.trainer import BadStep, Trainer
@@ -35,7 +36,7 @@ def train(
     heldout: the text to measure on meanwhile, at the intervals of `execution.evaluate_every`.
     """
     span, ranks, course = trainer.span, trainer.ranks, trainer.course
-    speed = Speed(trainer)
+    speed, rank_log = Speed(trainer), RankLog(trainer, metrics)
     trainer.student.model.train()
     with defer_interrupts(ranks) as interrupted, _open_states(trainer, state_folder) as states, metrics:
         trainer.interrupts = Interrupts(ranks, interrupted)
@@ -57,7 +58,8 @@ def train(
                 except StepInterrupted as stopped:
                     saving.stop(step, stopped.signal_number)
                 tokens = course.tokens(step + 1) - course.tokens(step)
-                values |= speed.log_entry(tokens, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                values |= speed.log_entry(tokens, seconds) | rank_log.log(step, seconds)
                 values["tokens"] = course.tokens(step + 1)
                 if heldout is not None and course.is_due(step, heldout.every):
                     values |= heldout.measure(trainer)

@@ -26,6 +26,7 @@ from slimqwen.artifacts import atomic_folder, discard, rewrite_text, write_text
 from slimqwen.core.versions import release
 from slimqwen.parallel.job import TIMEOUT
 from slimqwen.parallel.ranks import Ranks
+from slimqwen.training.copies import check_copies
 from slimqwen.training.guard import GuardRecord
 
 FILE_BYTES = 2 << 30  # of a rank's shards per file; a file is in memory a second time while it is written
@@ -98,9 +99,13 @@ class States:
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors) // self.ranks.size
 
     def save(self, step: int, guard: GuardRecord) -> None:
-        """Write the state after `step` steps, or begin to where saving is asynchronous. All ranks must call it."""
+        """Write the state after `step` steps, or begin to where saving is asynchronous. All ranks must call it.
+
+        Raises StageFailed where copies of the model are not equal (`check_copies`).
+        """
         self.finish()
         tensors = _named_tensors(self.parameters, self.optimizer)
+        check_copies(tensors, self.ranks, step)
         opened: str | None = None
         if self.ranks.is_first:
             partial = self._open.enter_context(atomic_folder(self.folder / _name(step)))
