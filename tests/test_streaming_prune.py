@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks, run_ranks
 from safetensors.torch import load_file, save_file
 from settings import paper
 from tiny import QWEN3_NEXT, tiny_tokens, write_tiny_checkpoint
@@ -26,6 +28,7 @@ from slimqwen.checkpoint.shards import TensorInfo, plan_shards
 from slimqwen.checkpoint.writer import CheckpointWriter
 from slimqwen.cli import app
 from slimqwen.core.errors import UserError
+from slimqwen.core.torchrun import rank
 from slimqwen.families.count import count
 from slimqwen.families.family import Layout
 from slimqwen.model.model import load
@@ -330,6 +333,35 @@ prune(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), plan=Path({str(tmp
     prune(source, tmp_path / "out", plan=tmp_path / "plan.json", shard_bytes=SHARD_BYTES)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert {name: (tmp_path / "out" / name).stat().st_ino for name in inodes} == inodes
+
+
+def prune_and_end(source: Path, out: Path, ended_after: int | None = None) -> None:
+    """Prune on every rank; the second ends without a word where it would write one shard more."""
+    if rank() == 1 and ended_after is not None:
+        original, begun = CheckpointWriter.add, set()
+
+        def add_or_end(self: CheckpointWriter, name: str, rows: Tensor, first_row: int = 0) -> None:
+            begun.add(self._places[name][0])
+            if len(begun) > ended_after:
+                self.complete()
+                os._exit(9)
+            original(self, name, rows, first_row)
+
+        CheckpointWriter.add = add_or_end  # type: ignore[method-assign]
+    prune(source, out, plan=source.with_name("plan.json"), shard_bytes=SHARD_BYTES)
+
+
+def test_ranks_write_shards_of_their_own_and_the_bytes_of_one(tmp_path: Path, source: Path) -> None:
+    """One of two is lost; three continue, then one of them has nothing to write."""
+    a_plan(source).save(source.with_name("plan.json"))
+    prune_and_end(source, tmp_path / "one")
+    codes, said = Ranks(2, prune_and_end, source, tmp_path / "out", 1).end()
+    assert codes == [1, 9] and not (tmp_path / "out").exists(), said
+    finished = {file.name: file.stat().st_ino for file in (tmp_path / ".out.partial").glob("model-*")}
+    assert len(finished) >= 2 and len(finished) < len(list((tmp_path / "one").glob("model-*"))), said
+    run_ranks(3, prune_and_end, source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in finished} == finished
 
 
 @pytest.mark.parametrize("other", ["plan", "layout", "shard_bytes", "source"])

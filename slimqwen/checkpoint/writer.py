@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -35,17 +35,30 @@ class CheckpointWriter:
     The folder must be a temporary one (`atomic_folder`): until `finish` it is not a checkpoint. A shard has its final
     name once it is complete and on the disk, and a hidden one before; shards that exist already, from an earlier
     process with the same `tensors` and `shard_bytes` (`resumable_folder`), are kept.
+
+    Args:
+        share: the number of this process among those that write the checkpoint together, and how many these are. Each writes
+            every `share[1]`-th of the missing shards, and the first calls `finish` once all have called `complete`.
+        lead: does what it is given on the first of them, and returns what that returns on each (`Job.lead`).
     """
 
-    def __init__(self, folder: Path, tensors: Iterable[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Iterable[TensorInfo],
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        *,
+        share: tuple[int, int] = (0, 1),
+        lead: Callable[[Callable[[], str]], str] = lambda action: action(),
+    ) -> None:
         self.folder = folder
         self.shards = plan_shards(tensors, shard_bytes)
-        self.found = [shard for shard in self.shards if _is_complete(folder / shard.file, shard)]
+        missing = json.loads(lead(self._list_missing))  # by one: another may have finished a shard since
+        self.found = [shard for number, shard in enumerate(self.shards) if number not in missing]
         self._places: dict[str, tuple[_ShardFile, TensorInfo, int]] = {}
-        for shard in self.shards:
-            if shard not in self.found:
-                file = _ShardFile(folder, shard)
-                self._places |= {tensor.name: (file, tensor, place) for tensor, place in shard.places()}
+        for number in missing[share[0] :: share[1]]:
+            file = _ShardFile(folder, self.shards[number])
+            self._places |= {tensor.name: (file, tensor, place) for tensor, place in self.shards[number].places()}
         self._flusher = ThreadPoolExecutor(1)
         self._flushes: deque[Future[None]] = deque()
 
@@ -72,12 +85,22 @@ class CheckpointWriter:
 
     @property
     def missing_file_bytes(self) -> int:
-        """Size of the files still to be written, headers included."""
-        return sum(shard.nbytes for shard in self.shards if shard not in self.found)
+        """Size of the files still to be written, by all processes, headers included."""
+        return sum(shard.nbytes for shard in self.shards) - sum(shard.nbytes for shard in self.found)
+
+    @property
+    def own_bytes(self) -> int:
+        """Size of the tensors that this process writes."""
+        return sum(tensor.nbytes for tensor in self.missing())
 
     def missing(self) -> list[TensorInfo]:
-        """List the tensors still to be written, in the order of the files."""
+        """List the tensors still to be written by this process, in the order of the files."""
         return [tensor for _, tensor, _ in self._places.values()]
+
+    def _list_missing(self) -> str:
+        """Return the numbers of the shards that are not there, as JSON."""
+        shards = enumerate(self.shards)
+        return json.dumps([number for number, shard in shards if not _is_complete(self.folder / shard.file, shard)])
 
     def add(self, name: str, rows: torch.Tensor, first_row: int = 0) -> None:
         """Write a tensor, or consecutive rows of it from `first_row` on.
@@ -93,10 +116,14 @@ class CheckpointWriter:
             if len(self._flushes) > MOST_FLUSHES:
                 self._flushes.popleft().result()
 
+    def complete(self) -> None:
+        """Wait until all that this process has written is on the disk, its shards under their names."""
+        while self._flushes:
+            self._flushes.popleft().result()
+
     def finish(self, config: Config) -> None:
         """Write the index (where there is more than one shard) and config.json."""
-        for flush in self._flushes:
-            flush.result()
+        self.complete()
         unfinished = [shard.file for shard in self.shards if not (self.folder / shard.file).exists()]
         assert not unfinished, f"not every tensor of {unfinished} was added"
         if len(self.shards) > 1:

@@ -4,7 +4,9 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from slimqwen.artifacts import fingerprint_value, makes_folder, resumable_folder
+import torch
+
+from slimqwen.artifacts import fingerprint_value, joined_folder, makes_folder, resumable_folder
 from slimqwen.artifacts.disk import check_space
 from slimqwen.checkpoint.readable import check_companions
 from slimqwen.checkpoint.reader import Checkpoint
@@ -12,9 +14,10 @@ from slimqwen.checkpoint.shards import DEFAULT_SHARD_BYTES
 from slimqwen.checkpoint.writer import CheckpointWriter, copy_companions
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.errors import UserError
-from slimqwen.core.progress import say
+from slimqwen.core.progress import quiet, say
 from slimqwen.families.family import Layout
 from slimqwen.model.native import computed_config
+from slimqwen.parallel.job import join_job
 from slimqwen.planning.plan import Plan
 from slimqwen.pruning.cut import Cut
 from slimqwen.pruning.planned import planned_cut, planned_residual
@@ -40,7 +43,7 @@ def prune(
     """Write the checkpoint that `plan` leaves of `checkpoint`, in the same dtypes; returns `out`.
 
     Interrupted, it continues with the first shard that is not complete when it is called again, and the result has the
-    same bytes.
+    same bytes. All processes that torchrun started may call it together: each writes shards of its own.
 
     Args:
         layout: how experts lie in the result; None: block by block as in the source.
@@ -51,33 +54,44 @@ def prune(
     source = Checkpoint(checkpoint)
     check_companions(checkpoint)
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
-    if chosen.checkpoint != source.fingerprint():
-        raise UserError(
-            f"the plan was not made for {checkpoint}, or by an earlier version of slimqwen: run `slimqwen plan` on it first."
-        )
-    residual = planned_residual(source, chosen, plan if isinstance(plan, Path) else None)
-    cut = planned_cut(source, chosen, layout, residual)
-    computed_config(cut.family, cut.config, str(checkpoint))  # raises where Transformers does not take it
     made_from = {
         "version": version("slimqwen"),
         "plan": chosen.model_dump(mode="json"),
         "layout": layout,
         "shard_bytes": shard_bytes,
     }
-    with resumable_folder(out, fingerprint_value(made_from)) as folder:
-        with CheckpointWriter(folder, cut.tensors, shard_bytes) as writer:
-            announce(writer, cut, title)
-            cut.stream(writer, title)
-            writer.finish(cut.family.to_disk(cut.config))
-        copy_companions(checkpoint, folder)
-        with one_thread_each():  # as when it was made: more threads may add the products up in another order
-            expected = sample(cut, writer)
-        check_checkpoint(folder, expected=expected)
+    with join_job(torch.device("cpu")) as job, quiet(not job.is_first):
+        job.lead(lambda: _check_plan(chosen, source))
+        residual = planned_residual(source, chosen, plan if isinstance(plan, Path) else None)
+        cut = planned_cut(source, chosen, layout, residual)
+        computed_config(cut.family, cut.config, str(checkpoint))  # raises where Transformers does not take it
+        is_first = job.share[0] == 0
+        with resumable_folder(out, fingerprint_value(made_from)) if is_first else joined_folder(out) as folder:
+            with CheckpointWriter(folder, cut.tensors, shard_bytes, share=job.share, lead=job.lead) as writer:
+                job.lead(lambda: announce(writer, cut, title))
+                cut.stream(writer, title)
+                writer.complete()
+                job.wait()
+                if is_first:
+                    writer.finish(cut.family.to_disk(cut.config))
+            if is_first:
+                copy_companions(checkpoint, folder)
+                with one_thread_each():  # as when it was made: more threads may add the products up in another order
+                    expected = sample(cut, writer)
+                check_checkpoint(folder, expected=expected)
     return out
 
 
-def announce(writer: CheckpointWriter, cut: Cut, title: str) -> None:
-    """Say what the work will take. Raises StageFailed where the disk is too small."""
+def _check_plan(plan: Plan, source: Checkpoint) -> str:
+    if plan.checkpoint != source.fingerprint():
+        raise UserError(
+            f"the plan was not made for {source.folder}, or by an earlier version of slimqwen: run `slimqwen plan` on it first."
+        )
+    return ""
+
+
+def announce(writer: CheckpointWriter, cut: Cut, title: str) -> str:
+    """Say what the work will take, and return "". Raises StageFailed where the disk is too small."""
     free = shutil.disk_usage(writer.folder).free
     needed = writer.missing_file_bytes
     there = f"; {len(writer.found)} are there already" if writer.found else ""
@@ -87,6 +101,7 @@ def announce(writer: CheckpointWriter, cut: Cut, title: str) -> None:
         f"{bytes_in_words(free)} are free"
     )
     check_space(writer.folder.parent, needed, free)
+    return ""
 
 
 def predicted_memory_bytes(cut: Cut) -> int:

@@ -92,9 +92,10 @@ def stream(
             writer.add(piece.matrix.name, make(piece), piece.matrix.first_row + piece.start)
         return sum(piece.nbytes for piece in batches[number])
 
+    start = writer.found_bytes
     with (
         one_thread_each(),
-        Progress(title, total=writer.total_bytes, unit="bytes", start=writer.found_bytes) as progress,
+        Progress(title, total=start + writer.own_bytes, unit="bytes", start=start) as progress,
         ThreadPoolExecutor(WORKERS) as pool,
     ):
         for nbytes in pool.map(work, range(len(batches))):

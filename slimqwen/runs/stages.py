@@ -199,6 +199,7 @@ class Pruning(Stage):
 
     file = "pruned"
     revision = 1
+    is_shared = True
 
     @property
     def inputs(self) -> Mapping[str, Any]:
