@@ -1,8 +1,10 @@
-"""How fast devices can multiply: what a training's speed is compared with."""
+"""How fast devices can multiply: what a training's speed is compared with. No torch, so that a prediction can import it."""
 
 import re
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Dense bfloat16 FLOPs per second with float32 accumulation, from the makers' data sheets, which often give the doubled
 # figure for sparse matrices. A device is the first line whose words are all in its name.
@@ -31,9 +33,13 @@ DENSE_BF16_FLOPS = {
 }
 
 
-def dense_bf16_flops(device: torch.device) -> float | None:
+def dense_bf16_flops(device: "torch.device") -> float | None:
     """Return the FLOPs per second that the device can do at most, None where that is not known (every CPU)."""
-    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return peak_of(torch.cuda.get_device_name(device))
 
 
 def peak_of(device_name: str) -> float | None:

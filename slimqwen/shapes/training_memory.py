@@ -29,7 +29,8 @@ class TrainingSettings(BaseModel):
 
     gpus: all devices; more than one shards everything (FSDP2). shard_ranks: those that share one copy of the models; None: all.
     expert_ranks: those that share the routed experts, and exchange tokens. expert_imbalance: the pairs of tokens and experts that the
-    busiest of them gets, as a multiple of the mean. micro_batches: forward passes per optimiser step. device: 'cuda' has bfloat16
+    busiest of them gets, as a multiple of the mean. counts_ahead: one more forward pass of the student counts how often experts are
+    chosen. micro_batches: forward passes per optimiser step. device: 'cuda' has bfloat16
     products and fused kernels (activations.GPU), 'cpu' float32 and the reference kernels. fused_deltanet: False has the reference's
     DeltaNet on a GPU too. frozen: parts that are not trained, held in bfloat16. offload: what is in the host's memory: the
     student's weights, gradients and moments, or the teacher's weights too. memory_budget: of a teacher that runs layer by layer, for its activations.
@@ -45,6 +46,7 @@ class TrainingSettings(BaseModel):
     micro_batches: int = 1
     sequence_length: int = 4096
     recompute_activations: bool = False
+    counts_ahead: bool = False
     reshard_student: bool = True
     reshard_teacher: bool = True
     loss_chunk_tokens: int = Execution.model_fields["loss_chunk_tokens"].default
@@ -151,13 +153,13 @@ class TrainingMemory(BaseModel):
 class Model:
     """What the memory of training needs of a model's config, in numbers; made once for many settings.
 
-    layers, around: bytes saved per token by each layer and by all other blocks. exchanged: those of a layer that routes
-    to experts of other ranks, beyond `layers`; mtp: the same of the MTP module's layers, which are among `around`.
+    layers, around: bytes saved per token by each layer, and by all other blocks, MTP's layer among them.
     """
 
     weights: Weights
     vocab: int
     hidden: int
+    num_experts_per_tok: int
     layers: tuple[int, ...]
     around: int
 
@@ -175,6 +177,7 @@ def measure(family: Family, config: Config, settings: TrainingSettings, *, train
         weights=weigh(family, config, frozen),
         vocab=sizes[family.vocab],
         hidden=sizes[family.hidden],
+        num_experts_per_tok=config["num_experts_per_tok"],
         layers=tuple(layers),
         around=sum(around),
     )
