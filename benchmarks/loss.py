@@ -73,6 +73,7 @@ def ours(case: Case) -> None:
         WEIGHTS.per_token(case.tokens, case.tokens),
         teacher=LiveSignal(case.teacher_hidden, case.teacher_head),
         chunk_tokens=case.chunk_tokens,
+        unscaled=True,
     )
     loss.backward()
 

@@ -1,6 +1,7 @@
 """The time of an optimiser step by part, and the Trainer's overhead over the unavoidable work.
 
     python benchmarks/step.py [--json] [--device cpu|cuda] [--sequence-length N] [--batch-size N] [--micro-batch-size N]
+                              [--counts running|exact]
 
 Real steps of slimqwen's own Trainer with random weights and tokens: on a CPU at the shapes of the built-in teacher and the
 demo's student, on a GPU a few layers of Qwen3-Next-80B-A3B and SlimQwen-23A2B with their true widths, experts and
@@ -37,10 +38,12 @@ from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
 from slimqwen.model.kernels import kernels_of
 from slimqwen.model.model import MtpCausalLM, initialise
 from slimqwen.model.peaks import dense_bf16_flops
-from slimqwen.recipe import DistilRecipe, Duration, Execution, Target
+from slimqwen.recipe import BalancingCounts, DistilRecipe, Duration, Execution, Target
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.target import completed, target_config
 from slimqwen.training import trainer as trainer_module
+from slimqwen.training.balancing import StepCounts
+from slimqwen.training.batches import Batches
 from slimqwen.training.speed import flops_per_token
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
@@ -50,13 +53,14 @@ DEMO = Target(num_hidden_layers=6, hidden_size=96, num_experts=16, num_experts_p
 STEPS = 10_000  # of the whole run: learning rate and weights of the terms hardly change during the rounds
 
 PARTS = {  # parts of `Trainer.step`: the functions that it calls, by owner and name
-    "data": [(TokenStream, "batch"), (Batch, "to")],
+    "data": [(Batches, "take"), (Batch, "to")],
     "teacher": [(LiveTeacher, "signal")],
-    "expert counts": [(Trainer, "global_expert_counts")],
+    "expert counts": [(Trainer, "count_experts")],
     "student": [(Trainer, "forward")],
-    "loss": [(trainer_module, name) for name in ("chunked_loss", "expert_counts", "load_balancing_loss")],
+    "loss": [(trainer_module, "chunked_loss"), (trainer_module, "load_balancing_loss"), (StepCounts, "meet")],
     "backward": [(torch.Tensor, "backward")],
     "optimiser": [(trainer_module, "clip_grad_norm"), (torch.optim.AdamW, "step")],
+    "waiting": [(Trainer, "read")],
 }
 
 
@@ -137,7 +141,12 @@ def time_bare_work(trainer: Trainer, step: int) -> dict[str, float]:
                 hidden = model(micro_batch.tokens)
                 predictions = align(micro_batch.tokens, hidden.main, hidden.mtp)
                 loss, _ = chunked_loss(
-                    predictions, model.head, weights, teacher=signal, chunk_tokens=trainer.execution.loss_chunk_tokens
+                    predictions,
+                    model.head,
+                    weights,
+                    teacher=signal,
+                    chunk_tokens=trainer.execution.loss_chunk_tokens,
+                    unscaled=True,
                 )
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), recipe.optimizer.max_grad_norm)
@@ -202,6 +211,12 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, help="Default: 4,096 on a GPU, 256 on a CPU.")
     parser.add_argument("--batch-size", type=int, help="Default: 4 on a GPU, 8 on a CPU.")
     parser.add_argument("--micro-batch-size", type=int, help="Default: the batch size.")
+    parser.add_argument(
+        "--counts",
+        choices=["running", "exact"],
+        default="running",
+        help="Of the load balancing; running from one micro-batch to the next.",
+    )
     parser.add_argument("--rounds", type=int, help="Default: 20 on a GPU, 10 on a CPU.")
     options = parser.parse_args()
 
@@ -214,7 +229,10 @@ def main() -> None:
     teacher = LiveTeacher(random_model(teacher_config, device, resolve_dtype("auto", device)).eval(), teaches_mtp=False)
     student = Student(random_model(student_config, device, torch.float32).train(), family, student_config)
     step_tokens = batch_size * sequence_length
-    recipe = DistilRecipe(tokens=STEPS * step_tokens, batch_size=batch_size, warmup=Duration(0, "steps"))
+    counts = BalancingCounts(kind=options.counts, rows=options.micro_batch_size or batch_size)
+    recipe = DistilRecipe(
+        tokens=STEPS * step_tokens, batch_size=batch_size, warmup=Duration(0, "steps"), load_balancing_counts=counts
+    )
     execution = Execution(device=options.device, micro_batch_size=options.micro_batch_size)
 
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"

@@ -62,9 +62,11 @@ class Batch:
         """Split into batches of `rows` rows; the last may be smaller."""
         tokens = self.tokens.split(rows)
         masks = [None] * len(tokens) if self.mask is None else self.mask.split(rows)
-        starts = range(0, len(self.tokens), rows)
-        places, lengths = ([of[first : first + rows] for first in starts] for of in (self.places, self.lengths))
-        return [Batch(*parts) for parts in zip(tokens, masks, places, lengths, strict=True)]
+        parts = []
+        for first, own_tokens, own_mask in zip(range(0, len(self.tokens), rows), tokens, masks, strict=True):
+            own = slice(first, first + rows)
+            parts.append(Batch(own_tokens, own_mask, self.places[own], self.lengths[own]))
+        return parts
 
 
 def targets_of(lengths: Iterable[int]) -> tuple[int, int]:
