@@ -6,7 +6,7 @@ from torch import Tensor
 
 from slimqwen.losses.balance import expert_counts, load_balancing_loss
 from slimqwen.model.routing import Routing
-from slimqwen.parallel.ranks import ALONE
+from slimqwen.parallel.ranks import ALONE, Ranks
 from slimqwen.recipe import BalancingCounts
 from slimqwen.training.balancing import StepCounts
 
@@ -103,6 +103,17 @@ def test_rows_meet_the_counts_up_to_the_end_of_their_group(group: int, cut: list
             end = 4 * min((row // group + 1) * group, 6)
             expected.append(expert_counts(seen.experts[:end], mask[:end], 5))
         assert torch.equal(torch.cat([piece[block] for piece in found]), torch.stack(expected))
+
+
+def test_counting_ahead_is_announced() -> None:
+    """Of 8 sequences in groups of 4: two at a time, or three, are no multiple of it; four are, and all at once need none."""
+    counts = StepCounts(ALONE, BalancingCounts(rows=4), step_rows=8)
+    assert "2 of its 8 sequences go through the model at one time, which is no multiple of the 4" in (
+        counts.note(2) or ""
+    )
+    assert counts.note(3) is not None and counts.note(4) is counts.note(8) is None
+    assert StepCounts(ALONE, BalancingCounts(kind="exact"), step_rows=8).note(4) is not None
+    assert StepCounts(Ranks(rank=1, size=2), BalancingCounts(rows=4), step_rows=8).note(2) is None
 
 
 def test_rows_with_counts_of_their_own_by_hand() -> None:

@@ -41,6 +41,16 @@ class StepCounts:
         rows = micro_batch_rows * self._ranks.size
         return rows < self._step_rows and rows % self._group_rows != 0
 
+    def note(self, micro_batch_rows: int) -> str | None:
+        """Return a note where micro-batches of so many rows on each rank make steps count ahead; None elsewhere."""
+        if not self.needs_counting_ahead(micro_batch_rows):
+            return None
+        return (
+            f"every step makes one more forward pass of the student, to count its experts: {micro_batch_rows * self._ranks.size} of its "
+            f"{self._step_rows} sequences go through the model at one time, which is no multiple of the {self._group_rows} that "
+            "distil.load_balancing_counts has in a group"
+        )
+
     def count_ahead(self, routing: Sequence[Routing], mask: Tensor, rows: int) -> None:
         """Count the next `rows` rows of the step, before any of them meets its counts; arguments as of `meet`."""
         own = self._count(

@@ -44,6 +44,7 @@ def train(
         saving = Saving(trainer, states, interrupted)
         if ranks.is_first:
             metrics.rewind(step)
+            _announce_counting(trainer)
         with _open_progress(trainer, title, step) as progress, collect_between_steps() as collect:
             while step < span.end_step:
                 started = time.perf_counter()
@@ -144,6 +145,14 @@ def _open_progress(trainer: Trainer, title: str, step: int) -> AbstractContextMa
     tokens = trainer.course.tokens
     first, end = trainer.span.first_step, trainer.span.end_step
     return Progress(title, total=tokens(end) - tokens(first), unit="tokens", start=tokens(step) - tokens(first))
+
+
+def _announce_counting(trainer: Trainer) -> None:
+    """Print a note where the load-balancing counts cost a forward pass of their own."""
+    rows = trainer.course.rows(trainer.span.end_step - 1)  # of the largest batch
+    note = trainer.begin_counts(rows).note(min(trainer.micro_batch_size, rows // trainer.ranks.size))
+    if note is not None and trainer.recipe.load_balancing_coefficient > 0.0:
+        say(note)
 
 
 def _begin(trainer: Trainer, states: States) -> int:

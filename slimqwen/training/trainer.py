@@ -246,11 +246,14 @@ class Trainer:
         Where a row meets the counts of a later micro-batch (`StepCounts`), they are known before the first backward pass: at the cost of one
         more forward pass of the student, without gradient.
         """
-        rows = sum(len(batch.tokens) for batch in micro_batches)
-        counts = StepCounts(self.ranks, self.recipe.load_balancing_counts, rows * self.ranks.size)
+        counts = self.begin_counts(sum(len(batch.tokens) for batch in micro_batches) * self.ranks.size)
         if self.recipe.load_balancing_coefficient > 0.0 and counts.needs_counting_ahead(len(micro_batches[0].tokens)):
             self.count_experts(counts, micro_batches)
         return counts
+
+    def begin_counts(self, step_rows: int) -> StepCounts:
+        """Return the expert counts of a step of so many rows on all ranks, none of which is counted yet."""
+        return StepCounts(self.ranks, self.recipe.load_balancing_counts, step_rows)
 
     @torch.no_grad()
     def count_experts(self, counts: StepCounts, micro_batches: list[Batch]) -> None:
