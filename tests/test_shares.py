@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from slimqwen.parallel.shares import choose_shares, in_words
 from slimqwen.recipe import Execution
-from slimqwen.training.shares import choose_shares, in_words
 
 
 def anything(ranks: int) -> bool:

@@ -1,10 +1,8 @@
 """A model that is measured, and one with all its weights in memory: whole, or sharded over the ranks of a job."""
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from slimqwen.checkpoint.reader import Checkpoint
@@ -13,11 +11,8 @@ from slimqwen.evaluation.acceptance import accepted_drafts, continue_greedily
 from slimqwen.evaluation.fidelity import Recording, record
 from slimqwen.generation import DEFAULT_DRAFT
 from slimqwen.generation.acceptance import speculative_acceptance
-from slimqwen.model.model import MtpCausalLM, load
+from slimqwen.model.model import MtpCausalLM
 from slimqwen.parallel.job import Job
-from slimqwen.parallel.ranks import join_ranks
-from slimqwen.parallel.sharded_checkpoint import load_sharded
-from slimqwen.recipe import Execution
 
 
 class Examinee(ABC):
@@ -81,24 +76,3 @@ class InMemory(Examinee):
             self.model, prompts, draft=DEFAULT_DRAFT, new_tokens=new_tokens, title=title, agree=agree
         )
         return measured["tokens_per_verification"]
-
-
-def load_for_all(
-    checkpoint: Checkpoint, execution: Execution, dtype: torch.dtype, device: torch.device, job: Job
-) -> MtpCausalLM:
-    """Load a model for forward passes: alone all of it, else sharded over the ranks of the job, as in training.
-
-    Routed experts are shared by `execution.expert_ranks` ranks where these divide them, and else gathered like other weights.
-    """
-    if job.is_alone:
-        return load(checkpoint.folder, dtype, device)
-    gc.collect()  # the modules of a sharded model refer to one another: the one before would stay for a while
-    with join_ranks(device, execution.shard_ranks, expert_ranks_of(checkpoint, execution)) as ranks:
-        reshards = execution.reshard_teacher
-        return load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshards)
-
-
-def expert_ranks_of(checkpoint: Checkpoint, execution: Execution) -> int | None:
-    """Return the ranks that share the routed experts of a model: those of `execution`, or None where they do not divide them."""
-    ranks = execution.expert_ranks
-    return None if ranks is None or checkpoint.config["num_experts"] % ranks else ranks

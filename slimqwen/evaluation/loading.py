@@ -1,7 +1,9 @@
 """How a model is loaded to be measured: into memory, sharded over the ranks of a job, or layer by layer where it does not fit."""
 
+import gc
+import json
 from collections import Counter
-from math import prod
+from math import gcd, prod
 
 import torch
 
@@ -10,12 +12,14 @@ from slimqwen.core import torchrun
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.free_memory import available_bytes
 from slimqwen.core.progress import say
-from slimqwen.evaluation.examinee import Examinee, InMemory, expert_ranks_of, load_for_all
+from slimqwen.evaluation.examinee import Examinee, InMemory
 from slimqwen.evaluation.layer_by_layer import LayerByLayer
+from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.parallel.job import Job
+from slimqwen.parallel.ranks import join_ranks
+from slimqwen.parallel.sharded_checkpoint import load_sharded
+from slimqwen.parallel.shares import Shares, choose_shares
 from slimqwen.recipe import Execution
-
-LAYER_BY_LAYER, IN_MEMORY = "layer by layer", "in memory"
 
 
 def load_examinee(
@@ -27,39 +31,64 @@ def load_examinee(
     execution: Execution,
 ) -> Examinee:
     """Load a model to be measured, on all ranks of the job. shape: of the text of each, how many rows and positions of a row."""
-    ranks = job.share[1]
-
-    def choose_way() -> str:
-        if execution.streaming is not None:
-            return LAYER_BY_LAYER if execution.streaming else IN_MEMORY
-        return IN_MEMORY if fits(checkpoint, dtype, device, ranks, execution) else LAYER_BY_LAYER
-
-    if job.lead(choose_way) == LAYER_BY_LAYER:
+    ranks, node = job.share[1], gcd(*job.gather(torchrun.local_world_size()))
+    found = json.loads(job.lead(lambda: json.dumps(choose_way(checkpoint, dtype, device, ranks, node, execution))))
+    if found is None:
         return LayerByLayer(checkpoint, shape, dtype, device, job, execution)
-    return InMemory(load_for_all(checkpoint, execution, dtype, device, job), checkpoint, execution.batch_size, job)
+    model = _load(checkpoint, execution, dtype, device, None if ranks == 1 else Shares(*found))
+    return InMemory(model, checkpoint, execution.batch_size, job)
 
 
-def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, ranks: int, execution: Execution) -> bool:
-    """Return whether a model fits into memory, sharded over `ranks` ranks, beside a budget for activations; print it where not.
+def choose_way(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, ranks: int, node: int, execution: Execution
+) -> Shares | None:
+    """Choose how `ranks` ranks, `node` of them on each node, share a model; None: layer by layer, as set or where it does not fit.
+
+    Routed experts are shared by `execution.expert_ranks` ranks where these divide them, and else gathered like other weights.
+    """
+    if execution.streaming:
+        return None
+    available = available_bytes(device)
+    processes = torchrun.local_world_size() if device.type == "cpu" and ranks > 1 else 1
+    experts = checkpoint.config["num_experts"]
+    if execution.expert_ranks != "auto" and experts % execution.expert_ranks:
+        execution = execution.model_copy(update={"expert_ranks": 1})
+
+    def needed(shares: Shares) -> int:
+        return processes * (dtype.itemsize * _held_numbers(checkpoint, shares) + execution.memory_budget)
+
+    def fits(shard_ranks: int) -> bool:
+        return available is None or needed(Shares(shard_ranks, 1)) <= available
+
+    shares = choose_shares(ranks, min(node, ranks), [experts], execution, fits)
+    if execution.streaming is False or available is None or needed(shares) <= available:
+        return shares
+    of_each = f" for {processes} processes" if processes > 1 else ""
+    say(
+        f"layer by layer: {checkpoint.folder} in {str(dtype).removeprefix('torch.')} and its activations take "
+        f"{bytes_in_words(needed(shares))}{of_each}, and {bytes_in_words(available)} of memory are free"
+    )
+    return None
+
+
+def _load(
+    checkpoint: Checkpoint, execution: Execution, dtype: torch.dtype, device: torch.device, shares: Shares | None
+) -> MtpCausalLM:
+    """Load a model for forward passes: all of it, or sharded over the ranks of the job, as in training."""
+    if shares is None:
+        return load(checkpoint.folder, dtype, device)
+    gc.collect()  # the modules of a sharded model refer to one another: the one before would stay for a while
+    with join_ranks(device, *shares) as ranks:
+        reshards = execution.reshard_teacher
+        return load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshards)
+
+
+def _held_numbers(checkpoint: Checkpoint, shares: Shares) -> int:
+    """Return the numbers of a model that one rank holds at once.
 
     Of several ranks each holds its shard, the gathered embedding and lm_head, and two gathered layers: one is on its way while the
     other computes.
     """
-    needed = dtype.itemsize * _held_numbers(checkpoint, ranks, execution) + execution.memory_budget
-    processes = torchrun.local_world_size() if device.type == "cpu" and ranks > 1 else 1
-    available = available_bytes(device)
-    if available is None or processes * needed <= available:
-        return True
-    of_each = f" for each of {processes} processes" if processes > 1 else ""
-    say(
-        f"layer by layer: {checkpoint.folder} in {str(dtype).removeprefix('torch.')} and its activations take "
-        f"{bytes_in_words(needed)}{of_each}, and {bytes_in_words(available)} of memory are free"
-    )
-    return False
-
-
-def _held_numbers(checkpoint: Checkpoint, ranks: int, execution: Execution) -> int:
-    """Return the numbers of a model that one rank holds at once."""
     layers: Counter[str] = Counter()
     embeddings = total = 0
     for spec in checkpoint.specs.values():
@@ -69,7 +98,7 @@ def _held_numbers(checkpoint: Checkpoint, ranks: int, execution: Execution) -> i
             embeddings += numbers
         else:
             layers[spec.block.name] += numbers
-    if ranks == 1:
+    if shares.shard_ranks == 1:
         return total
-    gathered = 2 * max(layers.values()) // (expert_ranks_of(checkpoint, execution) or 1)
-    return min(total, total // (execution.shard_ranks or ranks) + embeddings + gathered)
+    gathered = 2 * max(layers.values()) // shares.expert_ranks
+    return min(total, total // shares.shard_ranks + embeddings + gathered)

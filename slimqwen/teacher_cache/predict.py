@@ -1,5 +1,6 @@
 """The teacher's hidden states of many sequences: with all its weights in memory, or layer by layer."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +116,7 @@ class LayerByLayer(Predictor):
         room = execution.hidden_states_bytes
         if room is None:
             room = int(FREE_FRACTION * ((available_bytes(CPU) or 0) - allotment.total_bytes)) // processes
-        self._most_shards = max(1, room // held)
+        self._most_shards: int = max(1, room // held)
         say(
             f"layer by layer: it takes {bytes_in_words(allotment.total_bytes)} of memory, and {bytes_in_words(held)} for each "
             f"{sequences:,} sequences that go through the layers together: at most {bytes_in_words(self._most_shards * held)}, or as "
@@ -128,7 +129,8 @@ class LayerByLayer(Predictor):
             most = 1  # the pace is not known yet
         elif self._shard_seconds > 0:
             most = min(most, max(1, int(PASS_SECONDS / self._shard_seconds)))
-        return -(-left // -(-left // most))  # passes of equal size
+        passes = math.ceil(left / most)
+        return math.ceil(left / passes)  # passes of equal size
 
     def hidden_states(self, shards: Sequence[Batch], advance: Advance) -> Iterator[Pieces]:
         """Take the shards through every layer together, then yield one after another, batch by batch."""

@@ -186,7 +186,7 @@ def join_sharing(device: torch.device, inputs: OpenInputs, settings: Settings) -
     """Join the ranks (`join_ranks`), which share models and experts as the recipe says, or as suits these models."""
     rows = settings.course.rows(settings.span.end_step - 1)  # with a batch size ramp, the last batch is the largest
     with join_job(device) as job:
-        shares = agree_on_shares(job, inputs, settings.execution, rows, settings.text.sequence_length)
+        shares = agree_on_shares(job, inputs, settings.recipe, settings.execution, rows, settings.text.sequence_length)
         with join_ranks(device, *shares) as ranks:
             yield ranks
 

@@ -9,6 +9,8 @@ from slimqwen.data.stream import Batch
 from slimqwen.losses.loss import LossWeights, count_targets
 from slimqwen.model.live_bytes import measured_peak
 from slimqwen.shapes.training_memory import TrainingMemory, TrainingSettings, training_memory
+from slimqwen.training.optimizer import untrained_parts
+from slimqwen.training.streamed_teacher import StreamedTeacher
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Trainer
 
@@ -82,13 +84,21 @@ def predict_memory(trainer: Trainer) -> TrainingMemory:
         loss_chunk_tokens=execution.loss_chunk_tokens,
         device="cuda" if trainer.device.type == "cuda" else "cpu",
         optimizer=trainer.recipe.optimizer.kind,
+        frozen=untrained_parts(trainer.student.family, trainer.student.config, trainer.recipe),
+        offload=execution.offload,
+        teacher="layer_by_layer" if isinstance(trainer.teacher, StreamedTeacher) else "live",
+        memory_budget=execution.memory_budget,
     )
     return _predict(trainer, settings)
 
 
 def _predict(trainer: Trainer, settings: TrainingSettings) -> TrainingMemory:
     """Predict the memory of this trainer's models with `settings`."""
-    teacher = trainer.teacher.model.config if isinstance(trainer.teacher, LiveTeacher) else None
+    teacher = None
+    if isinstance(trainer.teacher, LiveTeacher):
+        teacher = trainer.teacher.model.config
+    elif isinstance(trainer.teacher, StreamedTeacher):
+        teacher = trainer.teacher.checkpoint.config
     return training_memory(trainer.student.family, trainer.student.config, teacher, settings)
 
 

@@ -3,7 +3,7 @@
 import importlib
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from slimqwen.families.family import Layout, Part
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.model.mtp import MTP_PREFIX
 from slimqwen.recipe import DistilRecipe, OptimizerRecipe
+from slimqwen.recipe.distil import TrainedPart
 
 EPS = 1e-8
 # Muon is for matrices that map hidden states to hidden states. Embeddings, lm_head and routers map from or to tokens and
@@ -94,6 +95,12 @@ def untrained(checkpoint: Checkpoint, recipe: DistilRecipe) -> set[str]:
         for name, part in parts_of(family, config).items()
         if part not in recipe.trained_parts or (name.startswith(MTP_PREFIX) and not recipe.has_mtp_terms)
     }
+
+
+def untrained_parts(family: Family, config: Config, recipe: DistilRecipe) -> tuple[TrainedPart, ...]:
+    """Return the parts of a model that the recipe does not train."""
+    found = set(parts_of(family, config).values())
+    return tuple(part for part in get_args(TrainedPart) if part in found and part not in recipe.trained_parts)
 
 
 def freeze_untrained(

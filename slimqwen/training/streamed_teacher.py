@@ -56,10 +56,11 @@ class StreamedTeacher:
         """Run the teacher on a batch; what was prepared before is dropped."""
         self._states.clear()
         on_host = batch.to(torch.device("cpu"))
-        for piece, hidden in self._predictor.hidden_states(on_host, lambda _: None):
-            for row, tokens in enumerate(piece.tokens):
-                mtp = None if hidden.mtp is None else hidden.mtp[row].cpu()
-                self._states[_key(tokens)] = hidden.main[row].cpu(), mtp
+        for pieces in self._predictor.hidden_states([on_host], lambda _: None):
+            for piece, hidden in pieces:
+                for row, tokens in enumerate(piece.tokens):
+                    mtp = None if hidden.mtp is None else hidden.mtp[row].cpu()
+                    self._states[_key(tokens)] = hidden.main[row].cpu(), mtp
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> LiveSignal:
@@ -92,7 +93,7 @@ def goes_layer_by_layer(
     if execution.offload == "all":
         return False
     device = ranks.device_of(student)
-    sharing = (execution.shard_ranks or ranks.size) if ranks.mesh is not None else 1
+    sharing = ranks.copy_ranks
     needed = dtype.itemsize * sum(prod(spec.shape) for spec in teacher.specs.values() if spec.part != "vision")
     held = sum(_training_bytes(tensor) for tensor in student.tensors().values()) if execution.offload == "none" else 0
     available = limit_bytes() if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
