@@ -5,7 +5,7 @@ import shlex
 import sys
 from math import nan
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args, overload
 
 import typer
 
@@ -73,6 +73,21 @@ Streaming = Annotated[
 ]
 MemoryBudget = Annotated[
     str, typer.Option(metavar="SIZE", help="Memory for activations where a model runs layer by layer.")
+]
+ShardSize = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE", help="Size of a file; an interruption loses at most one, layer by layer half an hour's files."
+    ),
+]
+HiddenStatesSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for hidden states, layer by layer: the checkpoint is read once for as many tokens as fit. Default: half "
+        "of what is free.",
+        show_default=False,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1'.")]
 DtypeOption = Annotated[str, typer.Option(help="'auto' (bfloat16 on a GPU, float32 on a CPU), 'float32', 'bfloat16'.")]
@@ -150,8 +165,14 @@ def source_texts(given: list[str]) -> list[str]:
     ]
 
 
-def size_of(option: str, text: str) -> int:
-    """Read the bytes of an option's value, such as 5GB or 512MiB. Raises UserError that names the option."""
+@overload
+def size_of(option: str, text: str) -> int: ...
+@overload
+def size_of(option: str, text: None) -> None: ...
+def size_of(option: str, text: str | None) -> int | None:
+    """Read the bytes of an option's value, such as 5GB or 512MiB; None stays. Raises UserError that names the option."""
+    if text is None:
+        return None
     from slimqwen.core.bytesize import bytes_of
 
     try:

@@ -11,11 +11,13 @@ from slimqwen.cli.options import (
     CheckpointOut,
     Device,
     DtypeOption,
+    HiddenStatesSize,
     Isolated,
     MemoryBudget,
     Overrides,
     Seed,
     SequenceLength,
+    ShardSize,
     Streaming,
     TokensFolder,
     execution_of,
@@ -100,22 +102,8 @@ def teacher_cache(
     batch_size: BatchSize = 8,
     sequence_length: SequenceLength = 256,
     isolated: Isolated = False,
-    shard_size: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="Size of a file; an interruption loses at most one, layer by layer half an hour's files.",
-        ),
-    ] = "256MB",
-    hidden_states_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for hidden states, layer by layer: the checkpoint is read once for as many tokens as fit. Default: half "
-            "of what is free.",
-            show_default=False,
-        ),
-    ] = None,
+    shard_size: ShardSize = "256MB",
+    hidden_states_size: HiddenStatesSize = None,
     streaming: Streaming = None,
     memory_budget: MemoryBudget = "2GB",
     seed: Seed = 0,
@@ -145,9 +133,7 @@ def teacher_cache(
             streaming=streaming,
             memory_budget=memory_budget,
             cache_file_bytes=size_of("--shard-size", shard_size),
-            hidden_states_bytes=None
-            if hidden_states_size is None
-            else size_of("--hidden-states-size", hidden_states_size),
+            hidden_states_bytes=size_of("--hidden-states-size", hidden_states_size),
         ),
     )
     show(str(out))
