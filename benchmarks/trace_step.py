@@ -58,9 +58,13 @@ class Rows:
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
 
-    def batch(self, first: int, rows: int) -> Batch:
+    def batch(self, first: int, rows: int, step: int = 1) -> Batch:
         """Return `rows` rows."""
         return Batch(torch.zeros(rows, self.sequence_length + 1, dtype=torch.int64))
+
+    def count_targets(self, first: int, rows: int) -> tuple[int, int]:
+        """Return the predictions of both heads on `rows` rows without padding."""
+        return rows * self.sequence_length, rows * (self.sequence_length - 1)
 
 
 def shapes(teacher_layers: int | None, student_layers: int | None) -> tuple[Family, Config, Config]:

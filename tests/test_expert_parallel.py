@@ -20,7 +20,7 @@ from slimqwen.core.errors import UserError
 from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.model.routing import observe_routing
 from slimqwen.parallel.expert_parallel import check_expert_ranks
-from slimqwen.parallel.ranks import join_ranks
+from slimqwen.parallel.ranks import add_up_gradients, join_ranks
 from slimqwen.parallel.sharded_checkpoint import export, load_sharded, whole
 from slimqwen.recipe import DistilRecipe, TextSettings
 from slimqwen.training.distil import distil
@@ -79,6 +79,7 @@ def compare_with_one_rank(folder: Path, names: list[str]) -> None:
             loss_of(alone, tokens, row_weights).backward()
             own_row = slice(ranks.rank, ranks.rank + 1)
             loss_of(model, tokens[own_row], row_weights[own_row]).backward()
+            add_up_gradients(model.tensors().values(), ranks)
             expected = alone.tensors()
             for own, tensor in model.tensors().items():
                 gradient = expected[own].grad

@@ -178,6 +178,8 @@ class Family:
     mtp_config: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of Transformers' config that make its decoder layer number 0 the MTP module's."""
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    float32_tensors: tuple[str, ...] = ()
+    """Ends of the names, in Transformers' modules, of weights that its code computes with in float32 whatever the model's dtype."""
     norm_offset: float = 0.0
     """A norm over the residual stream multiplies by this + its weight: 1 where weights begin at 0."""
     published_active: tuple[str, ...] = ()

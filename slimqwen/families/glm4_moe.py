@@ -213,4 +213,5 @@ GLM4_MOE = Family(
     mtp_names=mtp_names,
     mtp_config={"num_hidden_layers": 1, "first_k_dense_replace": 0},
     router_scores="sigmoid",
+    float32_tensors=("mlp.gate.weight",),
 )

@@ -202,6 +202,12 @@ def without_absent_mtp(config: Config, names: Collection[str]) -> Config:
     return config if any(name.startswith("mtp.") for name in names) else {**config, "num_nextn_predict_layers": 0}
 
 
+# Of its norms DeltaNet's own, with a gate, multiplies by its weight in the model's dtype.
+FLOAT32_TENSORS = (
+    *("layernorm.weight", "q_norm.weight", "k_norm.weight", "model.norm.weight", "A_log", "dt_bias"),
+    *("mtp.norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight"),
+)
+
 QWEN3_NEXT = Family(
     model_type="qwen3_next",
     architecture="Qwen3NextForCausalLM",
@@ -209,6 +215,7 @@ QWEN3_NEXT = Family(
     hidden=HIDDEN,
     expert=EXPERT,
     router="mlp.gate.weight",
+    float32_tensors=FLOAT32_TENSORS,
     norm_offset=1.0,
     fields=FIELDS,
     normalise=normalise,

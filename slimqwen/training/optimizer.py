@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
@@ -171,14 +172,15 @@ def _scale(settings: OptimizerRecipe, part: Part) -> float:
 def _group_parameters(
     parameters: Mapping[str, Tensor], parts: Mapping[str, Part], settings: OptimizerRecipe
 ) -> list[dict[str, Any]]:
-    """Group the parameters by weight decay and factor on the learning rate."""
-    groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
+    """Group the parameters by weight decay and factor on the learning rate; sharded ones apart, as no kernel takes both."""
+    groups: dict[tuple[float, float, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in parameters.items():
         decays = parameter.dim() >= 2 and parts[name] not in settings.weight_decay_exempt
-        groups[settings.weight_decay if decays else 0.0, _scale(settings, parts[name])].append(parameter)
+        decay = settings.weight_decay if decays else 0.0
+        groups[decay, _scale(settings, parts[name]), isinstance(parameter, DTensor)].append(parameter)
     return [
         {"params": members, "weight_decay": decay, "learning_rate_scale": scale}
-        for (decay, scale), members in groups.items()
+        for (decay, scale, _), members in groups.items()
     ]
 
 

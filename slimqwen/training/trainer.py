@@ -24,7 +24,7 @@ from slimqwen.losses.loss import (
 from slimqwen.model.kernels import BATCHED_EXPERTS
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.model.routing import Routing, observe_routing
-from slimqwen.parallel.ranks import ALONE, Ranks, clip_grad_norm, fully_sharded
+from slimqwen.parallel.ranks import ALONE, Ranks, add_up_gradients, clip_grad_norm, fully_sharded
 from slimqwen.recipe import DistilRecipe, Execution
 from slimqwen.training import schedules
 from slimqwen.training.average import Average
@@ -149,6 +149,7 @@ class Trainer:
             sums = micro_sums if sums is None else sums + micro_sums
         assert sums is not None
 
+        add_up_gradients(self.parameters.values(), self.ranks)
         norm = clip_grad_norm(self.parameters.values(), recipe.optimizer.max_grad_norm)
         (loss_value, balance_value), means, grad_norm = self.read(losses, sums, norm)
         values = {
