@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimqwen.checkpoint.reader import Checkpoint
@@ -160,16 +161,17 @@ def head_name(checkpoint: Checkpoint, model: MtpCausalLM) -> str:
     return next(spec.name for module in modules for spec in specs if model.module_of(spec.name) is module)
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
-    """Allocate memory for every tensor on the meta device. `to_empty` would part tied tensors."""
+def allocate(model: nn.Module, device: torch.device, sharded_on: torch.device | None = None) -> None:
+    """Allocate memory for every tensor on the meta device, for sharded ones elsewhere if so. `to_empty` would part tied tensors."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.device.type != "meta":
                 continue
             if id(tensor) not in made:
-                empty = torch.empty_like(tensor, device=device)
                 is_parameter = isinstance(tensor, nn.Parameter)
+                own = sharded_on or device if isinstance(tensor, DTensor) else device
+                empty = torch.empty_like(tensor, device=own)
                 made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
             setattr(module, name, made[id(tensor)])
 

@@ -1,14 +1,15 @@
 """Many processes train one model: the ranks, their mesh, and every `fully_shard` call (PyTorch's FSDP2)."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -16,12 +17,12 @@ from slimqwen.core import torchrun
 from slimqwen.core.errors import UserError
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.parallel.expert_parallel import share_experts
-from slimqwen.parallel.job import Job, join_job
+from slimqwen.parallel.job import TIMEOUT, Job, join_job
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together. Alone (`mesh` None) every method is the identity.
+    """The processes that train together. Alone (`mesh` None, or of one process) every method is the identity.
 
     All of them must call the same methods in the same order.
 
@@ -97,7 +98,11 @@ ALONE = Ranks()
 
 @contextmanager
 def join_ranks(
-    device: torch.device, shard_ranks: int | None = None, expert_ranks: int | None = None
+    device: torch.device,
+    shard_ranks: int | None = None,
+    expert_ranks: int | None = None,
+    *,
+    offloads: bool = False,
 ) -> Iterator[Ranks]:
     """Join the ranks that torchrun (or whatever sets RANK, WORLD_SIZE, MASTER_ADDR) started (`join_job`), or be alone.
 
@@ -107,6 +112,7 @@ def join_ranks(
             gradients are summed across ("hybrid sharding"), and weights are gathered within the node only.
         expert_ranks: ranks that share the routed experts of one copy, and exchange tokens. None or 1: experts are
             gathered like all other weights.
+        offloads: make a mesh of one process too, by which FSDP keeps its weights in the host's memory (`shard`).
 
     Raises UserError where the ranks cannot be split so, StageFailed where another rank is gone.
     """
@@ -115,9 +121,24 @@ def join_ranks(
         check_shares(size, shard_ranks, expert_ranks)
     with join_job(device) as job:
         if job.size == 1:
-            yield ALONE
+            with _mesh_of_one(device) if offloads else nullcontext() as mesh:
+                yield ALONE if mesh is None else Ranks(mesh=mesh)
             return
         yield Ranks(job.rank, job.size, *_meshes(job, device, shard_ranks or job.size, expert_ranks or 1))
+
+
+@contextmanager
+def _mesh_of_one(device: torch.device) -> Iterator[DeviceMesh]:
+    """Make a process group and a mesh of this process alone, for as long as it is open."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    try:
+        yield init_device_mesh(device.type, (1,), mesh_dim_names=("shard",))
+    finally:
+        dist.destroy_process_group()
 
 
 def check_shares(size: int, shard_ranks: int | None, expert_ranks: int | None) -> None:
@@ -154,7 +175,9 @@ def fully_sharded(model: nn.Module) -> FSDPModule:
     return model
 
 
-def shard(model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_after_forward: bool) -> None:
+def shard(
+    model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_after_forward: bool, offloads: bool = False
+) -> None:
     """Split every parameter over the ranks by its first dimension, and gather it, layer by layer, when it is used.
 
     Gradients are summed and not averaged: the loss is divided by the predictions of all ranks already.
@@ -167,7 +190,13 @@ def shard(model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_af
         mixed_precision: gather the float32 parameters in bfloat16; gradients are summed in float32.
         reshard_after_forward: drop a layer's gathered parameters after its forward pass, to gather them again for its
             backward pass. False takes the memory of the whole model and saves a third of the traffic.
+        offloads: keep parameters and gradients in the host's memory, pinned where there is a GPU, and copy a layer's parameters
+            to the device when it is gathered. An optimiser of such parameters computes on the CPU.
     """
+    assert ranks.mesh is not None
+    on_gpu = ranks.mesh.device_type == "cuda"
+    offload_policy = CPUOffloadPolicy(pin_memory=on_gpu) if offloads else OffloadPolicy()
+    wrap = partial(fully_shard, reshard_after_forward=reshard_after_forward, offload_policy=offload_policy)
     policy = MixedPrecisionPolicy()
     if mixed_precision:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -187,17 +216,11 @@ def shard(model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_af
         # Layers get their input in bfloat16; a router's float32 gates must not be cast on their way to the experts.
         experts_policy = replace(policy, cast_forward_inputs=False)
         for module in experts:
-            fully_shard(module, mesh=mesh, mp_policy=experts_policy, reshard_after_forward=reshard_after_forward)
+            wrap(module, mesh=mesh, mp_policy=experts_policy)
     for layer in layers:
-        fully_shard(
-            layer,
-            mesh=ranks.mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard_after_forward,
-            ignored_params=whole,
-        )
+        wrap(layer, mesh=ranks.mesh, mp_policy=policy, ignored_params=whole)
     # Embedding, lm_head and what surrounds the layers stay gathered after the forward pass: the loss uses lm_head.
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
+    wrap(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=False)
     for module in (*experts, *layers, model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum

@@ -26,19 +26,27 @@ def load_sharded(
     trains: bool,
     reshard_after_forward: bool,
     frozen: Collection[str] = (),
+    offloads: bool = False,
 ) -> MtpCausalLM:
     """Load a checkpoint (`model.load`) sharded over the ranks: built without weights, then each rank reads its own rows.
 
     trains: False freezes the parameters. True on a GPU computes in bfloat16 on parameters in `dtype`.
     frozen: names of parameters that are not trained all the same, and keep the dtype that they have on disk.
+    offloads: keep the parameters in the host's memory.
     """
     model = weightless(checkpoint, dtype, device)
     model.requires_grad_(trains)
     mixed_precision = trains and device.type == "cuda"
     if frozen:
         model.freeze(frozen, checkpoint, torch.bfloat16 if mixed_precision else dtype)
-    shard(model, ranks, mixed_precision=mixed_precision, reshard_after_forward=reshard_after_forward)
-    allocate(model, device)
+    shard(
+        model,
+        ranks,
+        mixed_precision=mixed_precision,
+        reshard_after_forward=reshard_after_forward,
+        offloads=offloads,
+    )
+    allocate(model, device, sharded_on=torch.device("cpu") if offloads else None)
     fill_own(model.held(), checkpoint)
     return model
 

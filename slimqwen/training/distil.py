@@ -113,7 +113,7 @@ def distil(
     device = resolve_device(execution.device)
     check_gradients(opened.student.family, opened.student.config, device)
     with join_sharing(device, opened, settings) as ranks:
-        check_ranks(opened, recipe, ranks)
+        check_ranks(opened, recipe, ranks, offloads=execution.offload != "none")
         stream = training_stream(inputs.tokens, text.sequence_length, text.seed, text.documents)
         cached_teacher = open_cached_teacher(opened, stream, settings)
         if ranks.is_first:
@@ -187,7 +187,7 @@ def join_sharing(device: torch.device, inputs: OpenInputs, settings: Settings) -
     rows = settings.course.rows(settings.span.end_step - 1)  # with a batch size ramp, the last batch is the largest
     with join_job(device) as job:
         shares = agree_on_shares(job, inputs, settings.recipe, settings.execution, rows, settings.text.sequence_length)
-        with join_ranks(device, *shares) as ranks:
+        with join_ranks(device, *shares, offloads=settings.execution.offload != "none") as ranks:
             yield ranks
 
 
@@ -313,9 +313,15 @@ def load_student(checkpoint: Checkpoint, device: torch.device, settings: Setting
     frozen = untrained(checkpoint, settings.recipe)
     if ranks.mesh is None:
         return load(checkpoint.folder, torch.float32, device, frozen)
-    reshard = settings.execution.reshard_student
     return load_sharded(
-        checkpoint, ranks, torch.float32, device, trains=True, reshard_after_forward=reshard, frozen=frozen
+        checkpoint,
+        ranks,
+        torch.float32,
+        device,
+        trains=True,
+        reshard_after_forward=settings.execution.reshard_student,
+        frozen=frozen,
+        offloads=settings.execution.offload != "none",
     )
 
 
@@ -332,10 +338,13 @@ def load_live_teacher(loaded: MtpCausalLM, inputs: OpenInputs, settings: Setting
         return StreamedTeacher(
             checkpoint, execution, teaches_mtp=teaches_mtp, rows=rows, sequence_length=length, dtype=dtype
         )
-    if ranks.mesh is None:
+    offloads = execution.offload == "all"
+    if ranks.size == 1 and not offloads:
         return LiveTeacher(load(checkpoint.folder, dtype, device), teaches_mtp=teaches_mtp)
     reshard = execution.reshard_teacher
-    model = load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshard)
+    model = load_sharded(
+        checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshard, offloads=offloads
+    )
     return LiveTeacher(model, teaches_mtp=teaches_mtp)
 
 

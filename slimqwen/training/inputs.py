@@ -92,10 +92,13 @@ def check_terms(recipe: DistilRecipe, student: Checkpoint, teacher: Checkpoint |
         )
 
 
-def check_ranks(inputs: OpenInputs, recipe: DistilRecipe, ranks: Ranks) -> None:
-    """Raise UserError where these ranks cannot share the batch, the optimiser's work or a model's experts."""
+def check_ranks(inputs: OpenInputs, recipe: DistilRecipe, ranks: Ranks, offloads: bool = False) -> None:
+    """Raise UserError where these ranks cannot share the batch, the optimiser's work or a model's experts.
+
+    offloads: whether the student's weights lie in the host's memory.
+    """
     check_batch(recipe, ranks.size)
-    check_optimizer(recipe.optimizer, inputs.student, ranks.size)
+    check_optimizer(recipe.optimizer, inputs.student, ranks.size, offloads=offloads)
     check_trained(recipe, inputs.student)
     for checkpoint in (inputs.student, inputs.teacher):
         if checkpoint is not None and ranks.experts_mesh is not None:

@@ -133,8 +133,8 @@ def check_trained(recipe: DistilRecipe, student: Checkpoint) -> None:
         )
 
 
-def check_optimizer(settings: OptimizerRecipe, student: Checkpoint, ranks: int = 1) -> None:
-    """Raise UserError for parts that the student lacks, and for an optimiser that is missing or does not support several ranks."""
+def check_optimizer(settings: OptimizerRecipe, student: Checkpoint, ranks: int = 1, *, offloads: bool = False) -> None:
+    """Raise UserError for parts that the student lacks, and for an optimiser that is missing or does not support sharded weights."""
     parts = set(parts_of(student.family, student.config).values())
     for setting in ("weight_decay_exempt", "learning_rate_scale"):
         for part in getattr(settings, setting):
@@ -152,6 +152,8 @@ def check_optimizer(settings: OptimizerRecipe, student: Checkpoint, ranks: int =
         raise UserError(
             f"distil.optimizer {settings.kind} is for one device, and there are {ranks} ranks: choose adamw."
         )
+    if settings.kind == "muon" and offloads:  # whose weights are sharded, over one rank
+        raise UserError("distil.optimizer muon does not go with execution.offload: choose adamw, or leave offload out.")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

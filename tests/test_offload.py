@@ -1,0 +1,91 @@
+"""Weights, gradients and moments in the host's memory: the same training, on one process without torchrun. Not run on a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rounding import TRAINED, assert_trained_alike
+from test_optimizer import killed_and_resumed, same_weights, weights
+from test_optimizer import train as train_alone
+from test_trainer import metrics, train
+from tiny import write_tiny_checkpoint, write_tiny_tokens
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core.errors import UserError
+from slimqwen.parallel import ranks as ranks_module
+from slimqwen.parallel.ranks import join_ranks
+from slimqwen.parallel.sharded_checkpoint import load_sharded
+from slimqwen.recipe import OptimizerRecipe
+from slimqwen.training.optimizer import check_optimizer
+
+pytestmark = pytest.mark.rounding
+
+TWO_LAYERS = {"num_hidden_layers": 2, "full_attention_interval": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`student`, a `teacher` of another width, and `tokens`; read-only."""
+    folder = tmp_path_factory.mktemp("offload")
+    tokenizer, _ = write_tiny_tokens(folder)
+    write_tiny_checkpoint(folder / "student", tokenizer=tokenizer, **TWO_LAYERS)
+    write_tiny_checkpoint(folder / "teacher", seed=1, tokenizer=tokenizer, hidden_size=40, num_experts=4, **TWO_LAYERS)
+    return folder
+
+
+@pytest.mark.parametrize("offload", ["student", "all"])
+def test_it_is_the_training_with_everything_on_the_device(folder: Path, tmp_path: Path, offload: str) -> None:
+    """With a teacher, micro-batches, an average and a part that is frozen."""
+    changes: dict[str, Any] = {"train": "no_experts", "ema_decay": 0.25, "micro_batch_size": 2}
+    changes |= {"evaluate_every": "3 steps", "evaluate_tokens": 64}
+    plain = train(folder, tmp_path / "plain" / "out", **changes)
+    found = train(folder, tmp_path / "offloaded" / "out", **changes, offload=offload)
+    assert not dist.is_initialized()
+    assert_trained_alike(weights(found), weights(plain))
+    for line, other in zip(metrics(tmp_path / "offloaded"), metrics(tmp_path / "plain"), strict=True):
+        assert line.keys() == other.keys()
+        numbers = [key for key, value in line.items() if isinstance(value, float) and not key.startswith("acc")]
+        assert {key: line[key] for key in numbers} == pytest.approx({key: other[key] for key in numbers}, rel=TRAINED)
+
+
+def test_resumed_is_uninterrupted_and_either_way_goes_on_with_the_others_state(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train_alone(folder, tmp_path / "expected" / "out", {"offload": "student"})
+    resumed = killed_and_resumed(folder, tmp_path / "out", {"offload": "student"}, monkeypatch)
+    assert same_weights(resumed, expected)
+    assert_trained_alike(weights(expected), weights(train_alone(folder, tmp_path / "plain" / "out", {})))
+
+
+def test_all_of_the_student_but_its_float32_vectors_is_under_the_policy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters are sharded over the one rank, by the policy that keeps them in the host's memory, pinned beside a GPU only."""
+    policies = []
+    wrap = ranks_module.fully_shard
+    monkeypatch.setattr(
+        ranks_module, "fully_shard", lambda *args, **settings: (policies.append(settings), wrap(*args, **settings))[1]
+    )
+    cpu = torch.device("cpu")
+    with join_ranks(cpu, offloads=True) as ranks:
+        assert (ranks.size, ranks.rank, ranks.is_first) == (1, 0, True)
+        checkpoint = Checkpoint(folder / "student")
+        model = load_sharded(
+            checkpoint, ranks, torch.float32, cpu, trains=True, reshard_after_forward=True, offloads=True
+        )
+        for name, tensor in model.tensors().items():
+            stays = isinstance(tensor, torch.nn.Parameter) and name.endswith(model.family.float32_tensors)
+            assert isinstance(tensor, DTensor) != stays, name
+    assert len(policies) == 2 + 1 + 1  # layers, MTP's, and what is around them
+    assert all(settings["offload_policy"] == CPUOffloadPolicy(pin_memory=False) for settings in policies)
+
+
+def test_what_does_not_go_with_it(folder: Path) -> None:
+    student = Checkpoint(folder / "student")
+    check_optimizer(OptimizerRecipe(), student, offloads=True)
+    with pytest.raises(UserError, match=r"muon does not go with execution.offload"):
+        check_optimizer(OptimizerRecipe(kind="muon"), student, offloads=True)
