@@ -45,7 +45,7 @@ def counts_by_group(experts: Tensor, mask: Tensor, groups: Tensor, num_groups: i
 
 def load_balancing_loss(
     router_logits: Sequence[Tensor],
-    mask: Tensor,
+    mask: Tensor | None,
     counts: Sequence[Tensor],
     global_tokens: int,
     scores: Literal["softmax", "sigmoid"] = "softmax",
@@ -67,22 +67,26 @@ def load_balancing_loss(
 
     Args:
         router_logits: one [tokens, experts] tensor per MoE block, before softmax, with gradient.
-        mask: [tokens] bool, True at real tokens.
+        mask: [tokens] bool, True at real tokens; None where all are.
         counts: one [experts] tensor per MoE block: `expert_counts` summed over micro-batches and ranks. Or [rows, experts], where the
             tokens are so many rows of equal length, each with the counts that its probabilities meet.
         global_tokens: real tokens of the global batch.
         scores: how the family's routers turn logits into scores (`Family.router_scores`).
     """
     losses = []
-    counted = mask[:, None]
     for logits, block_counts in zip(router_logits, counts, strict=True):
-        exact = torch.where(counted, logits, 0).to(torch.promote_types(logits.dtype, torch.float32))
+        exact = _zero_padding(logits, mask).to(torch.promote_types(logits.dtype, torch.float32))
         if scores == "softmax":
             probs = exact.softmax(dim=-1)
         else:
             probs = exact.sigmoid() / exact.sigmoid().sum(dim=-1, keepdim=True)
         by_row = block_counts.view(-1, logits.shape[-1])
         fraction = by_row.to(probs.dtype) / by_row.sum(1, keepdim=True)
-        sums = torch.where(counted, probs, 0).view(len(by_row), -1, logits.shape[-1]).sum(1)
+        sums = _zero_padding(probs, mask).view(len(by_row), -1, logits.shape[-1]).sum(1)
         losses.append(logits.shape[-1] * (fraction * sums).sum() / global_tokens)
     return torch.stack(losses).mean()
+
+
+def _zero_padding(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return `values` [tokens, n] with zeros, not what stands there times zero, where `mask` [tokens] is False."""
+    return values if mask is None else torch.where(mask[:, None], values, 0)

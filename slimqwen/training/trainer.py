@@ -227,8 +227,8 @@ class Trainer:
                 chunk_tokens=self.execution.loss_chunk_tokens,
                 unscaled=True,
             )
-        logits, mask = [seen.logits for seen in routing], predictions.main_mask
-        met = counts.meet(routing, mask, len(batch.tokens))
+        logits, mask = [seen.logits for seen in routing], None if batch.mask is None else predictions.main_mask
+        met = counts.meet(routing, predictions.main_mask, len(batch.tokens))
         balance = load_balancing_loss(logits, mask, met, step_tokens, self.student.family.router_scores)
         (loss + self.recipe.load_balancing_coefficient * balance).backward()
         return loss.detach(), sums, balance.detach()
