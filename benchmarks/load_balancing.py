@@ -2,9 +2,10 @@
 
     python benchmarks/load_balancing.py OUT [--steps 1000] [--seeds 3] [--sequence-length 256] [--rows 2] [--measured-tokens 16384]
     python benchmarks/load_balancing.py OUT --table
+    python benchmarks/load_balancing.py OUT --force [--batches 16] [--batch-size 64] [--sequence-length 256] [--rows 8]
 
 Each arm and seed is one training from random weights, with the settings of recipes/builtin-teacher.yaml (8 sequences a step) and
-groups of --rows sequences where the counts run. A seed is that of the weights and of the order of the text, the same in both arms.
+portions of --rows sequences where the counts run. A seed is that of the weights and of the order of the text, the same in both arms.
 A training that is interrupted goes on from its last saved state; a finished one is a line of OUT/results.jsonl and not made
 again. --table prints, of each arm, mean and standard deviation over the seeds of
 
@@ -12,6 +13,10 @@ again. --table prints, of each arm, mean and standard deviation over the seeds o
     heldout_lm       of the trained model on held-out text
     balance          the load-balancing loss of the held-out text, by exact counts of all of it: 1 where all experts are chosen alike
     busiest          tokens of a block's busiest expert over the mean of its experts, mean over blocks
+
+--force trains nothing: it compares, in the trained built-in teacher, the force of the loss on each expert's logit (its gradient,
+summed over the tokens of a batch) by running counts with that by exact ones: the cosine of the two over all experts of all
+blocks, per batch and of their sums over all batches, and the ratio of their norms.
 """
 
 import argparse
@@ -25,13 +30,16 @@ from slimqwen.artifacts.json_lines import append, read_lines, value_of
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
+from slimqwen.data.store import training_stream
 from slimqwen.data.tokenize import tokenize
 from slimqwen.evaluation.fidelity import heldout_rows
 from slimqwen.losses.balance import expert_counts, load_balancing_loss
 from slimqwen.losses.loss import LossWeights, align, chunked_loss
 from slimqwen.model.model import initialise, load, save
 from slimqwen.model.routing import observe_routing
-from slimqwen.recipe import DistilRecipe, Execution, Source, TextSettings
+from slimqwen.parallel.ranks import ALONE
+from slimqwen.recipe import BalancingCounts, DistilRecipe, Execution, Source, TextSettings
+from slimqwen.training.balancing import StepCounts
 from slimqwen.training.distil import distil
 from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.metrics import StepLog
@@ -97,11 +105,45 @@ def measure(folder: Path, tokens: Path, options: argparse.Namespace) -> dict[str
     }
 
 
+def compare_forces(tokens: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Return cosines and ratios of the force by running counts and that by exact ones."""
+    model, rows = load(checkpoint_folder("builtin")), options.batch_size
+    stream = training_stream(tokens, options.sequence_length, 0)
+    blocks = [block for block in model.family.moe_blocks(model.config) if not block.is_mtp]
+    forces: dict[str, list[torch.Tensor]] = {arm: [] for arm in ARMS}
+    for number in range(options.batches):
+        batch = stream.batch(number * rows, rows)
+        with torch.no_grad(), observe_routing(model, blocks) as seen:
+            model(batch.tokens, with_mtp=False)
+        routing = [seen[block.name] for block in blocks]
+        mask = torch.ones(rows * options.sequence_length, dtype=torch.bool)
+        for arm in ARMS:
+            logits = [of_block.logits.detach().requires_grad_() for of_block in routing]
+            counts = StepCounts(ALONE, BalancingCounts.model_validate({"kind": arm, "rows": options.rows}), rows)
+            met = counts.meet(routing, mask, rows)
+            loss = load_balancing_loss(logits, None, met, len(mask), model.family.router_scores)
+            gradients = torch.autograd.grad(loss, logits)
+            forces[arm].append(torch.stack([gradient.double().sum(0) for gradient in gradients]).flatten())
+
+    def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+
+    pairs = list(zip(*(forces[arm] for arm in ARMS), strict=True))
+    sums = [torch.stack(forces[arm]).sum(0) for arm in ARMS]
+    return {
+        "cosine": statistics.mean(cosine(*pair) for pair in pairs),
+        "lowest_cosine": min(cosine(*pair) for pair in pairs),
+        "norm_ratio": statistics.mean(float(running.norm() / exact.norm()) for exact, running in pairs),
+        "cosine_of_sums": cosine(*sums),
+        "norm_ratio_of_sums": float(sums[1].norm() / sums[0].norm()),
+    }
+
+
 def print_table(results: list[dict[str, float | str]]) -> None:
     """Print mean and standard deviation over the seeds, by settings and arm."""
     for settings in sorted({(r["steps"], r["sequence_length"], r["rows"]) for r in results}):
         ours = [r for r in results if (r["steps"], r["sequence_length"], r["rows"]) == settings]
-        print("{} steps of 8 x {} tokens, groups of {}".format(*settings))
+        print("{} steps of 8 x {} tokens, portions of {}".format(*settings))
         for arm in ARMS:
             of_arm = [r for r in ours if r["arm"] == arm]
             if not of_arm:
@@ -122,19 +164,27 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--measured-tokens", type=int, default=16384)
+    parser.add_argument("--force", action="store_true", help="Compare forces, and train nothing.")
+    parser.add_argument("--batches", type=int, default=16, help="Of --force.")
+    parser.add_argument("--batch-size", type=int, default=64, help="Of --force.")
     parser.add_argument("--table", action="store_true", help="Print what is measured, and measure nothing.")
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "results.jsonl"
     settings = {"steps": options.steps, "sequence_length": options.sequence_length, "rows": options.rows}
-    results = [value for line in read_lines(file) if (value := value_of(line))] if file.exists() else []
+    tokens = options.out / "tokens"
+    if not options.table and not tokens.exists():
+        tokenize([Source(builtin="python-stdlib", keep_fraction=0.2)], checkpoint_folder("builtin"), tokens)
+    if options.force:
+        names = ("batch_size", "sequence_length", "rows", "batches")
+        shape = {name: getattr(options, name) for name in names}
+        print(json.dumps(shape | compare_forces(tokens, options)))
+        return
+    results = [value for line in read_lines(file) if (value := value_of(line))]
     if not options.table:
         work = options.out / "-".join(map(str, settings.values()))
         work.mkdir(exist_ok=True)
-        tokens = options.out / "tokens"
-        if not tokens.exists():
-            tokenize([Source(builtin="python-stdlib", keep_fraction=0.2)], checkpoint_folder("builtin"), tokens)
         for seed in range(options.seeds):
             for arm in ARMS:
                 key = settings | {"arm": arm, "seed": seed}

@@ -79,15 +79,15 @@ def test_any_cut_of_the_batch_has_the_same_loss_and_gradient(cut: list[int]) -> 
 
 
 @pytest.mark.parametrize(
-    ("group", "cut"), [(2, [6]), (2, [2, 2, 2]), (2, [4, 2]), (2, [3, 3]), (4, [6]), (1, [1, 5]), (9, [3, 3])]
+    ("portion", "cut"), [(2, [6]), (2, [2, 2, 2]), (2, [4, 2]), (2, [3, 3]), (4, [6]), (1, [1, 5]), (9, [3, 3])]
 )
-def test_rows_meet_the_counts_up_to_the_end_of_their_group(group: int, cut: list[int]) -> None:
+def test_rows_meet_the_counts_up_to_the_end_of_their_portion(portion: int, cut: list[int]) -> None:
     """Six rows of four tokens, some of them padding, in any cut: against the definition, row by row."""
     g = torch.Generator().manual_seed(0)
     blocks = [torch.randn(24, 5, generator=g) for _ in range(2)]
     mask = torch.rand(24, generator=g) < 0.8
     routing = [Routing(logits, logits[:, :2], logits.topk(2).indices) for logits in blocks]
-    counts = StepCounts(ALONE, BalancingCounts(rows=group), step_rows=6)
+    counts = StepCounts(ALONE, BalancingCounts(rows=portion), step_rows=6)
     pieces = []
     for part in torch.arange(24).split([4 * rows for rows in cut]):
         of_part = [Routing(seen.logits[part], seen.gates[part], seen.experts[part]) for seen in routing]
@@ -100,13 +100,13 @@ def test_rows_meet_the_counts_up_to_the_end_of_their_group(group: int, cut: list
     for block, seen in enumerate(routing):
         expected = []
         for row in range(6):
-            end = 4 * min((row // group + 1) * group, 6)
+            end = 4 * min((row // portion + 1) * portion, 6)
             expected.append(expert_counts(seen.experts[:end], mask[:end], 5))
         assert torch.equal(torch.cat([piece[block] for piece in found]), torch.stack(expected))
 
 
 def test_counting_ahead_is_announced() -> None:
-    """Of 8 sequences in groups of 4: two at a time, or three, are no multiple of it; four are, and all at once need none."""
+    """Of 8 sequences in portions of 4: two at a time, or three, are no multiple of it; four are, and all at once need none."""
     counts = StepCounts(ALONE, BalancingCounts(rows=4), step_rows=8)
     assert "2 of its 8 sequences go through the model at one time, which is no multiple of the 4" in (
         counts.note(2) or ""

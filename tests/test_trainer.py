@@ -117,7 +117,7 @@ def test_any_cut_of_the_batch_is_the_same_step(
     """Losses, gradients and weights, load balancing over the whole batch included (its weight is large here).
 
     forwards: of the student, of each micro-batch. Only counts of a later micro-batch take a second one: with counts that run in
-    groups of two rows, two rows at a time take none.
+    portions of two rows, two rows at a time take none.
     """
     changes = {"load_balancing_coefficient": 0.5, "load_balancing_counts": counts, "warmup": "0 steps"}
     whole = trainer(folder, **changes)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from settings import sections
 from tiny import tiny_stream, write_tiny_checkpoint
 from torch import Tensor
@@ -19,6 +20,7 @@ from slimqwen.data.isolated import DocumentStream
 from slimqwen.data.stream import Batch, RowStream
 from slimqwen.losses.loss import count_targets
 from slimqwen.model.model import load
+from slimqwen.parallel.expert_parallel import exchanged_forward
 from slimqwen.parallel.ranks import ALONE
 from slimqwen.recipe import DistilRecipe
 from slimqwen.training.batches import Batches, StepRows
@@ -119,6 +121,25 @@ def test_a_step_waits_once(folder: Path, tmp_path: Path, isolated: bool, counts:
         with waits() as found:
             values = one.step(step)
         assert found == ["tolist"] and values["lm"] > 0 and values["grad_norm"] > 0
+
+
+def test_shared_experts_wait_once_in_a_forward_pass_and_never_in_a_backward_pass() -> None:
+    """For the sizes that ranks exchange; here one rank, which sends its pairs to itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        experts: Any = torch.nn.Module()
+        experts.num_experts = 3
+        hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        chosen, gates = torch.tensor([[0, 2], [1, 0], [2, 1], [2, 0]]), torch.full((4, 2), 0.5)
+        with waits() as found:
+            outputs = exchanged_forward(
+                experts, lambda rows, own, _: rows * (own + 1.0), dist.group.WORLD, hidden, chosen, gates
+            )
+            outputs.sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert found == ["tolist"]
+    torch.testing.assert_close(outputs, hidden * (chosen + 1.0).mean(1, keepdim=True))
 
 
 def test_the_modes_see_what_waits() -> None:

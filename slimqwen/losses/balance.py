@@ -22,25 +22,25 @@ def expert_counts(indices: Tensor, mask: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, indices.flatten(), selected.flatten())
 
 
-def counts_by_group(experts: Tensor, mask: Tensor, groups: Tensor, num_groups: int, num_experts: int) -> Tensor:
-    """Count what `expert_counts` does, of all blocks at once and apart for groups of rows.
+def counts_by_portion(experts: Tensor, mask: Tensor, portions: Tensor, num_portions: int, num_experts: int) -> Tensor:
+    """Count what `expert_counts` does, of all blocks at once and apart for portions of rows.
 
     Args:
         experts: [blocks, tokens, k] int64, the experts that each token was routed to; its rows are equally long, one after another.
         mask: [tokens] bool, True at real tokens.
-        groups: [rows] int64, the group of each row, from 0.
+        portions: [rows] int64, the portion of each row, from 0.
 
     Returns:
-        [num_groups, blocks, num_experts] int64.
+        [num_portions, blocks, num_experts] int64.
     """
     blocks, _, k = experts.shape
-    rows = len(groups)
-    first = groups * blocks + torch.arange(blocks, device=groups.device)[:, None]  # [blocks, rows]
+    rows = len(portions)
+    first = portions * blocks + torch.arange(blocks, device=portions.device)[:, None]  # [blocks, rows]
     places = experts.reshape(blocks, rows, -1) + first[..., None] * num_experts
     selected = mask.view(rows, -1, 1).expand(rows, -1, k).reshape(1, rows, -1).expand_as(places)
-    counts = torch.zeros(num_groups * blocks * num_experts, dtype=torch.int64, device=experts.device)
+    counts = torch.zeros(num_portions * blocks * num_experts, dtype=torch.int64, device=experts.device)
     counts.scatter_add_(0, places.flatten(), selected.to(torch.int64).flatten())
-    return counts.view(num_groups, blocks, num_experts)
+    return counts.view(num_portions, blocks, num_experts)
 
 
 def load_balancing_loss(

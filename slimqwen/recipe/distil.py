@@ -130,12 +130,12 @@ class BalancingCounts(Tagged):
     kind: Literal["running", "exact"] = Field(
         "running",
         description="How often each expert was chosen, which the probabilities of a row are multiplied with. 'running': by the rows of the "
-        "step up to this one, in groups of `rows` (the buffer of arXiv 2501.11873). 'exact': by all rows of the step; one of several "
-        "micro-batches then takes one more forward pass of the student, to count. A step of one group is the same in both.",
+        "step up to this one, in portions of `rows` (the buffer of arXiv 2501.11873). 'exact': by all rows of the step; one of several "
+        "micro-batches then takes one more forward pass of the student, to count. A step of one portion is the same in both.",
     )
     rows: PositiveInt = Field(
         8,
-        description="Of 'running': sequences of a group. A multiple of it must go through the model at one time, on all devices together "
+        description="Of 'running': sequences of a portion. A multiple of it must go through the model at one time, on all devices together "
         "(ranks x execution.micro_batch_size), or the step counts ahead as 'exact' does.",
     )
 
