@@ -14,13 +14,14 @@ from settings import sections
 from tiny import tiny_tokens, write_tiny_checkpoint, write_tiny_tokens
 from tiny_families import FAMILIES_NATIVE, GLM4_MOE, QWEN3_MOE
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
 from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.model.routing import observe_routing
 from slimqwen.parallel.expert_parallel import check_expert_ranks
-from slimqwen.parallel.ranks import add_up_gradients, join_ranks
+from slimqwen.parallel.ranks import add_up_gradients, join_ranks, sharded_dim
 from slimqwen.parallel.sharded_checkpoint import export, load_sharded, whole
 from slimqwen.recipe import DistilRecipe, TextSettings
 from slimqwen.training.distil import distil
@@ -103,6 +104,57 @@ def test_every_family_in_two_halves(tmp_path: Path) -> None:
         assert all(torch.equal(before[tensor], after[tensor]) for tensor in before), name
 
 
+def compare_split_by_another_dimension(folder: Path) -> None:
+    """Six experts on four ranks, and a gate of one row: neither is padded, and loading, gradients and export are those of one rank."""
+    device, checkpoint = torch.device("cpu"), Checkpoint(folder / "six")
+    with join_ranks(device) as ranks:
+        alone = load(folder / "six")
+        model = load_sharded(checkpoint, ranks, torch.float32, device, trains=True, reshard_after_forward=True)
+        sharded: dict[str, Any] = {name: found for name, found in model.tensors().items() if isinstance(found, DTensor)}
+        assert all(found.to_local().numel() * ranks.size == found.numel() for found in sharded.values())
+        by_column = {name for name, found in sharded.items() if found.placements == (Shard(1),)}
+        assert {name.rpartition(".experts.")[2] for name in by_column if ".experts." in name} == {
+            "gate_up_proj",
+            "down_proj",
+        }
+        assert any(name.endswith("shared_expert_gate.weight") for name in by_column)
+        tokens, row_weights = tiny_tokens(4), torch.ones(4)
+        own_row = slice(ranks.rank, ranks.rank + 1)
+        loss_of(alone, tokens, row_weights).backward()
+        loss_of(model, tokens[own_row], row_weights[own_row]).backward()
+        expected = alone.tensors()
+        for name, found in sharded.items():
+            assert error(whole(found.detach()), expected[name].detach()) == 0.0, name
+            if expected[name].grad is not None:  # lm_head has none
+                assert error(whole(found.grad), expected[name].grad) < GRADIENT, name
+        if ranks.is_first:
+            (folder / "exported").mkdir()
+        export(model, folder / "exported" if ranks.is_first else None, checkpoint)
+
+
+def test_what_a_first_dimension_would_pad_is_split_by_another(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "six", num_experts=6, **TWO_LAYERS)
+    run_ranks(4, compare_split_by_another_dimension, tmp_path)
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("six", "exported"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[tensor], after[tensor]) for tensor in before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "dim"),
+    [
+        ([256, 1024, 1536], 512, 1),  # experts
+        ([512, 1024, 1536], 512, 0),
+        ([151936, 1536], 512, 0),  # padded by 128 rows of 152,064
+        ([1, 1536], 8, 1),  # a shared expert's gate
+        ([6, 9], 4, 0),  # nothing divides
+        ([5], 4, 0),
+    ],
+)
+def test_dimension_of_a_split(shape: list[int], ranks: int, dim: int) -> None:
+    assert sharded_dim(shape, ranks) == dim
+
+
 # --- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +234,7 @@ def test_shared_experts_train_as_one(
 def test_resumed_on_other_expert_ranks(folder: Path, tmp_path: Path) -> None:
     """Two steps by two pairs, each of which shares the experts, one by one rank, one by a pair.
 
-    A rank of the first four has half of the six experts, and three experts FSDP cuts in two and one.
+    A rank of the first four has half of the six experts, and three experts FSDP cuts by another dimension.
     """
     train(folder, "qwen3_moe", tmp_path / "alone" / "out", {})
     out = tmp_path / "changing" / "out"

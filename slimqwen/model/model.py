@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -176,15 +177,19 @@ def allocate(model: nn.Module, device: torch.device, sharded_on: torch.device | 
             setattr(module, name, made[id(tensor)])
 
 
-Rows = tuple[torch.Tensor, int]
-"""Rows of a tensor that this process holds, and the number of the first of them."""
+class Rows(NamedTuple):
+    """Rows of a tensor that this process holds: from number `first` on, and of each the part `inner` (empty: all of it)."""
+
+    tensor: torch.Tensor
+    first: int = 0
+    inner: tuple[slice, ...] = ()
 
 
 @torch.no_grad()
 def fill(
     held: Mapping[str, torch.Tensor],
     checkpoint: Checkpoint,
-    own_rows: Callable[[torch.Tensor], Rows] = lambda tensor: (tensor, 0),
+    own_rows: Callable[[torch.Tensor], Rows] = Rows,
 ) -> None:
     """Copy a checkpoint into tensors that go by their names in the model; of sharded ones, what `own_rows` gives of each."""
     family, config = checkpoint.family, checkpoint.config
@@ -194,20 +199,22 @@ def fill(
             own = family.module_name(name, config)
             is_copy = block.is_mtp and not own.startswith(MTP_PREFIX)  # of an embedding, in GLM's MTP layer
             if own in held and not is_copy:  # the vision tower is not held
-                _fill_rows(*own_rows(held[own]), checkpoint, block, name)
+                _fill_rows(own_rows(held[own]), checkpoint, block, name)
                 filled.add(id(held[own]))
     unfilled = [name for name, tensor in held.items() if id(tensor) not in filled]
     assert not unfilled, f"{family.model_type}: no tensor fills {unfilled}"
 
 
-def _fill_rows(rows: torch.Tensor, first: int, checkpoint: Checkpoint, block: Block, name: str) -> None:
-    """Copy rows `first` and following of a checkpoint tensor, or of the experts that the module holds stacked."""
+def _fill_rows(rows: Rows, checkpoint: Checkpoint, block: Block, name: str) -> None:
+    """Copy rows of a checkpoint tensor, or of the experts that the module holds stacked."""
+    numbers = range(rows.first, rows.first + len(rows.tensor))
     if name in checkpoint.specs:
-        rows.copy_(checkpoint.read_slice(name, slice(first, first + len(rows))))
+        found = checkpoint.read_slice(name, slice(numbers.start, numbers.stop))
+        rows.tensor.copy_(found[(slice(None), *rows.inner)] if rows.inner else found)
         return
     experts = ExpertReader(checkpoint, block)
-    for row, expert in zip(rows, range(first, first + len(rows)), strict=True):
-        row.copy_(torch.cat(experts.read_joined(name.removeprefix(block.prefix), expert)))
+    for row, expert in zip(rows.tensor, numbers, strict=True):
+        row.copy_(torch.cat(experts.read_joined(name.removeprefix(block.prefix), expert))[rows.inner])
 
 
 def generation_config(folder: Path, backbone: PreTrainedModel) -> GenerationConfig:

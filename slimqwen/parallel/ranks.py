@@ -1,16 +1,17 @@
 """Many processes train one model: the ranks, their mesh, and every `fully_shard` call (PyTorch's FSDP2)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from slimqwen.core import torchrun
@@ -18,6 +19,8 @@ from slimqwen.core.errors import UserError
 from slimqwen.model.model import MtpCausalLM
 from slimqwen.parallel.expert_parallel import share_experts
 from slimqwen.parallel.job import TIMEOUT, Job, join_job
+
+PADDING = 1 / 16  # of a tensor's first dimension, up to which it is split by this dimension all the same
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def fully_sharded(model: nn.Module) -> FSDPModule:
 def shard(
     model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_after_forward: bool, offloads: bool = False
 ) -> None:
-    """Split every parameter over the ranks by its first dimension, and gather it, layer by layer, when it is used.
+    """Split every parameter over the ranks by one dimension (`sharded_dim`), and gather it, layer by layer, when it is used.
 
     Gradients are summed and not averaged: the loss is divided by the predictions of all ranks already.
 
@@ -216,14 +219,59 @@ def shard(
         # Layers get their input in bfloat16; a router's float32 gates must not be cast on their way to the experts.
         experts_policy = replace(policy, cast_forward_inputs=False)
         for module in experts:
-            wrap(module, mesh=mesh, mp_policy=experts_policy)
+            by_experts = partial(_placement, ranks=ranks.experts_mesh["shard"].size())
+            wrap(module, mesh=mesh, mp_policy=experts_policy, shard_placement_fn=by_experts)
+    settings: dict[str, Any] = {
+        "mesh": ranks.mesh,
+        "mp_policy": policy,
+        "ignored_params": whole,
+        "shard_placement_fn": partial(_placement, ranks=ranks.copy_ranks),
+    }
     for layer in layers:
-        wrap(layer, mesh=ranks.mesh, mp_policy=policy, ignored_params=whole)
+        wrap(layer, **settings)
     # Embedding, lm_head and what surrounds the layers stay gathered after the forward pass: the loss uses lm_head.
-    wrap(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=False)
+    wrap(model, reshard_after_forward=False, **settings)
     for module in (*experts, *layers, model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    if experts:
+        _prefetch(model, experts)
+
+
+def sharded_dim(shape: Sequence[int], ranks: int) -> int:
+    """Return the dimension by which a tensor is split over ranks: the first, unless its parts would be padded by more than PADDING.
+
+    In the first dimension FSDP pads every part to the largest, so 256 experts on 512 ranks would take the memory and the traffic of
+    512. Other dimensions must divide evenly, and a rank then reads all rows of a checkpoint's tensor to take its part of each.
+
+    Examples: [256, 1024, 1536] on 512 ranks: 1; [151936, 1536] on 512 ranks, padded by 0.1 %: 0; [1, 1536] on 8 ranks: 1.
+    """
+    padded = -(-shape[0] // ranks) * ranks
+    if padded <= shape[0] * (1 + PADDING):
+        return 0
+    return next((dim for dim, size in enumerate(shape) if dim > 0 and size % ranks == 0), 0)
+
+
+def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # what this rank has of shared experts
+    return Shard(sharded_dim(own.shape, ranks))
+
+
+def _prefetch(model: MtpCausalLM, experts: Iterable[nn.Module]) -> None:
+    """Gather each layer's weights while the layer before it is computed, in the forward and the backward pass.
+
+    FSDP gathers a layer when the host arrives at it, which is early enough where the host runs ahead of the device. Experts that ranks
+    share make it wait in every block, for the sizes of what is exchanged: the next layer's gathering would begin only after that. The MTP
+    module's layer is no part of the chain, since not every forward pass has one.
+    """
+    shared = {id(module) for module in experts}
+    layers = list(model.backbone.get_decoder().layers)
+    own = [[fully_sharded(module) for module in layer.modules() if id(module) in shared] for layer in layers]
+    chain = [fully_sharded(layer) for layer in layers]
+    fully_sharded(model).set_modules_to_forward_prefetch(chain[:1])
+    for number, layer in enumerate(chain):
+        layer.set_modules_to_forward_prefetch([*own[number], *chain[number + 1 : number + 2]])
+        layer.set_modules_to_backward_prefetch([*own[number], *chain[max(number - 1, 0) : number]])
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -2,12 +2,11 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from slimqwen.checkpoint.reader import Checkpoint
@@ -57,30 +56,41 @@ def fill_own(held: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
 
 
 def _own_rows(tensor: Tensor) -> Rows:
-    """Return this rank's rows and the number of the first of them."""
+    """Return the rows of which this rank has a part, the number of the first of them, and which part."""
     if not isinstance(tensor, DTensor):
-        return tensor, 0
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), offset[0]
+        return Rows(tensor)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    inner = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
+    return Rows(tensor.to_local(), offset[0], inner if tuple(shape[1:]) != tuple(tensor.shape[1:]) else ())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the tensor itself, or all its shards put together. Called by all ranks at once.
 
-    `expert_ranks` cut a stack of experts before FSDP, whose dimension is the mesh's first, cuts what each rank has. This
-    undoes one after the other, FSDP's first; `DTensor.full_tensor` fails where that cut is uneven.
+    `expert_ranks` cut a stack of experts before FSDP, whose dimension is the mesh's first, cuts what each rank has, by the same dimension of
+    the tensor or another one (`sharded_dim`). This undoes one after the other, FSDP's first; `DTensor.full_tensor` fails where that cut is
+    uneven.
     """
     if not isinstance(tensor, DTensor):
         return tensor
     mesh, rows = tensor.device_mesh, tensor.to_local()
-    dims = [dim for dim, placement in enumerate(tensor.placements) if placement != Replicate()]
-    for position, dim in enumerate(dims):
-        parts = prod(mesh.size(later) for later in dims[position + 1 :])
+    cuts = [(number, cut) for number, cut in enumerate(tensor.placements) if cut != Replicate()]
+    for position, (number, cut) in enumerate(cuts):
         assert mesh.mesh_dim_names is not None
-        part = torch.empty(tensor.shape[0] // parts, *tensor.shape[1:], device="meta")
-        line = mesh[mesh.mesh_dim_names[dim]]
-        rows = DTensor.from_local(rows, line, [Shard(0)], shape=part.shape, stride=part.stride()).full_tensor()
+        shape = list(tensor.shape)  # of what the later cuts leave
+        for later, other in cuts[position + 1 :]:
+            shape[_cut_dim(other)] //= mesh.size(later)
+        part = torch.empty(shape, device="meta")
+        line = mesh[mesh.mesh_dim_names[number]]
+        placement = Shard(_cut_dim(cut))
+        rows = DTensor.from_local(rows, line, [placement], shape=part.shape, stride=part.stride()).full_tensor()
     return rows
+
+
+def _cut_dim(placement: Placement) -> int:
+    """Return the dimension of the tensor that a placement which is not whole cuts."""
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim
 
 
 class Gathered(Mapping[str, Tensor]):

@@ -49,10 +49,9 @@ class Moments:
         self.config: Config = trained.config
         self.layouts: dict[str, Layout] = dict.fromkeys(trained.layouts, "fused")
         self.specs: dict[str, TensorSpec] = {spec.name: spec for spec in self.family.tensors(self.config, self.layouts)}
-        self._pieces: dict[str, list[tuple[int, Path]]] = {}
+        self._pieces: dict[str, list[tuple[tuple[int, ...], Path]]] = {}
         for index, where in dcp.HuggingFaceStorageReader(str(state)).read_metadata().storage_data.items():
-            first_row = index.offset[0] if index.offset else 0
-            self._pieces.setdefault(index.fqn, []).append((first_row, Path(where.relative_path)))
+            self._pieces.setdefault(index.fqn, []).append((tuple(index.offset or ()), Path(where.relative_path)))
         files = {file for pieces in self._pieces.values() for _, file in pieces}
         self._handles = {file: open_weights(file) for file in files}
         self._joined = lru_cache(maxsize=2)(self._join)  # a layer's experts are read alternately from two stacks
@@ -75,9 +74,18 @@ class Moments:
         return torch.float32
 
     def _join(self, key: str) -> Tensor:
-        """Concatenate the rows that the ranks saved."""
-        pieces: list[Tensor] = [self._handles[file].get_tensor(key) for _, file in sorted(self._pieces[key])]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        """Put together the parts that the ranks saved."""
+        pieces: list[Tensor] = [self._handles[file].get_tensor(key) for _, file in self._pieces[key]]
+        if len(pieces) == 1:
+            return pieces[0]
+        places = [
+            tuple(slice(start, start + size) for start, size in zip(offset, piece.shape, strict=True))
+            for (offset, _), piece in zip(self._pieces[key], pieces, strict=True)
+        ]
+        joined = pieces[0].new_empty([max(place[dim].stop for place in places) for dim in range(pieces[0].dim())])
+        for place, piece in zip(places, pieces, strict=True):
+            joined[place] = piece
+        return joined
 
 
 @makes_folder("states", "trained", "plan")
