@@ -12,7 +12,7 @@ are not there; `DELTA_RULE` stands for them. Live bytes are those of all tensors
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # shapes of collectives, for fake tensors
 import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.distributed.device_mesh import DeviceMesh
@@ -207,6 +207,10 @@ def fake_ranks(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _ones(shape: Sequence[int]) -> Any:
+    return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1.0
+
+
 def _really(function: Any) -> Any:
     """Wrap a function that computes with real tensors wherever it is called."""
 
@@ -235,10 +239,15 @@ def tracing() -> Iterator[Tracing]:
         sizes = [each + (rank < rest) for rank in range(len(sent))]
         return sizes, sizes
 
+    def read(tensor: Tensor) -> Any:  # all numbers of a tensor at once: one wait
+        trace._synchronise()
+        return _ones(tensor.shape)
+
     with ExitStack() as stack:
         for name in ("alloc_storage", "free_storage"):
             stack.enter_context(patch.object(fsdp_param, name, followed(getattr(fsdp_param, name))))
         stack.enter_context(patch.object(expert_parallel, "read_row_counts", balanced))
+        stack.enter_context(patch.object(FakeTensor, "tolist", read))
         for name in ("__init__", "__getitem__"):  # of a mesh, which counts ranks by tensors
             stack.enter_context(patch.object(DeviceMesh, name, _really(getattr(DeviceMesh, name))))
         stack.enter_context(_stand_ins())

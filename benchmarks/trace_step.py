@@ -1,6 +1,6 @@
 """What an optimiser step sends, launches, waits for and keeps in memory on one GPU of many, counted without a GPU.
 
-    python benchmarks/trace_step.py [--layers N] [--world 64] [--node 8] [--shard-ranks N|auto|all] [--expert-ranks N|auto] [--json]
+    python benchmarks/trace_step.py [--layers N] [--world 64] [--node 8] [--shard-ranks N] [--expert-ranks N] [--json]
 
 The real `Trainer.step` at the shapes of recipes/qwen3-next-80b-a3b.json and recipes/slimqwen-23a2b.yaml, as rank 0 of `--world`
 ranks, on fake tensors (`fake_ranks.py`, which says what is exact): a step of `--micro-batches` micro-batches of 4,096 tokens,
@@ -31,6 +31,7 @@ from slimqwen.parallel.ranks import Ranks
 from slimqwen.recipe import DistilRecipe, Duration, Execution, Target
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.target import completed, target_config
+from slimqwen.training.shares import choose_shares
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
@@ -40,11 +41,12 @@ STEPS = 10_000  # of the whole run: in the middle all terms of the loss have a w
 
 @dataclass(frozen=True)
 class Traced:
-    """What is traced. teacher_layers, student_layers: None for all; changes: of both models' configs."""
+    """What is traced. shard_ranks, expert_ranks: as in a recipe, for nodes of `node` ranks; teacher_layers, student_layers: None for all."""
 
     world: int = 64
-    shard_ranks: int | None = None
-    expert_ranks: int | None = None
+    node: int = 8
+    shard_ranks: int | str | None = None
+    expert_ranks: int | str | None = None
     teacher_layers: int | None = None
     student_layers: int | None = None
     sequence_length: int = 4096
@@ -113,17 +115,22 @@ def trace_step(traced: Traced) -> tuple[Counts, int]:
     recipe = DistilRecipe(
         tokens=STEPS * batch_size * traced.sequence_length, batch_size=batch_size, warmup=Duration(0, "steps")
     )
-    execution = traced.execution.model_copy(update={"micro_batch_size": 1})
+    shares = {"shard_ranks": traced.shard_ranks, "expert_ranks": traced.expert_ranks}
+    execution = Execution.model_validate({**traced.execution.model_dump(), **shares, "micro_batch_size": 1})
+    experts = [config["num_experts"] for config in (teacher_config, student_config)]
+    chosen = choose_shares(traced.world, min(traced.node, traced.world), experts, execution, lambda ranks: True)
     device = torch.device("cpu")
     with fake_ranks(traced.world):
         job = Job(0, traced.world)
-        meshes = ranks_module._meshes(job, device, traced.shard_ranks or traced.world, traced.expert_ranks or 1)
+        meshes = ranks_module._meshes(job, device, *chosen)
         ranks = Ranks(0, traced.world, *meshes)
         with tracing() as trace:
             teacher = LiveTeacher(load_fake(family, teacher_config, ranks, trains=False).eval(), teaches_mtp=False)
             student = Student(load_fake(family, student_config, ranks, trains=True).train(), family, student_config)
             rows: Any = Rows(traced.sequence_length)
             trainer = Trainer(student, teacher, rows, recipe, Span(0, STEPS, STEPS), ranks, execution)
+            for number, layer in enumerate(student.model.backbone.get_decoder().layers):
+                layer.register_forward_pre_hook(lambda *_, number=number: trace.note(f"layer {number}"))
             trace.counts, held = Counts(), trace.live
             trainer.step(STEPS // 2)
     return trace.counts, held
@@ -134,17 +141,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="End with one line of JSON.")
     parser.add_argument("--world", type=int, default=64)
-    parser.add_argument("--shard-ranks", type=int)
-    parser.add_argument("--expert-ranks", type=int)
-    parser.add_argument("--layers", type=int)
+    parser.add_argument("--node", type=int, default=8, help="Ranks of a node, for what is auto.")
+    parser.add_argument("--shard-ranks", default="auto", help="A number, all, or auto: those of a node.")
+    parser.add_argument("--expert-ranks", default="auto", help="A number, or auto.")
+    parser.add_argument("--layers", type=int, help="Of teacher and student; by default all.")
     parser.add_argument("--teacher-layers", type=int)
     parser.add_argument("--student-layers", type=int)
     parser.add_argument("--micro-batches", type=int, default=1)
     options = parser.parse_args()
     traced = Traced(
         world=options.world,
-        shard_ranks=options.shard_ranks,
-        expert_ranks=options.expert_ranks,
+        node=options.node,
+        shard_ranks=options.shard_ranks if options.shard_ranks in ("auto", "all") else int(options.shard_ranks),
+        expert_ranks=options.expert_ranks if options.expert_ranks == "auto" else int(options.expert_ranks),
         teacher_layers=options.teacher_layers or options.layers,
         student_layers=options.student_layers or options.layers,
         micro_batches=options.micro_batches,
