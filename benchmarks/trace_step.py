@@ -92,10 +92,8 @@ def load_fake(family: Family, config: Config, ranks: Ranks, *, trains: bool) -> 
     checkpoint: Any = SimpleNamespace(family=family, config=config, folder=Path("fake"), has_mtp=has_mtp)
     shard = partial(ranks_module.shard, mixed_precision=trains)
 
-    def shard_as_on_gpus(
-        model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, reshard_after_forward: bool
-    ) -> None:
-        shard(model, ranks, reshard_after_forward=reshard_after_forward)
+    def shard_as_on_gpus(model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, **settings: Any) -> None:
+        shard(model, ranks, **settings)
 
     with patch.object(sharded_checkpoint, "fill_own"), patch.object(sharded_checkpoint, "shard", shard_as_on_gpus):
         return sharded_checkpoint.load_sharded(

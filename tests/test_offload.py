@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rounding import TRAINED, assert_trained_alike
-from test_optimizer import killed_and_resumed, same_weights, weights
+from test_optimizer import killed_and_resumed, recipe, same_weights, weights
 from test_optimizer import train as train_alone
 from test_trainer import metrics, train
 from tiny import write_tiny_checkpoint, write_tiny_tokens
@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
+from slimqwen.model.model import load
 from slimqwen.parallel import ranks as ranks_module
 from slimqwen.parallel.ranks import join_ranks
 from slimqwen.parallel.sharded_checkpoint import load_sharded
 from slimqwen.recipe import OptimizerRecipe
-from slimqwen.training.optimizer import check_optimizer
+from slimqwen.training.optimizer import build_optimizer, check_optimizer, freeze_untrained, parts_of
+from slimqwen.training.state import _unwrap
 
 pytestmark = pytest.mark.rounding
 
@@ -89,3 +91,40 @@ def test_what_does_not_go_with_it(folder: Path) -> None:
     check_optimizer(OptimizerRecipe(), student, offloads=True)
     with pytest.raises(UserError, match=r"muon does not go with execution.offload"):
         check_optimizer(OptimizerRecipe(kind="muon"), student, offloads=True)
+
+
+# --- 8 bits: with torchao itself, where it is installed ----------------------------------------------------------------
+
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package, its step not compiled, which takes a minute per shape."""
+    pytest.importorskip("torchao.optim", reason="adamw_8bit is torchao's, which is not installed")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.usefixtures("torchao")
+def test_moments_in_8_bits_take_a_byte_and_a_scale_for_256(folder: Path) -> None:
+    settings = recipe(train="no_experts", optimizer="adamw_8bit")
+    checkpoint = Checkpoint(folder / "student")
+    model = load(checkpoint.folder)
+    parts = parts_of(checkpoint.family, checkpoint.config)
+    parameters = freeze_untrained(model, parts, settings["recipe"].trained_parts, with_mtp=True)
+    optimizer = build_optimizer(parameters, parts, settings["recipe"].optimizer)
+    large = {name: parameter for name, parameter in parameters.items() if parameter.numel() % 4096 == 0}
+    assert large and not any(".experts." in name for name in parameters)
+    for parameter in large.values():
+        inner = _unwrap("exp_avg", optimizer.state[parameter]["exp_avg"])
+        held = {key: tensor.numel() * tensor.itemsize for key, tensor in inner.items() if "qmap" not in key}
+        assert sum(held.values()) == parameter.numel() + 4 * parameter.numel() // 256, held
+
+
+@pytest.mark.usefixtures("torchao")
+def test_moments_in_8_bits_in_the_hosts_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a frozen part, with an average: as without offloading, and resumed as uninterrupted."""
+    changes = {"optimizer": "adamw_8bit", "train": "no_experts", "ema_decay": 0.5}
+    plain = train_alone(folder, tmp_path / "plain" / "out", changes)
+    resumed = killed_and_resumed(folder, tmp_path / "out", changes | {"offload": "student"}, monkeypatch)
+    assert_trained_alike(weights(resumed), weights(plain))
+    again = train_alone(folder, tmp_path / "again" / "out", changes | {"offload": "student"})
+    assert same_weights(resumed, again)

@@ -213,11 +213,15 @@ def _named_tensors(parameters: dict[str, Tensor], optimizer: torch.optim.Optimiz
 
 
 def _unwrap(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return a tensor, or the plain tensors inside a wrapper subclass: an 8-bit moment consists of codes and scales."""
-    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
+    """Return a tensor, or the plain tensors inside a wrapper subclass: an 8-bit moment consists of codes and scales.
+
+    Such a moment is for one device: of an offloaded one the shard is all of it.
+    """
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not is_traceable_wrapper_subclass(own):
         return {name: tensor}
-    inner, _ = tensor.__tensor_flatten__()
-    return {f"{name}.{part}": getattr(tensor, part) for part in inner}
+    inner, _ = own.__tensor_flatten__()
+    return {f"{name}.{part}": getattr(own, part) for part in inner}
 
 
 def _file_numbers(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, int]:

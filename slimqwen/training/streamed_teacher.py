@@ -90,12 +90,13 @@ def goes_layer_by_layer(
     """
     if execution.streaming_teacher is not None:
         return execution.streaming_teacher
-    if execution.offload == "all":
-        return False
     device = ranks.device_of(student)
+    if execution.offload == "all" and device.type != "cpu":
+        return False
     sharing = ranks.copy_ranks
     needed = dtype.itemsize * sum(prod(spec.shape) for spec in teacher.specs.values() if spec.part != "vision")
-    held = sum(_training_bytes(tensor) for tensor in student.tensors().values()) if execution.offload == "none" else 0
+    is_elsewhere = execution.offload != "none" and device.type != "cpu"
+    held = 0 if is_elsewhere else sum(_training_bytes(tensor) for tensor in student.tensors().values())
     available = limit_bytes() if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
     processes = torchrun.local_world_size() if device.type == "cpu" else 1
     if available is None or processes * (needed + held) // sharing <= available:
