@@ -118,9 +118,8 @@ def agreement(
     steps = [new.float() - old.float() for new, old in zip(refitted, matrices, strict=True)]
     scratch.copy_(target)
     subtract_outputs(elsewhere, matrices, scratch)
-    errors = [
-        squared_norm(scratch, left_out, total)
-    ]  # |r - a D|^2 of a = 0, 1 and 2: a parabola, and D need not be kept
+    # |r - a D|^2 of a = 0, 1 and 2: a parabola, and D need not be kept.
+    errors = [squared_norm(scratch, left_out, total)]
     for _ in range(2):
         subtract_outputs(elsewhere, steps, scratch)
         errors.append(squared_norm(scratch, left_out, total))
