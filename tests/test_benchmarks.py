@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from test_cli import assert_one_sentence, slimqwen
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 
 from slimqwen.core.errors import StageFailed, UserError
+from slimqwen.core.torchrun import rank
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.evaluation.benchmarks import (
     Benchmarks,
@@ -24,6 +26,7 @@ from slimqwen.evaluation.benchmarks import (
 from slimqwen.evaluation.evalplus import CONSENT, DATA_VARIABLES, EVALPLUS, evalplus_identity, run_evalplus
 from slimqwen.evaluation.harness import GroupMetric, GroupScores, Harness, Metric, Scores, TaskScores
 from slimqwen.model.model import load
+from slimqwen.parallel.lockstep import FirstRanksScores
 from slimqwen.recipe import Execution
 
 datasets = pytest.importorskip("datasets")
@@ -140,6 +143,28 @@ def test_side_by_side_with_paired_differences(world: Path, tmp_path: Path) -> No
     for row in result.results:
         if row.model == "teacher":
             assert row.difference == 0 and row.difference_stderr == 0
+
+
+def answer(world: Path, out: Path) -> None:
+    """Both tasks, with the data of `world`. The second rank alone would choose other tokens, and end at another one."""
+    if rank() == 1:
+        own_scores = FirstRanksScores.__call__
+        FirstRanksScores.__call__ = lambda self, ids, scores: own_scores(self, ids, -scores)  # type: ignore[method-assign]
+    datasets.config.HF_DATASETS_CACHE = world / "cache"
+    one = {"student": world / "student"}
+    benchmark(one, out, Tasks(["tiny_group"], world / "tasks"), execution=Execution(device="cpu", expert_ranks=2))
+
+
+@pytest.mark.rounding
+def test_two_ranks_that_share_a_model_score_as_one(world: Path, tmp_path: Path) -> None:
+    answer(world, tmp_path / "one.json")
+    run_ranks(2, answer, world, tmp_path / "many.json")
+    one, many = (Benchmarks.model_validate_json((tmp_path / f"{name}.json").read_bytes()) for name in ("one", "many"))
+    assert one == many and len(one.results) == 4
+    kept = {name: sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "many")}
+    assert kept["one"] == kept["many"]
+    scores = [json.loads((tmp_path / name / kept[name][0]).read_text())["scores"] for name in ("one", "many")]
+    assert scores[0] == scores[1]  # question by question
 
 
 def test_the_same_command_continues(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

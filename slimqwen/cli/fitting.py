@@ -27,6 +27,7 @@ from slimqwen.cli.options import (
 from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.core.terminal import show, show_json, show_result
+from slimqwen.core.torchrun import rank
 from slimqwen.recipe import Execution, Target
 
 if TYPE_CHECKING:  # it takes numpy, which no other command's --help should wait for
@@ -163,7 +164,7 @@ def _write_picked(candidates: "Sequence[Candidate]", pick: int, out: Path | None
 
     if pick > len(candidates):
         raise UserError(f"--pick {pick}: the list has {len(candidates)} shapes.")
-    if out is not None:
+    if out is not None and rank() == 0:
         write_target(candidates[pick - 1], out)
         say(f"target {pick} written to {out}")
 

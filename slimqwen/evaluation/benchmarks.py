@@ -5,7 +5,9 @@ times smaller than that of two separate scores.
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +19,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from slimqwen.artifacts import fingerprint_value, makes_file, write_json
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError, did_you_mean
-from slimqwen.core.progress import say
+from slimqwen.core.progress import quiet, say
 from slimqwen.core.terminal import DataTable
 from slimqwen.core.warning import warn
 from slimqwen.data.tokenizer import load_tokenizer
 from slimqwen.evaluation.benchmark_results import FORMAT, Benchmarks, Result, identity_of
 from slimqwen.evaluation.evalplus import EVALPLUS, evalplus_identity, run_evalplus
 from slimqwen.evaluation.harness import GroupMetric, Harness, Metric, Scores
+from slimqwen.evaluation.loading import load_for_all
 from slimqwen.model.device import resolve_device, resolve_dtype
-from slimqwen.model.model import load
+from slimqwen.model.model import generation_config
+from slimqwen.parallel.job import Job, join_job
+from slimqwen.parallel.lockstep import generate_in_step
 from slimqwen.recipe import Execution
 
 SUITES = {
@@ -76,6 +81,9 @@ def benchmark(
     One model is in memory at a time. Each finished (model, task) is kept in a folder beside `out`, with its name without
     the suffix, and reused where checkpoint, data and settings are the same.
 
+    All processes that torchrun started may call it together: each model is sharded over them, and all answer the same questions
+    at once (so they are no faster than one that could hold the model). EvalPlus, a program of its own, runs on the first.
+
     Args:
         models: name -> checkpoint folder; the tokenizers may differ.
         teacher: the name in `models` that all are compared with; None: no differences.
@@ -90,26 +98,31 @@ def benchmark(
     if EVALPLUS in tasks.names:
         identities[EVALPLUS] = evalplus_identity()
     device = resolve_device(execution.device)
-    runner = _Runner(
-        harness, identities, out.with_suffix(""), execution.batch_size, device, resolve_dtype(dtype, device)
-    )
-    measured = {name: identity_of(checkpoint.folder) for name, checkpoint in checkpoints.items()}
-    scores = {name: runner.run(name, checkpoint.folder, measured[name]) for name, checkpoint in checkpoints.items()}
-    result = Benchmarks(
-        format=FORMAT,
-        teacher=teacher,
-        models={name: str(checkpoint.folder) for name, checkpoint in checkpoints.items()},
-        identities=measured,
-        limit=tasks.limit,
-        shots=tasks.shots,
-        results=[
-            row
-            for name in checkpoints
-            for task in tasks.names
-            for row in results_of(name, task, scores[name][task], None if teacher is None else scores[teacher][task])
-        ],
-    )
-    write_json(out, result.model_dump(mode="json"))
+    with join_job(device) as job, quiet(not job.is_first):
+        runner = _Runner(
+            harness, identities, out.with_suffix(""), resolve_dtype(dtype, device), device, job, execution=execution
+        )
+        measured = {name: identity_of(checkpoint.folder) for name, checkpoint in checkpoints.items()}
+        scores = {name: runner.run(name, checkpoint, measured[name]) for name, checkpoint in checkpoints.items()}
+        result = Benchmarks(
+            format=FORMAT,
+            teacher=teacher,
+            models={name: str(checkpoint.folder) for name, checkpoint in checkpoints.items()},
+            identities=measured,
+            limit=tasks.limit,
+            shots=tasks.shots,
+            results=[
+                row
+                for name in checkpoints
+                for task in tasks.names
+                for row in results_of(
+                    name, task, scores[name][task], None if teacher is None else scores[teacher][task]
+                )
+            ],
+        )
+        if job.is_first:
+            write_json(out, result.model_dump(mode="json"))
+        job.wait()
     return result
 
 
@@ -124,35 +137,61 @@ class _Runner:
         harness: Harness | None,
         identities: Mapping[str, Mapping[str, Any]],
         folder: Path,
-        batch_size: int,
-        device: torch.device,
         dtype: torch.dtype,
+        device: torch.device,
+        job: Job,
+        *,
+        execution: Execution,
     ) -> None:
         self._harness = harness
         self._identities = identities
         self._folder = folder
-        self._batch_size = batch_size
-        self._device = device
-        self._dtype = dtype
+        self._dtype, self._device, self._job = dtype, device, job
+        self._execution = execution
 
-    def run(self, name: str, checkpoint: Path, identity: str) -> dict[str, Scores]:
-        """Run every task that is not finished. name: for messages. identity: `identity_of(checkpoint)`."""
+    def run(self, name: str, checkpoint: Checkpoint, identity: str) -> dict[str, Scores]:
+        """Run every task that is not finished. name: for messages. identity: `identity_of(checkpoint.folder)`."""
         files = {task: self._file(task, identity) for task in self._identities}
-        scores = {task: found for task, file in files.items() if (found := _read(*file)) is not None}
+        scores = {task: found for task in files if (found := self._finished(*files[task])) is not None}
         left = [task for task in files if task not in scores]
         if len(left) < len(files):
             say(f"benchmarks of {name}: {len(files) - len(left)} of {len(files)} tasks are done already")
         if EVALPLUS in left:
             say(f"benchmarks of {name}: {EVALPLUS}")
-            scores[EVALPLUS] = _keep(*files[EVALPLUS], run_evalplus(checkpoint, self._folder, str(self._dtype)))
+
+            def run_alone() -> str:
+                return run_evalplus(checkpoint.folder, self._folder, str(self._dtype)).model_dump_json()
+
+            found = Scores.model_validate_json(self._job.lead(run_alone))
+            scores[EVALPLUS] = self._keep(*files[EVALPLUS], found)
             left.remove(EVALPLUS)
         if left:
             assert self._harness is not None
-            model = load(checkpoint, self._dtype, self._device)
-            tokenizer = load_tokenizer(checkpoint)
+            model = load_for_all(checkpoint, self._execution, self._dtype, self._device, self._job)
+            if not self._job.is_alone:
+                model.backbone.generation_config = generation_config(checkpoint.folder, model.backbone)
+                generate_in_step(model.backbone)
+            tokenizer = load_tokenizer(checkpoint.folder)
             for task in left:
                 say(f"benchmarks of {name}: {task}")
-                scores[task] = _keep(*files[task], self._harness.run(model, tokenizer, task, self._batch_size))
+                with nullcontext() if self._job.is_first else _without_stderr():
+                    found = self._harness.run(model, tokenizer, task, self._execution.batch_size)
+                scores[task] = self._keep(*files[task], found)
+        return scores
+
+    def _finished(self, key: str, file: Path) -> Scores | None:
+        """Read finished scores, on every rank what the first finds."""
+
+        def read() -> str:
+            found = _read(key, file)
+            return "" if found is None else found.model_dump_json()
+
+        found = self._job.lead(read)
+        return Scores.model_validate_json(found) if found else None
+
+    def _keep(self, key: str, file: Path, scores: Scores) -> Scores:
+        if self._job.is_first:
+            write_json(file, _Finished(key=key, scores=scores).model_dump(mode="json"))
         return scores
 
     def _file(self, task: str, identity: str) -> tuple[str, Path]:
@@ -256,9 +295,11 @@ def _cell(result: Result, is_teacher: bool) -> str:
     return result.score if result.change is None or is_teacher else f"{result.score} ({result.change})"
 
 
-def _keep(key: str, file: Path, scores: Scores) -> Scores:
-    write_json(file, _Finished(key=key, scores=scores).model_dump(mode="json"))
-    return scores
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Show nothing of the harness's progress, which the first rank shows already."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def _read(key: str, file: Path) -> Scores | None:

@@ -16,6 +16,7 @@ from slimqwen.evaluation.examinee import Examinee, InMemory
 from slimqwen.evaluation.layer_by_layer import LayerByLayer
 from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.parallel.job import Job
+from slimqwen.parallel.lockstep import begin_forward_passes
 from slimqwen.parallel.ranks import join_ranks
 from slimqwen.parallel.sharded_checkpoint import load_sharded
 from slimqwen.parallel.shares import Shares, choose_shares
@@ -31,12 +32,29 @@ def load_examinee(
     execution: Execution,
 ) -> Examinee:
     """Load a model to be measured, on all ranks of the job. shape: of the text of each, how many rows and positions of a row."""
+    shares = agree_on_shares(checkpoint, execution, dtype, device, job)
+    if shares is None:
+        return LayerByLayer(checkpoint, shape, dtype, device, job, execution)
+    model = load_shared(checkpoint, shares, execution, dtype, device)
+    return InMemory(model, checkpoint, execution.batch_size, job)
+
+
+def load_for_all(
+    checkpoint: Checkpoint, execution: Execution, dtype: torch.dtype, device: torch.device, job: Job
+) -> MtpCausalLM:
+    """Load a model for forward passes on all ranks of the job, into memory whether it fits or not."""
+    shares = agree_on_shares(checkpoint, execution.model_copy(update={"streaming": False}), dtype, device, job)
+    assert shares is not None
+    return load_shared(checkpoint, shares, execution, dtype, device)
+
+
+def agree_on_shares(
+    checkpoint: Checkpoint, execution: Execution, dtype: torch.dtype, device: torch.device, job: Job
+) -> Shares | None:
+    """Choose for all ranks of a job the same (`choose_way`)."""
     ranks, node = job.share[1], gcd(*job.gather(torchrun.local_world_size()))
     found = json.loads(job.lead(lambda: json.dumps(choose_way(checkpoint, dtype, device, ranks, node, execution))))
-    if found is None:
-        return LayerByLayer(checkpoint, shape, dtype, device, job, execution)
-    model = _load(checkpoint, execution, dtype, device, None if ranks == 1 else Shares(*found))
-    return InMemory(model, checkpoint, execution.batch_size, job)
+    return None if found is None else Shares(*found)
 
 
 def choose_way(
@@ -71,16 +89,18 @@ def choose_way(
     return None
 
 
-def _load(
-    checkpoint: Checkpoint, execution: Execution, dtype: torch.dtype, device: torch.device, shares: Shares | None
+def load_shared(
+    checkpoint: Checkpoint, shares: Shares, execution: Execution, dtype: torch.dtype, device: torch.device
 ) -> MtpCausalLM:
     """Load a model for forward passes: all of it, or sharded over the ranks of the job, as in training."""
-    if shares is None:
+    if shares.shard_ranks == 1:
         return load(checkpoint.folder, dtype, device)
     gc.collect()  # the modules of a sharded model refer to one another: the one before would stay for a while
     with join_ranks(device, *shares) as ranks:
         reshards = execution.reshard_teacher
-        return load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshards)
+        model = load_sharded(checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshards)
+        begin_forward_passes(model, device)
+        return model
 
 
 def _held_numbers(checkpoint: Checkpoint, shares: Shares) -> int:
