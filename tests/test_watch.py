@@ -50,7 +50,7 @@ STATES = {function.__name__: function for function in (wait_for_the_first, work,
 
 def end_in(state: str, ended: int, how: str) -> None:
     """A job in this state, of which one rank is killed, hangs (and is killed much later), is busy, or fails."""
-    watch.BEAT_SECONDS, watch.MISSED_BEATS, ending.END_SECONDS = 0.1, 60, 1.0
+    watch.BEAT_SECONDS, watch.MISSED_BEATS, ending.END_SECONDS = 0.1, 40, 1.0
 
     def begin() -> None:
         with join_job(CPU) as job:
@@ -60,7 +60,7 @@ def end_in(state: str, ended: int, how: str) -> None:
             time.sleep(0.3)
             if how == "fails":
                 raise UserError("the recipe is wrong.")
-            ctypes.PyDLL(None).sleep({"is killed": 0, "is busy": 2, "hangs": 9}[how])  # with Python's lock
+            ctypes.PyDLL(None).sleep({"is killed": 0, "is busy": 1, "hangs": 6}[how])  # with Python's lock
             if how != "is busy":
                 os.kill(os.getpid(), signal.SIGKILL)
 
