@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import Ranks, run_ranks
 
 from slimqwen.cli.border import guarded
 from slimqwen.core.errors import UserError
@@ -90,6 +90,17 @@ def test_an_error_ends_all_with_its_exit_code() -> None:
     codes, said = Ranks(2, end_in, "work", 1, "fails").end(20.0)
     assert codes == [2, 2], said
     assert said.count("error:") == 1 and "rank 1: error: the recipe is wrong." in said, said
+
+
+def join_twice() -> None:
+    """Two jobs of the same processes, one after the other."""
+    for number in range(2):
+        with join_job(CPU) as job:
+            assert job.gather([number, rank()]) == [[number, 0], [number, 1]]
+
+
+def test_processes_join_one_job_after_another() -> None:
+    run_ranks(2, join_twice)
 
 
 def test_a_rank_that_is_busy_for_a_while_ends_nothing() -> None:

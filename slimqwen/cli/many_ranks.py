@@ -1,6 +1,7 @@
 """Commands that torchrun starts many times: what all ranks of the job do, and what the first does while the others wait."""
 
 import contextlib
+import importlib
 import io
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +15,17 @@ from slimqwen.core.torchrun import rank, world_size
 # Commands that join the job themselves. Of those that make one stage, the stage's class says so (`Stage.is_shared`).
 FOR_ALL = ("run", "demo", "distil")
 STAGE_OF = {
-    "tokens": "Tokenizing",
-    "calibrate": "Calibrating",
-    "measure-depth": "DepthMeasuring",
-    "plan": "Planning",
-    "prune": "Pruning",
-    "refit": "Refitting",
-    "heal": "Healing",
-    "teacher-cache": "TeacherCaching",
-    "carry": "Carrying",
-    "evaluate": "Evaluating",
+    "tokens": "runs.stages.Tokenizing",
+    "calibrate": "runs.stages.Calibrating",
+    "measure-depth": "runs.stages.DepthMeasuring",
+    "plan": "runs.stages.Planning",
+    "plan search": "search.gauge.KlMeasuring",
+    "prune": "runs.stages.Pruning",
+    "refit": "runs.stages.Refitting",
+    "heal": "runs.stages.Healing",
+    "teacher-cache": "runs.stages.TeacherCaching",
+    "carry": "runs.training_stages.Carrying",
+    "evaluate": "runs.training_stages.Evaluating",
 }
 # Commands that train many small models, each by one process.
 FOR_ONE = ("study", "pretrain")
@@ -43,20 +45,22 @@ def carry_out(name: str, work: Callable[[], Any]) -> Any:
     if is_shared(name):
         with contextlib.redirect_stdout(io.StringIO()) if rank() > 0 else contextlib.nullcontext():
             return work()
-    return _on_first_rank(work)
+    return by_first(work)
 
 
 def is_shared(name: str) -> bool:
     """Return whether all ranks of a job do the work of this command together."""
     if name not in STAGE_OF:
         return name in FOR_ALL
-    from slimqwen.runs import stages, training_stages
+    module, _, stage = STAGE_OF[name].rpartition(".")
+    return bool(getattr(importlib.import_module(f"slimqwen.{module}"), stage).is_shared)
 
-    return bool({**vars(stages), **vars(training_stages)}[STAGE_OF[name]].is_shared)
 
-
-def _on_first_rank(work: Callable[[], Any]) -> None:
-    """Do the work on the first rank; each ends with its exit code."""
+def by_first(work: Callable[[], object]) -> None:
+    """Do the work on the first rank, while the others wait; each ends with its exit code."""
+    if world_size() == 1:
+        work()
+        return
     import torch
 
     from slimqwen.parallel.job import join_job

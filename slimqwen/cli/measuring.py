@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 
 from slimqwen.artifacts import check_file_replaceable
+from slimqwen.cli.many_ranks import by_first
 from slimqwen.cli.options import (
     AsJson,
     CheckpointName,
@@ -100,13 +101,15 @@ def evaluate(
             execution=Execution(device=device),
         )
     if has_benchmarks:
-        _benchmark(
-            models,
-            out.with_name("benchmarks.json"),
-            _tasks(tasks, suite, tasks_dir, limit, shots),
-            teacher=compared_with,
-            execution=Execution(device=device, batch_size=batch_size),
-            dtype=dtype_of(dtype),
+        by_first(
+            lambda: _benchmark(
+                models,
+                out.with_name("benchmarks.json"),
+                _tasks(tasks, suite, tasks_dir, limit, shots),
+                teacher=compared_with,
+                execution=Execution(device=device, batch_size=batch_size),
+                dtype=dtype_of(dtype),
+            )
         )
 
 

@@ -243,5 +243,6 @@ def _meet(device: torch.device, rank: int, size: int, store: dist.Store) -> dist
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     own = device if device.type == "cuda" else None
+    store = dist.PrefixStore(f"slimqwen/job-{_joined}", store)  # the groups of a job before have left their addresses
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=own)
     return dist.new_group(backend="gloo", timeout=LONGEST_STAGE)
