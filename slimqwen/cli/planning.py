@@ -7,7 +7,8 @@ import typer
 
 from slimqwen.cli.fitting import write_page
 from slimqwen.cli.old_spellings import warn_of_old
-from slimqwen.cli.options import AsJson, ConfigOrCheckpoint, TargetFile, config_path, criteria_of
+from slimqwen.cli.options import AsJson, TargetFile, config_path, criteria_of
+from slimqwen.cli.placing import hardware_of, refuse_recipe, show_placements
 from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.core.terminal import show, show_result
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # they take numpy, which no other command's --help should wai
 commands = typer.Typer()
 
 COSTS = "Predicted costs"
+GPUS = "What fits (--gpu-memory)"
 CHOOSING = "Choosing what to keep (--statistics)"
 
 PlanOut = Annotated[
@@ -29,8 +31,45 @@ PlanOut = Annotated[
 ContextLength = Annotated[
     int, typer.Option(min=1, help="Tokens of a sequence, for cache and FLOPs.", rich_help_panel=COSTS)
 ]
-Gpus = Annotated[
-    int, typer.Option(min=1, help="GPUs that the predicted training is sharded over.", rich_help_panel=COSTS)
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs that the predicted training runs on.", rich_help_panel=COSTS)]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory of a GPU, as 80GB. With it, the settings that fit are shown instead of costs, the recommended one first.",
+        rich_help_panel=GPUS,
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Memory of a node, as 200GB. Default: as much as is needed.", rich_help_panel=GPUS
+    ),
+]
+GpuName = Annotated[
+    str,
+    typer.Option(
+        "--gpu",
+        help="Kind of GPU, for the estimated times: a100, h100, h200, b200, l40s, rtx4090.",
+        rich_help_panel=GPUS,
+    ),
+]
+GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs of a node.", rich_help_panel=GPUS)]
+RecipeOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Where a recipe is given: override a field, e.g. `--set teacher=config.json`. Repeatable.",
+        rich_help_panel=GPUS,
+    ),
+]
+ModelOrRecipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG_OR_CHECKPOINT",
+        help="A config.json, a checkpoint folder, or 'builtin'; with --gpu-memory a recipe, RECIPE.yaml, too.",
+    ),
 ]
 MicroBatchSize = Annotated[
     int,
@@ -81,7 +120,7 @@ Html = Annotated[Path | None, typer.Option(hidden=True)]  # version 0.1's `slimq
 
 @commands.command()
 def plan(
-    checkpoint: ConfigOrCheckpoint,
+    checkpoint: ModelOrRecipe,
     target: TargetFile = None,
     out: PlanOut = None,
     as_json: AsJson = False,
@@ -89,6 +128,11 @@ def plan(
     gpus: Gpus = 8,
     micro_batch_size: MicroBatchSize = 1,
     sequence_length: TrainingLength = 4096,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    gpu: GpuName = "h100",
+    gpus_per_node: GpusPerNode = 8,
+    overrides: RecipeOverrides = None,
     statistics: Statistics = None,
     pruning: Pruning = None,
     paper: Paper = False,
@@ -100,13 +144,18 @@ def plan(
     """Show what a target costs, from the config alone; with --statistics, choose what to keep for it and write the plan.
 
     Costs: parameters, bytes on disk, KV cache and recurrent state, FLOPs, training memory; and the engines that would not load the
-    result. `slimqwen plan fit` lists shapes for a budget, `plan search` measures them, `plan page` has sliders for them.
+    result. With --gpu-memory: the settings with which the training fits. `slimqwen plan fit` lists shapes for a budget, `plan search` measures them, `plan page` has sliders for them.
     """
     from slimqwen.checkpoint.config import read_config
     from slimqwen.recipe.file import load_recipe
     from slimqwen.shapes.counts import compare, comparison_table
     from slimqwen.shapes.training_memory import TrainingSettings
 
+    if gpu_memory is not None:
+        hardware = hardware_of(gpus, gpus_per_node, gpu_memory, host_memory, gpu)
+        show_placements(checkpoint, target, overrides or [], hardware, sequence_length, as_json)
+        return
+    refuse_recipe(checkpoint, overrides)
     wanted = Target() if target is None else load_recipe(target, model=Target)
     training = TrainingSettings(gpus=gpus, micro_batch_size=micro_batch_size, sequence_length=sequence_length)
     if statistics is None:

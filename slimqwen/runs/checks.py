@@ -18,7 +18,6 @@ from slimqwen.data.frame import check_separator
 from slimqwen.data.sources import check_sources, describe, is_mixture, name_of
 from slimqwen.data.store import load_manifest, training_stream
 from slimqwen.data.tokenizer import check_tokenizer_files
-from slimqwen.depth.measure import layers_at_once
 from slimqwen.families.count import Counts, count
 from slimqwen.healing.heal import check_samples
 from slimqwen.model.device import resolve_device, resolve_dtype
@@ -27,11 +26,12 @@ from slimqwen.model.native import check_buildable
 from slimqwen.parallel.ranks import check_shares
 from slimqwen.planning.depth import kept_layers
 from slimqwen.planning.mtp_rotation import stretches
-from slimqwen.planning.progressive import stage_steps, stage_targets
+from slimqwen.planning.progressive import stage_steps
 from slimqwen.recipe import BUILTIN_TEACHER, DepthCriterion, Recipe, Target, WidthCriterion
 from slimqwen.runs.places import check_apart, inputs_of
+from slimqwen.runs.placing import stage_shapes
 from slimqwen.serving.loadable import loadable, refusals_in_words
-from slimqwen.shapes.target import completed, shape_of, size_of, target_config
+from slimqwen.shapes.target import shape_of, size_of, target_config
 from slimqwen.teacher_cache.write import check_teacher
 from slimqwen.training.cached_teacher import check_temperature
 from slimqwen.training.course import compute_course
@@ -148,24 +148,7 @@ def announce_text(tokens: Path, recipe: Recipe, total_steps: int) -> None:
 def stages_of(recipe: Recipe, source: Checkpoint) -> list[ScheduleStage]:
     """Return the stages of a recipe's schedule, with their shapes and steps. Raises UserError for what cannot be cut."""
     config = source.config
-    if recipe.stages is not None:
-        targets: list[Target] = []
-        fractions = [stage.token_fraction for stage in recipe.stages]
-        for stage in recipe.stages:  # a field left out keeps what the stage before it left
-            before = target_config(source.family, config, targets[-1]) if targets else config
-            targets.append(completed(source.family, stage.target, before))
-    else:
-        assert recipe.target is not None
-        final = completed(source.family, recipe.target, config)
-        shape = shape_of(source.family, config)
-        at_once = 1
-        if recipe.pruning.depth == DepthCriterion.MEASURED:
-            at_once = layers_at_once(config, size_of(shape.num_hidden_layers) - size_of(final.num_hidden_layers))
-        targets = (
-            [final] if recipe.init == "random" else stage_targets(recipe.schedule, shape, final, layers_at_once=at_once)
-        )
-        first = recipe.first_stage_token_fraction
-        fractions = [1.0] if len(targets) == 1 else [first, 1.0 - first]
+    targets, fractions = stage_shapes(recipe, source.family, config)
     if recipe.init == "pruned":
         if recipe.pruning.depth == DepthCriterion.LAST or {"paper", "paper_pruned"} & set(recipe.baselines):
             check_depth(source, targets)

@@ -1,0 +1,152 @@
+"""What fits the GPUs that there are, in words: a table, the recommended settings as they go into a recipe, what is assumed."""
+
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.terminal import DataTable
+from slimqwen.shapes import placement as placing
+from slimqwen.shapes import step_time
+from slimqwen.shapes.hardware import GPUS
+from slimqwen.shapes.placement import Placement, Placements
+
+TEACHERS = {"live": "live", "layer_by_layer": "layer by layer", "cache": "cache"}
+OFFLOADED = {"none": "GPU", "student": "host", "all": "host, teacher too"}
+CHANGES = {
+    "cache": "the teacher's most likely tokens and the sum of the others instead of its whole distribution",
+    "adamw_8bit": "the optimiser's moments in 8 bits",
+    "frozen": "the routed experts stay as the cut left them",
+}
+
+
+def placements_text(found: Placements) -> str:
+    """Render the settings that fit and the recommended one, or by how much none does."""
+    hardware = found.hardware
+    name = GPUS[hardware.gpu].name
+    lines = [
+        f"{hardware.gpus} x {name} with {bytes_in_words(hardware.gpu_memory)} each, a step of {found.rows:,} sequences of "
+        f"{found.smallest.settings.sequence_length:,} tokens:"
+    ]
+    if not found.fitting:
+        return "\n".join([*lines, "", *_nothing_fits(found)])
+    best = found.fitting[0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            _table(found),
+            "",
+            f"Recommended: the first. {_fit_in_words(best, hardware.gpu_memory)}",
+            *(f"It changes the result: {CHANGES[change]}." for change in best.change),
+            "",
+            *(f"    --set {override}" for override in overrides(best)),
+            "",
+            *footnotes(found),
+        ]
+    )
+
+
+def overrides(placement: Placement) -> list[str]:
+    """Return a choice as fields of a recipe, each as `--set` takes it."""
+    s = placement.settings
+    found = []
+    if s.gpus > 1:
+        found += [f"execution.shard_ranks={s.copy_ranks}", f"execution.expert_ranks={s.expert_ranks}"]
+    found += [
+        f"execution.micro_batch_size={s.micro_batch_size}",
+        f"execution.recompute_activations={str(s.recompute_activations).lower()}",
+    ]
+    if not s.reshard_teacher:
+        found.append("execution.reshard_teacher=false")
+    if s.offload != "none":
+        found.append(f"execution.offload={s.offload}")
+    if s.teacher == "layer_by_layer":
+        found.append("execution.streaming_teacher=true")
+    if not placement.async_save:
+        found.append("execution.async_save=false")
+    if "cache" in placement.change:
+        found.append("distil.teacher.kind=cache")
+    if "adamw_8bit" in placement.change:
+        found.append("distil.optimizer.kind=adamw_8bit")
+    if "frozen" in placement.change:
+        found.append("distil.train=[no_experts]")
+    return found
+
+
+def _table(found: Placements) -> str:
+    many = found.hardware.gpus > 1
+    columns = [
+        "teacher",
+        "student",
+        "experts",
+        "moments",
+        "rows at once",
+        "recompute",
+        "of a GPU",
+        "of a node's memory",
+    ]
+    columns += ["tokens/s, estimated", "GPU hours, estimated"]
+    table = DataTable(*(["GPUs per copy, sharing experts"] if many else []), *columns, left=5 if many else 4)
+    for placement in found.fitting:
+        s = placement.settings
+        layout = f"{s.copy_ranks}, {s.expert_ranks if s.expert_ranks > 1 else 'none'}"
+        held = "live, kept whole" if not s.reshard_teacher else TEACHERS[s.teacher]
+        table.add(
+            *([layout] if many else []),
+            held,
+            OFFLOADED[s.offload],
+            "frozen" if "routed_experts" in s.frozen else "trained",
+            "8 bits" if s.optimizer == "adamw_8bit" else "32 bits",
+            str(s.micro_batch_size),
+            "yes" if s.recompute_activations else "no",
+            bytes_in_words(placement.needed_bytes),
+            bytes_in_words(placement.host_bytes),
+            f"{placement.tokens_per_second:,.0f}",
+            "-" if placement.gpu_hours is None else f"{placement.gpu_hours:,.0f}",
+        )
+    return table.as_text(150)
+
+
+def _fit_in_words(placement: Placement, memory: int) -> str:
+    step = placement.step
+    bound = max(
+        ("what the kernels compute", step.compute_seconds),
+        ("launching kernels", step.launch_seconds),
+        ("weights and gradients on their way", step.weights_seconds),
+        key=lambda term: term[1],
+    )[0]
+    return (
+        f"It takes {bytes_in_words(placement.needed_bytes)} of {bytes_in_words(memory)} (predicted), and a step "
+        f"{step.seconds:,.1f} s (estimated; the longest part is {bound})."
+    )
+
+
+def _nothing_fits(found: Placements) -> list[str]:
+    least, memory = found.smallest, found.hardware.gpu_memory
+    lines = [
+        f"Nothing fits: of {found.tried:,} choices of settings the smallest takes {bytes_in_words(least.needed_bytes)} of a GPU and "
+        f"{bytes_in_words(least.host_bytes)} of a node's memory (predicted):",
+        "",
+        *(f"    --set {override}" for override in overrides(least)),
+        "",
+    ]
+    if least.needed_bytes > memory:
+        lines.append(f"That is {bytes_in_words(least.needed_bytes - memory)} more than a GPU has.")
+    if found.enough_host_memory is not None:
+        lines.append(f"It would fit with {bytes_in_words(found.enough_host_memory)} of memory in each node.")
+    if found.enough_gpus is not None:
+        lines.append(f"It would fit on {found.enough_gpus} such GPUs.")
+    return [*lines, *footnotes(found)]
+
+
+def footnotes(found: Placements) -> list[str]:
+    """List what is predicted, what is estimated, and what both assume."""
+    context = placing.CONTEXT_BYTES + (placing.NCCL_BYTES if found.hardware.gpus > 1 else 0)
+    gpu = GPUS[found.hardware.gpu]
+    return [
+        f"Of a GPU: tensors as predicted, {placing.FRAGMENTS_FRACTION:.0%} for what the allocator cannot use, and "
+        f"{bytes_in_words(context)} for CUDA{' and NCCL' * (found.hardware.gpus > 1)} (assumed).",
+        f"Where experts are shared, the busiest GPU may get {placing.IMBALANCE:.2f} times the mean of the tokens (assumed). "
+        "The largest student of the schedule counts.",
+        "Of a node's memory: what is offloaded, and the copy from which states are written; not the page cache.",
+        f"Estimated, not measured: {step_time.COMPUTE_FRACTION:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s, "
+        f"{step_time.LINK_FRACTION:.0%} of {gpu.links / 1e9:,.0f} GB/s in a node and {gpu.network / 1e9:,.1f} GB/s between nodes, "
+        f"{step_time.LAUNCH_SECONDS * 1e6:.0f} microseconds per kernel.",
+    ]

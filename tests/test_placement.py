@@ -1,0 +1,202 @@
+"""What fits the GPUs that there are: which settings are recommended, their traffic and time by hand, and what is printed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import assert_one_sentence, slimqwen
+from tiny import tiny_config
+
+from slimqwen.checkpoint.config import read_config
+from slimqwen.core.errors import UserError
+from slimqwen.families.qwen3_next import QWEN3_NEXT
+from slimqwen.recipe.file import load_recipe
+from slimqwen.runs.placing import work_of
+from slimqwen.shapes.hardware import GPUS, Hardware, gpu_of
+from slimqwen.shapes.placement import Placement, Student, Work, layouts, needed_bytes, place
+from slimqwen.shapes.placement_table import overrides, placements_text
+from slimqwen.shapes.step_time import COMPUTE_FRACTION, estimate
+from slimqwen.shapes.traffic import predict_traffic
+from slimqwen.shapes.training_memory import TrainingSettings, measure, training_memory
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPE, TEACHER = RECIPES / "qwen3-next-80b-a3b-to-23b-a2b.yaml", RECIPES / "qwen3-next-80b-a3b.json"
+
+
+def tiny_work(**changes: Any) -> Work:
+    config = tiny_config()
+    return replace(Work(QWEN3_NEXT, config, (Student(config),), rows=16, sequence_length=64), **changes)
+
+
+def machines(**changes: Any) -> Hardware:
+    return Hardware(**{"gpus": 8, "gpus_per_node": 8, "gpu_memory": 80_000_000_000} | changes)
+
+
+def paper_work(*changes: str) -> Work:
+    return work_of(load_recipe(RECIPE, changes), *read_config(TEACHER))
+
+
+# --- which settings ---------------------------------------------------------------------------------------------------
+
+
+def test_with_memory_to_spare_nothing_is_given_up() -> None:
+    best = place(tiny_work(), machines()).fitting[0]
+    assert best.change == [] and best.settings.teacher == "live" and best.settings.offload == "none"
+    assert not best.settings.recompute_activations and best.async_save
+
+
+def test_what_fits_is_within_the_memory_and_what_changes_the_result_comes_last() -> None:
+    found = place(paper_work(), machines(gpus=64))
+    severities = [{"cache": 1, "adamw_8bit": 1, "frozen": 3}.get("".join(p.change), 0) for p in found.fitting]
+    assert severities == sorted(severities) and severities[0] == 0 < severities[-1]
+    for placement in found.fitting:
+        assert placement.needed_bytes == needed_bytes(placement.memory.peak_bytes, found.hardware) <= 80e9
+    same = [p.tokens_per_second for p, severity in zip(found.fitting, severities, strict=True) if severity == 0]
+    assert same == sorted(same, reverse=True)
+
+
+def test_more_memory_is_never_slower_and_never_changes_more() -> None:
+    work = paper_work("schedule=one_shot")
+    found = [place(work, machines(gpu_memory=size * 10**9)).fitting for size in (40, 60, 80, 96, 141)]
+    best = [placements[0] for placements in found]
+    changes = [len(placement.change) for placement in best]
+    assert changes[0] == 1 and changes[-1] == 0 and best[0].change == ["frozen"]
+    unchanged = [p.tokens_per_second for p in best if not p.change]
+    assert len(unchanged) > 1 and unchanged == sorted(unchanged)
+
+
+def test_the_largest_student_of_the_schedule_counts() -> None:
+    staged, at_once = paper_work(), paper_work("schedule=one_shot")
+    assert [student.token_fraction for student in staged.students] == [0.1, 0.9]
+    assert len(at_once.students) == 1 and at_once.students[0] == replace(staged.students[1], token_fraction=1.0)
+    hardware = machines(gpus=64)
+    first = replace(staged, students=(replace(staged.students[0], token_fraction=1.0),))
+    both, alone = place(staged, hardware).smallest, place(first, hardware).smallest
+    assert both.needed_bytes == alone.needed_bytes > place(at_once, hardware).smallest.needed_bytes
+    assert both.settings == alone.settings and both.step.seconds < alone.step.seconds
+    mean = staged.rows * 4096 / both.tokens_per_second
+    assert mean == pytest.approx(0.1 * alone.step.seconds + 0.9 * both.step.seconds)
+
+
+def test_one_gpu_has_three_ways() -> None:
+    found = place(tiny_work(), machines(gpus=1))
+    ways = {(p.settings.teacher, p.settings.offload, p.settings.optimizer, p.settings.frozen) for p in found.fitting}
+    for way in (
+        ("live", "none", "adamw", ("routed_experts",)),
+        ("live", "all", "adamw", ()),
+        ("cache", "none", "adamw", ()),
+        ("layer_by_layer", "student", "adamw", ()),
+    ):
+        assert way in ways or len(found.fitting) == 12
+    assert found.fitting[0].settings.offload == "none"
+
+
+def test_the_memory_of_a_node_counts_too() -> None:
+    work = tiny_work()
+    parameters = training_memory(QWEN3_NEXT, tiny_config(), None, TrainingSettings(gpus=1)).gradient_bytes // 4
+    few = place(work, machines(gpus=1, host_memory=11 * parameters)).fitting
+    assert few[0].host_bytes == 0 and not few[0].async_save  # a state's copy has 12 bytes per parameter
+    assert "execution.async_save=false" in overrides(few[0])
+    assert place(work, machines(gpus=1, host_memory=12 * parameters)).fitting[0].async_save
+    assert all(placement.settings.offload == "none" for placement in few if "frozen" not in placement.change)
+
+
+def test_where_nothing_fits_it_is_said_by_how_much_and_what_would() -> None:
+    work = replace(paper_work("schedule=one_shot"), teacher_kind="cache", frozen=("routed_experts",))
+    small = machines(gpu_memory=14 * 10**9)
+    found = place(work, small)
+    assert found.fitting == [] and found.smallest.needed_bytes > small.gpu_memory
+    assert found.enough_gpus is not None and found.enough_gpus > 8
+    assert place(work, small.model_copy(update={"gpus": found.enough_gpus})).fitting
+    assert not place(work, small.model_copy(update={"gpus": found.enough_gpus // 2})).fitting
+    text = placements_text(found)
+    assert "Nothing fits" in text and f"It would fit on {found.enough_gpus} such GPUs." in text
+    with pytest.raises(UserError, match="batch of 16 sequences is not a multiple of the 3 GPUs"):
+        place(tiny_work(), machines(gpus=3, gpus_per_node=3))
+
+
+def test_experts_are_shared_within_a_node_by_divisors_of_both_models_experts() -> None:
+    work = tiny_work()
+    experts = work.teacher["num_experts"]
+    assert experts == 8
+    assert layouts(work, machines(gpus=16, gpus_per_node=4)) == [
+        (shard, shared) for shard in (4, 8, 16) for shared in (1, 2, 4)
+    ]
+    assert layouts(work, machines(gpus=1)) == [(1, 1)]
+    three = replace(work, students=(Student(work.teacher | {"num_experts": 6}),))
+    assert layouts(three, machines(gpus=4, gpus_per_node=4)) == [(4, 1), (4, 2)]
+
+
+# --- traffic and time by hand -----------------------------------------------------------------------------------------
+
+
+def test_traffic_by_hand() -> None:
+    config = tiny_config()
+    settings = TrainingSettings(gpus=4, shard_ranks=2, expert_ranks=2, sequence_length=64)
+    model = measure(QWEN3_NEXT, config, settings, trains=True)
+    traffic = predict_traffic(model, None, settings)
+    layers = sum(unit.dense for unit in model.weights.layers)
+    assert traffic.gathered_bytes == 2 * (2 * layers + model.weights.around.dense) // 2
+    assert traffic.reduced_bytes == 4 * (layers + model.weights.around.dense) // 2
+    assert traffic.experts_gathered_bytes == traffic.experts_reduced_bytes == 0  # no two ranks of a copy have the same
+    blocks, rows = len(model.weights.layers), 64 * config["num_experts_per_tok"]
+    assert traffic.exchanged_bytes == 2 * 2 * blocks * rows * 2 * config["hidden_size"] // 2
+    assert traffic.all_reduced_bytes == 2 * (4 * model.weights.all.total // 2) // 2
+    alone = predict_traffic(model, None, TrainingSettings(gpus=1))
+    assert set(alone.model_dump().values()) == {0}
+
+
+def test_the_time_of_a_step_by_hand() -> None:
+    settings = TrainingSettings(gpus=1, micro_batches=4, sequence_length=1024, recompute_activations=True)
+    model = measure(QWEN3_NEXT, tiny_config(), settings, trains=True)
+    traffic = predict_traffic(model, model, settings)
+    flops = 10**12
+    step = estimate(model, model, settings, machines(gpus=1), traffic, (flops, 2 * flops))
+    assert step.compute_seconds == pytest.approx(1024 * (4 + 2) * flops / (COMPUTE_FRACTION * 989e12))
+    assert step.exchange_seconds == step.weights_seconds == step.once_seconds == 0
+    assert step.seconds == 4 * step.compute_seconds
+    cached = settings.model_copy(update={"teacher": "cache"})
+    step = estimate(model, model, cached, machines(gpus=1), traffic, (flops, 2 * flops))
+    assert step.compute_seconds == pytest.approx(1024 * 4 * flops / (COMPUTE_FRACTION * 989e12))
+    assert step.cache_seconds_per_token == pytest.approx(2 * flops / (COMPUTE_FRACTION * 989e12))
+
+
+def test_a_kind_of_gpu_is_known_by_its_name() -> None:
+    assert all(gpu.flops > 1e14 for gpu in GPUS.values())
+    with pytest.raises(UserError, match="'h100'"):
+        gpu_of("h10")
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def test_the_recommended_lines_are_fields_of_a_recipe() -> None:
+    found = place(paper_work(), machines(gpus=8))
+    alone = place(paper_work("schedule=one_shot"), machines(gpus=1, host_memory=200 * 10**9))
+    placements: list[Placement] = [*found.fitting, *alone.fitting]
+    assert len({tuple(overrides(placement)) for placement in placements}) > 8
+    for placement in placements:
+        recipe = load_recipe(RECIPE, overrides(placement))
+        assert recipe.execution.micro_batch_size == placement.settings.micro_batch_size
+        work = work_of(recipe, *read_config(TEACHER))
+        assert work.frozen == placement.settings.frozen and work.optimizer == placement.settings.optimizer
+    text = placements_text(found)
+    assert "Recommended: the first." in text and "estimated" in text and "predicted" in text
+    assert "It changes the result: the routed experts stay as the cut left them." in text
+    assert all(f"    --set {line}" in text for line in overrides(found.fitting[0]))
+    assert max(map(len, text.splitlines())) <= 150
+
+
+def test_plan_shows_what_fits() -> None:
+    shown = slimqwen("plan", RECIPE, "--set", f"teacher={TEACHER}", "--gpus", "64", "--gpu-memory", "80GB", "--json")
+    found = json.loads(shown.stdout)
+    assert found["hardware"]["gpus"] == 64 and found["tokens"] == 400_000_000_000
+    assert found["fitting"][0]["change"] == [] and found["fitting"][0]["needed_bytes"] < 80e9
+    target = ("--target", RECIPES / "slimqwen-23a2b.yaml")
+    one = slimqwen("plan", TEACHER, *target, "--gpus", "1", "--gpu-memory", "80GB", "--host-memory", "200GB")
+    assert "1 x H100 with 80.0 GB each" in one.stdout and "--set distil.train=[no_experts]" in one.stdout
+    assert_one_sentence(slimqwen("plan", RECIPE), 2, "give --gpus and --gpu-memory too")
+    assert_one_sentence(slimqwen("plan", RECIPE, "--gpu-memory", "80GB"), 2, "--set teacher=FILE")
+    assert_one_sentence(slimqwen("plan", TEACHER, "--gpus", "12", "--gpu-memory", "80GB"), 2, "not whole nodes of 8")
