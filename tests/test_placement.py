@@ -15,7 +15,7 @@ from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.recipe.file import load_recipe
 from slimqwen.runs.placing import work_of
 from slimqwen.shapes.hardware import GPUS, Hardware, gpu_of
-from slimqwen.shapes.placement import Placement, Student, Work, layouts, needed_bytes, place
+from slimqwen.shapes.placement import Placement, Student, Work, counts_ahead, layouts, needed_bytes, place
 from slimqwen.shapes.placement_table import overrides, placements_text
 from slimqwen.shapes.step_time import COMPUTE_FRACTION, estimate
 from slimqwen.shapes.traffic import predict_traffic
@@ -49,7 +49,7 @@ def test_with_memory_to_spare_nothing_is_given_up() -> None:
 
 def test_what_fits_is_within_the_memory_and_what_changes_the_result_comes_last() -> None:
     found = place(paper_work(), machines(gpus=64))
-    severities = [{"cache": 1, "adamw_8bit": 1, "frozen": 3}.get("".join(p.change), 0) for p in found.fitting]
+    severities = [sum({"cache": 1, "frozen": 3}[change] for change in p.change) for p in found.fitting]
     assert severities == sorted(severities) and severities[0] == 0 < severities[-1]
     for placement in found.fitting:
         assert placement.needed_bytes == needed_bytes(placement.memory.peak_bytes, found.hardware) <= 80e9
@@ -61,10 +61,14 @@ def test_more_memory_is_never_slower_and_never_changes_more() -> None:
     work = paper_work("schedule=one_shot")
     found = [place(work, machines(gpu_memory=size * 10**9)).fitting for size in (40, 60, 80, 96, 141)]
     best = [placements[0] for placements in found]
-    changes = [len(placement.change) for placement in best]
-    assert changes[0] == 1 and changes[-1] == 0 and best[0].change == ["frozen"]
-    unchanged = [p.tokens_per_second for p in best if not p.change]
-    assert len(unchanged) > 1 and unchanged == sorted(unchanged)
+    assert not any(placement.change for placement in best)
+    rates = [placement.tokens_per_second for placement in best]
+    assert rates == sorted(rates) and best[0].settings.offload != "none" == best[-1].settings.offload
+    little = place(work, machines(host_memory=10**11)).fitting
+    assert little[0].change == [] and little[0].settings.teacher == "layer_by_layer"
+    assert "times as fast (estimated) and changes the result: the teacher's most likely" in placements_text(
+        place(work, machines(host_memory=10**11))
+    )
 
 
 def test_the_largest_student_of_the_schedule_counts() -> None:
@@ -89,7 +93,7 @@ def test_one_gpu_has_three_ways() -> None:
         ("cache", "none", "adamw", ()),
         ("layer_by_layer", "student", "adamw", ()),
     ):
-        assert way in ways or len(found.fitting) == 12
+        assert way in ways
     assert found.fitting[0].settings.offload == "none"
 
 
@@ -105,7 +109,7 @@ def test_the_memory_of_a_node_counts_too() -> None:
 
 def test_where_nothing_fits_it_is_said_by_how_much_and_what_would() -> None:
     work = replace(paper_work("schedule=one_shot"), teacher_kind="cache", frozen=("routed_experts",))
-    small = machines(gpu_memory=14 * 10**9)
+    small = machines(gpu_memory=14 * 10**9, host_memory=20 * 10**9)
     found = place(work, small)
     assert found.fitting == [] and found.smallest.needed_bytes > small.gpu_memory
     assert found.enough_gpus is not None and found.enough_gpus > 8
@@ -113,6 +117,8 @@ def test_where_nothing_fits_it_is_said_by_how_much_and_what_would() -> None:
     assert not place(work, small.model_copy(update={"gpus": found.enough_gpus // 2})).fitting
     text = placements_text(found)
     assert "Nothing fits" in text and f"It would fit on {found.enough_gpus} such GPUs." in text
+    with pytest.raises(UserError, match="muon is for one device"):
+        place(tiny_work(optimizer="muon"), machines())
     with pytest.raises(UserError, match="batch of 16 sequences is not a multiple of the 3 GPUs"):
         place(tiny_work(), machines(gpus=3, gpus_per_node=3))
 
@@ -127,6 +133,14 @@ def test_experts_are_shared_within_a_node_by_divisors_of_both_models_experts() -
     assert layouts(work, machines(gpus=1)) == [(1, 1)]
     three = replace(work, students=(Student(work.teacher | {"num_experts": 6}),))
     assert layouts(three, machines(gpus=4, gpus_per_node=4)) == [(4, 1), (4, 2)]
+
+
+def test_a_step_counts_ahead_where_its_micro_batches_cut_the_groups_of_the_load_balancing() -> None:
+    work = tiny_work()
+    for gpus, size, ahead in ((1, 1, True), (1, 8, False), (1, 16, False), (8, 1, False), (4, 1, True), (4, 2, False)):
+        assert counts_ahead(work, TrainingSettings(gpus=gpus, micro_batch_size=size)) == ahead
+    exact = paper_work("distil.load_balancing_counts=exact")
+    assert counts_ahead(exact, TrainingSettings(gpus=64)) and not counts_ahead(paper_work(), TrainingSettings(gpus=64))
 
 
 # --- traffic and time by hand -----------------------------------------------------------------------------------------
@@ -173,7 +187,7 @@ def test_a_kind_of_gpu_is_known_by_its_name() -> None:
 
 
 def test_the_recommended_lines_are_fields_of_a_recipe() -> None:
-    found = place(paper_work(), machines(gpus=8))
+    found = place(paper_work(), machines(gpus=8, host_memory=10**12))
     alone = place(paper_work("schedule=one_shot"), machines(gpus=1, host_memory=200 * 10**9))
     placements: list[Placement] = [*found.fitting, *alone.fitting]
     assert len({tuple(overrides(placement)) for placement in placements}) > 8

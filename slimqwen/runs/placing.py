@@ -29,6 +29,9 @@ def work_of(recipe: Recipe, family: Family, config: Config) -> Work:
         optimizer=distil.optimizer.kind,
         frozen=tuple(part for part in get_args(TrainedPart) if part in parts and part not in trained),
         loss_chunk_tokens=recipe.execution.loss_chunk_tokens,
+        group_rows=distil.batch_size
+        if distil.load_balancing_counts.kind == "exact"
+        else distil.load_balancing_counts.rows,
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slimqwen.core.errors import UserError
 from slimqwen.families import Config, Family
-from slimqwen.recipe.distil import OptimizerName, TrainedPart
+from slimqwen.recipe import BalancingCounts, OptimizerName, TrainedPart
 from slimqwen.shapes.footprint import forward_flops
 from slimqwen.shapes.hardware import Hardware
 from slimqwen.shapes.step_time import StepTime, estimate
@@ -34,9 +34,9 @@ FRAGMENTS_FRACTION = 0.05
 IMBALANCE = 1.25  # pairs of the busiest rank over the mean, which memory is left for. Assumed
 STATE_BYTES = 12  # per parameter, of the copy from which a state is written (execution.async_save)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
-MOST = 12  # rows of the table
+MOST, OTHERS = 6, 2  # shown of the choices that change as little as the recommended one, and of each that changes more
 
-Change = Literal["none", "cache", "adamw_8bit", "frozen"]
+Change = Literal["cache", "adamw_8bit", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class Student:
 
 @dataclass(frozen=True)
 class Work:
-    """The training that is planned for. rows: sequences per optimiser step; tokens: of the whole run, None where not known."""
+    """The training that is planned for.
+
+    rows: sequences per optimiser step, which are counted for the load balancing in groups of group_rows. tokens: of the whole run; None
+    where not known.
+    """
 
     family: Family
     teacher: Config
@@ -62,6 +66,7 @@ class Work:
     optimizer: OptimizerName = "adamw"
     frozen: tuple[TrainedPart, ...] = ()
     loss_chunk_tokens: int = 1024
+    group_rows: int = BalancingCounts.model_fields["rows"].default
 
 
 class Placement(BaseModel):
@@ -89,7 +94,7 @@ class Placement(BaseModel):
 class Placements(BaseModel):
     """The settings that fit, the recommended one first, the best of each layout and way to hold the models.
 
-    tried: choices of settings. smallest: the one that needs the least memory of a GPU. Where none fits: enough_gpus, how many of these
+    tried: choices of settings. smallest: the one that lacks the least memory, or needs the least of a GPU. Where none fits: enough_gpus, how many of these
     GPUs would do, and enough_host_memory, how much memory of a node; None where no number of them would.
     """
 
@@ -108,22 +113,29 @@ class Placements(BaseModel):
 def place(work: Work, hardware: Hardware) -> Placements:
     """Return the settings that fit the GPUs: first those that change no result beyond rounding, each kind by estimated speed.
 
-    Raises UserError where the GPUs do not divide the batch.
+    On several GPUs the host's memory and a teacher layer by layer are tried where nothing else leaves the result as it is.
+
+    Raises UserError where the GPUs do not divide the batch, or cannot share the optimiser's work.
     """
     if work.rows % hardware.gpus:
         raise UserError(f"the batch of {work.rows:,} sequences is not a multiple of the {hardware.gpus} GPUs.")
+    if work.optimizer != "adamw" and hardware.gpus > 1:
+        raise UserError(f"distil.optimizer {work.optimizer} is for one device, and there are {hardware.gpus} GPUs.")
     planner = _Planner(work, hardware)
-    tried = [planner.placement(settings) for settings in candidates(work, hardware)]
+    tried = [planner.placement(settings) for settings in candidates(work, hardware, _ways(work, hardware))]
+    if hardware.gpus > 1 and not any(_fits(placement, hardware) and not placement.change for placement in tried):
+        by_host = _ways(work, hardware, by_host=True)
+        tried += [planner.placement(settings) for settings in candidates(work, hardware, by_host)]
     fitting = [placement for placement in tried if _fits(placement, hardware)]
     fitting.sort(key=lambda placement: (_severity(placement), -placement.tokens_per_second))
-    least = min(tried, key=lambda placement: (placement.needed_bytes, _severity(placement)))
+    least = min(tried, key=lambda placement: (_excess(placement, hardware), placement.needed_bytes))
     held = [placement.host_bytes for placement in tried if placement.needed_bytes <= hardware.gpu_memory]
     return Placements(
         hardware=hardware,
         rows=work.rows,
         tokens=work.tokens,
         tried=len(tried),
-        fitting=_best_of_each_way(fitting)[:MOST],
+        fitting=_to_show(fitting),
         smallest=least,
         enough_gpus=None if fitting else _enough_gpus(work, hardware),
         enough_host_memory=None if fitting else min(held, default=None),
@@ -135,18 +147,21 @@ def _enough_gpus(work: Work, hardware: Hardware) -> int | None:
     while work.rows % (2 * hardware.gpus) == 0:
         hardware = hardware.model_copy(update={"gpus": 2 * hardware.gpus})
         planner = _Planner(work, hardware)
-        if any(_fits(planner.placement(settings), hardware) for settings in candidates(work, hardware)):
+        ways = _ways(work, hardware)
+        if any(_fits(planner.placement(settings), hardware) for settings in candidates(work, hardware, ways)):
             return hardware.gpus
     return None
 
 
-def candidates(work: Work, hardware: Hardware) -> Iterator[TrainingSettings]:
-    """Yield every setting that is tried: layouts of the GPUs, micro-batches, recomputation, and ways to need less memory."""
+Way = dict[str, object]
+"""Fields of `TrainingSettings` by which the models are held in another way."""
+
+
+def candidates(work: Work, hardware: Hardware, ways: Sequence[Way]) -> Iterator[TrainingSettings]:
+    """Yield every setting that is tried: layouts of the GPUs, micro-batches, recomputation, and ways to hold the models."""
     rows = work.rows // hardware.gpus
     sizes = [size for size in MICRO_BATCH_SIZES if rows % size == 0]
-    for (shard, experts), size, recompute, way in product(
-        layouts(work, hardware), sizes, (False, True), _ways(work, hardware)
-    ):
+    for (shard, experts), size, recompute, way in product(layouts(work, hardware), sizes, (False, True), ways):
         base = TrainingSettings(
             gpus=hardware.gpus,
             shard_ranks=shard,
@@ -175,20 +190,25 @@ def layouts(work: Work, hardware: Hardware) -> list[tuple[int, int]]:
     return [(shard, experts) for shard in shards for experts in (1, *shared)]
 
 
-def _ways(work: Work, hardware: Hardware) -> list[dict[str, object]]:
-    """List the ways to hold the models: as the recipe has it, and those that need less memory."""
+def _ways(work: Work, hardware: Hardware, *, by_host: bool = False) -> list[Way]:
+    """List the ways to hold the models: as the recipe has it, and those that need less memory.
+
+    by_host: only those with something in the host's memory, or on its disk; on one GPU they are among the others.
+    """
     teachers: list[TeacherKind] = [work.teacher_kind]
     alone = hardware.gpus == 1
     if work.is_taught and work.teacher_kind == "live":
-        teachers = ["live", "layer_by_layer", "cache"] if alone else ["live", "cache"]
-    offloads: list[Offload] = ["none", "student", "all"] if alone else ["none"]
+        teachers = ["live", "layer_by_layer", "cache"] if alone or by_host else ["live", "cache"]
+    offloads: list[Offload] = ["none", "student", "all"] if alone or by_host else ["none"]
     optimizers = [work.optimizer, "adamw_8bit"] if alone and work.optimizer == "adamw" else [work.optimizer]
     experts: TrainedPart = "routed_experts"
     frozen = [work.frozen] if experts in work.frozen else [work.frozen, (*work.frozen, experts)]
     return [
         {"teacher": teacher, "offload": offload, "optimizer": optimizer, "frozen": parts}
         for teacher, offload, optimizer, parts in product(teachers, offloads, optimizers, frozen)
-        if not (offload == "all" and teacher != "live") and not (offload != "none" and optimizer == "adamw_8bit")
+        if not (offload == "all" and teacher != "live")
+        and not (offload != "none" and optimizer != "adamw")
+        and not (by_host and offload == "none" and teacher != "layer_by_layer")
     ]
 
 
@@ -205,7 +225,7 @@ class _Planner:
     def placement(self, settings: TrainingSettings) -> Placement:
         """Predict the memory and estimate the speed of all students of the schedule with the same settings."""
         work, hardware = self.work, self.hardware
-        settings = settings.model_copy(update={"counts_ahead": counts_ahead(settings)})
+        settings = settings.model_copy(update={"counts_ahead": counts_ahead(work, settings)})
         teacher = self._model(-1, settings) if work.is_taught else None
         memories, steps = [], []
         for index, _ in enumerate(work.students):
@@ -251,9 +271,10 @@ class _Planner:
         return self._measured[key]
 
 
-def counts_ahead(settings: TrainingSettings) -> bool:
-    """Return whether a step counts its experts in a forward pass of their own: where it has several micro-batches."""
-    return settings.micro_batches > 1
+def counts_ahead(work: Work, settings: TrainingSettings) -> bool:
+    """Return whether a step counts its experts in a forward pass of their own (`training/balancing.py`)."""
+    at_once = settings.gpus * settings.micro_batch_size
+    return at_once < work.rows and at_once % min(work.group_rows, work.rows) != 0
 
 
 def needed_bytes(peak_bytes: int, hardware: Hardware) -> int:
@@ -265,6 +286,12 @@ def needed_bytes(peak_bytes: int, hardware: Hardware) -> int:
 def _fits(placement: Placement, hardware: Hardware) -> bool:
     in_host = hardware.host_memory is None or placement.host_bytes <= hardware.host_memory
     return placement.needed_bytes <= hardware.gpu_memory and in_host
+
+
+def _excess(placement: Placement, hardware: Hardware) -> float:
+    """Return what a choice lacks of a GPU's and of a node's memory, as shares of these."""
+    over = max(placement.needed_bytes / hardware.gpu_memory - 1, 0)
+    return over if hardware.host_memory is None else over + max(placement.host_bytes / hardware.host_memory - 1, 0)
 
 
 def _changes(work: Work, settings: TrainingSettings) -> list[Change]:
@@ -280,13 +307,18 @@ def _changes(work: Work, settings: TrainingSettings) -> list[Change]:
 
 def _severity(placement: Placement) -> int:
     """Return how much a choice changes of the result: 0 nothing beyond rounding; frozen experts more than all others together."""
-    return sum({"none": 0, "cache": 1, "adamw_8bit": 1, "frozen": 3}[change] for change in placement.change)
+    return sum({"cache": 1, "adamw_8bit": 1, "frozen": 3}[change] for change in placement.change)
 
 
-def _best_of_each_way(fitting: Sequence[Placement]) -> list[Placement]:
-    """Return the first of `fitting` for each layout of the GPUs and each way to hold the models, in their order."""
+def _to_show(fitting: Sequence[Placement]) -> list[Placement]:
+    """Return the first of `fitting` for each layout of the GPUs and each way to hold the models, a few of each change, in their order."""
     best: dict[object, Placement] = {}
     for placement in fitting:
         s = placement.settings
         best.setdefault((s.shard_ranks, s.expert_ranks, s.teacher, s.offload, s.optimizer, s.frozen), placement)
-    return list(best.values())
+    shown: dict[tuple[Change, ...], list[Placement]] = {}
+    for placement in best.values():
+        of_this_change = shown.setdefault(tuple(placement.change), [])
+        if len(of_this_change) < (MOST if len(shown) == 1 else OTHERS):
+            of_this_change.append(placement)
+    return [placement for placements in shown.values() for placement in placements]

@@ -8,7 +8,8 @@ from slimqwen.shapes.hardware import GPUS
 from slimqwen.shapes.placement import Placement, Placements
 
 TEACHERS = {"live": "live", "layer_by_layer": "layer by layer", "cache": "cache"}
-OFFLOADED = {"none": "GPU", "student": "host", "all": "host, teacher too"}
+OFFLOADED = {"none": "GPU", "student": "host", "all": "host"}
+FASTER = 1.5  # times as fast, from which a choice that changes the result is named
 CHANGES = {
     "cache": "the teacher's most likely tokens and the sum of the others instead of its whole distribution",
     "adamw_8bit": "the optimiser's moments in 8 bits",
@@ -35,6 +36,7 @@ def placements_text(found: Placements) -> str:
             "",
             f"Recommended: the first. {_fit_in_words(best, hardware.gpu_memory)}",
             *(f"It changes the result: {CHANGES[change]}." for change in best.change),
+            *_faster(found),
             "",
             *(f"    --set {override}" for override in overrides(best)),
             "",
@@ -87,7 +89,9 @@ def _table(found: Placements) -> str:
     for placement in found.fitting:
         s = placement.settings
         layout = f"{s.copy_ranks}, {s.expert_ranks if s.expert_ranks > 1 else 'none'}"
-        held = "live, kept whole" if not s.reshard_teacher else TEACHERS[s.teacher]
+        held = (
+            "live, kept whole" if not s.reshard_teacher else "live, host" if s.offload == "all" else TEACHERS[s.teacher]
+        )
         table.add(
             *([layout] if many else []),
             held,
@@ -118,6 +122,18 @@ def _fit_in_words(placement: Placement, memory: int) -> str:
     )
 
 
+def _faster(found: Placements) -> list[str]:
+    """Describe what would be much faster and change the result more, by the first of each kind."""
+    best, lines, seen = found.fitting[0], [], {tuple(found.fitting[0].change)}
+    for number, other in enumerate(found.fitting, start=1):
+        times = other.tokens_per_second / best.tokens_per_second
+        if tuple(other.change) not in seen and times >= FASTER:
+            changed = "; ".join(CHANGES[change] for change in other.change)
+            lines.append(f"Number {number} is {times:.1f} times as fast (estimated) and changes the result: {changed}.")
+        seen.add(tuple(other.change))
+    return lines
+
+
 def _nothing_fits(found: Placements) -> list[str]:
     least, memory = found.smallest, found.hardware.gpu_memory
     lines = [
@@ -129,6 +145,9 @@ def _nothing_fits(found: Placements) -> list[str]:
     ]
     if least.needed_bytes > memory:
         lines.append(f"That is {bytes_in_words(least.needed_bytes - memory)} more than a GPU has.")
+    host = found.hardware.host_memory
+    if host is not None and least.host_bytes > host:
+        lines.append(f"That is {bytes_in_words(least.host_bytes - host)} more than a node has.")
     if found.enough_host_memory is not None:
         lines.append(f"It would fit with {bytes_in_words(found.enough_host_memory)} of memory in each node.")
     if found.enough_gpus is not None:
@@ -148,5 +167,6 @@ def footnotes(found: Placements) -> list[str]:
         "Of a node's memory: what is offloaded, and the copy from which states are written; not the page cache.",
         f"Estimated, not measured: {step_time.COMPUTE_FRACTION:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s, "
         f"{step_time.LINK_FRACTION:.0%} of {gpu.links / 1e9:,.0f} GB/s in a node and {gpu.network / 1e9:,.1f} GB/s between nodes, "
-        f"{step_time.LAUNCH_SECONDS * 1e6:.0f} microseconds per kernel.",
+        f"{step_time.LAUNCH_SECONDS * 1e6:.0f} us per kernel;",
+        f"a node's CPUs update {step_time.HOST_SPEED / 1e9:.0f} GB/s of optimiser state, and its disk reads {step_time.DISK_SPEED / 1e9:.0f} GB/s.",
     ]

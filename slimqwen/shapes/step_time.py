@@ -98,5 +98,7 @@ def _once_seconds(
     if settings.offload != "none":
         seconds += HOST_UPDATE_BYTES * own * hardware.node_gpus / HOST_SPEED
     if teacher is not None and settings.teacher == "layer_by_layer":
-        seconds += BFLOAT16 * teacher.weights.all.total / DISK_SPEED
+        seconds += (
+            hardware.node_gpus * BFLOAT16 * teacher.weights.all.total / DISK_SPEED
+        )  # each GPU's process reads all
     return seconds
