@@ -10,8 +10,8 @@ from slimqwen.core.errors import UserError
 from slimqwen.planning.progressive import stage_steps
 from slimqwen.recipe import DistilRecipe, Ramp
 from slimqwen.training.course import Course, Level, compute_course
-from slimqwen.training.distil import parse_span
 from slimqwen.training.schedules import kd_weight, learning_rate, mtp_weight
+from slimqwen.training.span import parse_span
 from slimqwen.training.trainer import Span
 
 

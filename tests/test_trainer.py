@@ -24,9 +24,10 @@ from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.losses.loss import LossWeights, count_targets
 from slimqwen.model.model import MtpCausalLM, initialise, load
 from slimqwen.recipe import DistilRecipe, TextSettings
-from slimqwen.training.distil import distil, total_steps
+from slimqwen.training.distil import distil
 from slimqwen.training.inputs import TrainingInputs, check_terms
 from slimqwen.training.metrics import StepLog
+from slimqwen.training.span import total_steps
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import MAX_SKIPPED_IN_A_ROW, Span, Student, Trainer
 

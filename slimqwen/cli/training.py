@@ -167,9 +167,9 @@ def distil(
     from slimqwen.recipe import DistilFile, TeacherRecipe
     from slimqwen.recipe.file import load_recipe
     from slimqwen.training.distil import distil as run_stage
-    from slimqwen.training.distil import parse_span, total_steps
     from slimqwen.training.inputs import TrainingInputs
     from slimqwen.training.metrics import StepLog
+    from slimqwen.training.span import parse_span, total_steps
 
     rate = [] if learning_rate is None else [f"learning_rate={learning_rate}"]
     on = [] if device is None else [f"execution.device={device}"]

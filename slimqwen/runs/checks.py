@@ -35,10 +35,10 @@ from slimqwen.shapes.target import shape_of, size_of, target_config
 from slimqwen.teacher_cache.write import check_teacher
 from slimqwen.training.cached_teacher import check_temperature
 from slimqwen.training.course import compute_course
-from slimqwen.training.distil import total_steps
 from slimqwen.training.inputs import check_batch, check_terms
 from slimqwen.training.loggers import check_loggers
 from slimqwen.training.optimizer import check_optimizer
+from slimqwen.training.span import total_steps
 from slimqwen.training.trainer import Span
 
 

@@ -18,7 +18,6 @@ from slimqwen.artifacts import (
 )
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
-from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.data.announcement import announce, notes_of_length, notes_of_overlap
 from slimqwen.data.store import training_stream
@@ -45,34 +44,13 @@ from slimqwen.training.metrics import MetricsLog, StepLog
 from slimqwen.training.moments import load_moments
 from slimqwen.training.optimizer import untrained
 from slimqwen.training.shares import agree_on_shares
+from slimqwen.training.span import whole_run
 from slimqwen.training.state import saved_states
 from slimqwen.training.streamed_teacher import StreamedTeacher, goes_layer_by_layer
 from slimqwen.training.teacher import LiveTeacher, Teacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
 REVISION = 1  # raised when the same inputs and settings give another result; a training of another one is not continued
-
-
-def total_steps(recipe: DistilRecipe, sequence_length: int) -> int:
-    """Return how many optimiser steps the recipe's tokens are enough for. Raises UserError where they do not fill one."""
-    course = compute_course(recipe, sequence_length)
-    if course.total_steps == 0:
-        raise UserError(
-            f"distil.tokens = {recipe.tokens:,} is less than one step of {course.rows(0)} sequences of {sequence_length}: "
-            "raise tokens or lower batch_size or sequence_length."
-        )
-    return course.total_steps
-
-
-def parse_span(steps: str, total: int) -> Span:
-    """Parse `FIRST:END` as a span of a run of `total` steps. Raises UserError where it is none."""
-    first, colon, end = steps.partition(":")
-    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= total):
-        raise UserError(
-            f"--steps {steps}: write it as FIRST:END, two numbers from 0 to {total:,}, the steps that the recipe's tokens are enough for; "
-            "END itself belongs to the next stage."
-        )
-    return Span(int(first), int(end), total)
 
 
 @makes_folder("inputs", kind="checkpoint")
@@ -189,12 +167,6 @@ def join_sharing(device: torch.device, inputs: OpenInputs, settings: Settings) -
         shares = agree_on_shares(job, inputs, settings.recipe, settings.execution, rows, settings.text.sequence_length)
         with join_ranks(device, *shares, offloads=settings.execution.offload != "none") as ranks:
             yield ranks
-
-
-def whole_run(recipe: DistilRecipe, sequence_length: int) -> Span:
-    """Return all steps of the run that the recipe's tokens are enough for."""
-    steps = total_steps(recipe, sequence_length)
-    return Span(0, steps, steps)
 
 
 def open_cached_teacher(inputs: OpenInputs, stream: RowStream, settings: Settings) -> CachedTeacher | None:
