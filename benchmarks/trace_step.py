@@ -11,7 +11,6 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,10 +27,10 @@ from slimqwen.parallel import ranks as ranks_module
 from slimqwen.parallel import sharded_checkpoint
 from slimqwen.parallel.job import Job
 from slimqwen.parallel.ranks import Ranks
+from slimqwen.parallel.shares import choose_shares
 from slimqwen.recipe import DistilRecipe, Duration, Execution, Target
 from slimqwen.recipe.file import load_recipe
 from slimqwen.shapes.target import completed, target_config
-from slimqwen.training.shares import choose_shares
 from slimqwen.training.teacher import LiveTeacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
@@ -41,7 +40,11 @@ STEPS = 10_000  # of the whole run: in the middle all terms of the loss have a w
 
 @dataclass(frozen=True)
 class Traced:
-    """What is traced. shard_ranks, expert_ranks: as in a recipe, for nodes of `node` ranks; teacher_layers, student_layers: None for all."""
+    """What is traced.
+
+    shard_ranks, expert_ranks: a number, or `auto` as in a recipe, for nodes of `node` ranks; None for all, and for 1.
+    teacher_layers, student_layers, vocab_size: None for those of the models.
+    """
 
     world: int = 64
     node: int = 8
@@ -49,6 +52,7 @@ class Traced:
     expert_ranks: int | str | None = None
     teacher_layers: int | None = None
     student_layers: int | None = None
+    vocab_size: int | None = None
     sequence_length: int = 4096
     micro_batches: int = 1
     execution: Execution = field(default_factory=lambda: Execution(recompute_activations=True))
@@ -90,10 +94,9 @@ def load_fake(family: Family, config: Config, ranks: Ranks, *, trains: bool) -> 
     """Load what no file holds, as on GPUs: the student in float32 and gathered in bfloat16, the teacher in bfloat16."""
     has_mtp = bool(config["num_nextn_predict_layers"])
     checkpoint: Any = SimpleNamespace(family=family, config=config, folder=Path("fake"), has_mtp=has_mtp)
-    shard = partial(ranks_module.shard, mixed_precision=trains)
 
     def shard_as_on_gpus(model: MtpCausalLM, ranks: Ranks, *, mixed_precision: bool, **settings: Any) -> None:
-        shard(model, ranks, **settings)
+        ranks_module.shard(model, ranks, mixed_precision=trains, **settings)
 
     with patch.object(sharded_checkpoint, "fill_own"), patch.object(sharded_checkpoint, "shard", shard_as_on_gpus):
         return sharded_checkpoint.load_sharded(
@@ -109,11 +112,15 @@ def load_fake(family: Family, config: Config, ranks: Ranks, *, trains: bool) -> 
 def trace_step(traced: Traced) -> tuple[Counts, int]:
     """Trace one step; return its counts, and the bytes that both models and the optimiser hold before it."""
     family, teacher_config, student_config = shapes(traced.teacher_layers, traced.student_layers)
+    if traced.vocab_size is not None:
+        teacher_config, student_config = (
+            c | {"vocab_size": traced.vocab_size} for c in (teacher_config, student_config)
+        )
     batch_size = traced.world * traced.micro_batches
     recipe = DistilRecipe(
         tokens=STEPS * batch_size * traced.sequence_length, batch_size=batch_size, warmup=Duration(0, "steps")
     )
-    shares = {"shard_ranks": traced.shard_ranks, "expert_ranks": traced.expert_ranks}
+    shares = {"shard_ranks": traced.shard_ranks or "all", "expert_ranks": traced.expert_ranks or 1}
     execution = Execution.model_validate({**traced.execution.model_dump(), **shares, "micro_batch_size": 1})
     experts = [config["num_experts"] for config in (teacher_config, student_config)]
     chosen = choose_shares(traced.world, min(traced.node, traced.world), experts, execution, lambda ranks: True)
@@ -150,8 +157,8 @@ def main() -> None:
     traced = Traced(
         world=options.world,
         node=options.node,
-        shard_ranks=options.shard_ranks if options.shard_ranks in ("auto", "all") else int(options.shard_ranks),
-        expert_ranks=options.expert_ranks if options.expert_ranks == "auto" else int(options.expert_ranks),
+        shard_ranks=_number(options.shard_ranks),
+        expert_ranks=_number(options.expert_ranks),
         teacher_layers=options.teacher_layers or options.layers,
         student_layers=options.student_layers or options.layers,
         micro_batches=options.micro_batches,
@@ -166,6 +173,10 @@ def main() -> None:
     print(f"traced in {time.perf_counter() - start:.0f} s")
     if options.json:
         print(json.dumps(result))
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def summarise(counts: Counts, held: int) -> dict[str, Any]:
