@@ -186,7 +186,7 @@ def shard(
     Gradients are summed and not averaged: the loss is divided by the predictions of all ranks already.
 
     Trained weights that the family's code computes with in float32 (`Family.float32_tensors`: norms, A_log, dt_bias) stay whole on every
-    rank, for they are few and small: 0.4 MB of SlimQwen-23A2B. Their gradients are summed once a step (`add_up_gradients`), where
+    rank, for they are few and small: 0.5 MB of SlimQwen-23A2B. Their gradients are summed once a step (`add_up_gradients`), where
     gathering them in float32 would take two collectives more per layer and forward pass, and three per backward pass.
 
     Args:
