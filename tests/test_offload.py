@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.core.errors import UserError
-from slimqwen.model.model import load
+from slimqwen.model.model import allocate, load, weightless
 from slimqwen.parallel import ranks as ranks_module
-from slimqwen.parallel.ranks import join_ranks
-from slimqwen.parallel.sharded_checkpoint import load_sharded
+from slimqwen.parallel.ranks import join_ranks, shard
 from slimqwen.recipe import OptimizerRecipe
 from slimqwen.training.optimizer import build_optimizer, check_optimizer, freeze_untrained, parts_of
 from slimqwen.training.state import _unwrap
@@ -63,25 +62,27 @@ def test_resumed_is_uninterrupted_and_either_way_goes_on_with_the_others_state(
     assert_trained_alike(weights(expected), weights(train_alone(folder, tmp_path / "plain" / "out", {})))
 
 
-def test_all_of_the_student_but_its_float32_vectors_is_under_the_policy(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Parameters are sharded over the one rank, by the policy that keeps them in the host's memory, pinned beside a GPU only."""
+def test_what_is_sharded_lies_in_the_hosts_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over one rank, by FSDP's policy, pinned beside a GPU only; the few float32 weights that are whole, and buffers, on the device.
+
+    The meta device stands for a GPU.
+    """
     policies = []
     wrap = ranks_module.fully_shard
     monkeypatch.setattr(
         ranks_module, "fully_shard", lambda *args, **settings: (policies.append(settings), wrap(*args, **settings))[1]
     )
-    cpu = torch.device("cpu")
+    cpu, gpu = torch.device("cpu"), torch.device("meta")
     with join_ranks(cpu, offloads=True) as ranks:
         assert (ranks.size, ranks.rank, ranks.is_first) == (1, 0, True)
-        checkpoint = Checkpoint(folder / "student")
-        model = load_sharded(
-            checkpoint, ranks, torch.float32, cpu, trains=True, reshard_after_forward=True, offloads=True
-        )
-        for name, tensor in model.tensors().items():
-            stays = isinstance(tensor, torch.nn.Parameter) and name.endswith(model.family.float32_tensors)
-            assert isinstance(tensor, DTensor) != stays, name
+        model = weightless(Checkpoint(folder / "student"), torch.float32, cpu)
+        shard(model, ranks, mixed_precision=True, reshard_after_forward=True, offloads=True)
+        allocate(model, gpu, sharded_on=cpu)
+        sharded = {name for name, tensor in model.tensors().items() if isinstance(tensor, DTensor)}
+        for name, tensor in model.held().items():
+            assert tensor.device == (cpu if name in sharded else gpu), name
+        others = model.tensors().keys() - sharded
+        assert len(sharded) > len(others) and all(name.endswith(model.family.float32_tensors) for name in others)
     assert len(policies) == 2 + 1 + 1  # layers, MTP's, and what is around them
     assert all(settings["offload_policy"] == CPUOffloadPolicy(pin_memory=False) for settings in policies)
 

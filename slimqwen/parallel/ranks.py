@@ -185,9 +185,10 @@ def shard(
 
     Gradients are summed and not averaged: the loss is divided by the predictions of all ranks already.
 
-    Trained weights that the family's code computes with in float32 (`Family.float32_tensors`: norms, A_log, dt_bias) stay whole on every
-    rank, for they are few and small: 0.5 MB of SlimQwen-23A2B. Their gradients are summed once a step (`add_up_gradients`), where
-    gathering them in float32 would take two collectives more per layer and forward pass, and three per backward pass.
+    Weights that the family's code computes with in float32 (`Family.float32_tensors`: norms, A_log, dt_bias) stay whole on every
+    rank where they are trained, or others are gathered in bfloat16, for they are few and small: 0.5 MB of SlimQwen-23A2B. Their
+    gradients are summed once a step (`add_up_gradients`), where gathering them in float32 would take two collectives more per layer
+    and forward pass, and three per backward pass.
 
     Args:
         mixed_precision: gather the float32 parameters in bfloat16; gradients are summed in float32.
@@ -207,7 +208,7 @@ def shard(
         parameter
         for name, parameter in model.tensors().items()
         if isinstance(parameter, nn.Parameter)
-        and parameter.requires_grad
+        and (parameter.requires_grad or mixed_precision)
         and name.endswith(model.family.float32_tensors)
     }
     layers = [*model.backbone.get_decoder().layers, *(model.mtp.layers if model.mtp is not None else [])]

@@ -16,20 +16,19 @@ from slimqwen.artifacts import (
     tidy,
     write_json,
 )
-from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.checkpoint.writer import copy_companions
 from slimqwen.core.progress import say
 from slimqwen.data.announcement import announce, notes_of_length, notes_of_overlap
 from slimqwen.data.store import training_stream
 from slimqwen.data.stream import RowStream
 from slimqwen.model.arithmetic import keep_arithmetic
-from slimqwen.model.device import reproducible, resolve_device, resolve_dtype
+from slimqwen.model.device import reproducible, resolve_device
 from slimqwen.model.kernels import announce_slow, announce_zeroed_gradients, check_gradients
-from slimqwen.model.model import MtpCausalLM, load
+from slimqwen.model.model import MtpCausalLM
 from slimqwen.model.native import announce_noise
 from slimqwen.parallel.job import join_job
 from slimqwen.parallel.ranks import Ranks, join_ranks
-from slimqwen.parallel.sharded_checkpoint import export, fill_own, load_sharded
+from slimqwen.parallel.sharded_checkpoint import export, fill_own
 from slimqwen.recipe import DistilRecipe, Execution, TextSettings
 from slimqwen.training.cached_teacher import CachedTeacher, open_teacher_cache
 from slimqwen.training.course import Course, compute_course
@@ -38,16 +37,15 @@ from slimqwen.training.heldout import HeldOut
 from slimqwen.training.inputs import OpenInputs, TrainingInputs, check_ranks
 from slimqwen.training.learning_rate import FILE as LEARNING_RATE_FILE
 from slimqwen.training.learning_rate import RateChoice, Start, choose_learning_rate
+from slimqwen.training.loading import load_live_teacher, load_student
 from slimqwen.training.loggers import check_loggers, open_loggers
 from slimqwen.training.loop import train
 from slimqwen.training.metrics import MetricsLog, StepLog
 from slimqwen.training.moments import load_moments
-from slimqwen.training.optimizer import untrained
 from slimqwen.training.shares import agree_on_shares
 from slimqwen.training.span import whole_run
 from slimqwen.training.state import saved_states
-from slimqwen.training.streamed_teacher import StreamedTeacher, goes_layer_by_layer
-from slimqwen.training.teacher import LiveTeacher, Teacher
+from slimqwen.training.teacher import Teacher
 from slimqwen.training.trainer import Span, Student, Trainer
 
 REVISION = 1  # raised when the same inputs and settings give another result; a training of another one is not continued
@@ -99,8 +97,10 @@ def distil(
             announce_training(opened, stream, settings, device)
         ranks.wait()
 
-        student = load_student(opened.student, device, settings, ranks)
-        teacher = load_live_teacher(student, opened, settings, ranks) if cached_teacher is None else cached_teacher
+        student = load_student(opened.student, device, recipe, execution, ranks)
+        teacher: Teacher | None = cached_teacher
+        if cached_teacher is None:
+            teacher = load_live_teacher(opened, student, recipe, text, execution, ranks, settings.most_rows)
         loaded = Loaded(opened, student, teacher, stream, settings.span, ranks)
         choice = choose_rate(loaded, settings, out, title) if recipe.learning_rate == "auto" else None
         trainer = begin_trainer(loaded, settings, out, choice)
@@ -129,6 +129,11 @@ class Settings:
     def course(self) -> Course:
         """The rows of every step of the whole run."""
         return compute_course(self.recipe, self.text.sequence_length, self.span.total_steps)
+
+    @property
+    def most_rows(self) -> int:
+        """The rows of the largest step: with a batch size ramp, the last one."""
+        return self.course.rows(self.span.end_step - 1)
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,9 @@ class Loaded:
 @contextmanager
 def join_sharing(device: torch.device, inputs: OpenInputs, settings: Settings) -> Iterator[Ranks]:
     """Join the ranks (`join_ranks`), which share models and experts as the recipe says, or as suits these models."""
-    rows = settings.course.rows(settings.span.end_step - 1)  # with a batch size ramp, the last batch is the largest
+    length = settings.text.sequence_length
     with join_job(device) as job:
-        shares = agree_on_shares(job, inputs, settings.recipe, settings.execution, rows, settings.text.sequence_length)
+        shares = agree_on_shares(job, inputs, settings.recipe, settings.execution, settings.most_rows, length)
         with join_ranks(device, *shares, offloads=settings.execution.offload != "none") as ranks:
             yield ranks
 
@@ -278,46 +283,6 @@ def write_result(out: Path, loaded: Loaded, choice: RateChoice | None) -> None:
         copy_companions(student.folder, folder)
         if choice is not None:
             write_json(folder / LEARNING_RATE_FILE, choice.model_dump(mode="json"))
-
-
-def load_student(checkpoint: Checkpoint, device: torch.device, settings: Settings, ranks: Ranks) -> MtpCausalLM:
-    """Load the student, what is trained in float32 and the rest as it is on disk, whole or sharded over the ranks."""
-    frozen = untrained(checkpoint, settings.recipe)
-    if ranks.mesh is None:
-        return load(checkpoint.folder, torch.float32, device, frozen)
-    return load_sharded(
-        checkpoint,
-        ranks,
-        torch.float32,
-        device,
-        trains=True,
-        reshard_after_forward=settings.execution.reshard_student,
-        frozen=frozen,
-        offloads=settings.execution.offload != "none",
-    )
-
-
-def load_live_teacher(loaded: MtpCausalLM, inputs: OpenInputs, settings: Settings, ranks: Ranks) -> Teacher | None:
-    """Load the teacher that runs beside the student: whole, sharded over the ranks, or layer by layer; None where none does."""
-    checkpoint, execution, device = inputs.teacher, settings.execution, ranks.device_of(loaded)
-    dtype = resolve_dtype(settings.text.dtype, device)
-    if checkpoint is None:
-        return None
-    teaches_mtp = settings.recipe.is_taught_by_mtp and inputs.student.has_mtp
-    if goes_layer_by_layer(checkpoint, loaded, execution, dtype, ranks):
-        rows = settings.course.rows(settings.span.end_step - 1) // ranks.size
-        length = settings.text.sequence_length
-        return StreamedTeacher(
-            checkpoint, execution, teaches_mtp=teaches_mtp, rows=rows, sequence_length=length, dtype=dtype
-        )
-    offloads = execution.offload == "all"
-    if ranks.size == 1 and not offloads:
-        return LiveTeacher(load(checkpoint.folder, dtype, device), teaches_mtp=teaches_mtp)
-    reshard = execution.reshard_teacher
-    model = load_sharded(
-        checkpoint, ranks, dtype, device, trains=False, reshard_after_forward=reshard, offloads=offloads
-    )
-    return LiveTeacher(model, teaches_mtp=teaches_mtp)
 
 
 def state_folder_of(out: Path) -> Path:

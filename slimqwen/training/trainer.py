@@ -184,7 +184,7 @@ class Trainer:
         """
         measured = sums.measured()
         totals = self.ranks.total(torch.stack([*losses.double().unbind(), *measured.values()]))
-        *values, norm = torch.cat([totals, grad_norm.double().reshape(1)]).tolist()
+        *values, norm = torch.cat([totals, grad_norm.double().reshape(1).to(totals.device)]).tolist()
         number = len(losses)
         return values[:number], means_of(dict(zip(measured, values[number:], strict=True))), norm
 
