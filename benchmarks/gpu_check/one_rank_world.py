@@ -9,7 +9,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,8 +22,8 @@ from section import Part, Section, Skip, error_of
 from torch.distributed.device_mesh import init_device_mesh
 
 from slimqwen.builtin import TEACHER
-from slimqwen.parallel.ranks import ALONE, Ranks
-from slimqwen.recipe import Execution, TextSettings
+from slimqwen.parallel.ranks import ALONE, Ranks, join_ranks
+from slimqwen.recipe import Execution, TextSettings, TrainedParts
 from slimqwen.training import distil as distil_module
 from slimqwen.training.state import States, saved_states
 from slimqwen.training.trainer import Trainer
@@ -35,6 +35,12 @@ LOSS_LIMIT = {"cuda": 2e-2, "cpu": 1e-3}
 WEIGHTS_LIMIT = (
     1e-2  # of all weights together; steps from a state that was lost or zero differ by more (docs/gpu-check.md)
 )
+
+ON_ONE_GPU: dict[str, dict[str, Any]] = {  # ways to need less memory of it, all with the same result
+    "student offloaded": {"offload": "student"},
+    "student and teacher offloaded": {"offload": "all"},
+    "teacher layer by layer": {"streaming_teacher": True},
+}
 
 
 class Stopped(Exception):
@@ -62,17 +68,23 @@ def world(device: str) -> Iterator[tuple[Ranks, Ranks]]:
 def train(
     folder: Path,
     name: str,
-    ranks: Ranks,
+    ranks: Ranks | None,
     device: str,
     *,
     is_asynchronous: bool = False,
     stop_before: int | None = None,
+    trains: str = "all",
+    **settings: object,
 ) -> list[dict[str, Any]]:
-    """Run `distil` as `ranks`, saving after each step; return the lines of its metrics."""
+    """Run `distil` as `ranks`, or as it does by itself, saving after each step; return the lines of its metrics.
+
+    trains: the recipe's `train`. settings: of `execution`.
+    """
 
     @contextmanager
-    def join(*_: object) -> Iterator[Ranks]:
-        yield ranks
+    def join(*arguments: Any, **others: Any) -> Iterator[Ranks]:
+        with nullcontext(ranks) if ranks is not None else join_ranks(*arguments, **others) as joined:
+            yield joined
 
     original = Trainer.step
 
@@ -84,13 +96,13 @@ def train(
     out = folder / name / "out"
     out.parent.mkdir(exist_ok=True)
     execution = Execution.model_validate(
-        {"device": device, "save_every": "1 steps", "async_save": is_asynchronous, "micro_batch_size": 1}
+        {"device": device, "save_every": "1 steps", "async_save": is_asynchronous, "micro_batch_size": 1} | settings
     )
     with patch.object(distil_module, "join_ranks", join), patch.object(Trainer, "step", step):
         distil_module.distil(
             distil_module.TrainingInputs(folder / "student", folder / "tokens", teacher=TEACHER),
             out,
-            recipe=recipe_of(STEPS),
+            recipe=recipe_of(STEPS).model_copy(update={"train": [TrainedParts(trains)]}),
             text=TextSettings(sequence_length=SEQUENCE_LENGTH),
             execution=execution,
         )
@@ -116,6 +128,17 @@ def main() -> None:
         with section.part("without a process group") as part:
             alone = train(folder, "alone", ALONE, device)
             part.note(first_loss=alone[0]["loss"], last_loss=alone[-1]["loss"])
+        for name, settings in ON_ONE_GPU.items():
+            with section.part(name) as part:
+                if section.quick:
+                    raise Skip("--quick offloads beside frozen experts only")
+                compare(part, train(folder, name.replace(" ", "-"), None, device, **settings), alone, limit)
+        with section.part("routed experts frozen") as part:
+            lines = train(folder, "frozen", None, device, trains="no_experts")
+            compare_frozen(part, folder)
+            part.note(first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"])
+            offloaded = train(folder, "frozen-offloaded", None, device, trains="no_experts", offload="student")
+            compare(part, offloaded, lines, limit)
         with world(device) as (sharded, shared):
             for name, ranks in (("fsdp2", sharded), ("expert_parallel", shared)):
                 with section.part(name) as part:
@@ -132,6 +155,14 @@ def main() -> None:
                         compare_weights(part, folder / f"{name}-{saves}", folder / name)
                     if section.statuses[-1] != "failed":
                         break
+
+
+def compare_frozen(part: Part, folder: Path) -> None:
+    """Check that routed experts came out with the bits that they went in with, and that something else was trained."""
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("student", "frozen/out"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    part.check("experts keep their bits", {name for name in before if ".experts." in name} <= same)
+    part.check("the rest is trained", len(same) < len(before))
 
 
 def resume(part: Part, folder: Path, name: str, ranks: Ranks, device: str, *, is_asynchronous: bool) -> None:

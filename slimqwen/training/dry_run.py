@@ -131,6 +131,10 @@ def remedies(trainer: Trainer, settings: TrainingSettings) -> str:
     if settings.loss_chunk_tokens > SMALLEST_CHUNK_TOKENS:
         chunk = max(settings.loss_chunk_tokens // 4, SMALLEST_CHUNK_TOKENS)
         changes[f"execution.loss_chunk_tokens: {chunk}"] = {"loss_chunk_tokens": chunk}
+    if isinstance(trainer.teacher, LiveTeacher):
+        changes["execution.streaming_teacher: true"] = {"teacher": "layer_by_layer"}
+    if settings.device == "cuda" and settings.offload == "none" and settings.optimizer != "muon":
+        changes["execution.offload: student"] = {"offload": "student"}
     if settings.device == "cuda":
         changes[f"{2 * settings.gpus} GPUs"] = {"gpus": 2 * settings.gpus}
     now = _predict(trainer, settings).peak_bytes

@@ -61,7 +61,7 @@ def load_live_teacher(
             dtype=dtype,
         )
     offloads = execution.offload == "all"
-    if ranks.size == 1 and not offloads:
+    if ranks.mesh is None or (ranks.size == 1 and execution.offload == "student"):
         return LiveTeacher(load(checkpoint.folder, dtype, device), teaches_mtp=teaches_mtp)
     reshard = execution.reshard_teacher
     model = load_sharded(
