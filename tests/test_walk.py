@@ -380,6 +380,25 @@ def test_on_a_gpu_the_budget_holds_what_lies_there(checkpoint: Path, monkeypatch
     assert allotted("cuda", 10**9) == on_gpu
 
 
+def test_on_gpus_each_process_has_a_model_and_the_host_all_statistics(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the GPUs."""
+    source, cpu = Checkpoint(checkpoint), torch.device("cpu")
+    model = 4 * sum(torch.Size(spec.shape).numel() for spec in source.specs.values())
+    sums = 8 * 4 * 5 * 8 * (32 + 16 + 8)  # as in the test above
+    copies = 4 * 8 * (32 + 16) + 8 * ADDED_AT_ONCE
+
+    def found(on_gpu: int, on_host: int) -> bool:
+        monkeypatch.setattr(memory, "available_bytes", lambda device: on_host if device == cpu else on_gpu)
+        settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cuda"), "budget_bytes": 1000}
+        return memory.fits(source, parts=4, processes=8, **settings)
+
+    least = model + copies + 1000
+    assert found(least, 8 * sums)
+    assert not found(least - 1, 8 * sums) and not found(least, 8 * sums - 1)
+
+
 def test_sums_are_added_a_few_rows_at_a_time_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     part = Part("text", 0)
     batches = [torch.randn(7, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

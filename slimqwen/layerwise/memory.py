@@ -166,21 +166,32 @@ def fits(
 ) -> bool:
     """Return whether the whole model and its statistics fit beside a budget for activations; print it where they do not.
 
-    processes: of this machine, each with statistics, and on a CPU with a model, of its own.
+    processes: of this machine, each with statistics and a model of its own. On a GPU of its own lie the model and what a batch
+    adds; the statistics of all are in the host's memory.
     """
-    numbers = sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
+    in_words = f"the model in {str(dtype).removeprefix('torch.')} and "
+    model = dtype.itemsize * sum(prod(spec.shape) for spec in checkpoint.specs.values() if spec.part != "vision")
+    copies = _copies_bytes(checkpoint, second_moments)
     sums = 8 * parts * _sums(checkpoint.family.blocks(checkpoint.config), checkpoint, second_moments)
-    models = processes if device.type == "cpu" else 1
-    needed = models * numbers * dtype.itemsize + processes * (sums + _copies_bytes(checkpoint, second_moments))
-    available = available_bytes(device)
-    if available is None or needed + models * budget_bytes <= available:
-        return True
+    if device.type == "cpu":
+        everywhere = [
+            (device, in_words + "its statistics", processes * (model + sums + copies), processes * budget_bytes)
+        ]
+    else:
+        everywhere = [
+            (device, in_words + "what a batch adds", model + copies, budget_bytes),
+            (torch.device("cpu"), "the host's statistics", processes * sums, 0),
+        ]
     of_each = f" for each of {processes} processes" if processes > 1 else ""
-    say(
-        f"layer by layer (--streaming): the model in {str(dtype).removeprefix('torch.')} and its statistics{of_each} take "
-        f"{bytes_in_words(needed)}, and {bytes_in_words(available)} of memory are free"
-    )
-    return False
+    for place, what, needed, beside in everywhere:
+        available = available_bytes(place)
+        if available is not None and needed + beside > available:
+            say(
+                f"layer by layer (--streaming): {what}{of_each} take {bytes_in_words(needed)}, and {bytes_in_words(available)} of "
+                "memory are free"
+            )
+            return False
+    return True
 
 
 def _held_in_a_pass(block: Block, sizes: Sizes, hidden: int) -> float:
