@@ -23,16 +23,17 @@ from slimqwen.recipe import EvaluationRecipe, Execution, TextSettings
 
 SEQUENCE_LENGTH = 16
 LAYERS = ["linear_attention", "full_attention"]
-# Of five rows and three prompts two ranks have unequal shares.
+# Of five rows and three prompts two ranks have unequal shares; of one row and one prompt the second has none.
 RECIPE = EvaluationRecipe(
     tokens=5 * SEQUENCE_LENGTH, acceptance={"prompts": 3, "prompt_tokens": 6, "new_tokens": 8, "depth": 3}
 )
+ONE_ROW = EvaluationRecipe(tokens=1, acceptance={"prompts": 1, "prompt_tokens": 6, "new_tokens": 8, "depth": 3})
 WAYS: dict[str, dict[str, Any]] = {
-    "taught": {},
+    "taught": {"execution": {"expert_ranks": 1}},
     "expert_ranks": {"execution": {"expert_ranks": 2}},
     "continued": {},
     "streaming": {"execution": {"streaming": True}},
-    "untaught": {"teacher": None, "models": ["plain", "student"], "documents": "isolated"},
+    "untaught": {"teacher": None, "models": ["plain", "student"], "documents": "isolated", "recipe": ONE_ROW},
 }
 
 
@@ -60,7 +61,7 @@ def measure(folder: Path, out: Path, ways: tuple[str, ...]) -> None:
                 {model: folder / model for model in way.get("models", ["teacher", "student"])},
                 out / f"{name}.json",
                 tokens=folder / "tokens",
-                recipe=RECIPE,
+                recipe=way.get("recipe", RECIPE),
                 text=TextSettings(
                     sequence_length=SEQUENCE_LENGTH, documents=way.get("documents", "packed"), dtype="float32"
                 ),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 
 from slimqwen.artifacts import check_file_replaceable
-from slimqwen.cli.many_ranks import by_first
 from slimqwen.cli.options import (
     AsJson,
     CheckpointName,
@@ -22,8 +21,9 @@ from slimqwen.cli.options import (
     text_settings,
 )
 from slimqwen.core.errors import EXIT_FAILED, UserError
-from slimqwen.core.progress import say
+from slimqwen.core.progress import quiet, say
 from slimqwen.core.terminal import show, show_generated, show_json, show_result
+from slimqwen.core.torchrun import rank
 
 if TYPE_CHECKING:  # it takes torch, which no command's --help should wait for
     from slimqwen.evaluation.benchmarks import Tasks
@@ -101,15 +101,15 @@ def evaluate(
             execution=Execution(device=device),
         )
     if has_benchmarks:
-        by_first(
-            lambda: _benchmark(
-                models,
-                out.with_name("benchmarks.json"),
-                _tasks(tasks, suite, tasks_dir, limit, shots),
-                teacher=compared_with,
-                execution=Execution(device=device, batch_size=batch_size),
-                dtype=dtype_of(dtype),
-            )
+        with quiet(rank() > 0):
+            chosen = _tasks(tasks, suite, tasks_dir, limit, shots)
+        _benchmark(
+            models,
+            out.with_name("benchmarks.json"),
+            chosen,
+            teacher=compared_with,
+            execution=Execution(device=device, batch_size=batch_size),
+            dtype=dtype_of(dtype),
         )
 
 

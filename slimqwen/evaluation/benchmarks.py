@@ -93,12 +93,12 @@ def benchmark(
         StageFailed: where a task fails.
     """
     checkpoints = {name: Checkpoint(models[name]) for name in sorted(models, key=lambda name: name != teacher)}
-    harness = tasks.harness()
-    identities = {} if harness is None else harness.identities()
-    if EVALPLUS in tasks.names:
-        identities[EVALPLUS] = evalplus_identity()
     device = resolve_device(execution.device)
     with join_job(device) as job, quiet(not job.is_first):
+        harness = tasks.harness()
+        identities = {} if harness is None else harness.identities()
+        if EVALPLUS in tasks.names:
+            identities[EVALPLUS] = evalplus_identity()
         runner = _Runner(
             harness, identities, out.with_suffix(""), resolve_dtype(dtype, device), device, job, execution=execution
         )
