@@ -12,12 +12,12 @@ from rounding import FORWARD, error
 from safetensors.torch import load_file
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 
-from slimqwen.core.torchrun import rank
+from slimqwen.core.torchrun import rank, world_size
 from slimqwen.evaluation.evaluate import evaluate
 from slimqwen.evaluation.kept import kept_folder
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.evaluation.shares import Share
-from slimqwen.generation import speculative
+from slimqwen.generation import speculative, state
 from slimqwen.parallel.job import Job, join_job
 from slimqwen.recipe import EvaluationRecipe, Execution, TextSettings
 
@@ -52,6 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measure(folder: Path, out: Path, ways: tuple[str, ...]) -> None:
     """Evaluate in each of the ways, to `out/WAY.json`. In speculative decoding the second rank would accept every draft, if it could."""
+    if world_size() > 1:
+        state.MOST_RECOMPUTED_TOKENS = 1  # so that few tokens take every way
     if rank() == 1:
         speculative.accept = lambda target, drafted, drafts, generator: (len(drafts), 0)
     with join_job(torch.device("cpu")):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -25,7 +26,7 @@ class CachedBackbone:
         self._decoder = backbone.get_decoder()
         self.cache = DynamicCache(config=self._decoder.config)
         self._recurrent = [
-            _RecurrentLayer(_mixer(layer), self.cache, state)
+            _RecurrentLayer(layer, self.cache, state)
             for layer, state in zip(self._decoder.layers, self.cache.layers, strict=True)
             if isinstance(state, LinearAttentionCacheLayerMixin)
         ]
@@ -60,8 +61,9 @@ class _RecurrentLayer:
     tokens. A separate call for them after each rejection makes decoding 11 % slower (built-in teacher, CPU).
     """
 
-    def __init__(self, mixer: nn.Module, cache: DynamicCache, state: Any) -> None:
-        self.mixer = mixer
+    def __init__(self, layer: nn.Module, cache: DynamicCache, state: Any) -> None:
+        self.mixer = _mixer(layer)
+        self._layer = layer
         self._cache = cache
         self._state = state
         self._before: list[Tensor] = []  # copy of the state before `_again`
@@ -90,7 +92,8 @@ class _RecurrentLayer:
         self._again = self._inputs[:, :-count] if count else None
         if self._again is not None and self._again.shape[1] > MOST_RECOMPUTED_TOKENS:
             self._restore()
-            self.mixer(hidden_states=self._again, cache_params=self._cache)
+            with _gathered(self._layer):
+                self.mixer(hidden_states=self._again, cache_params=self._cache)
             self._again = None
 
     def _tensors(self) -> list[Tensor]:
@@ -105,6 +108,17 @@ def _mixer(layer: nn.Module) -> nn.Module:
     """Return the child of a decoder layer that uses the cache: the only one with a `layer_idx`."""
     (mixer,) = (child for child in layer.children() if hasattr(child, "layer_idx"))
     return mixer
+
+
+@contextmanager
+def _gathered(layer: nn.Module) -> Iterator[None]:
+    """Have the weights of a layer that is sharded over ranks while it is open, for a part of it that is called alone."""
+    if not isinstance(layer, FSDPModule):
+        yield
+        return
+    layer.unshard()
+    yield
+    layer.reshard()
 
 
 @contextmanager

@@ -159,7 +159,11 @@ class ScratchStore:
             stage.make(out, self.execution, stage.name)
             return str(out)
 
-        return Path(make() if stage.is_shared else self.job.lead(make))
+        if not stage.is_shared:
+            return Path(self.job.lead(make))
+        make()
+        self.job.wait()  # for the rank that puts it in place
+        return out
 
     def claim(self) -> None:
         """Make the folder, or find it as ours, by the first rank. Raises UserError where it is not."""
