@@ -24,6 +24,7 @@ from slimqwen.parallel.expert_parallel import check_expert_ranks
 from slimqwen.parallel.ranks import add_up_gradients, join_ranks, sharded_dim
 from slimqwen.parallel.sharded_checkpoint import export, load_sharded, whole
 from slimqwen.recipe import DistilRecipe, TextSettings
+from slimqwen.training import rank_log
 from slimqwen.training.distil import distil
 from slimqwen.training.inputs import TrainingInputs
 from slimqwen.training.trainer import Trainer
@@ -173,7 +174,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, student: str, out: Path, changes: dict[str, Any], end_before: int | None = None) -> None:
     """`distil`; with `end_before`, ends like a killed process when that step begins."""
-    original = Trainer.step
+    original, rank_log.EVERY_STEPS = Trainer.step, 1
 
     def step_or_end(self: Trainer, number: int) -> dict[str, float]:
         if number == end_before:
@@ -229,6 +230,9 @@ def test_shared_experts_train_as_one(
     train(folder, student, tmp_path / "alone" / "out", {})
     run_ranks(ranks, train, folder, student, tmp_path / "ranks" / "out", changes)
     assert_equal_but_for_rounding(tmp_path / "ranks" / "out", tmp_path / "alone" / "out")
+    logs = [(tmp_path / "ranks" / "ranks" / f"rank-{rank}.jsonl").read_text().splitlines() for rank in range(ranks)]
+    pairs = [sum(json.loads(line)["expert_pairs"] for line in step) for step in zip(*logs, strict=True)]
+    assert len(pairs) == STEPS and pairs[0] > 0 and set(pairs) == {pairs[0]}  # of a step; the ranks differ
 
 
 def test_resumed_on_other_expert_ranks(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The watch over a job: a thread of each rank, by which the loss or the failure of one ends all within a bounded time.
 
-A rank that waits or computes sees nothing of the others: gloo and NCCL tell of a lost rank in a collective only, and NCCL by aborting
-the process. So each rank has a connection to the first, which the system closes when a process ends, however it ends; and counts
+In a rank that waits or computes nothing shows that another is lost: gloo and NCCL find out in a collective only, and NCCL aborts the
+process then. So each rank has a connection to the first, which the system closes when a process ends, however it ends; and counts
 beats in the launcher's store, which stop where a process hangs or a machine is gone. The first rank watches all, the others the
 first. Whoever finds a rank lost enters that as the end of the job, prints it, and all end.
 """

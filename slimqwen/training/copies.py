@@ -1,4 +1,4 @@
-"""Copies of a model on several groups of ranks (`shard_ranks`) must be equal to the bit: whether they are."""
+"""What several ranks have of a model, copies of it (`shard_ranks`) or whole tensors, must be equal to the bit: whether it is."""
 
 from collections.abc import Mapping
 
@@ -21,12 +21,11 @@ def check_copies(tensors: Mapping[str, Tensor], ranks: Ranks, step: int) -> None
     Each rank sums up the bits of what it has, as integers: a pass over its memory and eight bytes per tensor to send. All ranks
     must call it.
     """
-    mesh = ranks.mesh
-    if mesh is None or mesh.ndim == 1:
+    copied = {name: tensor for name, tensor in tensors.items() if _has_copies(tensor)}
+    if ranks.mesh is None or not copied:
         return
-    shared = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    sums_of_bits = torch.stack([_sum_of_bits(tensor.to_local()) for tensor in shared.values()])
-    own = torch.stack([torch.tensor([_part(tensor) for tensor in shared.values()]), sums_of_bits.cpu()])
+    sums_of_bits = torch.stack([_sum_of_bits(tensor).to(ranks.mesh.device_type) for tensor in copied.values()])
+    own = torch.stack([torch.tensor([_part(tensor) for tensor in copied.values()]), sums_of_bits.cpu()])
     everywhere = [torch.empty_like(own) for _ in range(ranks.size)]
     dist.all_gather(everywhere, own)  # on the host, by gloo
     parts, sums = torch.stack(everywhere).unbind(1)  # [ranks, tensors]
@@ -39,14 +38,24 @@ def check_copies(tensors: Mapping[str, Tensor], ranks: Ranks, step: int) -> None
     having = (parts[:, first] == parts[rank, first]).nonzero().flatten().tolist()
     others = "" if len(differing) == 1 else f" and {len(differing) - 1:,} other tensors"
     raise StageFailed(
-        f"the copies of the model differ after step {step}: {list(shared)[first]}{others}, of which the ranks {having} should have the "
+        f"the copies of the model differ after step {step}: {list(copied)[first]}{others}, of which the ranks {having} should have the "
         "same bits. One of them computes or sends wrongly. The state before is intact: leave out its machine, and give the same "
         "command to continue."
     )
 
 
-def _part(tensor: DTensor) -> int:
+def _has_copies(tensor: Tensor) -> bool:
+    """Return whether several ranks have the same part of a tensor, or all of it."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return any(placement.is_replicate() and size > 1 for placement, size in sizes)
+
+
+def _part(tensor: Tensor) -> int:
     """Return the number of this rank's part of a tensor: the same on all ranks that have the same part."""
+    if not isinstance(tensor, DTensor):
+        return 0
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     number = 0
@@ -58,6 +67,8 @@ def _part(tensor: DTensor) -> int:
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor's elements, read as integers of their size, modulo 2^64."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     if is_traceable_wrapper_subclass(tensor):  # an 8-bit moment consists of codes and scales
         inner, _ = tensor.__tensor_flatten__()
         return torch.stack([_sum_of_bits(getattr(tensor, name)) for name in inner]).sum()
