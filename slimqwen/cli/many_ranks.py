@@ -45,7 +45,7 @@ def carry_out(name: str, work: Callable[[], Any]) -> Any:
     if is_shared(name):
         with contextlib.redirect_stdout(io.StringIO()) if rank() > 0 else contextlib.nullcontext():
             return work()
-    return by_first(work)
+    return _by_first(work)
 
 
 def is_shared(name: str) -> bool:
@@ -56,7 +56,7 @@ def is_shared(name: str) -> bool:
     return bool(getattr(importlib.import_module(f"slimqwen.{module}"), stage).is_shared)
 
 
-def by_first(work: Callable[[], object]) -> None:
+def _by_first(work: Callable[[], object]) -> None:
     """Do the work on the first rank, while the others wait; each ends with its exit code."""
     if world_size() == 1:
         work()
