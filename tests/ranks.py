@@ -50,9 +50,9 @@ class Ranks:
         return [process.exitcode for process in self.processes], said
 
 
-def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
+def run_ranks(size: int, function: Callable[..., None], *arguments: Any, timeout_seconds: float = 90.0) -> None:
     """`function(*arguments)` in `size` processes, all of which must succeed."""
-    codes, said = Ranks(size, function, *arguments).end()
+    codes, said = Ranks(size, function, *arguments).end(timeout_seconds)
     assert codes == [0] * size, said
 
 

@@ -307,10 +307,9 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
         norm = get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = get_total_norm(norms)
-    if any(mesh is not None and "replicate" in (mesh.mesh_dim_names or ()) for mesh in by_mesh):
-        dist.all_reduce(
-            total, dist.ReduceOp.MAX
-        )  # copies of the model may add up in another order, and must stay equal
+    if any(mesh is not None and mesh.ndim > 1 for mesh in by_mesh):
+        # Added up over one dimension after another, by some ranks in another order: what they have copies of must stay equal.
+        dist.all_reduce(total, dist.ReduceOp.MAX)
     for group in by_mesh.values():
         clip_grads_with_norm_(group, max_norm, total)
     return total
