@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from prune import anonymous_bytes
-from synthetic import write_synthetic
+from synthetic import folder_to_use, write_synthetic
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -202,7 +202,9 @@ def main() -> None:
     parser.add_argument("--memory-budget", default="2GB", help="of the streaming run")
     parser.add_argument("--experts", type=int, default=512, help="routed experts per layer, of which 10 are chosen")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="a folder on the disk to use; default: the system's temporary one")
+    parser.add_argument(
+        "--dir", type=folder_to_use, help="a folder on the disk to use; default: the system's temporary one"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:

@@ -2,12 +2,13 @@
 
     python benchmarks/prune.py [--layers 4] [--dir DIR] [--json]
 
-Makes a synthetic checkpoint (per-expert layout, MTP included, real vocabulary) and a plan (hidden 2048 -> 1536, experts
-512 -> 256 by partial merging, all layers), then alternates: the stage prune in a process of its own, and `cp` of its output,
-on the same disk. Both start with their input dropped from the page cache and end when their output is on the disk
-(fsync). Throughput is bytes written over seconds, medians; the time of prune is that of the stage, from opening the
-checkpoint to its final check, without imports. It reads about 2.5 times as much as it writes; cp equally much.
-Anonymous memory is RssAnon of /proc/PID/status, sampled every 50 ms.
+Makes a synthetic checkpoint (per-expert layout, MTP included, real vocabulary) and two plans (hidden 2048 -> 1536, experts
+512 -> 256 by partial merging, or by dropping the others, all layers), then alternates: the stage prune by either plan in a
+process of its own, and `cp` of its output, on the same disk. All start with their input dropped from the page cache and end
+when their output is on the disk (fsync). Throughput is bytes written over seconds, medians; the time of prune is that of the
+stage, from opening the checkpoint to its final check, without imports. Merging, it reads about 2.5 times as much as it
+writes; otherwise 1.4 times; cp equally much. `cpu_seconds_over_cp` compares the processor's time in the same way, user and
+system, which other work on the machine hardly changes. Anonymous memory is RssAnon of /proc/PID/status, sampled every 50 ms.
 """
 
 import argparse
@@ -19,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from synthetic import write_synthetic
+from synthetic import folder_to_use, write_synthetic
 
 from slimqwen.checkpoint.config import read_json
 from slimqwen.checkpoint.reader import Checkpoint
@@ -45,13 +47,13 @@ from pathlib import Path
 import transformers
 from slimqwen.pruning.prune import prune
 source, plan, out = map(Path, sys.argv[1:])
-started = time.perf_counter()
+started, used = time.perf_counter(), time.process_time()
 prune(source, out, plan=plan)
-print(time.perf_counter() - started)
+print(time.perf_counter() - started, time.process_time() - used)
 """
 
 
-def random_plan(source: Checkpoint, target: Target) -> Plan:
+def random_plan(source: Checkpoint, target: Target, compression: ExpertCompression) -> Plan:
     """Make a plan from random importance and similarity."""
     family, config = source.family, source.config
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +64,7 @@ def random_plan(source: Checkpoint, target: Target) -> Plan:
     experts = config["num_experts"]
     groups = {
         block: group_experts(
-            ExpertCompression.PARTIAL,
+            compression,
             torch.rand(experts, generator=generator),
             torch.rand(experts, experts, generator=generator),
             target.num_experts,
@@ -102,8 +104,17 @@ def anonymous_bytes(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")), 0)
 
 
-def run_prune(source: Path, plan: Path, out: Path) -> tuple[float, int]:
-    """Prune in a process of its own; return the seconds and the peak of anonymous bytes."""
+@dataclass(frozen=True)
+class Spent:
+    """What a run took: seconds by the clock and of the processor, and anonymous memory at the peak."""
+
+    seconds: float
+    cpu_seconds: float
+    anonymous_bytes: int = 0
+
+
+def run_prune(source: Path, plan: Path, out: Path) -> Spent:
+    """Prune in a process of its own."""
     command = [sys.executable, "-c", PRUNE, source, plan, out]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = 0
@@ -113,61 +124,81 @@ def run_prune(source: Path, plan: Path, out: Path) -> tuple[float, int]:
     if process.returncode:
         raise SystemExit("prune failed")
     assert process.stdout is not None
-    return float(process.stdout.read()), peak
+    seconds, cpu_seconds = map(float, process.stdout.read().split())
+    return Spent(seconds, cpu_seconds, peak)
 
 
-def copy(source: Path, destination: Path) -> None:
+def copy(source: Path, destination: Path) -> Spent:
     """Copy a folder and flush it to disk."""
+    started, used = time.perf_counter(), _cpu_seconds()
     subprocess.run(["cp", "-r", source, destination], check=True)
     for file in destination.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
+    return Spent(time.perf_counter() - started, _cpu_seconds() - used)
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Time `action`."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+def _cpu_seconds() -> float:
+    """Return the processor's time of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def measure(folder: Path, config: dict[str, Any], target: Target, repeats: int) -> dict[str, Any]:
-    """Measure prune and cp in `folder`."""
-    source, pruned, copied, plan = (folder / name for name in ("source", "pruned", "copied", "plan.json"))
+    """Measure prune, by a plan that merges experts and one that drops them, and cp in `folder`."""
+    source = folder / "source"
     source.mkdir()
-    spent = seconds(lambda: write_synthetic(source, config))
+    started = time.perf_counter()
+    write_synthetic(source, config)
     checkpoint = Checkpoint(source)
+    spent = time.perf_counter() - started
     print(f"synthetic checkpoint: {bytes_in_words(checkpoint.bytes())} in {spent:.0f} s", file=sys.stderr)
-    random_plan(checkpoint, target).save(plan)
-    peaks, prune_seconds, cp_seconds = [], [], []
+    plans = {"": ExpertCompression.PARTIAL, "_without_merging": ExpertCompression.PRUNE}
+    pruned: dict[str, list[Spent]] = {name: [] for name in plans}
+    copied: dict[str, list[Spent]] = {name: [] for name in plans}
     for _ in range(repeats):
-        shutil.rmtree(pruned, ignore_errors=True)
-        drop_from_page_cache(source.iterdir())
-        spent, peak = run_prune(source, plan, pruned)
-        prune_seconds.append(spent)
-        peaks.append(peak)
-        drop_from_page_cache(pruned.iterdir())
-        cp_seconds.append(seconds(lambda: copy(pruned, copied)))
-        shutil.rmtree(copied)
-    result = Checkpoint(pruned)
+        for name, compression in plans.items():
+            plan, out, other = folder / f"plan{name}.json", folder / "pruned", folder / "copied"
+            random_plan(checkpoint, target, compression).save(plan)
+            shutil.rmtree(out, ignore_errors=True)
+            drop_from_page_cache(source.iterdir())
+            pruned[name].append(run_prune(source, plan, out))
+            drop_from_page_cache(out.iterdir())
+            copied[name].append(copy(out, other))
+            shutil.rmtree(other)
+    result = Checkpoint(folder / "pruned")
     written = result.bytes()
-    for name, spent_each in (("prune", prune_seconds), ("cp", cp_seconds)):
-        rates = ", ".join(f"{bytes_in_words(written / spent)}/s" for spent in spent_each)
-        print(f"{name}: {bytes_in_words(written)} written at {rates}", file=sys.stderr)
+    for name in plans:
+        for what, runs in ((f"prune{name}", pruned[name]), ("cp", copied[name])):
+            rates = ", ".join(f"{bytes_in_words(written / spent.seconds)}/s" for spent in runs)
+            print(f"{what}: {bytes_in_words(written)} written at {rates}", file=sys.stderr)
+    ratios = {
+        f"throughput_over_cp{name}": _median(copied[name], "seconds") / _median(pruned[name], "seconds")
+        for name in plans
+    }
+    ratios |= {
+        f"cpu_seconds_over_cp{name}": _median(pruned[name], "cpu_seconds") / _median(copied[name], "cpu_seconds")
+        for name in plans
+    }
     return {
-        "throughput_over_cp": round(statistics.median(cp_seconds) / statistics.median(prune_seconds), 3),
-        "peak_anonymous_bytes": max(peaks),
+        **{name: round(ratio, 3) for name, ratio in ratios.items()},
+        "peak_anonymous_bytes": max(spent.anonymous_bytes for runs in pruned.values() for spent in runs),
         "largest_tensor_bytes": max(map(result.nbytes, result.specs)),
         "checkpoint_bytes": checkpoint.bytes(),
         "written_bytes": written,
     }
 
 
+def _median(runs: list[Spent], what: str) -> float:
+    return max(statistics.median(getattr(spent, what) for spent in runs), 1e-9)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=512, help="routed experts per layer; half of them are kept")
-    parser.add_argument("--dir", type=Path, help="a folder on the disk to measure; default: the system's temporary one")
+    parser.add_argument(
+        "--dir", type=folder_to_use, help="a folder on the disk to measure; default: the system's temporary one"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
@@ -179,7 +210,7 @@ def main() -> None:
         print(json.dumps(result))
     else:
         for name, value in result.items():
-            print(f"{name:>22}  {bytes_in_words(value) if name.endswith('bytes') else value}")
+            print(f"{name:>35}  {bytes_in_words(value) if name.endswith('bytes') else value}")
 
 
 if __name__ == "__main__":

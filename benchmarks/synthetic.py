@@ -1,5 +1,6 @@
 """Checkpoints of true shapes with random weights, written at about the speed of the disk, for the benchmarks."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from slimqwen.families.family import Layout
 BLOCK_ELEMENTS = 1 << 24  # drawn once (in a second); every tensor is a run of them at an offset of its own
 STANDARD_DEVIATION = 0.02
 ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")  # their norms multiply by 1 + weight
+
+
+def folder_to_use(text: str) -> Path:
+    """Return the path of a folder, for argparse: one that does not exist is a sentence and no traceback."""
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise ArgumentTypeError(f"{text} is not a folder: make it first, or choose another.")
+    return folder
 
 
 def write_synthetic(

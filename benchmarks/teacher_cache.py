@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 import torch
+from synthetic import folder_to_use
 
 from slimqwen.builtin import checkpoint_folder
 from slimqwen.evaluation.fidelity import ONLY_MEASURED, Recording, heldout_rows, record
@@ -60,7 +61,7 @@ def measure(student: Recording, teacher: Recording, k: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", help="checkpoint folder, or 'builtin'")
-    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--tokens", type=folder_to_use, required=True)
     parser.add_argument("--teacher", default="builtin")
     parser.add_argument("--measured-tokens", type=int, default=16_384)
     parser.add_argument("--sequence-length", type=int, default=256)

@@ -1,12 +1,8 @@
 """What the rows of a pruned tensor are made with: a choice of rows and columns, a weighted mean of experts."""
 
-import ctypes
-import mmap
 from dataclasses import dataclass
 
 import torch
-
-PAGE_BYTES = mmap.PAGESIZE
 
 
 def take(tensor: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor:
@@ -84,17 +80,3 @@ def merge(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total += product.copy_(tensor).mul_(weight)
     return total
-
-
-def will_need(tensor: torch.Tensor) -> None:
-    """Start reading a memory-mapped tensor ahead, and return at once (madvise, MADV_WILLNEED).
-
-    Page faults alone read what one thread touches, in steps of the disk's read-ahead, and the disk is idle while the
-    thread computes.
-    """
-    begin = tensor.data_ptr() // PAGE_BYTES * PAGE_BYTES
-    length = tensor.data_ptr() + tensor.nbytes - begin
-    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
-
-
-_libc = ctypes.CDLL(None)

@@ -12,7 +12,7 @@ from slimqwen.core.progress import Progress
 from slimqwen.families.axes import Term
 from slimqwen.families.family import Block
 from slimqwen.planning.experts import ExpertGroup
-from slimqwen.pruning.rows import will_need
+from slimqwen.pruning.read_ahead import ReadAhead
 
 PIECE_BYTES = 16 << 20
 WORKERS = 4  # threads: one waits for the disk while another computes, also where there are two cores
@@ -87,11 +87,12 @@ def stream(
 
     def work(number: int) -> int:
         for batch in batches[:READ_AHEAD] if number == 0 else batches[number + READ_AHEAD - 1 : number + READ_AHEAD]:
-            _read_ahead(batch, sources)
+            _read_ahead(batch, sources, ahead)
         for piece in batches[number]:
             writer.add(piece.matrix.name, make(piece), piece.matrix.first_row + piece.start)
         return sum(piece.nbytes for piece in batches[number])
 
+    ahead = ReadAhead()
     start = writer.found_bytes
     with (
         one_thread_each(),
@@ -110,11 +111,11 @@ def peak_bytes(rotated: bool = False) -> int:
     return (3 + 4 * rotated) * WORKERS * PIECE_BYTES
 
 
-def _read_ahead(batch: Batch, sources: Callable[[Matrix], list[torch.Tensor]]) -> None:
+def _read_ahead(batch: Batch, sources: Callable[[Matrix], list[torch.Tensor]], ahead: ReadAhead) -> None:
     for piece in batch:
         for tensor in sources(piece.matrix):
             kept = len(tensor) / piece.matrix.rows  # source rows per row: about where the piece comes from
-            will_need(tensor[int(piece.start * kept) : int(piece.stop * kept)])
+            ahead.start(tensor[int(piece.start * kept) : int(piece.stop * kept)])
 
 
 @contextmanager
