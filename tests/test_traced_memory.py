@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # The first of two layers has DeltaNet, the second and a single one attention.
 TRACED: list[tuple[int, dict[str, Any]]] = [
     (2, {"gpus": 8}),
-    (2, {"gpus": 64, "shard_ranks": 8, "expert_ranks": 8, "micro_batches": 2, "counts_ahead": True}),
+    (2, {"gpus": 64, "shard_ranks": 8, "expert_ranks": 8, "micro_batches": 2}),
     (1, {"gpus": 8, "expert_ranks": 4, "recompute_activations": False}),
 ]
 
@@ -46,4 +46,4 @@ def test_the_peak_and_the_traffic_on_many_gpus(
     reduced = traffic.reduced_bytes + traffic.experts_reduced_bytes
     assert counts.received("reduce-scatter") == pytest.approx(micro_batches * reduced, rel=0.01)
     assert counts.received("all-to-all") == pytest.approx(micro_batches * traffic.exchanged_bytes, rel=0.01)
-    assert counts.received("all-reduce") == pytest.approx(traffic.all_reduced_bytes, rel=0.01, abs=1e5)
+    assert counts.received("all-reduce") == pytest.approx(traffic.all_reduced_bytes, rel=0.01, abs=1e6)

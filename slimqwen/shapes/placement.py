@@ -18,12 +18,14 @@ from slimqwen.shapes.hardware import Hardware
 from slimqwen.shapes.step_time import StepTime, estimate
 from slimqwen.shapes.traffic import predict_traffic
 from slimqwen.shapes.training_memory import (
+    FLOAT32,
     Model,
     Offload,
     TeacherKind,
     TrainingMemory,
     TrainingSettings,
     measure,
+    moments_bytes,
     predict,
 )
 
@@ -32,7 +34,6 @@ from slimqwen.shapes.training_memory import (
 CONTEXT_BYTES, NCCL_BYTES = 1_000_000_000, 1_500_000_000
 FRAGMENTS_FRACTION = 0.05
 IMBALANCE = 1.25  # pairs of the busiest rank over the mean, which memory is left for. Assumed
-STATE_BYTES = 12  # per parameter, of the copy from which a state is written (execution.async_save)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 MOST, OTHERS = 6, 2  # shown of the choices that change as little as the recommended one, and of each that changes more
 
@@ -207,7 +208,7 @@ def _ways(work: Work, hardware: Hardware, *, by_host: bool = False) -> list[Way]
         {"teacher": teacher, "offload": offload, "optimizer": optimizer, "frozen": parts}
         for teacher, offload, optimizer, parts in product(teachers, offloads, optimizers, frozen)
         if not (offload == "all" and teacher != "live")
-        and not (offload != "none" and optimizer != "adamw")
+        and not (offload != "none" and optimizer == "muon")
         and not (by_host and offload == "none" and teacher != "layer_by_layer")
     ]
 
@@ -254,8 +255,9 @@ class _Planner:
         """Return the bytes of a node's memory, and whether a state's copy fits into it too."""
         gpus = self.hardware.node_gpus
         held = gpus * max(memory.host_bytes for memory in memories)
-        trained = max(self._model(index, settings).weights.all.trained for index, _ in enumerate(self.work.students))
-        copy = gpus * STATE_BYTES * trained // settings.copy_ranks
+        weights = [self._model(index, settings).weights.all for index, _ in enumerate(self.work.students)]
+        state = max(FLOAT32 * unit.trained + moments_bytes(unit, settings) for unit in weights)
+        copy = round(gpus * state / settings.copy_ranks)  # from which a state is written
         limit = self.hardware.host_memory
         with_copy = limit is None or held + copy <= limit
         return {"host_bytes": held + copy * with_copy, "async_save": with_copy}

@@ -10,6 +10,7 @@ from slimqwen.shapes.placement import Placement, Placements
 TEACHERS = {"live": "live", "layer_by_layer": "layer by layer", "cache": "cache"}
 OFFLOADED = {"none": "GPU", "student": "host", "all": "host"}
 FASTER = 1.5  # times as fast, from which a choice that changes the result is named
+NAMED = {"cache": "a cached teacher", "adamw_8bit": "moments in 8 bits", "frozen": "frozen experts"}
 CHANGES = {
     "cache": "the teacher's most likely tokens and the sum of the others instead of its whole distribution",
     "adamw_8bit": "the optimiser's moments in 8 bits",
@@ -128,8 +129,10 @@ def _faster(found: Placements) -> list[str]:
     for number, other in enumerate(found.fitting, start=1):
         times = other.tokens_per_second / best.tokens_per_second
         if tuple(other.change) not in seen and times >= FASTER:
-            changed = "; ".join(CHANGES[change] for change in other.change)
-            lines.append(f"Number {number} is {times:.1f} times as fast (estimated) and changes the result: {changed}.")
+            changed = ", ".join(NAMED[change] for change in other.change)
+            lines.append(
+                f"With {changed}, number {number} is {times:.1f} times as fast (estimated), and another training."
+            )
         seen.add(tuple(other.change))
     return lines
 
