@@ -155,7 +155,7 @@ def _nothing_fits(found: Placements) -> list[str]:
         lines.append(f"It would fit with {bytes_in_words(found.enough_host_memory)} of memory in each node.")
     if found.enough_gpus is not None:
         lines.append(f"It would fit on {found.enough_gpus} such GPUs.")
-    return [*lines, *footnotes(found)]
+    return [*lines, "", *footnotes(found)]
 
 
 def footnotes(found: Placements) -> list[str]:
