@@ -1,6 +1,7 @@
 """What fits the GPUs that there are: which settings are recommended, their traffic and time by hand, and what is printed."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from slimqwen.checkpoint.config import read_config
 from slimqwen.core.errors import UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.recipe.file import load_recipe
-from slimqwen.runs.placing import work_of
+from slimqwen.runs.placing import as_set, memory_note, work_of
 from slimqwen.shapes.hardware import GPUS, Hardware, gpu_of
 from slimqwen.shapes.placement import Placement, Student, Work, counts_ahead, layouts, needed_bytes, place
 from slimqwen.shapes.placement_table import overrides, placements_text
@@ -182,6 +183,23 @@ def test_a_kind_of_gpu_is_known_by_its_name() -> None:
         gpu_of("h10")
 
 
+def test_a_run_says_whether_its_own_settings_fit() -> None:
+    family, config = read_config(TEACHER)
+    recipe = load_recipe(RECIPE, ["schedule=one_shot"])
+    note, fits = memory_note(recipe, family, config, machines(gpus=64))
+    assert fits and re.fullmatch(r"training is predicted to take [\d.]+ GB of a GPU's 80.0 GB", note)
+    note, fits = memory_note(load_recipe(RECIPE), family, config, machines())
+    assert not fits and "`slimqwen plan RECIPE.yaml --gpus 8 --gpu-memory 80GB` lists the settings that fit" in note
+    settings = as_set(recipe, family, config, machines(gpus=64)).settings
+    assert (settings.shard_ranks, settings.expert_ranks) == (16, 8)  # a copy does not fit into the GPUs of one node
+    assert settings.recompute_activations and settings.micro_batch_size == 1 and settings.micro_batches == 16
+    for gpus, memory in ((8, 80), (64, 80), (8, 141)):  # the recommended lines are what is predicted for them
+        hardware = machines(gpus=gpus, gpu_memory=memory * 10**9)
+        best = place(work_of(recipe, family, config), hardware).fitting[0]
+        again = as_set(load_recipe(RECIPE, ["schedule=one_shot", *overrides(best)]), family, config, hardware)
+        assert again.settings.model_copy(update={"expert_imbalance": best.settings.expert_imbalance}) == best.settings
+
+
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +218,14 @@ def test_the_recommended_lines_are_fields_of_a_recipe() -> None:
     assert "It changes the result: the routed experts stay as the cut left them." in text
     assert all(f"    --set {line}" in text for line in overrides(found.fitting[0]))
     assert max(map(len, text.splitlines())) <= 150
+
+
+def test_the_guide_prints_what_plan_prints() -> None:
+    guide = (RECIPES.parent / "docs" / "how-to" / "which-gpus.md").read_text()
+    blocks = re.findall(r"```\n\$ slimqwen (.*)\n((?:.*\n)*?)```\n", guide)
+    assert len(blocks) == 4
+    for command, printed in blocks[2:]:  # the two others take some seconds
+        assert slimqwen(*command.split(), cwd=RECIPES.parent).stdout == printed
 
 
 def test_plan_shows_what_fits() -> None:

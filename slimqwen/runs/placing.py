@@ -1,14 +1,25 @@
-"""The training of a recipe as `shapes/placement.py` takes it: its students, one per stage, and how many tokens each is trained on."""
+"""The training of a recipe as `shapes/placement.py` takes it: its students, one per stage, their tokens, and whether they fit."""
 
 from typing import get_args
 
+import torch
+
+from slimqwen.checkpoint.reader import Checkpoint
+from slimqwen.core import torchrun
+from slimqwen.core.bytesize import bytes_in_words
+from slimqwen.core.progress import say
+from slimqwen.core.warning import warn
 from slimqwen.depth.measure import layers_at_once
 from slimqwen.families import Config, Family
 from slimqwen.families.count import count
+from slimqwen.model.device import resolve_device
+from slimqwen.parallel.shares import choose_shares
 from slimqwen.planning.progressive import stage_targets
 from slimqwen.recipe import DepthCriterion, Recipe, Target, TrainedPart
-from slimqwen.shapes.placement import Student, Work
+from slimqwen.shapes.hardware import Hardware
+from slimqwen.shapes.placement import Placement, Student, Work, placement_of
 from slimqwen.shapes.target import completed, shape_of, size_of, target_config
+from slimqwen.shapes.training_memory import TrainingSettings
 
 
 def work_of(recipe: Recipe, family: Family, config: Config) -> Work:
@@ -54,3 +65,59 @@ def stage_shapes(recipe: Recipe, family: Family, config: Config) -> tuple[list[T
     )
     first = recipe.first_stage_token_fraction
     return targets, [1.0] if len(targets) == 1 else [first, 1.0 - first]
+
+
+def announce_memory(recipe: Recipe, source: Checkpoint, ranks: int) -> None:
+    """Print, on a GPU, what the training is predicted to take of it; where it does not fit, as a warning that names the remedy."""
+    device = resolve_device(recipe.execution.device)
+    if device.type != "cuda":
+        return
+    memory = torch.cuda.get_device_properties(device).total_memory
+    hardware = Hardware(gpus=ranks, gpus_per_node=torchrun.local_world_size(), gpu_memory=memory)
+    note, fits = memory_note(recipe, source.family, source.config, hardware)
+    (say if fits else warn)(note)
+
+
+def memory_note(recipe: Recipe, family: Family, config: Config, hardware: Hardware) -> tuple[str, bool]:
+    """Return a sentence on the memory that the recipe's training needs with its own settings, and whether these GPUs have it."""
+    needed, memory = as_set(recipe, family, config, hardware).needed_bytes, hardware.gpu_memory
+    sentence = f"training is predicted to take {bytes_in_words(needed)} of a GPU's {bytes_in_words(memory)}"
+    if needed <= memory:
+        return sentence, True
+    plan = f"slimqwen plan RECIPE.yaml --gpus {hardware.gpus} --gpu-memory {memory // 10**9}GB"
+    return f"{sentence}, which is too much: `{plan}` lists the settings that fit", False
+
+
+def as_set(recipe: Recipe, family: Family, config: Config, hardware: Hardware) -> Placement:
+    """Predict and estimate the training with the settings that the recipe has, and the shares that are chosen where it leaves them open."""
+    work, execution = work_of(recipe, family, config), recipe.execution
+    rows = max(work.rows // hardware.gpus, 1)
+    micro_batch_size = min(execution.micro_batch_size or work.rows, rows)
+    settings = TrainingSettings(
+        gpus=hardware.gpus,
+        micro_batch_size=micro_batch_size,
+        micro_batches=-(-rows // micro_batch_size),
+        sequence_length=work.sequence_length,
+        recompute_activations=execution.recompute_activations,
+        reshard_student=execution.reshard_student,
+        reshard_teacher=execution.reshard_teacher,
+        loss_chunk_tokens=work.loss_chunk_tokens,
+        optimizer=work.optimizer,
+        frozen=work.frozen,
+        offload=execution.offload,
+        teacher="layer_by_layer" if execution.streaming_teacher else work.teacher_kind,
+        memory_budget=execution.memory_budget,
+    )
+    if hardware.gpus == 1:
+        return placement_of(work, hardware, settings)
+    models = [config, *(student.config for student in work.students)]
+    experts = [model["num_experts"] for model in models if family.moe_blocks(model)]
+
+    def shared(shard_ranks: int, expert_ranks: int = 1) -> Placement:
+        shares = {"shard_ranks": shard_ranks, "expert_ranks": expert_ranks}
+        return placement_of(work, hardware, settings.model_copy(update=shares))
+
+    def fits(shard_ranks: int) -> bool:
+        return shared(shard_ranks).needed_bytes <= hardware.gpu_memory
+
+    return shared(*choose_shares(hardware.gpus, hardware.node_gpus, experts, execution, fits))

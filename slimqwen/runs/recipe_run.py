@@ -50,6 +50,7 @@ from slimqwen.runs.checks import (
     in_one_stage,
     stages_of,
 )
+from slimqwen.runs.placing import announce_memory
 from slimqwen.runs.record import Steps
 from slimqwen.runs.schedule import follow_schedule
 from slimqwen.runs.stage import Stage
@@ -143,6 +144,7 @@ class Pipeline:
         self.steps.begin(self.recipe)
         with self.steps.warned("recipe", fingerprint_value(self.recipe.model_dump(mode="json"))):
             announce(self.recipe, self.source, self.stages)
+            announce_memory(self.recipe, self.source, self.job.size)
             self.read_what_is_optional()
         self.forget_other_schedules()
         self.announce_old_names()

@@ -143,6 +143,11 @@ def place(work: Work, hardware: Hardware) -> Placements:
     )
 
 
+def placement_of(work: Work, hardware: Hardware, settings: TrainingSettings) -> Placement:
+    """Predict and estimate one choice of settings."""
+    return _Planner(work, hardware).placement(settings)
+
+
 def _enough_gpus(work: Work, hardware: Hardware) -> int | None:
     """Return how many times as many GPUs, doubled again and again, would do; None where they do not divide the batch before."""
     while work.rows % (2 * hardware.gpus) == 0:
