@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimqwen.checkpoint.reader import Checkpoint
 from slimqwen.data.isolated import DocumentStream
 from slimqwen.data.stream import Batch, RowStream
+from slimqwen.losses.balance import load_balancing_loss
 from slimqwen.losses.loss import count_targets
 from slimqwen.model.model import load
 from slimqwen.parallel.expert_parallel import exchanged_forward
@@ -140,6 +141,25 @@ def test_shared_experts_wait_once_in_a_forward_pass_and_never_in_a_backward_pass
         dist.destroy_process_group()
     assert found == ["tolist"]
     torch.testing.assert_close(outputs, hidden * (chosen + 1.0).mean(1, keepdim=True))
+
+
+def test_the_load_balancing_loss_has_as_many_kernels_for_many_blocks() -> None:
+    """For one block and for 40, forward and backward; but for views, which start none."""
+
+    def kernels(blocks: int) -> int:
+        class Kernels(TorchDispatchMode):
+            started = 0
+
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                Kernels.started += not function.is_view
+                return function(*args, **(kwargs or {}))
+
+        logits = [torch.randn(8, 4).requires_grad_() for _ in range(blocks)]
+        with Kernels():
+            load_balancing_loss(logits, None, [torch.ones(2, 4)] * blocks, 8).backward()
+        return Kernels.started
+
+    assert 10 < kernels(40) == kernels(1) < 30
 
 
 def test_the_modes_see_what_waits() -> None:

@@ -73,20 +73,20 @@ def load_balancing_loss(
         global_tokens: real tokens of the global batch.
         scores: how the family's routers turn logits into scores (`Family.router_scores`).
     """
-    losses = []
-    for logits, block_counts in zip(router_logits, counts, strict=True):
-        exact = _zero_padding(logits, mask).to(torch.promote_types(logits.dtype, torch.float32))
-        if scores == "softmax":
-            probs = exact.softmax(dim=-1)
-        else:
-            probs = exact.sigmoid() / exact.sigmoid().sum(dim=-1, keepdim=True)
-        by_row = block_counts.view(-1, logits.shape[-1])
-        fraction = by_row.to(probs.dtype) / by_row.sum(1, keepdim=True)
-        sums = _zero_padding(probs, mask).view(len(by_row), -1, logits.shape[-1]).sum(1)
-        losses.append(logits.shape[-1] * (fraction * sums).sum() / global_tokens)
-    return torch.stack(losses).mean()
+    logits = torch.stack(list(router_logits))  # of all blocks at once: a GPU has few kernels to start
+    exact = _zero_padding(logits, mask).to(torch.promote_types(logits.dtype, torch.float32))
+    if scores == "softmax":
+        probs = exact.softmax(dim=-1)
+    else:
+        probs = exact.sigmoid() / exact.sigmoid().sum(dim=-1, keepdim=True)
+    num_experts = logits.shape[-1]
+    by_row = torch.stack([block_counts.view(-1, num_experts) for block_counts in counts])  # [blocks, rows, experts]
+    fraction = by_row.to(probs.dtype) / by_row.sum(-1, keepdim=True)
+    sums = _zero_padding(probs, mask).unflatten(1, (by_row.shape[1], -1)).sum(2)
+    losses = num_experts * (fraction * sums).sum((1, 2)) / global_tokens
+    return losses.mean()
 
 
 def _zero_padding(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return `values` [tokens, n] with zeros, not what stands there times zero, where `mask` [tokens] is False."""
+    """Return `values` [..., tokens, n] with zeros, not what stands there times zero, where `mask` [tokens] is False."""
     return values if mask is None else torch.where(mask[:, None], values, 0)
