@@ -38,24 +38,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("offload", ["student", "all"])
-def test_it_is_the_training_with_everything_on_the_device(folder: Path, tmp_path: Path, offload: str) -> None:
-    """With a teacher, micro-batches, an average and a part that is frozen."""
+def test_it_is_the_training_with_everything_on_the_device(folder: Path, tmp_path: Path) -> None:
+    """With a teacher, micro-batches, an average and a part that is frozen; measured on held-out text on the way."""
     changes: dict[str, Any] = {"train": "no_experts", "ema_decay": 0.25, "micro_batch_size": 2}
     changes |= {"evaluate_every": "3 steps", "evaluate_tokens": 64}
     plain = train(folder, tmp_path / "plain" / "out", **changes)
-    found = train(folder, tmp_path / "offloaded" / "out", **changes, offload=offload)
-    assert not dist.is_initialized()
-    assert_trained_alike(weights(found), weights(plain))
-    for line, other in zip(metrics(tmp_path / "offloaded"), metrics(tmp_path / "plain"), strict=True):
-        assert line.keys() == other.keys()
-        numbers = [key for key, value in line.items() if isinstance(value, float) and not key.startswith("acc")]
-        assert {key: line[key] for key in numbers} == pytest.approx({key: other[key] for key in numbers}, rel=TRAINED)
+    for offload in ("student", "all"):
+        found = train(folder, tmp_path / offload / "out", **changes, offload=offload)
+        assert not dist.is_initialized()
+        assert_trained_alike(weights(found), weights(plain))
+        for line, other in zip(metrics(tmp_path / offload), metrics(tmp_path / "plain"), strict=True):
+            assert line.keys() == other.keys()
+            numbers = [key for key, value in line.items() if isinstance(value, float) and not key.startswith("acc")]
+            assert {key: line[key] for key in numbers} == pytest.approx(
+                {key: other[key] for key in numbers}, rel=TRAINED
+            )
 
 
-def test_resumed_is_uninterrupted_and_either_way_goes_on_with_the_others_state(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_is_uninterrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = train_alone(folder, tmp_path / "expected" / "out", {"offload": "student"})
     resumed = killed_and_resumed(folder, tmp_path / "out", {"offload": "student"}, monkeypatch)
     assert same_weights(resumed, expected)

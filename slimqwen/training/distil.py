@@ -31,7 +31,6 @@ from slimqwen.parallel.ranks import Ranks, join_ranks
 from slimqwen.parallel.sharded_checkpoint import export, fill_own
 from slimqwen.recipe import DistilRecipe, Execution, TextSettings
 from slimqwen.training.cached_teacher import CachedTeacher, open_teacher_cache
-from slimqwen.training.course import Course, compute_course
 from slimqwen.training.dry_run import dry_run
 from slimqwen.training.heldout import HeldOut
 from slimqwen.training.inputs import OpenInputs, TrainingInputs, check_ranks
@@ -42,6 +41,7 @@ from slimqwen.training.loggers import check_loggers, open_loggers
 from slimqwen.training.loop import train
 from slimqwen.training.metrics import MetricsLog, StepLog
 from slimqwen.training.moments import load_moments
+from slimqwen.training.settings import Settings
 from slimqwen.training.shares import agree_on_shares
 from slimqwen.training.span import whole_run
 from slimqwen.training.state import saved_states
@@ -97,10 +97,8 @@ def distil(
             announce_training(opened, stream, settings, device)
         ranks.wait()
 
-        student = load_student(opened.student, device, recipe, execution, ranks)
-        teacher: Teacher | None = cached_teacher
-        if cached_teacher is None:
-            teacher = load_live_teacher(opened, student, recipe, text, execution, ranks, settings.most_rows)
+        student = load_student(opened.student, device, settings, ranks)
+        teacher = cached_teacher or load_live_teacher(opened, student, settings, ranks)
         loaded = Loaded(opened, student, teacher, stream, settings.span, ranks)
         choice = choose_rate(loaded, settings, out, title) if recipe.learning_rate == "auto" else None
         trainer = begin_trainer(loaded, settings, out, choice)
@@ -114,26 +112,6 @@ def distil(
             remove_state(out)
         ranks.wait()
     return out
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a training is set to. span: the steps of the whole run that are trained."""
-
-    recipe: DistilRecipe
-    text: TextSettings
-    span: Span
-    execution: Execution
-
-    @property
-    def course(self) -> Course:
-        """The rows of every step of the whole run."""
-        return compute_course(self.recipe, self.text.sequence_length, self.span.total_steps)
-
-    @property
-    def most_rows(self) -> int:
-        """The rows of the largest step: with a batch size ramp, the last one."""
-        return self.course.rows(self.span.end_step - 1)
 
 
 @dataclass(frozen=True)

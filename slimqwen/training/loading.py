@@ -7,18 +7,17 @@ from slimqwen.model.device import resolve_dtype
 from slimqwen.model.model import MtpCausalLM, load
 from slimqwen.parallel.ranks import Ranks
 from slimqwen.parallel.sharded_checkpoint import load_sharded
-from slimqwen.recipe import DistilRecipe, Execution, TextSettings
 from slimqwen.training.inputs import OpenInputs
 from slimqwen.training.optimizer import untrained
+from slimqwen.training.settings import Settings
 from slimqwen.training.streamed_teacher import StreamedTeacher, goes_layer_by_layer
 from slimqwen.training.teacher import LiveTeacher, Teacher
 
 
-def load_student(
-    checkpoint: Checkpoint, device: torch.device, recipe: DistilRecipe, execution: Execution, ranks: Ranks
-) -> MtpCausalLM:
+def load_student(checkpoint: Checkpoint, device: torch.device, settings: Settings, ranks: Ranks) -> MtpCausalLM:
     """Load the student, what is trained in float32 and the rest as it is on disk, whole or sharded over the ranks."""
-    frozen = untrained(checkpoint, recipe)
+    execution = settings.execution
+    frozen = untrained(checkpoint, settings.recipe)
     if ranks.mesh is None:
         return load(checkpoint.folder, torch.float32, device, frozen)
     return load_sharded(
@@ -33,31 +32,20 @@ def load_student(
     )
 
 
-def load_live_teacher(
-    inputs: OpenInputs,
-    student: MtpCausalLM,
-    recipe: DistilRecipe,
-    text: TextSettings,
-    execution: Execution,
-    ranks: Ranks,
-    rows: int,
-) -> Teacher | None:
-    """Load the teacher that runs beside the student: whole, sharded over the ranks, or layer by layer; None where none does.
-
-    rows: of the largest step, of all ranks.
-    """
-    checkpoint, device = inputs.teacher, ranks.device_of(student)
+def load_live_teacher(inputs: OpenInputs, student: MtpCausalLM, settings: Settings, ranks: Ranks) -> Teacher | None:
+    """Load the teacher that runs beside the student: whole, sharded over the ranks, or layer by layer; None where none does."""
+    checkpoint, execution, device = inputs.teacher, settings.execution, ranks.device_of(student)
     if checkpoint is None:
         return None
-    dtype = resolve_dtype(text.dtype, device)
-    teaches_mtp = recipe.is_taught_by_mtp and inputs.student.has_mtp
+    dtype = resolve_dtype(settings.text.dtype, device)
+    teaches_mtp = settings.recipe.is_taught_by_mtp and inputs.student.has_mtp
     if goes_layer_by_layer(checkpoint, student, execution, dtype, ranks):
         return StreamedTeacher(
             checkpoint,
             execution,
             teaches_mtp=teaches_mtp,
-            rows=rows // ranks.size,
-            sequence_length=text.sequence_length,
+            rows=settings.most_rows // ranks.size,
+            sequence_length=settings.text.sequence_length,
             dtype=dtype,
         )
     offloads = execution.offload == "all"

@@ -180,7 +180,7 @@ class Trainer:
     ) -> tuple[list[float], dict[str, float], float]:
         """Return the losses and the means of the terms over all ranks, and the norm; waits for the device, once.
 
-        losses: [n], this rank's part of each. grad_norm: of all ranks.
+        losses: [n], this rank's part of each. grad_norm: of all ranks; of offloaded weights on the CPU.
         """
         measured = sums.measured()
         totals = self.ranks.total(torch.stack([*losses.double().unbind(), *measured.values()]))
