@@ -39,13 +39,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tokens`, a `teacher`, a wider `student`, and `plain` without an MTP module; `one/WAY.json` of one rank."""
+    """`tokens`, a `teacher`, a wider `student`, and `plain` without an MTP module, with one table for both ends; `one/WAY.json` of one rank."""
     folder = tmp_path_factory.mktemp("shared_evaluation")
     tokenizer, _ = write_tiny_tokens(folder)
     sizes: dict[str, Any] = {"tokenizer": tokenizer, "num_hidden_layers": 2, "layer_types": LAYERS}
     write_tiny_checkpoint(folder / "teacher", **sizes)
     write_tiny_checkpoint(folder / "student", 1, **sizes, hidden_size=40, num_experts=4)
-    write_tiny_checkpoint(folder / "plain", 2, **sizes, num_nextn_predict_layers=0)
+    write_tiny_checkpoint(folder / "plain", 2, **sizes, num_nextn_predict_layers=0, tie_word_embeddings=True)
     measure(folder, folder / "one", ("taught", "untaught"))
     return folder
 
