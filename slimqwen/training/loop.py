@@ -21,7 +21,7 @@ from slimqwen.training.speed import Speed
 from slimqwen.training.state import States
 from slimqwen.training.trainer import BadStep, Trainer
 
-SHOWN = ("lm", "kd", "mtp_lm", "mtp_kd", "heldout_lm", "heldout_kd", "acc_0", "mfu")
+SHOWN = ("lm", "kd", "mtp_lm", "mtp_kd", "heldout_lm", "heldout_kd", "acc_0", "mfu", "busiest_rank")
 
 
 def train(
