@@ -107,7 +107,7 @@ def test_the_memory_of_a_node_counts_too() -> None:
     assert all(placement.settings.offload == "none" for placement in few if not placement.change)
 
 
-def test_where_nothing_fits_it_is_said_by_how_much_and_what_would() -> None:
+def test_where_nothing_fits_what_is_lacking_is_printed_and_what_would_do() -> None:
     work = replace(paper_work("schedule=one_shot"), teacher_kind="cache", frozen=("routed_experts",))
     small = machines(gpu_memory=14 * 10**9, host_memory=20 * 10**9)
     found = place(work, small)
@@ -183,7 +183,7 @@ def test_a_kind_of_gpu_is_known_by_its_name() -> None:
         gpu_of("h10")
 
 
-def test_a_run_says_whether_its_own_settings_fit() -> None:
+def test_a_run_prints_whether_its_own_settings_fit() -> None:
     family, config = read_config(TEACHER)
     recipe = load_recipe(RECIPE, ["schedule=one_shot"])
     note, fits = memory_note(recipe, family, config, machines(gpus=64))
