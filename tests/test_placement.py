@@ -53,7 +53,7 @@ def test_what_fits_is_within_the_memory_and_what_changes_the_result_comes_last()
     severities = [sum({"cache": 1, "frozen": 3}[change] for change in p.change) for p in found.fitting]
     assert severities == sorted(severities) and severities[0] == 0 < severities[-1]
     for placement in found.fitting:
-        assert placement.needed_bytes == needed_bytes(placement.memory.peak_bytes, found.hardware) <= 80e9
+        assert placement.needed_bytes == needed_bytes(placement.memory.peak_bytes, 64) <= 80e9
     same = [p.tokens_per_second for p, severity in zip(found.fitting, severities, strict=True) if severity == 0]
     assert same == sorted(same, reverse=True)
 
@@ -197,7 +197,7 @@ def test_a_run_prints_whether_its_own_settings_fit() -> None:
         hardware = machines(gpus=gpus, gpu_memory=memory * 10**9)
         best = place(work_of(recipe, family, config), hardware).fitting[0]
         again = as_set(load_recipe(RECIPE, ["schedule=one_shot", *overrides(best)]), family, config, hardware)
-        assert again.settings.model_copy(update={"expert_imbalance": best.settings.expert_imbalance}) == best.settings
+        assert again == best
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

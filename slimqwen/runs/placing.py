@@ -1,5 +1,6 @@
 """The training of a recipe as `shapes/placement.py` takes it: its students, one per stage, their tokens, and whether they fit."""
 
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -17,7 +18,7 @@ from slimqwen.parallel.shares import choose_shares
 from slimqwen.planning.progressive import stage_targets
 from slimqwen.recipe import DepthCriterion, Recipe, Target, TrainedPart
 from slimqwen.shapes.hardware import Hardware
-from slimqwen.shapes.placement import Placement, Student, Work, placement_of
+from slimqwen.shapes.placement import IMBALANCE, Placement, Student, Work, placement_of
 from slimqwen.shapes.target import completed, shape_of, size_of, target_config
 from slimqwen.shapes.training_memory import TrainingSettings
 
@@ -113,11 +114,15 @@ def as_set(recipe: Recipe, family: Family, config: Config, hardware: Hardware) -
     models = [config, *(student.config for student in work.students)]
     experts = [model["num_experts"] for model in models if family.moe_blocks(model)]
 
-    def shared(shard_ranks: int, expert_ranks: int = 1) -> Placement:
-        shares = {"shard_ranks": shard_ranks, "expert_ranks": expert_ranks}
+    def shared(shard_ranks: int, expert_ranks: int) -> Placement:
+        imbalance = IMBALANCE if expert_ranks > 1 else 1.0
+        shares = {"shard_ranks": shard_ranks, "expert_ranks": expert_ranks, "expert_imbalance": imbalance}
         return placement_of(work, hardware, settings.model_copy(update=shares))
 
-    def fits(shard_ranks: int) -> bool:
-        return shared(shard_ranks).needed_bytes <= hardware.gpu_memory
+    def chosen(fits: Callable[[int], bool]) -> Placement:
+        return shared(*choose_shares(hardware.gpus, hardware.node_gpus, experts, execution, fits))
 
-    return shared(*choose_shares(hardware.gpus, hardware.node_gpus, experts, execution, fits))
+    def copy_fits(shard_ranks: int) -> bool:
+        return chosen(lambda ranks: ranks == shard_ranks).needed_bytes <= hardware.gpu_memory
+
+    return chosen(copy_fits)

@@ -248,7 +248,7 @@ class _Planner:
         return Placement(
             settings=settings,
             memory=largest,
-            needed_bytes=needed_bytes(largest.peak_bytes, hardware),
+            needed_bytes=needed_bytes(largest.peak_bytes, hardware.gpus),
             change=_changes(work, settings),
             step=steps[-1],
             tokens_per_second=rate,
@@ -284,9 +284,9 @@ def counts_ahead(work: Work, settings: TrainingSettings) -> bool:
     return at_once < work.rows and at_once % min(work.group_rows, work.rows) != 0
 
 
-def needed_bytes(peak_bytes: int, hardware: Hardware) -> int:
-    """Return the memory of a GPU that a peak of so many bytes of tensors needs."""
-    beside = CONTEXT_BYTES + (NCCL_BYTES if hardware.gpus > 1 else 0)
+def needed_bytes(peak_bytes: int, gpus: int) -> int:
+    """Return the memory of a GPU that a peak of so many bytes of tensors needs, where so many GPUs work together."""
+    beside = CONTEXT_BYTES + (NCCL_BYTES if gpus > 1 else 0)
     return round((1 + FRAGMENTS_FRACTION) * peak_bytes) + beside
 
 
