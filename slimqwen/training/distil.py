@@ -64,7 +64,7 @@ def distil(
     title: str = "distil",
     keep_state: bool = False,
 ) -> Path:
-    """Train `inputs.student` and write the trained checkpoint to `out`, or resume where an earlier call was interrupted.
+    """Train `inputs.student`, write the checkpoint to `out` and return that, or resume where an earlier call was interrupted.
 
     All processes that torchrun started must call it and see the same files: they train one student together
     (parallel/ranks.py). It may resume with another number of them.
@@ -78,9 +78,6 @@ def distil(
         title: shown with the progress.
         keep_state: leave the training state in place: for `carry`, or for a caller that removes it (`remove_state`) only after
             it has noted that `out` is done, so that a kill in between costs nothing.
-
-    Returns:
-        `out`.
     """
     opened = OpenInputs.open(inputs, recipe)
     check_loggers(execution.loggers)
