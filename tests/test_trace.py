@@ -39,12 +39,13 @@ def trace() -> Trace:
 def test_bytes_per_gpu_and_micro_batch_at_64_ranks(trace: Trace) -> None:
     """What a layer adds, times the layers of 80B and 23B. A layer with DeltaNet, which is added here, has the larger mixer."""
     kinds = ("all-gather", "reduce-scatter", "all-to-all")
-    least, teacher, student = (
-        sum(trace(64, *layers).received(kind, 8) for kind in kinds) for layers in ((1, 1), (2, 1), (1, 2))
-    )
-    whole = least + (TEACHER_LAYERS - 1) * (teacher - least) + (STUDENT_LAYERS - 1) * (student - least)
-    assert 30e9 < whole < LIMIT_BYTES
-    between_nodes = trace(64, 1, 2).received("all-reduce", 8) - trace(64).received("all-reduce", 8)
+    received = [
+        sum(trace(64, *layers, **SMALL).received(kind, 8) for kind in kinds) for layers in ((1, 1), (2, 1), (1, 2))
+    ]
+    teacher, student = received[1] - received[0], received[2] - received[0]
+    least = sum(trace(64).received(kind, 8) for kind in kinds)
+    assert 30e9 < least + (TEACHER_LAYERS - 1) * teacher + (STUDENT_LAYERS - 1) * student < LIMIT_BYTES
+    between_nodes = trace(64, 1, 2, **SMALL).received("all-reduce", 8) - trace(64, **SMALL).received("all-reduce", 8)
     assert STUDENT_LAYERS * between_nodes < 22e9  # once a step, whatever the number of micro-batches
     assert trace(64).launches.total() < 3500
 
@@ -64,7 +65,7 @@ def test_a_step_waits_once_and_for_the_sizes_that_shared_experts_exchange(
 
 
 def test_a_layer_is_gathered_before_the_one_before_it_runs(trace: Trace) -> None:
-    order = trace(64, 1, 2).order
+    order = trace(64, 1, 2, **SMALL).order
     first, second = order.index("layer 0"), order.index("layer 1")
     before = [event for event in order[:first] if event == "all-gather"]
     teacher = 2  # its layer, and what surrounds it
