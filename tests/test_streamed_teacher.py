@@ -1,5 +1,6 @@
 """A live teacher that goes layer by layer: the distributions of one that is in memory, its weights read once per step."""
 
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from slimqwen.model.model import load
 from slimqwen.parallel.ranks import ALONE
 from slimqwen.recipe import Execution
 from slimqwen.training import streamed_teacher
+from slimqwen.training.interrupt import Interrupts, StepInterrupted
 from slimqwen.training.streamed_teacher import StreamedTeacher, goes_layer_by_layer
 from slimqwen.training.teacher import LiveTeacher
 
@@ -80,6 +82,21 @@ def test_steps_are_those_of_a_teacher_in_memory(folder: Path, mtp_target: str, m
         assert layers >= {
             name for name in Checkpoint(folder / "teacher").specs if ".self_attn." in name and "mtp" not in name
         }
+
+
+def test_a_signal_ends_a_step_while_the_teacher_runs(folder: Path) -> None:
+    """After the chunk under way, where this process trains alone; the same step can then be made."""
+    one = trainer(folder, micro_batch_size=1)
+    one.teacher = streamed(folder, teaches_mtp=False)
+    before = {name: tensor.detach().clone() for name, tensor in one.parameters.items()}
+    looks: list[int] = []
+    one.interrupts = Interrupts(received=lambda: looks.append(1) or signal.SIGTERM * (len(looks) == 2))  # type: ignore[func-returns-value]
+    with pytest.raises(StepInterrupted):
+        one.step(0)
+    assert len(looks) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.parameters.items())
+    one.interrupts = Interrupts()
+    assert one.step(0)["kd"] > 0
 
 
 def test_a_training_and_its_measurements_are_those_of_a_teacher_in_memory(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A cached teacher: its distributions are read from disk, and none of its weights are loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from slimqwen.data.stream import Batch, RowStream, StoredRows
 from slimqwen.losses.signal import StoredSignal, TopTokens
 from slimqwen.recipe import DistilRecipe, DocumentBoundaries, OnBadStep
 from slimqwen.teacher_cache.folder import CacheManifest, Head, TeacherCache, text_fingerprint
+from slimqwen.training.teacher import ignore
 
 WRITE_IT = "write one for this run with `slimqwen teacher-cache`"
 
@@ -29,7 +30,7 @@ class CachedTeacher:
         self._heads: list[Head] = ["main", "mtp"] if teaches_mtp else ["main"]
         self.identity = fingerprint_value([cache.manifest.identity() for cache in caches.values()])
 
-    def prepare(self, batch: Batch) -> None:
+    def prepare(self, batch: Batch, pause: Callable[[], None] = ignore) -> None:
         pass
 
     def signal(self, batch: Batch) -> StoredSignal:

@@ -34,6 +34,11 @@ class Interrupts:
         self._ranks = ranks
         self._received = received
 
+    def end_alone(self) -> None:
+        """Raise StepInterrupted where this process trains alone and got a signal: within work before the micro-batches."""
+        if self._ranks.size == 1 and (received := self._received()):
+            raise StepInterrupted(received)
+
     def between(self, micro_batches: Sequence[T]) -> Iterator[T]:
         """Yield the micro-batches; between two of them raise StepInterrupted where a rank got a signal.
 

@@ -1,5 +1,6 @@
 """A live teacher that does not fit beside the student: run layer by layer, on all rows of an optimiser step at once."""
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -17,6 +18,7 @@ from slimqwen.model.model import MtpCausalLM
 from slimqwen.parallel.ranks import Ranks
 from slimqwen.recipe import Execution
 from slimqwen.teacher_cache.predict import LayerByLayer
+from slimqwen.training.teacher import ignore
 
 
 class StreamedTeacher:
@@ -52,11 +54,11 @@ class StreamedTeacher:
         self._states: dict[bytes, tuple[Tensor, Tensor | None]] = {}  # by the tokens of a row; [seq, hidden] each
 
     @torch.no_grad()
-    def prepare(self, batch: Batch) -> None:
-        """Run the teacher on a batch; what was prepared before is dropped."""
+    def prepare(self, batch: Batch, pause: Callable[[], None] = ignore) -> None:
+        """Run the teacher on a batch; what was prepared before is dropped. pause: called after each chunk of each layer."""
         self._states.clear()
         on_host = batch.to(torch.device("cpu"))
-        for pieces in self._predictor.hidden_states([on_host], lambda _: None):
+        for pieces in self._predictor.hidden_states([on_host], lambda _: pause()):
             for piece, hidden in pieces:
                 for row, tokens in enumerate(piece.tokens):
                     mtp = None if hidden.mtp is None else hidden.mtp[row].cpu()

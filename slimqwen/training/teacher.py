@@ -1,5 +1,6 @@
 """The teacher as the trainer sees it, live or cached: one `TeacherSignal` per micro-batch."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,11 +11,18 @@ from slimqwen.losses.signal import LiveSignal, TeacherSignal
 from slimqwen.model.model import MtpCausalLM
 
 
+def ignore() -> None:
+    """Do nothing."""
+
+
 class Teacher(Protocol):
     """Source of a teacher's distributions."""
 
-    def prepare(self, batch: Batch) -> None:
-        """Get ready for the signals of these rows, a micro-batch at a time. It may do nothing: the signals are the same."""
+    def prepare(self, batch: Batch, pause: Callable[[], None] = ignore) -> None:
+        """Get ready for the signals of these rows, a micro-batch at a time. It may do nothing: the signals are the same.
+
+        pause: called now and then where that takes long; what it raises leaves nothing prepared.
+        """
         ...
 
     def signal(self, batch: Batch) -> TeacherSignal:
@@ -32,7 +40,7 @@ class LiveTeacher:
         self.model = model
         self.teaches_mtp = teaches_mtp
 
-    def prepare(self, batch: Batch) -> None:
+    def prepare(self, batch: Batch, pause: Callable[[], None] = ignore) -> None:
         pass
 
     @torch.no_grad()

@@ -134,7 +134,7 @@ class Trainer:
         weights = LossWeights.from_terms(recipe.terms, kd_weight, mtp_weight).per_token(*taken.targets)
         batch = taken.batch.to(self.device)
         if self.teacher is not None:
-            self.teacher.prepare(batch)
+            self.teacher.prepare(batch, self.interrupts.end_alone)
         micro_batches = batch.split(self.micro_batch_size)
         counts = self.count_ahead(micro_batches)
 
