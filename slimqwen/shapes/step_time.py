@@ -16,7 +16,7 @@ LINK_FRACTION = 0.7  # of NVLink's, PCIe's and the network's speed
 LAUNCH_SECONDS = 14e-6
 # Calls that launch a kernel, traced (benchmarks/trace_step.py): of a layer in one pass, a backward pass being two; of the
 # loss per chunk of `loss_chunk_tokens`.
-LAYER_LAUNCHES, CHUNK_LAUNCHES = 107, 640
+LAYER_LAUNCHES, CHUNK_LAUNCHES = 103, 630
 HOST_UPDATE_BYTES, HOST_SPEED = 28, 100e9  # AdamW on the CPU reads and writes 28 bytes per parameter
 DISK_SPEED = 5e9  # of the checkpoint, where the teacher runs layer by layer
 
