@@ -236,6 +236,7 @@ def test_plan_shows_what_fits() -> None:
     target = ("--target", RECIPES / "slimqwen-23a2b.yaml")
     one = slimqwen("plan", TEACHER, *target, "--gpus", "1", "--gpu-memory", "80GB", "--host-memory", "200GB")
     assert "1 x H100 with 80.0 GB each" in one.stdout and "--set distil.train=[no_experts]" in one.stdout
+    assert_one_sentence(slimqwen("plan", TEACHER, "--gpu-memory", "80GB", "--out", "x"), 2, "--out make a plan")
     assert_one_sentence(slimqwen("plan", RECIPE), 2, "give --gpus and --gpu-memory too")
     assert_one_sentence(slimqwen("plan", RECIPE, "--gpu-memory", "80GB"), 2, "--set teacher=FILE")
     assert_one_sentence(slimqwen("plan", TEACHER, "--gpus", "12", "--gpu-memory", "80GB"), 2, "not whole nodes of 8")

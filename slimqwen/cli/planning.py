@@ -152,6 +152,10 @@ def plan(
     from slimqwen.shapes.training_memory import TrainingSettings
 
     if gpu_memory is not None:
+        if statistics is not None or out is not None:
+            raise UserError(
+                "--statistics and --out make a plan: give them without --gpu-memory, which shows what fits."
+            )
         hardware = hardware_of(gpus, gpus_per_node, gpu_memory, host_memory, gpu)
         show_placements(checkpoint, target, overrides or [], hardware, sequence_length, as_json)
         return
