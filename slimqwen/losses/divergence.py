@@ -55,6 +55,11 @@ class Divergence:
     temperature: float = 1.0
     jsd_beta: float = 0.5
 
+    @property
+    def is_forward_kl(self) -> bool:
+        """Whether this is KL(teacher || student) itself, which is reported too and is computed once then."""
+        return self.name == DivergenceName.FORWARD_KL and self.temperature == 1.0
+
     def value_and_gradient(
         self, teacher: Distribution, student: Distribution, scratch: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from slimqwen.losses.divergence import FORWARD_KL, Divergence, softmax_dtype
-from slimqwen.losses.head import Chunk, HeadTerm, Logits
+from slimqwen.losses.head import Heads, HeadTerm, Logits
 from slimqwen.losses.signal import TeacherSignal
 from slimqwen.recipe import LossTerm
 
@@ -264,34 +264,29 @@ def _sum_chunks(
     """Compute loss, sums, and the gradients of hidden, mtp_hidden and head (None where not needed): steps 2 to 4."""
     main_needs, mtp_needs, head_needs = needs_gradient
     counted = _places(predictions.main_mask, predictions.targets)
-    chunk_tokens = max(min(chunk_tokens, counted.numel()), 1)
-    student = Logits(head, chunk_tokens)
-    taught = None if teacher is None else teacher.chunks(student)
-    grad_head = torch.zeros_like(head, dtype=softmax_dtype(head)) if head_needs else None
+    with_mtp = predictions.mtp_hidden is not None
+    chunk_tokens = max(min(chunk_tokens // (2 if with_mtp else 1), counted.numel()), 1)
+    taught = None if teacher is None else teacher.chunks(head, chunk_tokens, with_mtp)
 
-    def term(hidden: Tensor, lm: float, kd: float, needs: bool, measures_top1: bool) -> HeadTerm:
-        grad_hidden = torch.zeros_like(hidden) if needs else None
-        scratch = torch.empty_like(student.block.probs)
-        return HeadTerm(hidden, lm, kd, divergence, measures_top1, grad_hidden, grad_head, scratch)
+    def term(hidden: Tensor, counts: Tensor, lm: float, kd: float, needs: bool, measures_top1: bool) -> HeadTerm:
+        return HeadTerm(hidden, counts, lm, kd, measures_top1, torch.zeros_like(hidden) if needs else None)
 
-    main = term(predictions.hidden, weights.lm, weights.kd, main_needs, measures_top1=True)
-    mtp = None
+    terms = [term(predictions.hidden, predictions.main_mask, weights.lm, weights.kd, main_needs, measures_top1=True)]
     if predictions.mtp_hidden is not None:
-        mtp = term(predictions.mtp_hidden, weights.mtp_lm, weights.mtp_kd, mtp_needs, measures_top1=False)
+        weighed = (weights.mtp_lm, weights.mtp_kd)
+        terms.append(term(predictions.mtp_hidden, predictions.mtp_mask, *weighed, mtp_needs, measures_top1=False))
+    grad_head = torch.zeros_like(head, dtype=softmax_dtype(head)) if head_needs else None
+    heads = Heads(terms, Logits(head, chunk_tokens * len(terms)), divergence, grad_head)
 
-    main_sums, mtp_sums = torch.zeros(2, 4, dtype=torch.float64, device=head.device)
+    totals = torch.zeros(len(terms), 4, dtype=torch.float64, device=head.device)
     for rows in counted.split(chunk_tokens):
-        labels = predictions.labels[rows]
-        targets = None if taught is None else taught.main(rows)
-        main_sums += main.add(student, Chunk(rows, predictions.main_mask[rows], labels, targets))
-        if mtp is not None:
-            counts = predictions.mtp_mask[rows]
-            mtp_targets = None if taught is None or targets is None else taught.mtp(rows, counts, targets)
-            mtp_sums += mtp.add(student, Chunk(rows, counts, labels, mtp_targets))
+        mtp_counts = predictions.mtp_mask[rows] if with_mtp else None
+        targets = [None] * len(terms) if taught is None else taught.targets(rows, mtp_counts)
+        totals += heads.add(rows, predictions.labels[rows], targets)
 
     has_teacher = teacher is not None
-    lm, kd, _, top1_agreement = main_sums
-    mtp_lm, mtp_kd, _, _ = (None,) * 4 if mtp is None else mtp_sums
+    lm, kd, _, top1_agreement = totals[0]
+    mtp_lm, mtp_kd, _, _ = totals[1] if with_mtp else (None,) * 4
     sums = LossSums(
         lm=lm,
         kd=kd if has_teacher else None,
@@ -299,10 +294,10 @@ def _sum_chunks(
         mtp_kd=mtp_kd if has_teacher else None,
         top1_agreement=top1_agreement if has_teacher else None,
         main_tokens=predictions.main_mask.sum(dtype=torch.float64),
-        mtp_tokens=None if mtp is None else predictions.mtp_mask.sum(dtype=torch.float64),
+        mtp_tokens=None if not with_mtp else predictions.mtp_mask.sum(dtype=torch.float64),
     )
-    loss = main.loss(main_sums) if mtp is None else main.loss(main_sums) + mtp.loss(mtp_sums)
-    gradients = (main.grad_hidden, None if mtp is None else mtp.grad_hidden, grad_head)
+    loss = torch.stack([each.loss(its_sums) for each, its_sums in zip(terms, totals, strict=True)]).sum()
+    gradients = (terms[0].grad_hidden, terms[1].grad_hidden if with_mtp else None, grad_head)
     return loss.to(softmax_dtype(head)), sums, gradients
 
 

@@ -1,0 +1,31 @@
+"""Matrix products whose sums are kept in more digits than their factors."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `total` [n, m], in the product itself where `total` has the dtype of both or the device can (bfloat16 to float32)."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif accumulates(a.device.type, a.dtype, total.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a @ b)
+
+
+@cache
+def accumulates(device: str, factors: torch.dtype, total: torch.dtype) -> bool:
+    """Return whether a product of `factors` can be added to `total` without being rounded to their dtype: by trying one.
+
+    cuBLAS can; PyTorch has it as an overload of addmm for CUDA, and for no CPU (2.13).
+    """
+    ones = torch.ones(16, 16, dtype=factors, device=device)
+    found = torch.full((16, 16), 1 / 1024, dtype=total, device=device)  # 16 + 1 / 1024 has more digits than bfloat16
+    try:
+        torch.addmm(found, ones, ones, out_dtype=total, out=found)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return bool((found == 16 + 1 / 1024).all())
