@@ -23,6 +23,7 @@ from slimqwen.cli import app
 from slimqwen.families import FAMILIES
 from slimqwen.recipe import PretrainRecipe, Recipe
 from slimqwen.recipe.file import describe
+from slimqwen.runs.stage import Stage
 from slimqwen.study.catalogue import STUDIES
 
 ROOT = Path(__file__).parents[1]
@@ -397,6 +398,22 @@ def counts(prose: list[Passage]) -> list[str]:
     growing = r"studies|(?:model )?families|commands|criteria|divergences|recipe fields|file formats|engines|loggers"
     counted = re.compile(rf"\b(?:{number}) (?:\w+ )?(?:{growing})\b", flags=re.I)
     return [f"{passage.place}: {found}" for passage in prose for found in counted.findall(passage.text)]
+
+
+def test_the_stages_of_a_run_are_listed_with_who_makes_them() -> None:
+    """docs/multi-device.md: each stage in one row, and the first rank's are those that are not shared."""
+    modules = [import_module(f"slimqwen.runs.{name}") for name in ("stages", "training_stages", "recipe_run")]
+    classes = {found for module in modules for found in vars(module).values() if isinstance(found, type)}
+    of_all = {
+        Path(found.file).stem: found.is_shared
+        for found in classes
+        if issubclass(found, Stage) and hasattr(found, "file")
+    }
+    text = (ROOT / "docs" / "multi-device.md").read_text(encoding="utf-8")
+    table = text.partition("| stage | made by |\n|---|---|\n")[2].partition("\n\n")[0]
+    rows = [row.strip("| ").split(" | ", 1) for row in table.splitlines()]
+    listed = [(name, not by.startswith("the first rank")) for names, by in rows for name in names.split(", ")]
+    assert sorted(listed) == sorted([*of_all.items(), ("report", False)])
 
 
 def test_nothing_that_grows_is_counted_in_prose() -> None:
