@@ -302,7 +302,8 @@ NO_FIELD = {
     "calibrate": {"out", "second_moments"},
     "measure-depth": {"target", "statistics", "out", "shortlist"},
     "plan": {"target", "out", "as_json", "context_length", "gpus", "micro_batch_size", "html"}
-    | {"statistics", "pruning", "paper", "depth", "stability"},
+    | {"statistics", "pruning", "paper", "depth", "stability"}
+    | {"gpu_memory", "host_memory", "gpu", "gpus_per_node", "overrides"},
     "plan search": {"tokens", "out", "pick", "align", "shapes", "pruning", "paper", "statistics", "work", "as_json"},
     "prune": {"plan", "out", "shard_size", "layout"},
     "refit": {"teacher", "plan", "out"},

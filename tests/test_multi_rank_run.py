@@ -333,6 +333,8 @@ def test_commands_on_two_ranks(alone: Recipe, tmp_path: Path) -> None:
     assert page.stat().st_mtime_ns > before
     codes, said = Ranks(2, program, *words[:-1], str(alone.teacher)).end()
     assert codes == [2, 2] and said.count("error:") == 1, said
+    codes, said = Ranks(2, program, "prune", "--no-such-option").end()
+    assert codes == [2, 2] and said.count("No such option") == 1, said
 
 
 def test_a_second_job_in_the_same_folder_ends_with_one_sentence(alone: Recipe) -> None:

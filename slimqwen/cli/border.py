@@ -84,17 +84,22 @@ def end(code: int, *lines: str, is_told: bool = False) -> NoReturn:
 
     is_told: another process of the job failed, and this one ends for its reason.
     """
-    leave: Callable[[int], NoReturn] = sys.exit
-    if os.environ.get("WORLD_SIZE", "1").isdecimal() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from slimqwen.parallel import ending
-
-        leave = ending.leave
-        if (entered := ending.end_code(code, is_told=is_told)) is not None:
-            leave(entered)
+    leave = leave_where_another_failed(code, is_told=is_told)
     prefix = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     first, *others = lines
     say(f"{prefix}error: {first}", *others)
     leave(code)
+
+
+def leave_where_another_failed(code: int, *, is_told: bool = False) -> Callable[[int], NoReturn]:
+    """Exit with the code of the process of the job that failed before this one, if any; else return how this one exits."""
+    if not (os.environ.get("WORLD_SIZE", "1").isdecimal() and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        return sys.exit
+    from slimqwen.parallel import ending
+
+    if (entered := ending.end_code(code, is_told=is_told)) is not None:
+        ending.leave(entered)
+    return ending.leave
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -160,11 +165,12 @@ def report_fault(error: Exception) -> str:
 
 @contextmanager
 def safe_usage_error() -> Iterator[None]:
-    """Replace control characters in a usage error, which typer prints with the words that were given."""
+    """Replace control characters in a usage error, which typer prints with the words that were given: of several processes one."""
     try:
         yield
     except Exception as error:
         message = getattr(error, "message", None)
         if getattr(error, "exit_code", None) == EXIT_BAD_INPUT and isinstance(message, str):
             error.message = NOT_FOR_A_TERMINAL.sub("?", message)  # type: ignore[attr-defined]
+            leave_where_another_failed(EXIT_BAD_INPUT)
         raise
