@@ -246,6 +246,12 @@ def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished
     text = {"sources": [{"path": folder / "data" / "text"}], "separator": "<|nope|>"}
     with pytest.raises(UserError, match=r"data\.separator '<\|nope\|>' is not a token"):
         run(tiny_recipe(folder, tmp_path / "run", data=text))
+    distil = {"tokens": 64, "batch_size": 2, "warmup": "0 steps"}
+    with pytest.raises(UserError, match=r"distil\.train names 'dense_mlp', which .*teacher lacks"):
+        run(tiny_recipe(folder, tmp_path / "run", distil=distil | {"train": "dense_mlp"}))
+    muon, offload = distil | {"optimizer": "muon"}, {"offload": "student"}
+    with pytest.raises(UserError, match=r"muon does not go with execution\.offload"):
+        run(tiny_recipe(folder, tmp_path / "run", distil=muon, execution=offload))
     assert not (tmp_path / "run").exists()
 
 

@@ -37,7 +37,7 @@ from slimqwen.training.cached_teacher import check_temperature
 from slimqwen.training.course import compute_course
 from slimqwen.training.inputs import check_batch, check_terms
 from slimqwen.training.loggers import check_loggers
-from slimqwen.training.optimizer import check_optimizer
+from slimqwen.training.optimizer import check_optimizer, check_trained
 from slimqwen.training.span import total_steps
 from slimqwen.training.trainer import Span
 
@@ -77,7 +77,8 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     resolve_device(recipe.execution.device)
     check_loggers(recipe.execution.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
-    check_optimizer(recipe.distil.optimizer, source)
+    check_optimizer(recipe.distil.optimizer, source, offloads=recipe.execution.offload != "none")
+    check_trained(recipe.distil, source)
     if recipe.distil.optimizer.at_cut == "carry" and recipe.pruning.width == WidthCriterion.ROTATION:
         raise UserError(
             "moments cannot follow a rotation of the weights: set distil.optimizer.at_cut: reset, or pruning.width: "
