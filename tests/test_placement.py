@@ -11,12 +11,13 @@ from test_cli import assert_one_sentence, slimqwen
 from tiny import tiny_config
 
 from slimqwen.checkpoint.config import read_config
+from slimqwen.cli.placing import hardware_of
 from slimqwen.core.errors import UserError
 from slimqwen.families.qwen3_next import QWEN3_NEXT
 from slimqwen.recipe.file import load_recipe
 from slimqwen.runs.placing import as_set, memory_note, work_of
 from slimqwen.shapes.hardware import GPUS, Hardware, gpu_of
-from slimqwen.shapes.placement import Placement, Student, Work, counts_ahead, layouts, needed_bytes, place
+from slimqwen.shapes.placement import Student, Work, counts_ahead, layouts, needed_bytes, place
 from slimqwen.shapes.placement_table import overrides, placements_text
 from slimqwen.shapes.step_time import COMPUTE_FRACTION, estimate
 from slimqwen.shapes.traffic import predict_traffic
@@ -100,9 +101,10 @@ def test_one_gpu_has_three_ways() -> None:
 def test_the_memory_of_a_node_counts_too() -> None:
     work = tiny_work()
     parameters = training_memory(QWEN3_NEXT, tiny_config(), None, TrainingSettings(gpus=1)).gradient_bytes // 4
-    few = place(work, machines(gpus=1, host_memory=11 * parameters)).fitting
+    found = place(work, machines(gpus=1, host_memory=11 * parameters))
+    few = found.fitting
     assert few[0].host_bytes == 0 and not few[0].async_save  # a state's copy has 12 bytes per parameter
-    assert "execution.async_save=false" in overrides(few[0])
+    assert "execution.async_save=false" in overrides(found, few[0])
     assert place(work, machines(gpus=1, host_memory=12 * parameters)).fitting[0].async_save
     assert all(placement.settings.offload == "none" for placement in few if not placement.change)
 
@@ -181,6 +183,7 @@ def test_a_kind_of_gpu_is_known_by_its_name() -> None:
     assert all(gpu.flops > 1e14 for gpu in GPUS.values())
     with pytest.raises(UserError, match="'h100'"):
         gpu_of("h10")
+    assert hardware_of(8, 8, "80GB", None, "RTX 4090").gpu == "rtx4090"
 
 
 def test_a_run_prints_whether_its_own_settings_fit() -> None:
@@ -190,13 +193,21 @@ def test_a_run_prints_whether_its_own_settings_fit() -> None:
     assert fits and re.fullmatch(r"training is predicted to take [\d.]+ GB of a GPU's 80.0 GB", note)
     note, fits = memory_note(load_recipe(RECIPE), family, config, machines())
     assert not fits and "`slimqwen plan RECIPE.yaml --gpus 8 --gpu-memory 80GB` lists the settings that fit" in note
+    one_gpu, alone = ["schedule=one_shot", "distil.train=no_experts", "execution.micro_batch_size=1"], machines(gpus=1)
+    own = [
+        load_recipe(RECIPE, [*one_gpu, f"execution.streaming_teacher={value}"]) for value in ("null", "true", "false")
+    ]
+    placed = [as_set(recipe, family, config, alone) for recipe in own]
+    assert placed[0] == placed[1] and placed[1].settings.teacher == "layer_by_layer"  # as it goes where it does not fit
+    assert placed[2].settings.teacher == "live" and placed[2].needed_bytes > placed[0].needed_bytes
     settings = as_set(recipe, family, config, machines(gpus=64)).settings
     assert (settings.shard_ranks, settings.expert_ranks) == (16, 8)  # a copy does not fit into the GPUs of one node
     assert settings.recompute_activations and settings.micro_batch_size == 1 and settings.micro_batches == 16
     for gpus, memory in ((8, 80), (64, 80), (8, 141)):  # the recommended lines are what is predicted for them
         hardware = machines(gpus=gpus, gpu_memory=memory * 10**9)
-        best = place(work_of(recipe, family, config), hardware).fitting[0]
-        again = as_set(load_recipe(RECIPE, ["schedule=one_shot", *overrides(best)]), family, config, hardware)
+        found = place(work_of(recipe, family, config), hardware)
+        best = found.fitting[0]
+        again = as_set(load_recipe(RECIPE, ["schedule=one_shot", *overrides(found, best)]), family, config, hardware)
         assert again == best
 
 
@@ -206,18 +217,48 @@ def test_a_run_prints_whether_its_own_settings_fit() -> None:
 def test_the_recommended_lines_are_fields_of_a_recipe() -> None:
     found = place(paper_work(), machines(gpus=8, host_memory=10**12))
     alone = place(paper_work("schedule=one_shot"), machines(gpus=1, host_memory=200 * 10**9))
-    placements: list[Placement] = [*found.fitting, *alone.fitting]
-    assert len({tuple(overrides(placement)) for placement in placements}) > 8
-    for placement in placements:
-        recipe = load_recipe(RECIPE, overrides(placement))
+    placements = [(listed, placement) for listed in (found, alone) for placement in listed.fitting]
+    assert len({tuple(overrides(*placement)) for placement in placements}) > 8
+    for listed, placement in placements:
+        recipe = load_recipe(RECIPE, overrides(listed, placement))
         assert recipe.execution.micro_batch_size == placement.settings.micro_batch_size
         work = work_of(recipe, *read_config(TEACHER))
         assert work.frozen == placement.settings.frozen and work.optimizer == placement.settings.optimizer
     text = placements_text(found)
     assert "Recommended: the first." in text and "estimated" in text and "predicted" in text
     assert "It changes the result: the routed experts stay as the cut left them." in text
-    assert all(f"    --set {line}" in text for line in overrides(found.fitting[0]))
+    assert all(f"    --set {line}" in text for line in overrides(found, found.fitting[0]))
     assert max(map(len, text.splitlines())) <= 150
+
+
+def test_what_the_recipe_has_otherwise_is_set_back() -> None:
+    """A recipe for one small GPU, on a large one: pasted, the lines make the very settings that are recommended."""
+    one_gpu, teacher = RECIPES / "qwen3-30b-a3b-to-15b-a2b.yaml", read_config(RECIPES / "qwen3-30b-a3b.json")
+    own = ["distil.optimizer.kind=adamw", "execution.reshard_student=false", "execution.memory_budget=5GB"]
+    hardware = machines(gpus=1, gpu_memory=400 * 10**9)
+    found = place(work_of(load_recipe(one_gpu, own), *teacher), hardware)
+    lines = overrides(found, found.fitting[0])
+    assert {"execution.offload=none", "execution.streaming_teacher=false", "execution.reshard_student=true"} <= set(
+        lines
+    )
+    for placement in found.fitting:
+        recipe = load_recipe(one_gpu, [*own, *overrides(found, placement)])
+        assert as_set(recipe, *teacher, hardware).settings == placement.settings
+
+
+@pytest.mark.parametrize("train", ["[router, norm, routed_experts]", "routed_experts"])
+def test_parts_that_the_recipe_freezes_stay_frozen(train: str) -> None:
+    own = ["schedule=one_shot", f"distil.train={train}"]
+    found = place(paper_work(*own), machines(gpu_memory=70 * 10**9))
+    frozen = [placement for placement in found.fitting if "frozen" in placement.change]
+    assert bool(frozen) == (train != "routed_experts")  # else nothing would be trained
+    for placement in frozen:
+        lines = overrides(found, placement)
+        assert "distil.train=[norm, router]" in lines
+        assert "--set 'distil.train=[norm, router]'" in placements_text(
+            found.model_copy(update={"fitting": [placement]})
+        )
+        assert paper_work(*own, *lines).frozen == placement.settings.frozen
 
 
 def test_the_guide_prints_what_plan_prints() -> None:
@@ -235,8 +276,9 @@ def test_plan_shows_what_fits() -> None:
     assert found["fitting"][0]["change"] == [] and found["fitting"][0]["needed_bytes"] < 80e9
     target = ("--target", RECIPES / "slimqwen-23a2b.yaml")
     one = slimqwen("plan", TEACHER, *target, "--gpus", "1", "--gpu-memory", "80GB", "--host-memory", "200GB")
-    assert "1 x H100 with 80.0 GB each" in one.stdout and "--set distil.train=[no_experts]" in one.stdout
+    assert "1 x H100 with 80.0 GB each" in one.stdout and "--set distil.train=no_experts" in one.stdout
     assert_one_sentence(slimqwen("plan", TEACHER, "--gpu-memory", "80GB", "--out", "x"), 2, "--out make a plan")
     assert_one_sentence(slimqwen("plan", RECIPE), 2, "give --gpus and --gpu-memory too")
     assert_one_sentence(slimqwen("plan", RECIPE, "--gpu-memory", "80GB"), 2, "--set teacher=FILE")
     assert_one_sentence(slimqwen("plan", TEACHER, "--gpus", "12", "--gpu-memory", "80GB"), 2, "not whole nodes of 8")
+    assert_one_sentence(slimqwen("plan", TEACHER, "--gpu-memory", "80"), 2, "'80' is 80 bytes, less than 1 GB")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from slimqwen.shapes.placement import Work
 
 RECIPES = (".yaml", ".yml")
+LEAST_MEMORY = 10**9  # a smaller one is a number whose unit was left out
 ROWS = 1024  # of an optimiser step where no recipe has a batch size: the paper's
 
 
@@ -20,16 +21,26 @@ def hardware_of(gpus: int, gpus_per_node: int, gpu_memory: str, host_memory: str
     """Return the machines that the options describe. Raises UserError that names an option."""
     from slimqwen.shapes.hardware import Hardware, gpu_of
 
+    gpu = gpu.lower().replace(" ", "")
     gpu_of(gpu)
+    memory = _memory_of("--gpu-memory", gpu_memory)
     if gpus > gpus_per_node and gpus % gpus_per_node:
         raise UserError(f"--gpus {gpus} are not whole nodes of {gpus_per_node} GPUs (--gpus-per-node).")
     return Hardware(
         gpus=gpus,
         gpus_per_node=gpus_per_node,
-        gpu_memory=size_of("--gpu-memory", gpu_memory),
-        host_memory=None if host_memory is None else size_of("--host-memory", host_memory),
+        gpu_memory=memory,
+        host_memory=None if host_memory is None else _memory_of("--host-memory", host_memory),
         gpu=gpu,
     )
+
+
+def _memory_of(option: str, text: str) -> int:
+    """Read a memory of at least 1 GB, which `80` is not. Raises UserError that names the option."""
+    size = size_of(option, text)
+    if size < LEAST_MEMORY:
+        raise UserError(f"{option}: '{text}' is {size:,} bytes, less than 1 GB: write it with its unit, as 80GB.")
+    return size
 
 
 def refuse_recipe(name: str, overrides: list[str] | None) -> None:
@@ -71,11 +82,12 @@ def _work_of_recipe(name: str, overrides: list[str]) -> "Work":
 def _work_of_model(name: str, target: Path | None, gpus: int, sequence_length: int) -> "Work":
     from slimqwen.checkpoint.config import read_config
     from slimqwen.recipe.file import load_recipe
-    from slimqwen.shapes.placement import Student, Work
+    from slimqwen.shapes.placement import MICRO_BATCH_SIZES, Student, Work
     from slimqwen.shapes.target import completed, target_config
 
     family, config = read_config(config_path(name))
     wanted = Target() if target is None else load_recipe(target, model=Target)
     student = target_config(family, config, completed(family, wanted, config))
-    rows = gpus * max(ROWS // gpus, 1)
+    each = max(ROWS // gpus, 1)
+    rows = gpus * (each - each % MICRO_BATCH_SIZES[-1] or each)  # so that every micro-batch divides it
     return Work(family, config, (Student(student),), rows, sequence_length)

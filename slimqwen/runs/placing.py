@@ -40,7 +40,7 @@ def work_of(recipe: Recipe, family: Family, config: Config) -> Work:
         teacher_kind=distil.teacher.kind,
         optimizer=distil.optimizer.kind,
         frozen=tuple(part for part in get_args(TrainedPart) if part in parts and part not in trained),
-        loss_chunk_tokens=recipe.execution.loss_chunk_tokens,
+        execution=recipe.execution,
         group_rows=distil.batch_size
         if distil.load_balancing_counts.kind == "exact"
         else distil.load_balancing_counts.rows,
@@ -102,15 +102,13 @@ def as_set(recipe: Recipe, family: Family, config: Config, hardware: Hardware) -
         recompute_activations=execution.recompute_activations,
         reshard_student=execution.reshard_student,
         reshard_teacher=execution.reshard_teacher,
-        loss_chunk_tokens=work.loss_chunk_tokens,
+        loss_chunk_tokens=execution.loss_chunk_tokens,
         optimizer=work.optimizer,
         frozen=work.frozen,
         offload=execution.offload,
-        teacher="layer_by_layer" if execution.streaming_teacher else work.teacher_kind,
+        teacher="layer_by_layer" if execution.streaming_teacher and work.teacher_kind == "live" else work.teacher_kind,
         memory_budget=execution.memory_budget,
     )
-    if hardware.gpus == 1:
-        return placement_of(work, hardware, settings)
     models = [config, *(student.config for student in work.students)]
     experts = [model["num_experts"] for model in models if family.moe_blocks(model)]
 
@@ -125,4 +123,15 @@ def as_set(recipe: Recipe, family: Family, config: Config, hardware: Hardware) -
     def copy_fits(shard_ranks: int) -> bool:
         return chosen(lambda ranks: ranks == shard_ranks).needed_bytes <= hardware.gpu_memory
 
-    return chosen(copy_fits)
+    placed = shared(1, 1) if hardware.gpus == 1 else chosen(copy_fits)
+    memory = placed.memory
+    held = memory.student_bytes + memory.gradient_bytes + memory.teacher_bytes
+    if (
+        execution.streaming_teacher is None
+        and work.is_taught
+        and settings.teacher == "live"
+        and held > hardware.gpu_memory
+    ):
+        by_layer = placed.settings.model_copy(update={"teacher": "layer_by_layer"})  # as goes_layer_by_layer decides
+        return placement_of(work, hardware, by_layer)
+    return placed

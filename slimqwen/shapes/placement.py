@@ -4,15 +4,16 @@ Memory and traffic are predicted (`training_memory`, `traffic`); the times are e
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from slimqwen.core.errors import UserError
 from slimqwen.families import Config, Family
-from slimqwen.recipe import BalancingCounts, OptimizerName, TrainedPart
+from slimqwen.families.count import count
+from slimqwen.recipe import BalancingCounts, Execution, OptimizerName, TrainedPart
 from slimqwen.shapes.footprint import forward_flops
 from slimqwen.shapes.hardware import Hardware
 from slimqwen.shapes.step_time import StepTime, estimate
@@ -53,7 +54,7 @@ class Work:
     """The training that is planned for.
 
     rows: sequences per optimiser step, which are counted for the load balancing in groups of group_rows. tokens: of the whole run; None
-    where not known.
+    where not known. execution: the recipe's, of which what is not chosen here stays.
     """
 
     family: Family
@@ -66,7 +67,7 @@ class Work:
     teacher_kind: TeacherKind = "live"
     optimizer: OptimizerName = "adamw"
     frozen: tuple[TrainedPart, ...] = ()
-    loss_chunk_tokens: int = 1024
+    execution: Execution = field(default_factory=Execution)
     group_rows: int = BalancingCounts.model_fields["rows"].default
 
 
@@ -96,7 +97,7 @@ class Placements(BaseModel):
     """The settings that fit, the recommended one first, the best of each layout and way to hold the models.
 
     tried: choices of settings. smallest: the one that lacks the least memory, or needs the least of a GPU. Where none fits: enough_gpus, how many of these
-    GPUs would do, and enough_host_memory, how much memory of a node; None where no number of them would.
+    GPUs would do, and enough_host_memory, how much memory of a node; None where no number of them would. trained, execution: of the recipe.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,6 +110,8 @@ class Placements(BaseModel):
     smallest: Placement
     enough_gpus: int | None = None
     enough_host_memory: int | None = None
+    trained: list[TrainedPart] = Field(exclude=True)
+    execution: Execution = Field(exclude=True)
 
 
 def place(work: Work, hardware: Hardware) -> Placements:
@@ -140,7 +143,15 @@ def place(work: Work, hardware: Hardware) -> Placements:
         smallest=least,
         enough_gpus=None if fitting else _enough_gpus(work, hardware),
         enough_host_memory=None if fitting else min(held, default=None),
+        trained=trained_parts(work),
+        execution=work.execution,
     )
+
+
+def trained_parts(work: Work) -> list[TrainedPart]:
+    """Return the parts of the students that the recipe trains."""
+    found = set().union(*(count(work.family, student.config).parts for student in work.students))
+    return [part for part in get_args(TrainedPart) if part in found and part not in work.frozen]
 
 
 def placement_of(work: Work, hardware: Hardware, settings: TrainingSettings) -> Placement:
@@ -177,7 +188,8 @@ def candidates(work: Work, hardware: Hardware, ways: Sequence[Way]) -> Iterator[
             micro_batches=rows // size,
             sequence_length=work.sequence_length,
             recompute_activations=recompute,
-            loss_chunk_tokens=work.loss_chunk_tokens,
+            loss_chunk_tokens=work.execution.loss_chunk_tokens,
+            memory_budget=work.execution.memory_budget,
         ).model_copy(update=way)
         yield base
         if hardware.gpus > 1 and base.teacher == "live" and work.is_taught:
@@ -208,7 +220,9 @@ def _ways(work: Work, hardware: Hardware, *, by_host: bool = False) -> list[Way]
     offloads: list[Offload] = ["none", "student", "all"] if alone or by_host else ["none"]
     optimizers = [work.optimizer, "adamw_8bit"] if alone and work.optimizer == "adamw" else [work.optimizer]
     experts: TrainedPart = "routed_experts"
-    frozen = [work.frozen] if experts in work.frozen else [work.frozen, (*work.frozen, experts)]
+    frozen = [work.frozen]
+    if len(trained := trained_parts(work)) > 1 and experts in trained:
+        frozen.append(tuple(part for part in get_args(TrainedPart) if part in (*work.frozen, experts)))
     return [
         {"teacher": teacher, "offload": offload, "optimizer": optimizer, "frozen": parts}
         for teacher, offload, optimizer, parts in product(teachers, offloads, optimizers, frozen)

@@ -1,7 +1,10 @@
 """What fits the GPUs that there are, in words: a table, the recommended settings as they go into a recipe, what is assumed."""
 
+import shlex
+
 from slimqwen.core.bytesize import bytes_in_words
 from slimqwen.core.terminal import DataTable
+from slimqwen.recipe import Execution
 from slimqwen.shapes import placement as placing
 from slimqwen.shapes import step_time
 from slimqwen.shapes.hardware import GPUS
@@ -39,38 +42,50 @@ def placements_text(found: Placements) -> str:
             *(f"It changes the result: {CHANGES[change]}." for change in best.change),
             *_faster(found),
             "",
-            *(f"    --set {override}" for override in overrides(best)),
+            *_to_paste(found, best),
             "",
             *footnotes(found),
         ]
     )
 
 
-def overrides(placement: Placement) -> list[str]:
-    """Return a choice as fields of a recipe, each as `--set` takes it."""
-    s = placement.settings
-    found = []
+def overrides(found: Placements, placement: Placement) -> list[str]:
+    """Return a choice as fields of the recipe, each as `--set` takes it; what the recipe has otherwise is set back."""
+    s, execution = placement.settings, found.execution
+    fields: dict[str, object] = {}
     if s.gpus > 1:
-        found += [f"execution.shard_ranks={s.copy_ranks}", f"execution.expert_ranks={s.expert_ranks}"]
-    found += [
-        f"execution.micro_batch_size={s.micro_batch_size}",
-        f"execution.recompute_activations={str(s.recompute_activations).lower()}",
-    ]
-    if not s.reshard_teacher:
-        found.append("execution.reshard_teacher=false")
-    if s.offload != "none":
-        found.append(f"execution.offload={s.offload}")
+        fields |= {"shard_ranks": s.copy_ranks, "expert_ranks": s.expert_ranks}
+    fields |= {"micro_batch_size": s.micro_batch_size, "recompute_activations": s.recompute_activations}
+    for name in ("reshard_student", "reshard_teacher", "offload"):
+        usual = Execution.model_fields[name].default
+        if getattr(s, name) != usual or getattr(execution, name) != usual:
+            fields[name] = getattr(s, name)
     if s.teacher == "layer_by_layer":
-        found.append("execution.streaming_teacher=true")
+        fields["streaming_teacher"] = True
+    elif execution.streaming_teacher and s.teacher == "live":
+        fields["streaming_teacher"] = False
     if not placement.async_save:
-        found.append("execution.async_save=false")
+        fields["async_save"] = False
+    lines = [f"execution.{name}={_as_yaml(value)}" for name, value in fields.items()]
     if "cache" in placement.change:
-        found.append("distil.teacher.kind=cache")
+        lines.append("distil.teacher.kind=cache")
     if "adamw_8bit" in placement.change:
-        found.append("distil.optimizer.kind=adamw_8bit")
+        lines.append("distil.optimizer.kind=adamw_8bit")
     if "frozen" in placement.change:
-        found.append("distil.train=[no_experts]")
-    return found
+        others = [part for part in found.trained if part not in s.frozen]
+        only_experts = s.frozen == ("routed_experts",)
+        lines.append(f"distil.train={'no_experts' if only_experts else '[' + ', '.join(others) + ']'}")
+    return lines
+
+
+def _as_yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _to_paste(found: Placements, placement: Placement) -> list[str]:
+    """Return the options as a shell takes them, at the end of a command."""
+    options = [f"    --set {shlex.quote(override)}" for override in overrides(found, placement)]
+    return [f"{option} \\" for option in options[:-1]] + options[-1:]
 
 
 def _table(found: Placements) -> str:
@@ -143,7 +158,7 @@ def _nothing_fits(found: Placements) -> list[str]:
         f"Nothing fits: of {found.tried:,} choices of settings the smallest takes {bytes_in_words(least.needed_bytes)} of a GPU and "
         f"{bytes_in_words(least.host_bytes)} of a node's memory (predicted):",
         "",
-        *(f"    --set {override}" for override in overrides(least)),
+        *_to_paste(found, least),
         "",
     ]
     if least.needed_bytes > memory:

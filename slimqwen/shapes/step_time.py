@@ -69,7 +69,7 @@ def estimate(
         exchange_seconds=traffic.exchanged_bytes / _speed(settings.expert_ranks, hardware),
         weights_seconds=_weights_seconds(student, settings, hardware, traffic),
         once_seconds=_once_seconds(student, teacher, settings, hardware, traffic),
-        cache_seconds_per_token=flops[1] / speed / hardware.gpus if settings.teacher == "cache" else 0.0,
+        cache_seconds_per_token=flops[1] / speed / hardware.gpus if teacher and settings.teacher == "cache" else 0.0,
     )
 
 

@@ -47,12 +47,15 @@ def agree_on_shares(
             micro_batches=-(-rows // (job.size * micro_batch_size)),
             sequence_length=sequence_length,
             recompute_activations=execution.recompute_activations,
+            reshard_student=execution.reshard_student,
+            reshard_teacher=execution.reshard_teacher,
             loss_chunk_tokens=execution.loss_chunk_tokens,
             device="cuda",
             optimizer=recipe.optimizer.kind,
             frozen=untrained_parts(student.family, student.config, recipe),
             offload=execution.offload,
             teacher="layer_by_layer" if execution.streaming_teacher else "live",
+            memory_budget=execution.memory_budget,
         )
         config = None if teacher is None else teacher.config
         return needed_bytes(training_memory(student.family, student.config, config, settings).peak_bytes, job.size)
