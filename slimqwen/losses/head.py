@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from slimqwen.losses import kernel
 from slimqwen.losses.divergence import Distribution, Divergence
 from slimqwen.losses.products import add_product
 from slimqwen.losses.softmax import Room, Softmax
@@ -93,8 +94,11 @@ class Heads:
         """Return whether anything of a term is to be differentiated."""
         return term.has_weight and (term.grad_hidden is not None or self.grad_head is not None)
 
+    def _weights(self, term: HeadTerm) -> tuple[float, ...]:
+        return (term.lm_weight, term.kd_weight) if self.has_gradient(term) else ()
+
     def add(self, rows: Tensor, labels: Tensor, targets: Sequence[Targets | None]) -> Tensor:
-        """Add a chunk's gradients to theirs; return its sums, [heads, 4] float64, over what `_block` returns for each row.
+        """Add a chunk's gradients to theirs; return its sums, [heads, 4] float64, over what `losses_of_block` returns for each row.
 
         rows: [chunk] int64, the predictions. labels: [chunk] int64. targets: the teacher's, of each head.
         """
@@ -123,10 +127,13 @@ class Heads:
         return sums
 
     def _losses(self, logits: Tensor, labels: Tensor, targets: Sequence[Targets | None]) -> Tensor:
-        """Compute the losses of a chunk, [heads, chunk, 4] float64; where gradients are wanted, logits become their own gradient.
+        """Compute the losses of a chunk, [heads, chunk, 4]; where gradients are wanted, logits become their own gradient.
 
         logits: [heads, chunk, vocab].
         """
+        if kernel.serves(logits, self.divergence):
+            work = zip(self.terms, targets, logits, strict=True)
+            return torch.stack([kernel.run(its, labels, own, self._weights(term)) for term, own, its in work])
         found = []
         for block in self.student.blocks(labels.numel()):
             last: Targets | None = None
@@ -134,11 +141,11 @@ class Heads:
             for term, own, its_logits in zip(self.terms, targets, logits, strict=True):
                 if own is not None and own is not last:  # else its softmax is there already
                     last, known = own, own.block(block, self.student.room)
-                found.append(self._block(term, its_logits[block], labels[block], known))
+                found.append(self.losses_of_block(term, its_logits[block], labels[block], known))
         heads = len(self.terms)
         return torch.stack([torch.cat(found[number::heads]) for number in range(heads)])
 
-    def _block(self, term: HeadTerm, logits: Tensor, labels: Tensor, teacher: BlockTargets | None) -> Tensor:
+    def losses_of_block(self, term: HeadTerm, logits: Tensor, labels: Tensor, teacher: BlockTargets | None) -> Tensor:
         """Compute the losses of a few rows of one head.
 
         Returns:

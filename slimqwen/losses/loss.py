@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from slimqwen.losses.blocks import chunk_size, heads_together
 from slimqwen.losses.divergence import FORWARD_KL, Divergence, softmax_dtype
 from slimqwen.losses.head import Heads, HeadTerm, Logits
 from slimqwen.losses.signal import TeacherSignal
@@ -265,7 +266,11 @@ def _sum_chunks(
     main_needs, mtp_needs, head_needs = needs_gradient
     counted = _places(predictions.main_mask, predictions.targets)
     with_mtp = predictions.mtp_hidden is not None
-    chunk_tokens = max(min(chunk_tokens // (2 if with_mtp else 1), counted.numel()), 1)
+    together = heads_together(head.device.type)
+    taught_rows = 0 if teacher is None else teacher.rows_per_token(with_mtp)
+    student_rows = 2 if with_mtp and together else 1
+    chunk_tokens = chunk_size(chunk_tokens, 1 + (taught_rows > 0), student_rows + taught_rows)
+    chunk_tokens = max(min(chunk_tokens, counted.numel()), 1)
     taught = None if teacher is None else teacher.chunks(head, chunk_tokens, with_mtp)
 
     def term(hidden: Tensor, counts: Tensor, lm: float, kd: float, needs: bool, measures_top1: bool) -> HeadTerm:
@@ -276,13 +281,18 @@ def _sum_chunks(
         weighed = (weights.mtp_lm, weights.mtp_kd)
         terms.append(term(predictions.mtp_hidden, predictions.mtp_mask, *weighed, mtp_needs, measures_top1=False))
     grad_head = torch.zeros_like(head, dtype=softmax_dtype(head)) if head_needs else None
-    heads = Heads(terms, Logits(head, chunk_tokens * len(terms)), divergence, grad_head)
+    student = Logits(head, chunk_tokens * student_rows)
+    groups = [
+        Heads(some, student, divergence, grad_head) for some in ([terms] if together else [[each] for each in terms])
+    ]
 
     totals = torch.zeros(len(terms), 4, dtype=torch.float64, device=head.device)
     for rows in counted.split(chunk_tokens):
         mtp_counts = predictions.mtp_mask[rows] if with_mtp else None
         targets = [None] * len(terms) if taught is None else taught.targets(rows, mtp_counts)
-        totals += heads.add(rows, predictions.labels[rows], targets)
+        theirs = [targets] if together else [[each] for each in targets]
+        labels = predictions.labels[rows]
+        totals += torch.cat([heads.add(rows, labels, some) for heads, some in zip(groups, theirs, strict=True)])
 
     has_teacher = teacher is not None
     lm, kd, _, top1_agreement = totals[0]

@@ -34,6 +34,10 @@ class TeacherSignal(ABC):
         """Return the same with matrix products in `dtype`."""
 
     @abstractmethod
+    def rows_per_token(self, with_mtp: bool) -> int:
+        """Return how many rows of logits `chunks` keeps for each prediction; with_mtp: of a student with an MTP head."""
+
+    @abstractmethod
     def chunks(self, student_head: Tensor, chunk_tokens: int, with_mtp: bool) -> ChunkedTeacher:
         """Return its targets of chunks of at most `chunk_tokens` predictions; student_head: [vocab, hidden]."""
 
@@ -49,9 +53,12 @@ class LiveSignal(TeacherSignal):
     def cast(self, dtype: torch.dtype) -> "LiveSignal":
         return replace(self, head=self.head.to(dtype))
 
+    def rows_per_token(self, with_mtp: bool) -> int:
+        return 2 if with_mtp and self.mtp_hidden is not None else 1
+
     def chunks(self, student_head: Tensor, chunk_tokens: int, with_mtp: bool) -> ChunkedTeacher:
         assert self.head.shape[0] == student_head.shape[0], "student and teacher must share a vocabulary"
-        return _Projected(self, chunk_tokens * (2 if with_mtp and self.mtp_hidden is not None else 1))
+        return _Projected(self, chunk_tokens * self.rows_per_token(with_mtp))
 
 
 class _Projected(ChunkedTeacher):
@@ -80,6 +87,9 @@ class StoredSignal(TeacherSignal):
 
     def cast(self, dtype: torch.dtype) -> "StoredSignal":
         return self  # there is no product
+
+    def rows_per_token(self, with_mtp: bool) -> int:
+        return 0
 
     def chunks(self, student_head: Tensor, chunk_tokens: int, with_mtp: bool) -> ChunkedTeacher:
         return _LookedUp(self)
