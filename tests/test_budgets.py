@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "slimqwen"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 8
+KERNELS = "losses/triton_kernels.py"
 IN_EVERY_STAGE = ("execution", "title")  # how a stage works and what it shows: not counted, as every stage takes them
 
 
@@ -32,9 +33,9 @@ def test_files_and_functions_stay_short(file: str) -> None:
     assert {name: lines for name, lines, _ in functions(source) if lines > FUNCTION_LINES} == {}
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("cli/")])
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith(("cli/", KERNELS))])
 def test_functions_take_few_parameters(file: str) -> None:
-    """But for commands, whose parameters are the options of the command line."""
+    """But for commands, whose parameters are the options of the command line, and Triton's kernels, which take no objects."""
     source = (PACKAGE / file).read_text()
     assert {name: count for name, _, count in functions(source) if count > PARAMETERS} == {}
 

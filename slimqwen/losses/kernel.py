@@ -64,7 +64,7 @@ def learn_rows(
     found = torch.zeros(rows, 4, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return found
-    assert logits.stride(1) == 1
+    assert logits.is_contiguous() and (teacher is None or teacher.is_contiguous())
     lm_weight, kd_weight = weights or (0.0, 0.0)
     block = min(BLOCK, _power_of_two(vocab))
     with torch.cuda.device_of(logits):
@@ -73,15 +73,13 @@ def learn_rows(
             stored = (ids.contiguous(), log_probs.contiguous(), log_tail.contiguous())
             sizes = {"K": _power_of_two(k), "BLOCK": block, "num_warps": WARPS}
             triton_kernels.stored_rows[(rows,)](
-                logits, *stored, labels, found, vocab, k, logits.stride(0), lm_weight, kd_weight, bool(weights), **sizes
+                logits, *stored, labels, found, vocab, k, lm_weight, kd_weight, bool(weights), **sizes
             )
         else:
-            other, stride = (logits, 0) if teacher is None else (teacher, teacher.stride(0))
+            other = logits if teacher is None else teacher
             has_teacher, wants_gradient = teacher is not None, bool(weights)
             flags = {"HAS_TEACHER": has_teacher, "WANTS_GRADIENT": wants_gradient, "BLOCK": block, "num_warps": WARPS}
-            triton_kernels.live_rows[(rows,)](
-                logits, other, labels, found, vocab, logits.stride(0), stride, lm_weight, kd_weight, **flags
-            )
+            triton_kernels.live_rows[(rows,)](logits, other, labels, found, vocab, lm_weight, kd_weight, **flags)
     return found
 
 

@@ -10,14 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
+def _store_comparison(out_ptr, kl, agrees):
+    tl.store(out_ptr + 1, kl)
+    tl.store(out_ptr + 2, kl)
+    tl.store(out_ptr + 3, tl.where(agrees, 1.0, 0.0))
+
+
+@triton.jit
 def live_rows(
     logits_ptr,  # [rows, vocab], the student's; overwritten by the gradient
     teacher_ptr,  # [rows, vocab], or anything without a teacher
     labels_ptr,  # [rows] int64
     out_ptr,  # [rows, 4] float32: cross entropy, KL, KL, whether the most likely tokens are the same
     vocab,
-    logits_stride,
-    teacher_stride,
     lm_weight,
     kd_weight,
     HAS_TEACHER: tl.constexpr,
@@ -25,14 +30,13 @@ def live_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_stride
-    teacher_ptr += row * teacher_stride
+    logits_ptr += row * vocab
+    teacher_ptr += row * vocab
     label = tl.load(labels_ptr + row)
     label_logit = tl.load(logits_ptr + label).to(tl.float32)
 
     largest, total = -3.0e38, 0.0  # before the first logit: minus infinity less itself would be NaN
-    teacher_largest, teacher_total, weighted = -3.0e38, 0.0, 0.0
-    likely = 0
+    teacher_largest, teacher_total, weighted, likely = -3.0e38, 0.0, 0.0, 0
     for start in range(0, vocab, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < vocab
@@ -56,9 +60,7 @@ def live_rows(
         shift = (teacher_largest - largest) + (tl.log(teacher_total) - tl.log(total))
         kl = weighted / teacher_total - shift
         agrees = tl.load(logits_ptr + likely).to(tl.float32) == largest
-        tl.store(out_ptr + row * 4 + 1, kl)
-        tl.store(out_ptr + row * 4 + 2, kl)
-        tl.store(out_ptr + row * 4 + 3, tl.where(agrees, 1.0, 0.0))
+        _store_comparison(out_ptr + row * 4, kl, agrees)
     if WANTS_GRADIENT:
         tl.debug_barrier()  # of this row's threads: all have read what is overwritten now
         for start in range(0, vocab, BLOCK):
@@ -83,7 +85,6 @@ def stored_rows(
     out_ptr,  # [rows, 4] float32, as of `live_rows`
     vocab,
     k,
-    logits_stride,
     lm_weight,
     kd_weight,
     WANTS_GRADIENT: tl.constexpr,
@@ -91,7 +92,7 @@ def stored_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_stride
+    logits_ptr += row * vocab
     label = tl.load(labels_ptr + row)
     label_logit = tl.load(logits_ptr + label).to(tl.float32)
     place = tl.arange(0, K)
@@ -122,9 +123,7 @@ def stored_rows(
     kl = tl.sum(tl.where(there, p * (log_p - log_q), 0.0), 0) + tl.exp(log_tail) * stretch
     first = tl.max(tl.where(place == 0, top, float("-inf")), 0)
     tl.store(out_ptr + row * 4, largest - label_logit + tl.log(total))
-    tl.store(out_ptr + row * 4 + 1, kl)
-    tl.store(out_ptr + row * 4 + 2, kl)
-    tl.store(out_ptr + row * 4 + 3, tl.where(first == largest, 1.0, 0.0))
+    _store_comparison(out_ptr + row * 4, kl, first == largest)
     if WANTS_GRADIENT:
         of_tail = lm_weight + kd_weight - kd_weight * tl.exp(stretch)
         for start in range(0, vocab, BLOCK):
