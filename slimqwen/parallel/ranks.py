@@ -302,10 +302,7 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
     by_mesh: dict[DeviceMesh | None, list[torch.Tensor]] = {}
     for parameter in parameters:
         by_mesh.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-    norms = []
-    for group in by_mesh.values():
-        norm = get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norms = [_norm(group, mesh) for mesh, group in by_mesh.items()]
     total = get_total_norm(norms)
     if any(mesh is not None and mesh.ndim > 1 for mesh in by_mesh):
         # Added up over one dimension after another, by some ranks in another order: what they have copies of must stay equal.
@@ -313,3 +310,20 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
     for group in by_mesh.values():
         clip_grads_with_norm_(group, max_norm, total)
     return total
+
+
+def _norm(parameters: Sequence[torch.Tensor], mesh: DeviceMesh | None) -> torch.Tensor:
+    """Return the 2-norm of the gradients of parameters that lie on one mesh, in all its parts; mesh None: of whole ones.
+
+    (DTensor's `full_tensor` does the same, with a warning of each rank where the parts lie along two dimensions.)
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = get_total_norm([part.to_local() if isinstance(part, DTensor) else part for part in gradients])
+    if mesh is None or not gradients:
+        return norm
+    square = norm.square()
+    assert isinstance(gradients[0], DTensor)
+    for dim, placement in enumerate(gradients[0].placements):
+        if not placement.is_replicate():
+            dist.all_reduce(square, group=mesh.get_group(dim))
+    return square.sqrt()
