@@ -59,6 +59,7 @@ def test_the_choice_is_described() -> None:
         ((64, 8), "all 64 ranks share one copy"),
         ((8, 8), "the 8 ranks of each node share a copy of the models, and only gradients cross between the 8 nodes"),
         ((16, 1), "16 ranks share a copy of the models, and only gradients cross between the 4 copies"),
+        ((1, 1), "each of the 64 ranks has a copy of the models, and only gradients cross between them"),
     ):
         described = in_words(choose_shares(64, 8, [sizes[1]], Execution(shard_ranks=sizes[0]), anything), 64, 8)
         assert described.startswith(words)

@@ -48,6 +48,8 @@ def in_words(shares: Shares, ranks: int, node: int) -> str:
     shard, expert = shares.shard_ranks, shares.expert_ranks
     if shard == ranks:
         where = f"all {ranks} ranks share one copy of the models"
+    elif shard == 1:
+        where = f"each of the {ranks} ranks has a copy of the models, and only gradients cross between them"
     elif shard == node:
         where = f"the {shard} ranks of each node share a copy of the models, and only gradients cross between the {ranks // node} nodes"
     else:
