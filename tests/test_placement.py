@@ -19,7 +19,7 @@ from slimqwen.runs.placing import as_set, memory_note, work_of
 from slimqwen.shapes.hardware import GPUS, Hardware, gpu_of
 from slimqwen.shapes.placement import Student, Work, counts_ahead, layouts, needed_bytes, place
 from slimqwen.shapes.placement_table import overrides, placements_text
-from slimqwen.shapes.step_time import COMPUTE_FRACTION, estimate
+from slimqwen.shapes.step_time import COMPUTE_FRACTION, LINK_FRACTION, estimate
 from slimqwen.shapes.traffic import predict_traffic
 from slimqwen.shapes.training_memory import TrainingSettings, measure, training_memory
 
@@ -177,6 +177,19 @@ def test_the_time_of_a_step_by_hand() -> None:
     step = estimate(model, model, cached, machines(gpus=1), traffic, (flops, 2 * flops))
     assert step.compute_seconds == pytest.approx(1024 * 4 * flops / (COMPUTE_FRACTION * 989e12))
     assert step.cache_seconds_per_token == pytest.approx(2 * flops / (COMPUTE_FRACTION * 989e12))
+
+
+def test_what_is_offloaded_crosses_the_bus_in_every_micro_batch() -> None:
+    """The student up twice and its gradients down, in float32; the teacher once, in bfloat16."""
+    found = []
+    for offload in ("none", "student", "all"):
+        settings = TrainingSettings(gpus=1, micro_batches=4, offload=offload)
+        model = measure(QWEN3_NEXT, tiny_config(), settings, trains=True)
+        traffic = predict_traffic(model, model, settings)
+        step = estimate(model, model, settings, machines(gpus=1), traffic, (1, 1))
+        found.append(step.weights_seconds * LINK_FRACTION * GPUS["h100"].host)
+    total = model.weights.all.total
+    assert found == pytest.approx([0, 12 * total, 14 * total])
 
 
 def test_a_kind_of_gpu_is_known_by_its_name() -> None:

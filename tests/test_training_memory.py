@@ -19,7 +19,7 @@ from slimqwen.model.live_bytes import measured_peak
 from slimqwen.model.model import MtpCausalLM, initialise
 from slimqwen.recipe import DistilRecipe
 from slimqwen.shapes.activations import CPU, Precision, saved_bytes
-from slimqwen.shapes.training_memory import TrainingMemory, TrainingSettings, training_memory
+from slimqwen.shapes.training_memory import TrainingMemory, TrainingSettings, measure, pinning_bytes, training_memory
 from slimqwen.shapes.weights import MUON_PARTS, weigh
 from slimqwen.training.dry_run import held_bytes, predict_memory
 from slimqwen.training.optimizer import MUON_PARTS as MUON_PARTS_TRAINED
@@ -181,6 +181,27 @@ def test_frozen_experts_cost_their_weights_in_bfloat16() -> None:
     assert offloaded.host_bytes == 16 * total and everything.host_bytes == 0
     assert memory(offload="all").host_bytes == 18 * total
     assert memory(offload="all").teacher_bytes == 0 < offloaded.teacher_bytes
+
+
+def test_pinned_tensors_are_rounded_up_to_a_power_of_two() -> None:
+    """Six experts of [16, 32] and [32, 8]: 3,072 and 1,536 elements become 4,096 and 2,048."""
+    config = tiny_config(num_experts=6, moe_intermediate_size=8)
+    blocks = QWEN3_NEXT.moe_blocks(config)
+    kinds: list[dict[str, Any]] = [{"offload": "student"}, {"offload": "all"}, {"offload": "none"}]
+    frozen = [
+        part for part in ("embedding", "norm", "attention", "deltanet", "router", "shared_experts", "mtp_projection")
+    ]
+    found = []
+    for kind in kinds:
+        for own in (frozen, [*frozen, "routed_experts"], []):
+            settings = TrainingSettings(gpus=1, frozen=tuple(own), **kind)
+            student, teacher = (measure(QWEN3_NEXT, config, settings, trains=trains) for trains in (True, False))
+            found.append(pinning_bytes(student, teacher, settings))
+    experts, everything = 1536 * len(blocks), student.weights.all.rounding
+    assert student.weights.all.trained_rounding == everything > experts
+    others = everything - experts
+    assert found[:3] == [8 * experts + 2 * others, 2 * everything, 8 * everything]
+    assert found[3:6] == [size + 2 * everything for size in found[:3]] and found[6:] == [0, 0, 0]
 
 
 def test_a_teacher_that_is_not_there_as_a_whole() -> None:

@@ -27,6 +27,7 @@ from slimqwen.shapes.training_memory import (
     TrainingSettings,
     measure,
     moments_bytes,
+    pinning_bytes,
     predict,
 )
 
@@ -267,19 +268,23 @@ class _Planner:
             step=steps[-1],
             tokens_per_second=rate,
             gpu_hours=hours,
-            **self._in_host(memories, settings),
+            **self._in_host(memories, teacher, settings),
         )
 
-    def _in_host(self, memories: Sequence[TrainingMemory], settings: TrainingSettings) -> dict[str, int | bool]:
+    def _in_host(
+        self, memories: Sequence[TrainingMemory], teacher: Model | None, settings: TrainingSettings
+    ) -> dict[str, int | bool]:
         """Return the bytes of a node's memory, and whether a state's copy fits into it too."""
         gpus = self.hardware.node_gpus
-        held = gpus * max(memory.host_bytes for memory in memories)
-        weights = [self._model(index, settings).weights.all for index, _ in enumerate(self.work.students)]
-        state = max(FLOAT32 * unit.trained + moments_bytes(unit, settings) for unit in weights)
-        copy = round(gpus * state / settings.copy_ranks)  # from which a state is written
+        copies = gpus / settings.copy_ranks  # of the models, in a node
+        students = [self._model(index, settings) for index, _ in enumerate(self.work.students)]
+        pinning = max(pinning_bytes(student, teacher, settings) for student in students)
+        held = round(gpus * max(memory.host_bytes for memory in memories) + copies * pinning)
+        units = [student.weights.all for student in students]
+        state = copies * max(FLOAT32 * unit.trained + moments_bytes(unit, settings) for unit in units)
         limit = self.hardware.host_memory
-        with_copy = limit is None or held + copy <= limit
-        return {"host_bytes": held + copy * with_copy, "async_save": with_copy}
+        with_copy = limit is None or held + state <= limit  # from which a state is written
+        return {"host_bytes": held + round(state) * with_copy, "async_save": with_copy}
 
     def _model(self, index: int, settings: TrainingSettings) -> Model:
         """Return the numbers of a student, or of the teacher (-1)."""

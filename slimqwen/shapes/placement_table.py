@@ -182,7 +182,8 @@ def footnotes(found: Placements) -> list[str]:
         f"{bytes_in_words(context)} for CUDA{' and NCCL' * (found.hardware.gpus > 1)} (assumed).",
         f"Where experts are shared, the busiest GPU may get {placing.IMBALANCE:.2f} times the mean of the tokens (assumed). "
         "The largest student of the schedule counts.",
-        "Of a node's memory: what is offloaded, and the copy from which states are written; not the page cache.",
+        "Of a node's memory: what is offloaded, tensors that PyTorch pins rounded up to a power of two bytes, and the copy from which",
+        "states are written; not the page cache.",
         f"Estimated, not measured: {step_time.COMPUTE_FRACTION:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s, "
         f"{step_time.LINK_FRACTION:.0%} of {gpu.links / 1e9:,.0f} GB/s in a node and {gpu.network / 1e9:,.1f} GB/s between nodes, "
         f"{step_time.LAUNCH_SECONDS * 1e6:.0f} us per kernel;",

@@ -67,7 +67,7 @@ def estimate(
         compute_seconds=settings.tokens * (passes * flops[0] + taught * flops[1]) / speed,
         launch_seconds=LAUNCH_SECONDS * (LAYER_LAUNCHES * layers + CHUNK_LAUNCHES * chunks),
         exchange_seconds=traffic.exchanged_bytes / _speed(settings.expert_ranks, hardware),
-        weights_seconds=_weights_seconds(student, settings, hardware, traffic),
+        weights_seconds=_weights_seconds(student, teacher, settings, hardware, traffic),
         once_seconds=_once_seconds(student, teacher, settings, hardware, traffic),
         cache_seconds_per_token=flops[1] / speed / hardware.gpus if teacher and settings.teacher == "cache" else 0.0,
     )
@@ -79,13 +79,17 @@ def _speed(ranks: int, hardware: Hardware) -> float:
     return LINK_FRACTION * (gpu.links if ranks <= hardware.node_gpus else gpu.network)
 
 
-def _weights_seconds(student: Model, settings: TrainingSettings, hardware: Hardware, traffic: Traffic) -> float:
+def _weights_seconds(
+    student: Model, teacher: Model | None, settings: TrainingSettings, hardware: Hardware, traffic: Traffic
+) -> float:
     everywhere = traffic.gathered_bytes + traffic.reduced_bytes
     everywhere += traffic.experts_gathered_bytes + traffic.experts_reduced_bytes
     seconds = everywhere / _speed(settings.copy_ranks, hardware)
     if settings.offload != "none":  # up for the forward and for the backward pass, gradients down
         weights, passes = student.weights.all, 2 + settings.counts_ahead
         moved = passes * BFLOAT16 * (weights.total - weights.trained) + (passes + 1) * FLOAT32 * weights.trained
+        if settings.offload == "all" and settings.teacher == "live" and teacher is not None:
+            moved += BFLOAT16 * teacher.weights.all.total
         seconds += moved / settings.copy_ranks / (LINK_FRACTION * gpu_of(hardware.gpu).host)
     return seconds
 

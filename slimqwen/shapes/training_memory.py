@@ -234,6 +234,20 @@ def moments_bytes(weights: Unit, settings: TrainingSettings) -> float:
     return MOMENTS_BYTES[settings.optimizer] * (weights.trained - by_muon) + FLOAT32 * by_muon
 
 
+def pinning_bytes(student: Model, teacher: Model | None, settings: TrainingSettings) -> float:
+    """Return what PyTorch's host allocator adds to pinned tensors, which it rounds up to a power of two: weights and gradients of all devices.
+
+    Of shares as large as each other, by a power of two of devices; moments are not pinned.
+    """
+    if settings.offload == "none":
+        return 0
+    unit = student.weights.all
+    added = 2 * FLOAT32 * unit.trained_rounding + BFLOAT16 * (unit.rounding - unit.trained_rounding)
+    if settings.offload == "all" and teacher is not None and settings.teacher == "live":
+        added += settings.precision.compute_bytes * teacher.weights.all.rounding
+    return added
+
+
 def _saved_per_token(
     family: Family, config: Config, settings: TrainingSettings, frozen: Collection[str]
 ) -> tuple[list[int], list[int]]:

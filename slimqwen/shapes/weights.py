@@ -17,7 +17,8 @@ MUON_PARTS = frozenset({"attention", "deltanet", "dense_mlp", "shared_experts", 
 class Unit:
     """Parameters that are gathered at one time: a layer's, or those around the layers.
 
-    dense: all but the routed experts, `routed`. trained_*: those of them that are trained. muon: those that Muon updates.
+    dense: all but the routed experts, `routed`. trained_*: those of them that are trained. muon: those that Muon updates. rounding,
+    trained_rounding: how many more there are where each tensor is rounded up to a power of two, of all and of those that are trained.
     """
 
     dense: int = 0
@@ -25,6 +26,8 @@ class Unit:
     trained_dense: int = 0
     trained_routed: int = 0
     muon: int = 0
+    rounding: int = 0
+    trained_rounding: int = 0
 
     def __add__(self, other: "Unit") -> "Unit":
         return Unit(
@@ -33,6 +36,8 @@ class Unit:
             self.trained_dense + other.trained_dense,
             self.trained_routed + other.trained_routed,
             self.muon + other.muon,
+            self.rounding + other.rounding,
+            self.trained_rounding + other.trained_rounding,
         )
 
     @property
@@ -95,10 +100,24 @@ def _unit(block: Block, sizes: Sizes, frozen: Collection[str]) -> Unit:
         for dims in table.values()
         if part in MUON_PARTS and part not in frozen and len(dims) == 2
     )
+    tables = {str(part): table for part, table in block.tables.items()}
+    if block.experts is not None:
+        tables["routed_experts"] = block.experts.table("fused")
+    rounding = {
+        part: sum(_rounding(prod(size(term, sizes) for term in dims)) for dims in table.values())
+        for part, table in tables.items()
+    }
     return Unit(
         dense=parts.total(),
         routed=routed,
         trained_dense=sum(amount for part, amount in parts.items() if part not in frozen),
         trained_routed=0 if "routed_experts" in frozen else routed,
         muon=sum(matrices),
+        rounding=sum(rounding.values()),
+        trained_rounding=sum(amount for part, amount in rounding.items() if part not in frozen),
     )
+
+
+def _rounding(elements: int) -> int:
+    """Return how many elements a tensor lacks to a power of two."""
+    return int(2 ** (elements - 1).bit_length()) - elements
