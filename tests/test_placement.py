@@ -98,6 +98,13 @@ def test_one_gpu_has_three_ways() -> None:
     assert found.fitting[0].settings.offload == "none"
 
 
+def test_without_a_teacher_none_is_listed() -> None:
+    found = place(tiny_work(is_taught=False), machines(gpus=1))
+    assert {placement.settings.offload for placement in found.fitting} == {"none", "student"}
+    text = placements_text(found)
+    assert "live" not in text and "cache" not in text.replace("page cache", "") and "\nnone  " in text
+
+
 def test_the_memory_of_a_node_counts_too() -> None:
     work = tiny_work()
     parameters = training_memory(QWEN3_NEXT, tiny_config(), None, TrainingSettings(gpus=1)).gradient_bytes // 4
@@ -294,4 +301,5 @@ def test_plan_shows_what_fits() -> None:
     assert_one_sentence(slimqwen("plan", RECIPE), 2, "give --gpus and --gpu-memory too")
     assert_one_sentence(slimqwen("plan", RECIPE, "--gpu-memory", "80GB"), 2, "--set teacher=FILE")
     assert_one_sentence(slimqwen("plan", TEACHER, "--gpus", "12", "--gpu-memory", "80GB"), 2, "not whole nodes of 8")
+    assert_one_sentence(slimqwen("plan", TEACHER, "--host-memory", "80GB"), 2, "--host-memory is for what fits")
     assert_one_sentence(slimqwen("plan", TEACHER, "--gpu-memory", "80"), 2, "'80' is 80 bytes, less than 1 GB")

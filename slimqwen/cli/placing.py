@@ -43,10 +43,12 @@ def _memory_of(option: str, text: str) -> int:
     return size
 
 
-def refuse_recipe(name: str, overrides: list[str] | None) -> None:
-    """Raise UserError for what only --gpu-memory takes: a recipe, and --set."""
+def refuse_without_memory(name: str, overrides: list[str] | None, host_memory: str | None) -> None:
+    """Raise UserError for what only --gpu-memory takes: a recipe, --set, and --host-memory."""
     if Path(name).suffix in RECIPES or overrides:
         raise UserError("a recipe, and --set, are for what fits: give --gpus and --gpu-memory too, such as 80GB.")
+    if host_memory is not None:
+        raise UserError("--host-memory is for what fits: give --gpus and --gpu-memory too, such as 80GB.")
 
 
 def show_placements(

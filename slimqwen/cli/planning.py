@@ -8,7 +8,7 @@ import typer
 from slimqwen.cli.fitting import write_page
 from slimqwen.cli.old_spellings import warn_of_old
 from slimqwen.cli.options import AsJson, TargetFile, config_path, criteria_of
-from slimqwen.cli.placing import hardware_of, refuse_recipe, show_placements
+from slimqwen.cli.placing import hardware_of, refuse_without_memory, show_placements
 from slimqwen.core.errors import UserError
 from slimqwen.core.progress import say
 from slimqwen.core.terminal import show, show_result
@@ -159,7 +159,7 @@ def plan(
         hardware = hardware_of(gpus, gpus_per_node, gpu_memory, host_memory, gpu)
         show_placements(checkpoint, target, overrides or [], hardware, sequence_length, as_json)
         return
-    refuse_recipe(checkpoint, overrides)
+    refuse_without_memory(checkpoint, overrides, host_memory)
     wanted = Target() if target is None else load_recipe(target, model=Target)
     training = TrainingSettings(gpus=gpus, micro_batch_size=micro_batch_size, sequence_length=sequence_length)
     if statistics is None:

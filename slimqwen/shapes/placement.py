@@ -227,7 +227,7 @@ def _ways(work: Work, hardware: Hardware, *, by_host: bool = False) -> list[Way]
     return [
         {"teacher": teacher, "offload": offload, "optimizer": optimizer, "frozen": parts}
         for teacher, offload, optimizer, parts in product(teachers, offloads, optimizers, frozen)
-        if not (offload == "all" and teacher != "live")
+        if not (offload == "all" and (teacher != "live" or not work.is_taught))
         and not (offload != "none" and optimizer == "muon")
         and not (by_host and offload == "none" and teacher != "layer_by_layer")
     ]

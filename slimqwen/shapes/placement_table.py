@@ -105,12 +105,9 @@ def _table(found: Placements) -> str:
     for placement in found.fitting:
         s = placement.settings
         layout = f"{s.copy_ranks}, {s.expert_ranks if s.expert_ranks > 1 else 'none'}"
-        held = (
-            "live, kept whole" if not s.reshard_teacher else "live, host" if s.offload == "all" else TEACHERS[s.teacher]
-        )
         table.add(
             *([layout] if many else []),
-            held,
+            _teacher_in_words(placement),
             OFFLOADED[s.offload],
             "frozen" if "routed_experts" in s.frozen else "trained",
             "8 bits" if s.optimizer == "adamw_8bit" else "32 bits",
@@ -122,6 +119,15 @@ def _table(found: Placements) -> str:
             "-" if placement.gpu_hours is None else f"{placement.gpu_hours:,.0f}",
         )
     return table.as_text(150)
+
+
+def _teacher_in_words(placement: Placement) -> str:
+    s = placement.settings
+    if s.offload == "all":
+        return "live, host"
+    if s.teacher == "live" and placement.memory.teacher_bytes == 0:
+        return "none"  # the loss needs none
+    return TEACHERS[s.teacher] if s.reshard_teacher else "live, kept whole"
 
 
 def _fit_in_words(placement: Placement, memory: int) -> str:
