@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -192,23 +191,17 @@ def _anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-class _Shapes(LiveStorages):
-    """Counter of tensors without data; code that reads a number (is the upstream gradient other than 1?) gets 0."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def counted_extra_bytes(run: Callable[[Case], None], tokens: int, vocab: int, chunk_tokens: int) -> int:
+def counted_extra_bytes(
+    run: Callable[[Case], None], tokens: int, vocab: int, chunk_tokens: int, with_kernel: bool
+) -> int:
     """Return what `peak_extra_bytes` of `run` would be on a GPU, without one."""
     case = Case(tokens, vocab, "meta", torch.bfloat16, chunk_tokens)
     with ExitStack() as stack:
+        stack.enter_context(patch("slimqwen.losses.kernel.serves", lambda *_: with_kernel))
         stack.enter_context(patch("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True))
         stack.enter_context(patch("torch.is_autocast_enabled", lambda device: False))  # which the meta device lacks
         stack.enter_context(patch("torch.autocast", lambda *_, **__: nullcontext()))
-        shapes = stack.enter_context(_Shapes())
+        shapes = stack.enter_context(LiveStorages())
         run(case)
     return shapes.most
 
@@ -237,8 +230,14 @@ def main() -> None:
 
     if options.memory_only:
         tokens, chunk_tokens = options.tokens or 4096, options.chunk_tokens or 1024
+        runs: dict[str, tuple[Callable[[Case], None], bool]] = {
+            "ours": (ours, True),
+            "without Triton": (ours, False),
+            "plain": (plain, False),
+        }
         bytes_of = {
-            run.__name__: counted_extra_bytes(run, tokens, options.vocab, chunk_tokens) for run in (ours, plain)
+            name: counted_extra_bytes(run, tokens, options.vocab, chunk_tokens, with_kernel)
+            for name, (run, with_kernel) in runs.items()
         }
         print(", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in bytes_of.items()))
         result = {"memory_over_plain": bytes_of["ours"] / bytes_of["plain"]}

@@ -1,5 +1,7 @@
 """The loss of both heads at the true vocabulary: slimqwen's, plain, compiled and public ones, and its products alone."""
 
+from unittest.mock import patch
+
 import loss as variants
 import torch
 from loss import Case, Products, gradient_errors
@@ -44,6 +46,12 @@ def main() -> None:
         with section.part("slimqwen") as part:
             part.check_below("largest_gradient_error", max(gradient_errors(case)), GRADIENT_LIMIT[device])
             measure(part, variants.ours)
+        with section.part("slimqwen without its kernel") as part:
+            if not section.on_gpu:
+                raise Skip("the kernel is for GPUs")
+            with patch("slimqwen.losses.kernel.serves", lambda *_: False):
+                part.check_below("largest_gradient_error", max(gradient_errors(case)), GRADIENT_LIMIT[device])
+                measure(part, variants.ours)
         with section.part("plain") as part:
             measure(part, variants.plain)
         with section.part("compiled") as part:

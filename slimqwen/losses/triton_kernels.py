@@ -121,9 +121,8 @@ def stored_rows(
     log_q = top - largest - tl.log(total)
     p = tl.where(there, tl.exp(log_p), 0.0)
     kl = tl.sum(tl.where(there, p * (log_p - log_q), 0.0), 0) + tl.exp(log_tail) * stretch
-    first = tl.max(tl.where(place == 0, top, float("-inf")), 0)
     tl.store(out_ptr + row * 4, largest - label_logit + tl.log(total))
-    _store_comparison(out_ptr + row * 4, kl, first == largest)
+    _store_comparison(out_ptr + row * 4, kl, tl.max(tl.where(place == 0, top, float("-inf")), 0) == largest)
     if WANTS_GRADIENT:
         of_tail = lm_weight + kd_weight - kd_weight * tl.exp(stretch)
         for start in range(0, vocab, BLOCK):
