@@ -189,18 +189,19 @@ def chunked_loss(
         loss = lm * sum CE(labels, student) + kd * sum divergence(teacher, student) + the same two of the MTP head
 
     1. Cast the heads to autocast's dtype, where that is on; all that follows is outside autograd.
-    2. Take the next `chunk_tokens` of the predictions that count. Compute the teacher's logits (or look its most likely tokens up),
-       which serve both heads unless the teacher's own MTP head is the target.
-    3. For the main head, then for the MTP head:
-       a. logits of the chunk, from its hidden states: one product.
-       b. block by block of the chunk: softmax, cross entropy and divergence, and in place of the logits their gradient. With the
-          forward KL it is, per row, lm (softmax(student) - onehot(label)) + kd (softmax(student) - softmax(teacher)).
+    2. Take the next of the predictions that count, of which logits are in memory (`chunk_size`). Compute the teacher's logits (or look its
+       most likely tokens up), which serve both heads unless the teacher's own MTP head is the target.
+    3. For the main head and the MTP head, on a GPU both together and on a CPU one after the other (`heads_together`):
+       a. logits of the chunk, from its hidden states: one product of each head.
+       b. cross entropy and divergence of each row, and in place of the logits their gradient: by a kernel (kernel.py), or block by
+          block of the chunk (targets.py). With the forward KL the gradient is, per row,
+          lm (softmax(student) - onehot(label)) + kd (softmax(student) - softmax(teacher)).
        c. gradients of the chunk's hidden states and of the head, from that of the logits: two products.
     4. After the last chunk: sum up the loss.
     5. Hand loss and gradients to autograd, whose backward pass scales them (`_WithGradients`).
 
-    So only `chunk_tokens` rows of a model's logits exist at one time, and no [N, vocab] tensor is ever made. Matrix products are in the weights' dtype, or in autocast's where that is on;
-    softmax and the accumulated gradient of the head are in float32 (float64 where the head is float64), sums in float64.
+    So at most `chunk_tokens` rows of logits of each model exist at one time, on average of the two, and no [N, vocab] tensor is ever
+    made. Matrix products are in the weights' dtype, or in autocast's where that is on; softmax and the accumulated gradient of the head are in float32 (float64 where the head is float64), sums in float64.
 
     Args:
         predictions: the student's, from `align`.
