@@ -17,6 +17,7 @@ from slimqwen.artifacts import (
     fingerprint,
     fingerprint_value,
     identity,
+    joined_folder,
     resumable_folder,
     write_json,
 )
@@ -134,7 +135,7 @@ def test_a_resumable_folder_without_anything_finished_goes(tmp_path, capsys):
         RuntimeError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
     ],
 )
-@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder, partial(resumable_folder, key="work")])
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder, joined_folder, partial(resumable_folder, key="work")])
 def test_a_full_disk_is_one_sentence(tmp_path, atomic, error):
     path = tmp_path / "artefact"
     with pytest.raises(StageFailed) as failed, atomic(path):

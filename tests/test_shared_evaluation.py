@@ -12,12 +12,16 @@ from rounding import FORWARD, error
 from safetensors.torch import load_file
 from tiny import write_tiny_checkpoint, write_tiny_tokens
 
+from slimqwen.core.errors import StageFailed
 from slimqwen.core.torchrun import rank, world_size
+from slimqwen.data.stream import Batch
 from slimqwen.evaluation.evaluate import evaluate
-from slimqwen.evaluation.kept import kept_folder
+from slimqwen.evaluation.fidelity import Recording
+from slimqwen.evaluation.kept import KeptRecording, kept_folder
 from slimqwen.evaluation.result import Evaluation, ModelEvaluation
 from slimqwen.evaluation.shares import Share
 from slimqwen.generation import speculative, state
+from slimqwen.losses.loss import align
 from slimqwen.parallel.job import Job, join_job
 from slimqwen.recipe import EvaluationRecipe, Execution, TextSettings
 
@@ -116,6 +120,18 @@ def test_a_model_that_does_not_fit_is_measured_layer_by_layer(
 
 
 @pytest.mark.rounding
+def test_a_disk_that_is_full_for_a_ranks_share_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("slimqwen.evaluation.kept.save_file", fail)
+    kept = KeptRecording(tmp_path, {}, Job(1, 2))
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    recording = Recording([align(tokens, torch.zeros(1, 3, 2))], torch.zeros(2, 2), {})
+    with pytest.raises(StageFailed, match="the disk is full"):
+        kept.keep(recording, Batch(tokens))
+
+
 def test_two_ranks_measure_what_one_does(folder: Path, tmp_path: Path) -> None:
     """With and without a teacher and an MTP module, with shared experts, and after one rank, whose teacher's hidden states they read."""
     kept = shutil.copytree(kept_folder(folder / "one" / "taught.json"), kept_folder(tmp_path / "continued.json"))

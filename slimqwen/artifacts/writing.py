@@ -176,7 +176,7 @@ def resumable_folder(path: Path, key: str) -> Iterator[Path]:
 def joined_folder(path: Path) -> Iterator[Path]:
     """Yield the folder of finished files that another process of the same job has open for `path` (`resumable_folder`)."""
     partial = hidden(path.resolve(), "partial")
-    with working_in(partial):
+    with full_disk_explained(path), working_in(partial):
         yield partial
 
 

@@ -21,6 +21,7 @@ from slimqwen.artifacts import (
     claim_folder,
     discard,
     fingerprint_value,
+    full_disk_explained,
     is_marked,
     write_json,
 )
@@ -179,7 +180,8 @@ class KeptRecording:
         if ranks == 1:
             self._write(hidden)
             return
-        save_file({HIDDEN: hidden}, self._part(rank))
+        with full_disk_explained(self._part(rank)):
+            save_file({HIDDEN: hidden}, self._part(rank))
         self._job.wait()
         self._job.lead(lambda: self._join([self._part(rank) for rank in range(ranks)], tokens))
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from slimqwen.artifacts import atomic_folder, discard, rewrite_text, write_text
+from slimqwen.artifacts import atomic_folder, discard, full_disk_explained, rewrite_text, write_text
 from slimqwen.core.versions import release
 from slimqwen.parallel.job import TIMEOUT
 from slimqwen.parallel.ranks import Ranks
@@ -68,7 +68,7 @@ class States:
         self._stager = _build_stager(parameters) if asynchronous else None
         self._reuses_stager = release("torch") >= REUSABLE_STAGER
         self._writing: Future[object] | None = None
-        self._open = ExitStack()  # the folder being written, on the first rank
+        self._open = ExitStack()  # the folder being written, on the first rank; on all, what tells of a full disk
         self._quiet = warnings.catch_warnings()
 
     def __enter__(self) -> "States":
@@ -111,6 +111,8 @@ class States:
             partial = self._open.enter_context(atomic_folder(self.folder / _name(step)))
             write_text(partial / GUARD_FILE, guard.model_dump_json())
             opened = str(partial)
+        else:
+            self._open.enter_context(full_disk_explained(self.folder / _name(step)))
         opened = self.ranks.broadcast(opened)
         assert opened is not None
         writer = dcp.HuggingFaceStorageWriter(opened, _file_numbers(tensors, self.ranks), save_distributed=True)
