@@ -237,7 +237,9 @@ def test_an_irregular_stack_says_so_and_keeps_its_config(
     assert ("SGLang" in capsys.readouterr().err) != regular
 
 
-def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished: Recipe) -> None:
+def test_nothing_is_written_when_the_recipe_cannot_work(
+    tmp_path: Path, finished: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(finished.teacher).parent
     with pytest.raises(UserError, match="hidden_size"):
         run(tiny_recipe(folder, tmp_path / "run", target={"hidden_size": 64}))
@@ -252,6 +254,13 @@ def test_nothing_is_written_when_the_recipe_cannot_work(tmp_path: Path, finished
     muon, offload = distil | {"optimizer": "muon"}, {"offload": "student"}
     with pytest.raises(UserError, match=r"muon does not go with execution\.offload"):
         run(tiny_recipe(folder, tmp_path / "run", distil=muon, execution=offload))
+
+    def refuse(*_: object) -> None:
+        raise UserError("Triton 3.5.0 computes wrong gradients")
+
+    monkeypatch.setattr("slimqwen.runs.checks.check_gradients", refuse)
+    with pytest.raises(UserError, match="wrong gradients"):
+        run(tiny_recipe(folder, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

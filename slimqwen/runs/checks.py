@@ -21,7 +21,7 @@ from slimqwen.data.tokenizer import check_tokenizer_files
 from slimqwen.families.count import Counts, count
 from slimqwen.healing.heal import check_samples
 from slimqwen.model.device import resolve_device, resolve_dtype
-from slimqwen.model.kernels import check_expert_sizes
+from slimqwen.model.kernels import check_expert_sizes, check_gradients
 from slimqwen.model.native import check_buildable
 from slimqwen.parallel.ranks import check_shares
 from slimqwen.planning.depth import kept_layers
@@ -74,7 +74,7 @@ def check(recipe: Recipe, source: Checkpoint) -> None:
     if recipe.healing is not None:
         check_samples(recipe.healing.samples, len(calibrated_on))
     check_companions(teacher)
-    resolve_device(recipe.execution.device)
+    check_gradients(source.family, source.config, resolve_device(recipe.execution.device))
     check_loggers(recipe.execution.loggers)
     check_terms(recipe.distil, student=source, teacher=source)  # the student is cut from the teacher
     check_optimizer(recipe.distil.optimizer, source, offloads=recipe.execution.offload != "none")
