@@ -126,7 +126,7 @@ def test_where_nothing_fits_what_is_lacking_is_printed_and_what_would_do() -> No
     assert not place(work, small.model_copy(update={"gpus": found.enough_gpus // 2})).fitting
     text = placements_text(found)
     assert "Nothing fits" in text and f"It would fit on {found.enough_gpus} such GPUs." in text
-    with pytest.raises(UserError, match="muon is for one device"):
+    with pytest.raises(UserError, match="muon is for one GPU alone: choose adamw"):
         place(tiny_work(optimizer="muon"), machines())
     with pytest.raises(UserError, match="batch of 16 sequences is not a multiple of the 3 GPUs"):
         place(tiny_work(), machines(gpus=3, gpus_per_node=3))
@@ -301,5 +301,8 @@ def test_plan_shows_what_fits() -> None:
     assert_one_sentence(slimqwen("plan", RECIPE), 2, "give --gpus and --gpu-memory too")
     assert_one_sentence(slimqwen("plan", RECIPE, "--gpu-memory", "80GB"), 2, "--set teacher=FILE")
     assert_one_sentence(slimqwen("plan", TEACHER, "--gpus", "12", "--gpu-memory", "80GB"), 2, "not whole nodes of 8")
+    ramp = ("--set", f"teacher={TEACHER}", "--set", "distil.batch_size_ramp={start: 4, tokens: 1B}")
+    refused = slimqwen("plan", RECIPE, *ramp, "--gpus", "8", "--gpu-memory", "80GB")
+    assert_one_sentence(refused, 2, "batch_size_ramp.start 4 cannot be shared by 8 ranks")
     assert_one_sentence(slimqwen("plan", TEACHER, "--host-memory", "80GB"), 2, "--host-memory is for what fits")
     assert_one_sentence(slimqwen("plan", TEACHER, "--gpu-memory", "80"), 2, "'80' is 80 bytes, less than 1 GB")

@@ -61,7 +61,7 @@ def show_placements(
     if Path(name).suffix in RECIPES:
         if target is not None:
             raise UserError("--target: a recipe has its own: --set target.num_hidden_layers=36.")
-        work = _work_of_recipe(name, overrides)
+        work = _work_of_recipe(name, overrides, hardware.gpus)
     else:
         if overrides:
             raise UserError("--set overrides a recipe's fields: give a recipe, RECIPE.yaml.")
@@ -69,12 +69,14 @@ def show_placements(
     show_result(place(work, hardware), placements_text, as_json)
 
 
-def _work_of_recipe(name: str, overrides: list[str]) -> "Work":
+def _work_of_recipe(name: str, overrides: list[str], gpus: int) -> "Work":
     from slimqwen.checkpoint.config import read_config
     from slimqwen.recipe.file import load_recipe
     from slimqwen.runs.placing import work_of
+    from slimqwen.training.inputs import check_batch
 
     recipe = load_recipe(Path(name), overrides)
+    check_batch(recipe.distil, gpus)
     teacher = config_path(recipe.teacher)
     if not teacher.exists():
         raise UserError(f"{name}: teacher {recipe.teacher} does not exist: give its config.json, --set teacher=FILE.")

@@ -125,7 +125,7 @@ def place(work: Work, hardware: Hardware) -> Placements:
     if work.rows % hardware.gpus:
         raise UserError(f"the batch of {work.rows:,} sequences is not a multiple of the {hardware.gpus} GPUs.")
     if work.optimizer != "adamw" and hardware.gpus > 1:
-        raise UserError(f"distil.optimizer {work.optimizer} is for one device, and there are {hardware.gpus} GPUs.")
+        raise UserError(f"distil.optimizer {work.optimizer} is for one GPU alone: choose adamw.")
     planner = _Planner(work, hardware)
     tried = [planner.placement(settings) for settings in candidates(work, hardware, _ways(work, hardware))]
     if hardware.gpus > 1 and not any(_fits(placement, hardware) and not placement.change for placement in tried):
