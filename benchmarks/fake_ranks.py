@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from slimqwen.losses import head
+from slimqwen.losses import loss, softmax
 from slimqwen.parallel import expert_parallel
 
 ROOT = Path(__file__).parent.parent
@@ -299,9 +299,10 @@ def _chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Te
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    blocks = partial(head.block_rows, on_cpu=False)
+    blocks = partial(softmax.block_rows, on_cpu=False)
     with (
         patch.object(modeling_qwen3_next, "torch_chunk_gated_delta_rule", _chunk_gated_delta_rule),
-        patch.object(head, "block_rows", lambda vocab, rows, on_cpu: blocks(vocab, rows)),
+        patch.object(softmax, "block_rows", lambda vocab, rows, on_cpu: blocks(vocab, rows)),
+        patch.object(loss, "heads_together", lambda device: True),
     ):
         yield

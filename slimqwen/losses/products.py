@@ -22,6 +22,8 @@ def accumulates(device: str, factors: torch.dtype, total: torch.dtype) -> bool:
 
     cuBLAS can; PyTorch has it as an overload of addmm for CUDA, and for no CPU (2.13). Not run on a GPU.
     """
+    if device == "cpu":
+        return False
     ones = torch.ones(16, 16, dtype=factors, device=device)
     sums = torch.zeros(16, 16, dtype=total, device=device)
     try:
