@@ -56,10 +56,10 @@ def guarded(program: Callable[[], object]) -> None:
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
             say(*error.lines)
-        sys.exit(error.exit_code)
+        way_to_exit()(error.exit_code)
     except KeyboardInterrupt:
         say("interrupted.")
-        sys.exit(EXIT_INTERRUPTED)
+        way_to_exit()(EXIT_INTERRUPTED)
     except EndedElsewhere as error:
         end(error.exit_code, *error.lines, is_told=True)
     except UserError as error:
@@ -93,12 +93,22 @@ def end(code: int, *lines: str, is_told: bool = False) -> NoReturn:
 
 def leave_where_another_failed(code: int, *, is_told: bool = False) -> Callable[[int], NoReturn]:
     """Exit with the code of the process of the job that failed before this one, if any; else return how this one exits."""
-    if not (os.environ.get("WORLD_SIZE", "1").isdecimal() and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+    leave = way_to_exit()
+    if leave is not sys.exit:
+        from slimqwen.parallel import ending
+
+        if (entered := ending.end_code(code, is_told=is_told)) is not None:
+            leave(entered)
+    return leave
+
+
+def way_to_exit() -> Callable[[int], NoReturn]:
+    """Return how this process exits: one of several without waiting for the others (`parallel.ending.leave`)."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 2:
         return sys.exit
     from slimqwen.parallel import ending
 
-    if (entered := ending.end_code(code, is_told=is_told)) is not None:
-        ending.leave(entered)
     return ending.leave
 
 
