@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -99,10 +100,19 @@ class Job:
         self._leads, self._is_joint = True, False
 
     def give_up(self) -> None:
-        """End the others' wait after an error of the first rank."""
-        if self.size > 1 and self.is_first and not self._is_joint:
+        """End the others' wait after an error of the first rank, if they wait.
+
+        Ranks that are at work instead, of a command that all carry out together, never receive it: the attempt ends with the process.
+        """
+
+        def tell() -> None:
             with suppress(RuntimeError):  # they may be gone
                 self._tell(GIVEN_UP)
+
+        if self.size > 1 and self.is_first and not self._is_joint:
+            attempt = threading.Thread(target=tell, daemon=True)
+            attempt.start()
+            attempt.join(ending.END_SECONDS)
 
     @property
     def share(self) -> tuple[int, int]:
