@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -138,3 +139,13 @@ def test_other_errors_are_not_taken_for_a_lost_rank() -> None:
         UserError("the connection timed out."),
     ):
         assert lost_contact(error) is None
+
+
+def test_a_first_rank_that_gives_up_waits_for_no_rank_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(ending, "END_SECONDS", 0.05)
+    job = Job(0, 2)
+    monkeypatch.setattr(job, "_tell", lambda _word: never.wait(30))  # as a broadcast that nobody receives
+    began = time.monotonic()
+    job.give_up()
+    assert time.monotonic() - began < 10
