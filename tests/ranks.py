@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimqwen.core.errors import UserError
+from slimqwen.parallel import ending
 
 # The server imports once and forks each rank from itself; the test process, with its threads, is never forked.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -62,7 +63,8 @@ def _run(environment: dict[str, Any], log: Path, function: Callable[..., None], 
     try:
         function(*arguments)
     except UserError as error:
-        print(error, file=sys.stderr, flush=True)
+        if ending.begin_to_end():  # as in `cli.border`; else the watch prints why, and ends this process
+            print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except Exception:
         traceback.print_exc()

@@ -217,16 +217,17 @@ def test_a_merged_update_is_no_larger_than_adams(folder: Path, tmp_path: Path) -
 
 
 def test_states_of_two_ranks_are_carried_too(folder: Path, tmp_path: Path) -> None:
-    """Put together from the rows of both; and taken up by both, each its own rows."""
+    """Put together from the rows of both, or from the one file of what is whole on both; and taken up by both, each its own rows."""
     first = tmp_path / "first"
     run_ranks(2, train, folder, folder / "student", first, Span(0, 2, STEPS))
     plan, _, _ = write_cut(tmp_path, first)
     student = prune(first, tmp_path / "pruned", plan=plan)
     moments = carry(states(first), first, tmp_path / "moments", plan=plan)
     files = [load_file(file) for file in sorted(next(states(first).glob("step-*")).glob("*.safetensors"))]
-    name = "exp_avg_sq.model.layers.1.self_attn.q_norm.weight"
-    whole = torch.cat([file[name] for file in files])
-    assert torch.equal(weights(moments / "exp_avg_sq")[name.removeprefix("exp_avg_sq.")], whole)
+    for name, places in (("layers.0.linear_attn.conv1d.weight", 2), ("layers.1.self_attn.q_norm.weight", 1)):
+        saved = [file[key] for file in files if (key := f"exp_avg_sq.model.{name}") in file]
+        assert len(saved) == places
+        assert torch.equal(weights(moments / "exp_avg_sq")[f"model.{name}"], torch.cat(saved))
 
     span = Span(2, 4, STEPS)
     run_ranks(2, train, folder, student, tmp_path / "pair" / "out", span, 2, moments)

@@ -35,7 +35,7 @@ from slimqwen.teacher_cache import predict, write
 from slimqwen.teacher_cache.folder import MANIFEST, TeacherCache
 from slimqwen.teacher_cache.records import bytes_per_token, pack, unpack
 from slimqwen.teacher_cache.write import write_teacher_cache
-from slimqwen.training import distil as distil_stage
+from slimqwen.training import loading
 from slimqwen.training.cached_teacher import open_teacher_cache
 from slimqwen.training.distil import distil
 from slimqwen.training.inputs import TrainingInputs
@@ -327,7 +327,7 @@ def test_the_coarse_divergence_is_never_more(folder: Path, tmp_path: Path, k: in
 
 def test_the_teacher_is_not_loaded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
-    monkeypatch.setattr(distil_stage, "load", lambda path, *rest: (loaded.append(path), load(path, *rest))[1])
+    monkeypatch.setattr(loading, "load", lambda path, *rest: (loaded.append(path), load(path, *rest))[1])
     train(folder, tmp_path / "out", folder / "exact")
     assert loaded == [folder / "student"]
 
