@@ -3,7 +3,8 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from slimqwen.recipe import DistilRecipe, TextSettings
 from slimqwen.training import rank_log
 from slimqwen.training.distil import distil
 from slimqwen.training.inputs import TrainingInputs
+from slimqwen.training.metrics import MetricsLog
 from slimqwen.training.trainer import Trainer
 
 SEQUENCE_LENGTH = 16
@@ -233,6 +235,32 @@ def test_shared_experts_train_as_one(
     logs = [(tmp_path / "ranks" / "ranks" / f"rank-{rank}.jsonl").read_text().splitlines() for rank in range(ranks)]
     pairs = [sum(json.loads(line)["expert_pairs"] for line in step) for step in zip(*logs, strict=True)]
     assert len(pairs) == STEPS and pairs[0] > 0 and set(pairs) == {pairs[0]}  # of a step; the ranks differ
+
+
+def pairs_of_the_third_step(file: Path, first_step: int, heldout_pairs: int) -> Any:
+    """`most_expert_pairs` of a training of one MoE block from `first_step` on, with 100, 101 and 102 pairs in its three steps."""
+    block = SimpleNamespace(received_pairs=0)
+    ranks = SimpleNamespace(size=2, rank=0, experts_mesh="two ranks", largest=lambda value: value)
+    student = SimpleNamespace(model=SimpleNamespace(modules=lambda: [block]))
+    trainer = SimpleNamespace(ranks=ranks, student=student, device=torch.device("cpu"))
+    log = rank_log.RankLog(cast(Trainer, trainer), MetricsLog(file, "slimqwen", 1))
+    found: dict[str, float] = {}
+    for step in range(first_step, 3):
+        log.begin()
+        block.received_pairs += 100 + step
+        found = log.log(step, 0.5)
+        block.received_pairs += heldout_pairs
+    return found["most_expert_pairs"]
+
+
+def test_the_pairs_of_a_line_are_those_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the steps before it, which a resumed training has not made, nor of held-out text between them."""
+    monkeypatch.setattr(rank_log, "EVERY_STEPS", 3)
+    for first_step in (0, 1, 2):
+        for heldout_pairs in (0, 7):
+            assert pairs_of_the_third_step(tmp_path / "metrics.jsonl", first_step, heldout_pairs) == 102
+    lines = [json.loads(line) for line in (tmp_path / "ranks" / "rank-0.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["seconds"], line["expert_pairs"]) for line in lines] == [(2, 0.5, 102)] * 6
 
 
 def test_resumed_on_other_expert_ranks(folder: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def train(
         with _open_progress(trainer, title, step) as progress, collect_between_steps() as collect:
             while step < span.end_step:
                 started = time.perf_counter()
+                rank_log.begin()
                 try:
                     values = trainer.step(step)
                 except BadStep as bad:

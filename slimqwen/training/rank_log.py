@@ -17,21 +17,27 @@ class RankLog:
     """Log of each rank's own numbers, every `EVERY_STEPS` steps: `ranks/rank-3.jsonl`. Of one rank there is none.
 
     In a line: `seconds` and `cpu_seconds`, a step's mean since the line before, by the clock and of the processor; `memory_bytes`, the
-    peak so far; `expert_pairs`, the (token, expert) pairs of a step that this rank's experts of the student had, where ranks share
-    them. All ranks wait for the slowest in every step, so `seconds` is alike on all; a rank that waits for gloo uses no
-    processor, and on CPUs the slow one has the most `cpu_seconds`. A GPU's work is in neither.
+    peak so far; `expert_pairs`, the (token, expert) pairs of this step that this rank's experts of the student had in all its passes,
+    where ranks share them. All ranks wait for the slowest in every step, so `seconds` is alike on all; a rank that waits for gloo uses
+    no processor, and on CPUs the slow one has the most `cpu_seconds`. A GPU's work is in neither. What lies between two steps
+    (held-out text, saving) is in the memory alone.
 
+    The pairs are those of the step alone, not a mean since the line before: a resumed training would lack the steps before its state.
     A step that is made again after an interruption has a line again.
     """
 
     def __init__(self, trainer: Trainer, metrics: MetricsLog) -> None:
         self._trainer = trainer
         self._metrics = metrics
-        self._steps, self._seconds = 0, 0.0
-        self._since = self._total()
+        self._steps, self._seconds, self._cpu_seconds = 0, 0.0, 0.0
+        self._began_at, self._pairs_before = 0.0, 0
+
+    def begin(self) -> None:
+        """Note the processor's seconds and the pairs before a step."""
+        self._began_at, self._pairs_before = time.process_time(), self._count_pairs()
 
     def log(self, step: int, seconds: float) -> dict[str, float]:
-        """Count a step that took `seconds`, and write the line if it is time. All ranks must call it.
+        """Count the step since `begin`, which took `seconds`, and write the line if it is time. All ranks must call it.
 
         Returns what metrics.jsonl gets of it: the busiest rank and its `cpu_seconds`, and the most `expert_pairs` of a rank.
         """
@@ -39,10 +45,10 @@ class RankLog:
         if ranks.size == 1:
             return {}
         self._steps, self._seconds = self._steps + 1, self._seconds + seconds
+        self._cpu_seconds += time.process_time() - self._began_at
         if (step + 1) % EVERY_STEPS:
             return {}
-        total = self._total()
-        cpu_seconds, pairs = ((now - before) / self._steps for now, before in zip(total, self._since, strict=True))
+        cpu_seconds, pairs = self._cpu_seconds / self._steps, self._count_pairs() - self._pairs_before
         values: dict[str, float] = {
             "seconds": self._seconds / self._steps,
             "cpu_seconds": cpu_seconds,
@@ -52,11 +58,11 @@ class RankLog:
             values["expert_pairs"] = pairs
         label = {"run": self._metrics.run, "stage": self._metrics.stage, "step": step, "rank": ranks.rank}
         append(self.file, label | values)
-        self._steps, self._seconds, self._since = 0, 0.0, total
+        self._steps, self._seconds, self._cpu_seconds = 0, 0.0, 0.0
         microseconds, busiest = divmod(ranks.largest(int(cpu_seconds * 1e6) * MOST_RANKS + ranks.rank), MOST_RANKS)
         found: dict[str, float] = {"busiest_rank": busiest, "busiest_rank_cpu_seconds": microseconds / 1e6}
         if ranks.experts_mesh is not None:
-            found["most_expert_pairs"] = ranks.largest(round(pairs))
+            found["most_expert_pairs"] = ranks.largest(pairs)
         return found
 
     @property
@@ -64,7 +70,8 @@ class RankLog:
         """Return the file of this rank."""
         return self._metrics.path.parent / FOLDER / f"rank-{self._trainer.ranks.rank}.jsonl"
 
-    def _total(self) -> tuple[float, int]:
-        """Return the processor's seconds and the pairs so far."""
-        pairs = (getattr(module, "received_pairs", 0) for module in self._trainer.student.model.modules())
-        return time.process_time(), sum(pairs)
+    def _count_pairs(self) -> int:
+        """Return the pairs that this rank's experts have had so far; 0 where ranks share none."""
+        if self._trainer.ranks.experts_mesh is None:
+            return 0
+        return sum(getattr(module, "received_pairs", 0) for module in self._trainer.student.model.modules())
