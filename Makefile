@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist worksteal
-	$(OTHER_ROUNDING) $(BIN)/pytest -q -n 2 --dist worksteal -m rounding
+	$(OTHER_ROUNDING) $(BIN)/pytest -q -n 2 --dist worksteal -m "rounding and not slow"
 	$(MAKE) --no-print-directory test-lowest
 
 test-lowest: $(LOWEST)/.installed
