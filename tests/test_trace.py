@@ -47,7 +47,7 @@ def test_bytes_per_gpu_and_micro_batch_at_64_ranks(trace: Trace) -> None:
     assert 30e9 < least + (TEACHER_LAYERS - 1) * teacher + (STUDENT_LAYERS - 1) * student < LIMIT_BYTES
     between_nodes = trace(64, 1, 2, **SMALL).received("all-reduce", 8) - trace(64, **SMALL).received("all-reduce", 8)
     assert STUDENT_LAYERS * between_nodes < 22e9  # once a step, whatever the number of micro-batches
-    assert trace(64).launches.total() < 3500
+    assert trace(64).launches.total() < 4600  # of these the loss, which Triton does not trace, has most
 
 
 @pytest.mark.parametrize(("world", "settings"), [(8, SMALL), (64, {}), (512, SMALL)])
