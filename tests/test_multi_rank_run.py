@@ -114,7 +114,7 @@ def assert_ranks_are_logged(run_dir: Path, size: int) -> None:
 
 
 @pytest.mark.rounding
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_ranks_make_what_one_makes(alone: Recipe, tmp_path: Path, size: int) -> None:
     recipe = recipe_in(tmp_path / "run", alone)
     codes, said = Ranks(size, run, recipe).end(300.0)
@@ -255,6 +255,7 @@ def run_until(recipe: Recipe, kind: str, number: int, killed: int, step: int | N
     run(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.rounding
 def test_killed_in_any_stage_and_continued_by_other_numbers_of_ranks(alone: Recipe, tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path / "run", alone)
